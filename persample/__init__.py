@@ -1,1 +1,15 @@
-"""Per-sample quantities of any PyTorch model: gradients, norms, Grams, moments, exact and at about the price of one backward pass."""
+"""Per-sample quantities of any PyTorch model: individual gradients, norms, inner products, moments, projections.
+
+N samples; T tokens or positions; K blocks; O, I out and in features; P a parameter's shape; V, D vocabulary and width;
+C channels: the alphabet of shapes used in every docstring.
+"""
+
+from . import factors
+from .api import gradients
+from .errors import PersampleError
+from .gradients import Gradients
+from .rules import pullback, rule
+from .statistics_run import Statistics
+
+__all__ = ["Gradients", "PersampleError", "Statistics", "factors", "gradients", "pullback", "rule"]
+__version__ = "0.1.0"

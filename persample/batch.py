@@ -1,0 +1,172 @@
+"""A batch as the user gives it: inputs, targets, and where the samples are in each of their tensors.
+
+By default every tensor has the same size ``N`` at axis 0.  Tensors without axes, and with size 1 at axis 0 while
+others have more, are shared by all samples.  ``batch_dim`` says otherwise: an int for all tensors, or a tuple
+``(inputs, targets)`` or ``(inputs, targets, outputs)`` with, for each, an int, ``None`` (shared), or a pytree of those
+in the shape of (a prefix of) that argument, as for ``torch.vmap``'s ``in_dims``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from .errors import EmptyBatchError, SampleAxisError
+
+Axis = int | None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Tensors in a structure, each with its sample axis (``None``: shared; anything else than a tensor is shared)."""
+
+    leaves: list[Any]
+    spec: Any
+    axes: list[Axis]
+
+    def whole(self) -> Any:
+        return tree_unflatten(self.leaves, self.spec)
+
+    def tensors(self) -> list[tuple[Tensor, Axis]]:
+        return [(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True) if isinstance(x, Tensor)]
+
+    def map(self, f: Callable[[Tensor, int], Tensor]) -> Any:
+        """The structure with ``f(tensor, axis)`` for every tensor that has samples."""
+        return tree_unflatten([x if axis is None else f(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True)], self.spec)
+
+    def sample(self, n: int) -> Any:
+        """Sample ``n`` alone, as a batch of one."""
+        return self.map(lambda x, axis: x.narrow(axis, n, 1))
+
+    def select(self, index: Tensor) -> Tree:
+        """The samples of ``index``."""
+        leaves = [x if axis is None else x.index_select(axis, index.to(x.device)) for x, axis in zip(self.leaves, self.axes, strict=True)]
+        return Tree(leaves, self.spec, self.axes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``N`` samples: what the model is called with, and what the criterion compares with."""
+
+    n: int
+    inputs: Tree
+    targets: Tree
+    output_dim: PyTree  # as given: outputs are only known later
+
+    @staticmethod
+    def of(inputs: Any, targets: Any, batch_dim: PyTree = 0) -> Batch:
+        dims = _three(batch_dim)
+        given = [_axes(tree, dim, what) for tree, dim, what in zip((inputs, targets), dims[:2], ("inputs", "targets"), strict=True)]
+        sizes = [
+            x.shape[axis] for leaves, _, axes, _ in given for x, axis in zip(leaves, axes, strict=True) if axis is not None
+        ]
+        n = next((size for size in sizes if size != 1), 1) if sizes else 1
+        if not sizes:
+            raise SampleAxisError("no tensor among the inputs and targets has a sample axis. Give batched tensors, or say where the samples are with batch_dim=.")
+        if n == 0:
+            raise EmptyBatchError("the batch has no sample (N = 0), so there is nothing to differentiate. Skip empty batches.")
+        trees = [_tree(*tree, n, what) for tree, what in zip(given, ("inputs", "targets"), strict=True)]
+        if not any(axis is not None for axis in trees[0].axes):
+            raise SampleAxisError(f"none of the inputs has a sample axis of size N = {n}. Say where it is with batch_dim=.")
+        return Batch(n, trees[0], trees[1], dims[2])
+
+    def outputs(self, outputs: Any) -> Tree:
+        """The sample axes of what the model returned."""
+        leaves, spec = tree_flatten(outputs)
+        try:
+            dims = _prefix(self.output_dim, outputs)
+        except ValueError as error:
+            raise SampleAxisError(f"batch_dim for the outputs does not fit what the model returned: {error}") from None
+        axes: list[Axis] = []
+        for x, dim in zip(leaves, dims, strict=True):
+            places = [dim, 0] if isinstance(self.output_dim, int) else [dim]  # a sequence-first model may return [N, C]
+            axes.append(next((d % x.ndim for d in places if isinstance(x, Tensor) and _has(x, d, self.n)), None))
+        return Tree(leaves, spec, axes)
+
+    def select(self, index: Tensor) -> Batch:
+        return Batch(len(index), self.inputs.select(index), self.targets.select(index), self.output_dim)
+
+
+def _has(x: Tensor, dim: Axis, n: int) -> bool:
+    return dim is not None and -x.ndim <= dim < x.ndim and x.shape[dim] == n
+
+
+def _three(batch_dim: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    if isinstance(batch_dim, int):
+        return batch_dim, batch_dim, batch_dim
+    if isinstance(batch_dim, tuple) and len(batch_dim) in (2, 3):
+        return batch_dim[0], batch_dim[1], batch_dim[2] if len(batch_dim) == 3 else 0
+    if isinstance(batch_dim, (dict, list)):
+        return batch_dim, 0, 0
+    raise SampleAxisError(f"batch_dim must be an int, a pytree for the inputs, or a tuple (inputs, targets[, outputs]), got {batch_dim!r}.")
+
+
+
+
+def _prefix(dims: PyTree, tree: Any) -> list[Axis]:
+    """``dims`` spread over the leaves of ``tree``."""
+    if dims is None or isinstance(dims, int):
+        return [dims] * len(tree_leaves(tree))
+    if isinstance(tree, Mapping) and isinstance(dims, Mapping):
+        if missing := tree.keys() - dims.keys():
+            raise ValueError(f"no entry for {sorted(map(str, missing))}")
+        return [axis for key in tree for axis in _prefix(dims[key], tree[key])]
+    if isinstance(tree, Sequence) and isinstance(dims, Sequence) and len(tree) == len(dims):
+        return [axis for dim, branch in zip(dims, tree, strict=True) for axis in _prefix(dim, branch)]
+    raise ValueError(f"{dims!r} for a {type(tree).__name__}")
+
+
+def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis], bool]:
+    """Leaves, structure and claimed axes; whether they were the default."""
+    leaves, spec = tree_flatten(tree)
+    try:
+        dims = _prefix(dim, tree)
+    except ValueError as error:
+        raise SampleAxisError(f"batch_dim does not fit the {what}: {error}") from None
+    axes: list[Axis] = []
+    default = isinstance(dim, int)
+    for x, claimed in zip(leaves, dims, strict=True):
+        if not isinstance(x, Tensor) or claimed is None or (x.ndim == 0 and default):
+            axes.append(None)
+        elif not -x.ndim <= claimed < x.ndim:
+            if default and x.ndim == 1 and what == "targets":
+                axes.append(0)  # labels [N] of sequence-first inputs
+                continue
+            raise SampleAxisError(f"{what}: a tensor of shape {tuple(x.shape)} has no axis {claimed} (batch_dim).")
+        else:
+            axes.append(claimed % x.ndim)
+    return leaves, spec, axes, default
+
+
+def _tree(leaves: list[Any], spec: Any, axes: list[Axis], default: bool, n: int, what: str) -> Tree:
+    final: list[Axis] = []
+    for x, axis in zip(leaves, axes, strict=True):
+        if axis is None or x.shape[axis] == n:
+            final.append(axis)
+        elif x.shape[axis] == 1 and default:
+            final.append(None)
+        else:
+            raise SampleAxisError(
+                f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but others have N = {n} samples. "
+                "Say where its samples are with batch_dim= (None: shared by all samples)."
+            )
+    return Tree(leaves, spec, final)
+
+
+def detached(tree: Any) -> Any:
+    """The same structure, cut off from autograd."""
+    return tree_map_only(Tensor, torch.Tensor.detach, tree)
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """A tuple or list is positional arguments, a dict keyword arguments, anything else the one argument."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
+        return model(*inputs)
+    return model(inputs)

@@ -1,0 +1,408 @@
+"""Where a parameter meets a sample: every such call of a forward pass, recorded while it runs.
+
+While a forward runs under `Capture` (a ``TorchFunctionMode``), every tensor is one of three things:
+
+* **shared**: it depends on no sample.  Parameters, buffers, and what is computed from shared tensors only
+  (``weight.t()``, ``wpe(arange(T))``, a normalised weight); the latter are `Derivation` objects, to be pulled back later.
+* **sampled**: it depends on the model's inputs.  Its `Layout` says where the samples are.
+* neither: a constant made on the way.  It counts as shared.
+
+A `Call` is recorded where a shared tensor that requires grad meets a sampled one.  It lives in the metadata of the
+autograd node of its output, and nowhere else: a graph that is dropped drops its calls, and nothing is ever stored on
+the user's modules, parameters or tensors.  The graph itself is left as it is, so whoever owns it may
+differentiate it as usual.
+
+`reached` walks the graph from the losses to the recorded calls.  At a call it goes on with the call's *sampled*
+inputs only, so every parameter it still arrives at was used where the mode can't see: nothing is missed silently.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, register_multi_grad_hook
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import rules
+from .errors import BatchCoupledError, HigherOrderError, InplaceError, SampleAxisError
+from .layout import Layout, propagate, samples_first
+
+_KEY = "persample"  # of a recorded call in its autograd node's metadata
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """How a user would write the function: ``torch.nn.functional.linear``."""
+    return resolve_name(func) or getattr(func, "__qualname__", None) or repr(func)
+
+
+@dataclass(eq=False)
+class Derivation:
+    """A shared tensor that was computed from shared ones: ``out = func(*args, **kwargs)``."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: GradientEdge  # as it was before any later in-place change
+    shape: torch.Size
+    sources: list[Shared]  # the arguments that lead to wanted parameters
+    order: int
+    versions: dict[int, int]
+
+    def read(self, x: Tensor) -> Tensor:
+        """An argument, if it still is what the derivation saw."""
+        if x._version != self.versions.get(id(x), x._version):
+            raise InplaceError(f"{function_name(self.func)}: an argument of shape {tuple(x.shape)} was changed in place afterwards.")
+        return x
+
+
+@dataclass(eq=False)
+class Shared:
+    """A shared argument of a call: a parameter, or something derived from parameters."""
+
+    tensor: Tensor
+    derivation: Derivation | None  # None: a parameter
+
+
+@dataclass(eq=False)
+class Call:
+    """One call in which shared tensors that require grad met sampled ones."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]  # sampled tensors are detached: a call never keeps its own output alive
+    kwargs: dict[str, Any]
+    shared: list[Shared]
+    layouts: dict[int, Layout | None]  # id of a sampled argument -> where its samples are
+    outputs: list[tuple[torch.Size, Layout | None]]
+    inputs: list[Node]  # where the walk goes on
+    versions: dict[int, int]
+    where: str  # a parameter or buffer among its arguments
+    couples: str = ""  # why this call makes samples depend on each other
+    listener: Callable[[Call, Sequence[Tensor | None]], None] | None = None  # gets the gradients of the outputs
+
+    @property
+    def name(self) -> str:
+        return function_name(self.func) + (f" (with '{self.where}')" if self.where else "")
+
+    def arrive(self, grads: Sequence[Tensor | None]) -> None:
+        """Called by autograd with the gradients of all outputs."""
+        if self.listener is not None:
+            self.listener(self, grads)
+
+    def release(self) -> None:
+        """Let go of everything that takes memory."""
+        self.args, self.kwargs, self.shared, self.layouts = (), {}, [], {}
+
+    @property
+    def layout(self) -> Layout:
+        """Where the samples are in the output (and its gradient)."""
+        layout = self.outputs[0][1]
+        if layout is None:
+            raise SampleAxisError(
+                f"{self.name}: can't tell where the samples are in an output of shape {tuple(self.outputs[0][0])}. "
+                "Keep the samples on one axis of their own, say where it is with batch_dim=, or use engine='loop'."
+            )
+        return layout
+
+    @property
+    def n(self) -> int:
+        return self.layout.n
+
+    def wants(self, tensor: Tensor | None) -> bool:
+        """Whether ``tensor`` is a shared argument whose gradient is asked for."""
+        return any(s.tensor is tensor for s in self.shared)
+
+    def sampled(self, tensor: Any) -> bool:
+        return id(tensor) in self.layouts
+
+    def read(self, x: Tensor) -> Tensor:
+        """A recorded argument, if it still is what the call saw."""
+        if x._version != self.versions.get(id(x), x._version):
+            raise InplaceError(
+                f"{self.name}: an argument of shape {tuple(x.shape)} was changed in place after the call. "
+                "Its gradient needs the old value: use the out-of-place operation, or engine='loop'."
+            )
+        return x
+
+    def samples(self, x: Tensor) -> Tensor:
+        """``[N, k, *rest]``: an argument or output gradient, sample by sample (``k`` entries each)."""
+        layout = self.layouts[id(x)] if id(x) in self.layouts else self.layout
+        if layout is None:
+            raise SampleAxisError(f"{self.name}: can't tell where the samples are in an argument of shape {tuple(x.shape)}.")
+        return samples_first(self.read(x), layout)
+
+    def tokens(self, x: Tensor, features: int = 1) -> Tensor:
+        """``[N, T, *features]``: everything before the last axes is a token of its sample."""
+        x = self.samples(x)
+        return x.flatten(1, x.ndim - features - 1) if features else x.flatten(1)
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    layout: Layout | None
+
+
+@dataclass(frozen=True)
+class _Derived:
+    derivation: Derivation | None  # None: a parameter or a buffer
+
+
+Listener = Callable[[Call, Sequence[Tensor | None]], None]
+
+
+class Capture(TorchFunctionMode):
+    """Records the calls of a forward pass between `start` and `stop`."""
+
+    def __init__(self, model: nn.Module, wanted: set[int], listener: Listener | None = None) -> None:
+        """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start."""
+        super().__init__()
+        self.active = False
+        self.wanted = wanted
+        self.listener = listener
+        self.roots = dict(reversed([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]))
+        self.names = {id(t): name for name, t in self.roots.items()}
+        self.known: dict[int, tuple[weakref.ref[Tensor], _Sampled | _Derived]] = {}
+        self.count = 0
+        self.n = 0
+
+    def start(self, n: int, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
+        """Begin with these inputs, each with its sample axis (``None``: shared)."""
+        self.n = n
+        self.known.clear()
+        for t in self.roots.values():
+            self._mark(t, _Derived(None))
+        for t, axis in inputs:
+            self._mark(t, _Derived(None) if axis is None else _Sampled(Layout(n, axis % max(1, t.ndim))))
+        self.active = True
+
+    def stop(self) -> None:
+        self.active = False
+        self.known.clear()
+
+    def _mark(self, t: Tensor, kind: _Sampled | _Derived) -> None:
+        self.known[id(t)] = (weakref.ref(t), kind)
+
+    def _kind(self, t: Tensor) -> _Sampled | _Derived | None:
+        entry = self.known.get(id(t))
+        return entry[1] if entry is not None and entry[0]() is t else None
+
+    # ---- one call -----------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.active:
+            return func(*args, **kwargs)
+        if func in _DIFFERENTIATES:
+            self._refuse_higher_order(func, args, kwargs)
+            return func(*args, **kwargs)
+        if isinstance(func, FunctionType) and func in rules.OPEN:
+            with self:  # a Python function that hides its own calls: run its body under the mode
+                return rules.OPEN[func](*args, **kwargs)
+        tensors = [t for t in _flat(args, kwargs) if isinstance(t, Tensor)]
+        kinds = [self._kind(t) for t in tensors]
+        sampled = [(t, k.layout) for t, k in zip(tensors, kinds, strict=True) if isinstance(k, _Sampled)]
+        if not sampled:
+            before = {id(t): t._version for t in tensors} if tensors else {}
+            out = func(*args, **kwargs)
+            if any(isinstance(k, _Derived) for k in kinds):
+                self._derive(func, args, kwargs, tensors, before, out)
+            return out
+        couples = rules.coupling(func, args, kwargs)
+        live = [] if func in rules.INERT else self._live(tensors, kinds)
+        if not (live or couples) or not torch.is_grad_enabled() or _is_wrapped(tensors):
+            out = func(*args, **kwargs)
+            self._propagate(func, args, kwargs, tensors, sampled, out)
+            return out
+        return self._record(func, args, kwargs, tensors, sampled, live, couples)
+
+    def _live(self, tensors: list[Tensor], kinds: Sequence[_Sampled | _Derived | None]) -> list[Shared]:
+        """The shared arguments whose gradient is asked for, each once."""
+        found = {
+            id(t): Shared(t, k.derivation)
+            for t, k in zip(tensors, kinds, strict=True)
+            if isinstance(k, _Derived) and t.requires_grad and (k.derivation is not None or id(t) in self.wanted)
+        }
+        return list(found.values())
+
+    def _record(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        sampled: list[tuple[Tensor, Layout | None]],
+        live: list[Shared],
+        couples: str,
+    ) -> Any:
+        keep = {id(s.tensor) for s in live}
+        layouts = {id(t): layout for t, layout in sampled}
+        inputs = [t.grad_fn for t in tensors if t.grad_fn is not None and id(t) not in keep]
+        saved: dict[int, Tensor] = {}
+        mutates = rules.mutates(func)
+        for t in tensors:
+            if id(t) not in keep and id(t) not in saved:
+                saved[id(t)] = t.detach().clone() if mutates and t is args[0] else t.detach()
+        swap = lambda t: saved.get(id(t), t) if isinstance(t, Tensor) else t  # noqa: E731
+        call = Call(
+            func, tree_map(swap, args), tree_map(swap, kwargs), live,
+            {id(saved[i]): layout for i, layout in layouts.items()}, [], inputs,
+            {id(t): t._version for t in [*saved.values(), *(s.tensor for s in live)]},
+            next((self.names[id(t)] for t in tensors if id(t) in self.names), ""), couples, self.listener,
+        )  # fmt: skip
+        out = func(*args, **kwargs)
+        self._propagate(func, args, kwargs, tensors, sampled, out)
+        outputs = [t for t in _results(args, kwargs, out, mutates) if t.requires_grad and t.grad_fn is not None]
+        for t in outputs:
+            kind = self._kind(t)
+            call.outputs.append((t.shape, kind.layout if isinstance(kind, _Sampled) else None))
+        self._attach(call, outputs)
+        return out
+
+    def _attach(self, call: Call, outputs: list[Tensor]) -> None:
+        """Tie the call to the autograd nodes of its outputs: they own it, and tell it their gradients."""
+        for t in outputs:
+            assert t.grad_fn is not None
+            t.grad_fn.metadata.setdefault(_KEY, []).append((call, t.output_nr))
+        if len(outputs) == 1:
+            outputs[0].register_hook(lambda g: call.arrive((g,)))
+        elif outputs:
+            register_multi_grad_hook(outputs, call.arrive)
+
+    # ---- what the outputs are -----------------------------------------------------------------------------------
+
+    def _propagate(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        sampled: list[tuple[Tensor, Layout | None]],
+        out: Any,
+    ) -> None:
+        known = [(t, layout) for t, layout in sampled if layout is not None]
+        for t in _results(args, kwargs, out, rules.mutates(func)):
+            if (kind := self._kind(t)) is not None and isinstance(kind, _Sampled) and any(t is a for a, _ in sampled):
+                continue  # changed in place: the samples stay where they are
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                layout = propagate(func, args, kwargs, known, t) if known else None
+            self._mark(t, _Sampled(layout))
+            if t._base is not None and not isinstance(self._kind(t._base), _Sampled) and rules.mutates(func):
+                self._mark(t._base, _Sampled(None))
+
+    def _derive(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor],
+        before: dict[int, int], out: Any,
+    ) -> None:  # fmt: skip
+        for t in _results(args, kwargs, out, rules.mutates(func)):
+            if not t.requires_grad or t.grad_fn is None:
+                if self._kind(t) is None:
+                    self._mark(t, _Derived(None))
+            else:
+                sources = [] if func in rules.INERT else self._live(tensors, [self._kind(a) for a in tensors])
+                self.count += 1
+                made = Derivation(func, args, kwargs, get_gradient_edge(t), t.shape, sources, self.count, before)
+                self._mark(t, _Derived(made if sources else None))
+
+    def _refuse_higher_order(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        position = 4 if func is torch.autograd.grad else 3
+        if kwargs.get("create_graph", len(args) > position and args[position]):
+            raise HigherOrderError(
+                f"{function_name(func)} with create_graph=True inside the model's forward: it "
+                "differentiates itself, and its parameters act through a gradient. Use engine='loop' (or 'vmap' with torch.func)."
+            )
+
+
+class Watch(TorchFunctionMode):
+    """Raises `BatchCoupledError` at calls that are known to couple the batch, where an engine can't tell otherwise."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if reason := rules.coupling(func, args, kwargs or {}):
+            raise BatchCoupledError(
+                f"{function_name(func)} {reason}, so a sample alone is another function than a sample of this batch. Use "
+                "engine='hooks' with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', or call model.eval()."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The leaves of the arguments; the common flat case without a pytree."""
+    if any(isinstance(a, (tuple, list, dict)) for a in args) or any(isinstance(v, (tuple, list, dict)) for v in kwargs.values()):
+        return tree_leaves((args, kwargs))
+    return [*args, *kwargs.values()]
+
+
+def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: bool) -> Iterator[Tensor]:
+    """What a call made: its outputs, or the tensor it changed."""
+    if out is None and mutates:
+        out = args[0]
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, (tuple, list)):
+        yield from (t for t in tree_leaves(out) if isinstance(t, Tensor))
+    if isinstance(into := kwargs.get("out"), Tensor) and into is not out:
+        yield into
+
+
+def _is_wrapped(tensors: list[Tensor]) -> bool:
+    """Inside a user's own vmap or grad, samples are not on an axis of their own."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
+# ---- the walk ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Reached:
+    """What the losses depend on."""
+
+    calls: list[Call] = field(default_factory=list)
+    leaves: set[int] = field(default_factory=set)  # ids of tensors used outside any recorded call
+    roots: list[GradientEdge] = field(default_factory=list)  # outputs of the calls that have no call upstream
+    opaque: list[str] = field(default_factory=list)  # nodes that hide a graph of their own
+
+
+def reached(start: Iterable[Node | None]) -> Reached:
+    """Walk the graph from these nodes; at a recorded call, go on with its sampled inputs.
+
+    Differentiating towards the roots passes through every recorded output, and computes no weight gradient.
+    """
+    result, seen = Reached(), set[Call]()
+    below: dict[Node, bool] = {}  # whether a recorded call is at or upstream of a node; known after its visit
+    stack: list[tuple[Node, list[Node] | None]] = [(node, None) for node in start if node is not None]
+    while stack:
+        node, visited = stack.pop()
+        found = node.metadata.get(_KEY, ())
+        if visited is None:
+            if node in below:
+                continue
+            below[node] = bool(found)
+            follow = [n for call, _ in found for n in call.inputs] if found else [n for n, _ in node.next_functions if n is not None]
+            stack.append((node, follow))
+            stack.extend((n, None) for n in follow)
+            if not found and (variable := getattr(node, "variable", None)) is not None:
+                result.leaves.add(id(variable))
+            elif node.name() == "CheckpointFunctionBackward":
+                result.opaque.append(node.name())
+            for call, _ in found:
+                if call not in seen:
+                    seen.add(call)
+                    result.calls.append(call)
+            continue
+        upstream = any(below[n] for n in visited)
+        below[node] = upstream or bool(found)
+        if found and not upstream:
+            result.roots.extend(GradientEdge(node, number) for _, number in found)
+    return result

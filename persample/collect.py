@@ -1,0 +1,292 @@
+"""From output gradients to the complete factors of every parameter.
+
+`Collect` is told which calls the losses depend on.  It listens to them, turns each arriving output gradient into factors,
+adds up the uses of a parameter (tied weights, reused modules, derived tensors pulled back), and hands the factors of a
+parameter to the sink as soon as its last use has arrived.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .capture import Call, Derivation, Reached, Shared, reached
+from .errors import BatchCoupledError, CaptureError, SampleAxisError
+from .factors import Dense, Factors, add, dense
+from .problem import Emit
+from .rules.derived import Diagonal, Rowlike, pulled
+from .rules.fallback import by_samples
+
+Key = int | Derivation  # a parameter by its id, or a derived tensor
+
+
+class Collect:
+    """Listens to the calls in ``found`` during one backward pass."""
+
+    def __init__(self, found: Reached, parameters: Mapping[str, Tensor], emit: Emit, n: int, *, release: bool, scale: float = 1.0) -> None:
+        """``release``: let go of each call's tensors once its gradient has arrived; ``scale``: what undoes a reduction."""
+        self.found, self.parameters, self.emit, self.n = found, parameters, emit, n
+        self.release, self.scale = release, scale
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.terms: dict[Key, list[Rowlike]] = {}
+        self.emitted: set[str] = set()
+        self.pending = Counter[Key]()
+        self.leaves: dict[Derivation, list[Tensor]] = {}
+        for call in found.calls:
+            if call.shared and call.layout.n != n:
+                raise SampleAxisError(f"{call.name} saw {call.layout.n} samples, but there are {n} losses: record one batch at a time.")
+            for shared in call.shared:
+                self._expect(shared)
+            call.listener = self.arrive
+
+    def _expect(self, shared: Shared) -> None:
+        key = _key(shared)
+        self.pending[key] += 1
+        if isinstance(key, Derivation) and key not in self.leaves:
+            self.leaves[key] = [p for p in _leaves(key) if id(p) in self.names]
+            self.pending.update(id(p) for p in self.leaves[key])
+
+    def detach(self) -> None:
+        """Stop listening."""
+        for call in self.found.calls:
+            call.listener = None
+
+    # ---- arrival ------------------------------------------------------------------------------------------------
+
+    def arrive(self, call: Call, grads: Sequence[Tensor | None]) -> None:
+        """The output gradients of a call are there."""
+        with torch.no_grad(), torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):
+            if call.shared:
+                for shared, rows in factors_of(call, [self._prepared(call, g) for g in grads]):
+                    self.terms.setdefault(_key(shared), []).append(rows)
+                for shared in call.shared:
+                    self._arrived(_key(shared))
+        if self.release:
+            call.listener = None
+            call.release()
+
+    def _prepared(self, call: Call, g: Tensor | None) -> Tensor | None:
+        """Unscaled, and in no less precision than the parameters (autocast)."""
+        if g is None:
+            return None
+        for shared in call.shared:
+            g = g.to(torch.promote_types(g.dtype, shared.tensor.dtype))
+        return g if self.scale == 1.0 else g * self.scale
+
+    def _arrived(self, key: Key) -> None:
+        self.pending[key] -= 1
+        if self.pending[key] == 0:
+            self._complete(key)
+
+    def _complete(self, key: Key) -> None:
+        """All uses of a tensor have arrived: add them up, and pass them on."""
+        parts = self.terms.pop(key, [])
+        if isinstance(key, Derivation):
+            if parts:
+                for p, g in pull_back(key, total(parts), self.leaves[key]):
+                    self.terms.setdefault(id(p), []).append(g)
+            for p in self.leaves[key]:
+                self._arrived(id(p))
+        elif parts and key in self.names:
+            self._emit(self.names[key], total(parts))
+
+    def _emit(self, name: str, rows: Rowlike) -> None:
+        rows = Dense(rows.dense()) if isinstance(rows, Diagonal) else rows
+        if len(rows) != self.n or rows.shape != self.parameters[name].shape:
+            raise CaptureError(
+                f"parameter '{name}': a rule gave rows of shape {(len(rows), *rows.shape)} instead of {(self.n, *self.parameters[name].shape)}."
+            )
+        self.emitted.add(name)
+        self.emit(name, rows)
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+
+    def direct(self, losses: Tensor) -> None:
+        """Parameters inside the criterion itself (penalties): one ordinary gradient per loss."""
+        found = reached([losses.grad_fn])
+        if found.calls:
+            raise CaptureError(
+                "loss_fn uses intermediate results of the model besides its outputs, which a criterion of one sample alone "
+                "can't: return them from the model, or let loss_fn return [N] losses."
+            )
+        used = [p for p in self.parameters.values() if id(p) in found.leaves]
+        if used:
+            rows = torch.autograd.grad(losses, used, torch.eye(self.n, dtype=losses.dtype, device=losses.device), retain_graph=True, is_grads_batched=True)
+            for p, row in zip(used, rows, strict=True):
+                self.terms.setdefault(id(p), []).append(Dense(row))
+
+    def finish(self) -> tuple[str, ...]:
+        """Complete what got no gradient; rows of zeros for the unused parameters, whose names are returned."""
+        self.detach()
+        with torch.no_grad():
+            for key in sorted((k for k in self.terms if isinstance(k, Derivation)), key=lambda d: -d.order):
+                for p, g in pull_back(key, total(self.terms.pop(key)), self.leaves[key]):
+                    self.terms.setdefault(id(p), []).append(g)
+            unused = []
+            for name, p in self.parameters.items():
+                if parts := self.terms.pop(id(p), []):
+                    self._emit(name, total(parts))
+                elif name not in self.emitted:
+                    unused.append(name)
+                    self._emit(name, Dense(p.detach().new_zeros(()).expand(self.n, *p.shape)))
+        return tuple(unused)
+
+
+# ---- one call -----------------------------------------------------------------------------------------------------
+
+
+def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Shared, Rowlike]]:
+    """The factors of every shared argument of a call, by its rule or the fallback."""
+    shared = {id(s.tensor): s for s in call.shared}
+    served: set[int] = set()
+    for tensor, rows in _by_rule(call, grads):
+        if id(tensor) in shared:
+            served.add(id(tensor))
+            yield shared[id(tensor)], rows
+    if rest := [s.tensor for i, s in shared.items() if i not in served]:
+        for tensor, dense in by_samples(call, grads, rest):
+            yield shared[id(tensor)], dense
+
+
+def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Rowlike]]:
+    """What the call's rule serves; nothing if there is none, or if it doesn't know this way to call the function."""
+    rule = rules.RULES.get(call.func)
+    if rule is None:
+        return []
+    g = grads[0] if len(grads) == 1 else grads
+    try:
+        inspect.signature(rule).bind(call, g, *call.args, **call.kwargs)
+    except TypeError:
+        return []
+    found = []
+    for tensor, factor in rule(call, g, *call.args, **call.kwargs):
+        if call.wants(tensor):
+            try:
+                found.append((tensor, factor()))
+            except NotImplementedError:  # an unusual layout: the fallback serves this tensor
+                found = [(t, rows) for t, rows in found if t is not tensor]
+    return found
+
+
+def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tuple[Tensor, Rowlike]]:
+    """From rows of a derived tensor to those of the parameters it was derived from."""
+    steps = pulled(d, rows)
+    if steps is None:
+        yield from _by_autograd(d, Dense(rows.dense()) if isinstance(rows, Diagonal) else rows, leaves)
+        return
+    for tensor, factor in steps:
+        source = next((s for s in d.sources if s.tensor is tensor), None)
+        if source is None:
+            continue
+        d.read(tensor)
+        if source.derivation is None:
+            yield tensor, factor()
+        else:
+            yield from pull_back(source.derivation, factor(), leaves)
+
+
+def _by_autograd(d: Derivation, rows: Factors, leaves: list[Tensor], max_bytes: int = 1 << 26) -> Iterator[tuple[Tensor, Dense]]:
+    """Row by row through the graph of the derivation, some rows at a time."""
+    value = dense(rows)
+    reach = [p for p in leaves if any(p is leaf for leaf in _leaves(d))]
+    step = max(1, max_bytes // max(1, value[:1].numel() * value.element_size()))
+    parts: list[tuple[Tensor | None, ...]] = []
+    with torch.enable_grad():
+        for piece in value.split(step):
+            parts.append(_rows_of(d, piece, reach))
+    for p, column in zip(reach, zip(*parts, strict=True), strict=True):
+        if column[0] is not None:
+            yield p, Dense(torch.cat([c for c in column if c is not None]))
+
+
+def _rows_of(d: Derivation, seeds: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(d.out, leaves, seeds, is_grads_batched=True, allow_unused=True, retain_graph=True)
+    except RuntimeError:  # a backward that vmap doesn't support
+        rows = [torch.autograd.grad(d.out, leaves, seed, allow_unused=True, retain_graph=True) for seed in seeds]
+        return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def total(parts: Sequence[Rowlike]) -> Rowlike:
+    """The sum of several uses, added in pairs so that nothing is copied more than a few times."""
+    if len(parts) > 1:
+        half = len(parts) // 2
+        return _plus(total(parts[:half]), total(parts[half:]))
+    return parts[0]
+
+
+def _plus(a: Rowlike, b: Rowlike) -> Rowlike:
+    if isinstance(a, Diagonal) and isinstance(b, Diagonal) and a.axis == b.axis:
+        return Diagonal(a.value + b.value, a.axis, a.shape)
+    return add(*(Dense(x.dense()) if isinstance(x, Diagonal) else x for x in (a, b)))
+
+
+def _key(shared: Shared) -> Key:
+    return id(shared.tensor) if shared.derivation is None else shared.derivation
+
+
+def _leaves(d: Derivation) -> list[Tensor]:
+    """The parameters that a tensor was derived from."""
+    found: dict[int, Tensor] = {}
+    stack, seen = [d], {d}
+    while stack:
+        for source in stack.pop().sources:
+            if source.derivation is None:
+                found[id(source.tensor)] = source.tensor
+            elif source.derivation not in seen:
+                seen.add(source.derivation)
+                stack.append(source.derivation)
+    return list(found.values())
+
+
+# ---- what must not go unsaid ----------------------------------------------------------------------------------------
+
+
+def check_complete(found: Reached, parameters: Mapping[str, Tensor]) -> None:
+    """Raise for parameters that the losses depend on in ways that no recorded call explains."""
+    missed = [name for name, p in parameters.items() if id(p) in found.leaves]
+    if missed:
+        raise CaptureError(
+            f"parameter '{missed[0]}'{_and_more(missed)} is used where the recorded calls can't account for it: inside a custom autograd.Function, a "
+            "compiled, scripted or data-parallel region, or an in-place write into a slice. Use the original module there, or engine='loop'."
+        )
+    if found.opaque:
+        raise CaptureError(
+            "torch.utils.checkpoint with use_reentrant=True hides the calls inside it from autograd's graph. Use use_reentrant=False, or engine='loop'."
+        )
+
+
+def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
+    """Raise if any of the parameters acts through statistics of the batch."""
+    names = {id(p): name for name, p in parameters.items()}
+    coupled: dict[str, Call] = {}
+    for call in found.calls:
+        if call.couples:
+            for p in parameters_of(reached(call.inputs)):
+                if id(p) in names:
+                    coupled.setdefault(names[id(p)], call)
+    if coupled:
+        listed = [name for name in parameters if name in coupled]
+        call = coupled[listed[0]]
+        free = [name for name in parameters if name not in coupled]
+        way = f" Parameters behind it are not coupled: params={free!r} serves them." if free else ""
+        raise BatchCoupledError(
+            f"parameter '{listed[0]}'{_and_more(listed)}: {call.name} {call.couples}, so every loss depends on all samples and 'the gradient of sample n' is "
+            f"not one thing. Say which one with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', see persample.coupling, or call model.eval().{way}"
+        )
+
+
+def parameters_of(found: Reached) -> Iterator[Tensor]:
+    """The parameters that meet samples in these calls."""
+    for call in found.calls:
+        for shared in call.shared:
+            yield from [shared.tensor] if shared.derivation is None else _leaves(shared.derivation)
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

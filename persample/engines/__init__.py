@@ -1,0 +1,18 @@
+"""Where the factors come from.  One contract: ``engine(problem, emit)`` calls ``emit(name, factors)`` once per parameter
+that is asked for, complete, and returns the losses and outputs of the very same pass.
+
+======  ===================================================================================================
+hooks   the default: one forward and backward of the whole batch, factors from the recorded calls
+vmap    ``torch.func``: the model on single samples, vectorised; always `Dense`
+loop    one sample at a time with plain autograd: the definition where samples are independent
+======  ===================================================================================================
+"""
+
+from __future__ import annotations
+
+from .hooks import hooks
+from .loop import loop
+from .vmap import vmap
+
+ENGINES = {"hooks": hooks, "vmap": vmap, "loop": loop}
+__all__ = ["ENGINES", "hooks", "loop", "vmap"]

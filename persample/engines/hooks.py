@@ -1,0 +1,101 @@
+"""The hook engine: record the calls in which parameters meet samples, differentiate once, factor on arrival.
+
+The backward runs towards the earliest recorded outputs and no further, so autograd computes no weight gradient.  Each
+call's output gradient becomes factors as it arrives (`persample.collect`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..batch import Tree, call_model, detached
+from ..capture import Capture, reached
+from ..collect import Collect, check_complete, check_uncoupled
+from ..losses import ignored, is_per_sample, lone_losses, warn_if_not_mean
+from ..problem import Emit, Pass, Problem, Weighted
+
+
+def hooks(problem: Problem, emit: Emit, *, again: bool = False) -> Pass:
+    """One forward and one backward pass of the whole batch; ``again``: keep the graph for `Pass.weighted`."""
+    capture = Capture(problem.model, {id(p) for p in problem.parameters.values()})
+    with torch.enable_grad():
+        outputs, losses, seeds, criterion = forward(problem, capture)
+    found = reached(t.grad_fn for t, *_ in seeds)
+    check_complete(found, problem.parameters)
+    check_uncoupled(found, problem.parameters)
+    collect = Collect(found, problem.parameters, emit, problem.batch.n, release=True)
+    try:
+        if criterion is not None:
+            collect.direct(criterion)
+        if found.roots:
+            tensors, grads, _ = zip(*seeds, strict=True)
+            torch.autograd.grad(tensors, found.roots, grads, allow_unused=True, retain_graph=again)
+        unused = collect.finish()
+    finally:
+        collect.detach()
+    return Pass(losses.detach(), detached(outputs), unused, _weighted(problem, seeds, criterion) if again else None)
+
+
+Seeds = list[tuple[Tensor, Tensor, int | None]]  # where the backward starts, with which gradient, and its sample axis
+
+
+def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Tensor | None]:
+    """Outputs, losses ``[N]``, the seeds of the backward pass, and the criterion's own graph where it is a separate one."""
+    batch = problem.batch
+    inputs = batch.inputs.map(lambda x, _: x.detach())  # nobody's gradient, the inputs' included, is touched
+    leaves = zip(tree_leaves(inputs), batch.inputs.axes, strict=True)
+    try:
+        with capture:
+            capture.start(batch.n, [*((x, axis) for x, axis in leaves if isinstance(x, Tensor)), *batch.targets.tensors()])
+            outputs = call_model(problem.model, inputs)
+            whole = problem.loss_fn(outputs, batch.targets.whole())
+    finally:
+        capture.stop()
+    if is_per_sample(whole, batch.n):
+        return outputs, whole, [(whole, torch.ones_like(whole), 0)] if whole.requires_grad else [], None
+    tree = batch.outputs(outputs)
+    ends = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
+    cut = {i: x.detach().requires_grad_() for i, x in ends.items()}
+    tree = Tree([cut.get(i, x) for i, x in enumerate(tree.leaves)], tree.spec, tree.axes)
+    losses = lone_losses(problem.loss_fn, tree, batch.targets, batch.n)
+    bad = ignored(losses, tree, batch.targets)
+    if bad is None:
+        warn_if_not_mean(whole, losses)
+    else:
+        losses = losses.masked_fill(bad, 0)
+    seeds = []
+    if cut and losses.requires_grad:
+        grads = torch.autograd.grad(losses, list(cut.values()), torch.ones_like(losses), allow_unused=True, retain_graph=True)
+        for i, g in zip(cut, grads, strict=True):
+            if g is not None:
+                seeds.append((ends[i], g if bad is None else along(g, ~bad, tree.axes[i]), tree.axes[i]))
+    return outputs, losses, seeds, losses
+
+
+def along(g: Tensor, weight: Tensor, axis: int | None) -> Tensor:
+    """``g`` with every sample times its weight; zero stays zero, also where ``g`` isn't finite."""
+    if axis is None:
+        return g
+    shape = [-1 if a == axis else 1 for a in range(g.ndim)]
+    scaled = g * weight.view(shape)
+    return scaled.masked_fill((weight == 0).view(shape), 0)
+
+
+def _weighted(problem: Problem, seeds: Seeds, criterion: Tensor | None) -> Weighted:
+    """``weight -> {name: sum_n weight[n] * row n}`` by one more ordinary backward pass."""
+    parameters = problem.parameters
+
+    def weighted(weight: Tensor) -> dict[str, Tensor]:
+        tensors = [t for t, *_ in seeds]
+        grads = [along(g, weight.to(g.dtype), axis) for _, g, axis in seeds]
+        if criterion is not None and criterion.requires_grad:  # penalties inside the criterion; its outputs are cut off
+            tensors, grads = [*tensors, criterion], [*grads, weight.to(criterion.dtype)]
+        if not tensors:
+            return {name: torch.zeros_like(p) for name, p in parameters.items()}
+        return dict(zip(parameters, torch.autograd.grad(tensors, list(parameters.values()), grads, materialize_grads=True, retain_graph=True), strict=True))
+
+    return weighted

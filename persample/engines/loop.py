@@ -1,0 +1,68 @@
+"""The loop engine: the definition.  One sample at a time, as a batch of one, with plain autograd.
+
+It costs N forward and backward passes.  Random draws (dropout) belong to each sample's own pass, whose losses and outputs are the ones reported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..batch import Batch, call_model, detached
+from ..capture import Watch
+from ..errors import LossError
+from ..factors import Dense
+from ..losses import ignored, is_per_sample
+from ..problem import Emit, Pass, Problem
+
+
+def loop(problem: Problem, emit: Emit) -> Pass:
+    """N separate backward passes of batches of one."""
+    names, leaves = list(problem.parameters), list(problem.parameters.values())
+    rows: dict[str, list[Tensor | None]] = {name: [] for name in names}
+    losses, outputs = [], []
+    for n in range(problem.batch.n):
+        loss, output, grads = one_sample(problem, n, leaves)
+        losses.append(loss)
+        outputs.append(output)
+        for name, g in zip(names, grads, strict=True):
+            rows[name].append(g)
+    unused = tuple(name for name in names if all(g is None for g in rows[name]))
+    for name, p in problem.parameters.items():
+        if name in unused:
+            emit(name, Dense(p.detach().new_zeros(()).expand(problem.batch.n, *p.shape)))
+        else:
+            emit(name, Dense(torch.stack([torch.zeros_like(p) if g is None else g for g in rows.pop(name)])))
+    return Pass(torch.stack(losses), _joined(problem.batch, outputs), unused)
+
+
+def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any, tuple[Tensor | None, ...]]:
+    """Loss, outputs and gradients of sample ``n`` alone."""
+    batch = problem.batch
+    alone = batch.select(torch.tensor([n]))
+    with torch.enable_grad():
+        inputs = alone.inputs.map(lambda x, _: x.detach())
+        with Watch():
+            output = call_model(problem.model, inputs)
+        loss = problem.loss_fn(output, alone.targets.whole())
+        loss = loss.reshape(()) if is_per_sample(loss, 1) else loss
+    if loss.ndim:
+        raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")
+    bad = ignored(loss.reshape(1), alone.outputs(output), alone.targets)
+    if bad is not None or not loss.requires_grad:
+        return torch.zeros_like(loss) if bad is not None else loss, detached(output), (None,) * len(leaves)
+    return loss.detach(), detached(output), torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def _joined(batch: Batch, outputs: list[Any]) -> Any:
+    """The outputs of single samples put together along their sample axes."""
+    flat = [tree_flatten(output)[0] for output in outputs]
+    spec = tree_flatten(outputs[0])[1]
+    alone = Batch(1, batch.inputs, batch.targets, batch.output_dim).outputs(outputs[0])
+    joined = []
+    for column, axis in zip(zip(*flat, strict=True), alone.axes, strict=True):
+        joined.append(column[0] if axis is None else torch.cat(column, axis))
+    return tree_unflatten(joined, spec)

@@ -1,0 +1,57 @@
+"""Everything the library refuses to do, by name.
+
+Every message names the parameter, module, function or argument, the reason, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class PersampleError(Exception):
+    """The parent of every error this library raises on purpose."""
+
+
+class LossError(PersampleError, ValueError):
+    """The losses are not one number per sample, and can't be made so."""
+
+
+class SampleAxisError(PersampleError, ValueError):
+    """A tensor has no sample axis, or not where it was said to be."""
+
+
+class EmptyBatchError(PersampleError, ValueError):
+    """There is no sample."""
+
+
+class UnknownParameterError(PersampleError, KeyError):
+    """A parameter name, pattern or selection that the model does not have."""
+
+    def __str__(self) -> str:  # KeyError would print the message in quotes
+        return str(self.args[0]) if self.args else ""
+
+
+class CaptureError(PersampleError, RuntimeError):
+    """A parameter meets samples where the hook engine can't see or can't attribute it."""
+
+
+class InplaceError(PersampleError, RuntimeError):
+    """A recorded tensor was changed in place before its gradient was computed."""
+
+
+class HigherOrderError(PersampleError, RuntimeError):
+    """The model differentiates itself (``create_graph=True``), which the engine can't follow."""
+
+
+class RandomnessError(PersampleError, RuntimeError):
+    """A random draw of the forward pass can't be repeated by this engine."""
+
+
+class BatchCoupledError(PersampleError, RuntimeError):
+    """The loss of one sample depends on the other samples, so "its gradient" is not one thing."""
+
+
+class VerificationError(PersampleError, RuntimeError):
+    """What the engine computed is not what the definition (one sample alone) gives."""
+
+
+class QuantityError(PersampleError, ValueError):
+    """A quantity that is unknown, was not asked for, or can't be had from what was kept."""

@@ -1,0 +1,149 @@
+"""The result of a run that keeps the rows: the per-sample gradients of a whole model, as one matrix ``G [N, D]``.
+
+The rows of every parameter are kept as factors (`persample.factors`), so most quantities never write ``[N, *P]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reductions
+from .errors import InplaceError, QuantityError, UnknownParameterError
+from .factors import Factors, dense, dtype, nbytes, tensors
+from .problem import Selection, select
+from .quantities import PARTS, Parts, Quantities
+
+
+class Gradients(Quantities):
+    """Per-sample gradients ``G``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``, one block per parameter.
+
+    ``names`` are those of ``model.named_parameters()`` (a tied parameter once; it answers to all its names); ``unused`` lists
+    the parameters that no loss depends on, whose rows are zeros.  ``losses [N]`` and ``outputs`` are those of the same pass,
+    detached; rows are not differentiable.  Factors may alias tensors of the model's forward pass: if one of them has been
+    changed in place since, reading raises `InplaceError` instead of returning a wrong number.
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[str, Factors],
+        losses: Tensor,
+        outputs: Any = None,
+        *,
+        unused: tuple[str, ...] = (),
+        aliases: Mapping[str, str] | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        note: str = "",
+    ) -> None:
+        """``parameters``: what `backward` writes to; ``note``: shown by ``repr``."""
+        if not factors:
+            raise QuantityError("no parameter to take gradients of.")
+        self.factors = dict(factors)
+        self.losses, self.outputs, self.unused, self.note = losses, outputs, tuple(unused), note
+        self.names = tuple(self.factors)
+        self.shapes = {name: torch.Size(g.shape) for name, g in self.factors.items()}
+        self._aliases = dict(aliases or {})
+        self._parameters = dict(parameters or {})
+        self._versions = {name: [t._version for t in tensors(g)] for name, g in self.factors.items()}
+
+    def _read(self, name: str) -> Factors:
+        """The factors of a parameter, unless what they alias has changed."""
+        g = self.factors[name]
+        if [t._version for t in tensors(g)] != self._versions[name]:
+            raise InplaceError(
+                f"the factors of parameter '{name}' alias a tensor of the forward pass that was changed in place since. "
+                "Read what you need before changing inputs or activations in place, or call dense() first."
+            )
+        return g
+
+    def _parts(self, kind: str, argument: Any = None) -> Parts:
+        pieces = self._split(kind, argument) if kind in ("dot", "project") else dict.fromkeys(self.names)
+        return {name: PARTS[kind](self._read(name), pieces[name]) for name in self.names}
+
+    def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
+        if weight is not None and weight.shape != (len(self),):
+            raise QuantityError(f"weight must have shape [{len(self)}], one number per sample, got {list(weight.shape)}.")
+        return {name: reductions.weighted_sum(self._read(name), weight).to(dtype(self.factors[name])) for name in self.names}
+
+    def _cross(self, other: Quantities) -> Parts:
+        if not isinstance(other, Gradients):
+            raise QuantityError("the inner products with another batch need the rows of both: compute gradients without quantities=.")
+        if self.shapes != other.shapes:
+            raise QuantityError(f"the two have different parameters: {_difference(self.shapes, other.shapes)}. Use select() on both.")
+        return {name: reductions.gram(self._read(name), other._read(name)) for name in self.names}
+
+    # ---- the rows themselves ------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Tensor:
+        """``[N, *P]``: the individual gradients of one parameter."""
+        name = self._aliases.get(name, name)
+        if name not in self.factors:
+            raise UnknownParameterError(f"no parameter '{name}'; there are {list(self.names)}.")
+        return dense(self._read(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.factors or name in self._aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def dense(self, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """``{name: [N, *P]}``: all individual gradients, written into ``out`` where given (much faster than fresh memory)."""
+        return {name: dense(self._read(name), None if out is None else out[name]) for name in self.names}
+
+    def flat(self, out: Tensor | None = None) -> Tensor:
+        """``[N, D]``: all individual gradients, parameters side by side in the order of ``names``."""
+        size = sum(shape.numel() for shape in self.shapes.values())
+        if out is None:
+            kind = next(iter(self.factors.values()))
+            out = torch.empty(len(self), size, dtype=dtype(kind), device=tensors(kind)[-1].device)
+        elif out.shape != (len(self), size):
+            raise QuantityError(f"out must have shape [{len(self)}, {size}], got {list(out.shape)}.")
+        for (name, shape), column in zip(self.shapes.items(), out.split([s.numel() for s in self.shapes.values()], 1), strict=True):
+            column.copy_(dense(self._read(name)).reshape(len(self), shape.numel()))
+        return out
+
+    def select(self, params: Selection) -> Gradients:
+        """The gradients of some parameters: a regular expression (``re.match``), names, or a predicate ``(name, parameter)``."""
+        values = {name: self._parameters.get(name, g) for name, g in self.factors.items()}
+        names = select(values, self._aliases, params)
+        keep = lambda source: {name: source[name] for name in names if name in source}  # noqa: E731
+        chosen = Gradients(
+            keep(self.factors), self.losses, self.outputs, unused=tuple(n for n in self.unused if n in names),
+            aliases={a: n for a, n in self._aliases.items() if n in names}, parameters=keep(self._parameters), note=self.note,
+        )  # fmt: skip
+        chosen._versions = keep(self._versions)
+        return chosen
+
+    def backward(self, weight: Tensor | None = None) -> None:
+        """Add ``sum_n weight[n] G_n`` to ``.grad`` of the parameters in ``names``; ``None`` means 1/N each, the mean loss."""
+        if missing := [name for name in self.names if name not in self._parameters]:
+            raise QuantityError(f"these gradients don't know the parameter '{missing[0]}' of a model to write to.")
+        sums = self.mean() if weight is None else self.sum(weight)
+        for name, value in sums.items():
+            p = self._parameters[name]
+            value = value.to(p.dtype)
+            p.grad = value if p.grad is None else p.grad + value
+
+    def __repr__(self) -> str:
+        kinds = sorted({type(g).__name__ for g in self.factors.values()})
+        size = sum(nbytes(g) for g in self.factors.values())
+        note = f", {self.note}" if self.note else ""
+        return f"Gradients(N={len(self)}, parameters={len(self.names)}, forms={'/'.join(kinds)}, memory={_bytes(size)}{note})"
+
+
+def _bytes(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def _difference(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> str:
+    wrong = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    return ", ".join(f"'{name}' {tuple(a[name]) if name in a else 'absent'} against {tuple(b[name]) if name in b else 'absent'}" for name in wrong[:3])

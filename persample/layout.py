@@ -1,0 +1,230 @@
+"""Where the samples of a batch lie inside a tensor, and how an operation moves them.
+
+A tensor that depends on samples carries a `Layout`.  Its axis has ``outer * N * inner`` entries, and entry ``i``
+belongs to sample ``(i // inner) % N``: batch-first (``axis=0``), sequence-first (``axis=1``), flattened tokens
+(``inner=T``), heads folded into the batch (``inner=heads``) are all of this kind.  Where rows were picked by an
+index (packed sequences, experts that see some of the tokens), ``owner`` says to which sample each entry belongs.
+
+`propagate` derives the layout of an operation's output.  Operations that only move entries are followed exactly;
+for all others the samples stay where their size is found again.  ``None`` means "can't tell", and is an error only
+where a parameter meets such a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Entry ``i`` of ``axis`` belongs to sample ``owner[i]``, by default ``(i // inner) % N``."""
+
+    n: int
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+    owner: Tensor | None = None  # [size]
+
+    @property
+    def size(self) -> int:
+        """How many entries the axis has."""
+        return self.outer * self.n * self.inner if self.owner is None else len(self.owner)
+
+    @property
+    def plain(self) -> bool:
+        """Whether each sample has exactly one entry, in order."""
+        return self.owner is None and self.outer == self.inner == 1
+
+    def fits(self, shape: Sequence[int], axis: int) -> bool:
+        return -len(shape) <= axis < len(shape) and shape[axis] == self.size
+
+    def owners(self) -> Tensor:
+        """The sample of every entry, ``[size]``."""
+        if self.owner is not None:
+            return self.owner
+        return torch.arange(self.n).repeat_interleave(self.inner).repeat(self.outer)
+
+
+def samples_first(x: Tensor, layout: Layout) -> Tensor:
+    """``[N, k, *rest]``: the entries of every sample, in order; ragged ones are filled up with zeros."""
+    x = x.movedim(layout.axis, 0)
+    if layout.owner is None:
+        x = x.unflatten(0, (layout.outer, layout.n, layout.inner))
+        return x.transpose(0, 1).flatten(1, 2)
+    owner = layout.owner.to(x.device)
+    count = torch.bincount(owner, minlength=layout.n)
+    order = owner.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(owner), device=x.device) - (count.cumsum(0) - count)[owner[order]]
+    out = x.new_zeros(layout.n, int(count.max()) if len(owner) else 0, *x.shape[1:])
+    out[owner, rank] = x
+    return out
+
+
+def one_sample(x: Tensor, layout: Layout, n: int) -> Tensor:
+    """What belongs to sample ``n``: a slice along the layout's axis that keeps the axis."""
+    if layout.plain:
+        return x.narrow(layout.axis, n, 1)
+    return x.index_select(layout.axis, (layout.owners() == n).nonzero().squeeze(1).to(x.device))
+
+
+# ---- how operations move samples --------------------------------------------------------------------------------
+
+
+def _named(*names: str) -> set[Callable[..., Any]]:
+    found = [getattr(space, name, None) for name in names for space in (torch, Tensor, torch.nn.functional)]
+    return {f for f in found if f is not None}
+
+
+_RESHAPES = _named("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "squeeze", "unsqueeze")
+_MOVES = _named(
+    "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "select", "narrow", "chunk",
+    "split", "unbind", "tensor_split", "split_with_sizes", "diagonal", "unfold", "hsplit", "vsplit", "dsplit",
+) | {
+    Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__  # type: ignore[attr-defined]
+}  # fmt: skip
+_PACK = torch._C._VariableFunctions._pack_padded_sequence
+_UNPACK = torch._C._VariableFunctions._pad_packed_sequence
+
+
+def propagate(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout]], out: Tensor
+) -> Layout | None:
+    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are the arguments that depend on samples."""
+    first, layout = sampled[0]
+    if args and first is args[0]:
+        if func in _RESHAPES and out.numel() == first.numel():
+            return _reshaped(layout, first.shape, out.shape)
+        if func in _MOVES or (func is Tensor.__getitem__ and _is_basic(args[1])):
+            return _moved(layout, func, args, kwargs, out)
+        if func is Tensor.__getitem__ or func in _SELECTS:
+            return _picked(layout, func, first, args, kwargs, out)
+        if func is _PACK:
+            return _packed(layout, args, out)
+    if func is _UNPACK:
+        return _unpacked(layout, args, out)
+    if func in (torch.einsum,):
+        return _einsum(args, sampled, out)
+    for x, candidate in sorted(sampled, key=lambda pair: -pair[0].numel()):
+        if (found := _kept(candidate, x.ndim, out.shape)) is not None:
+            return found
+    return None
+
+
+def _kept(layout: Layout, ndim: int, shape: Sequence[int]) -> Layout | None:
+    """The samples of an argument found again in an output of this shape."""
+    aligned = layout.axis + len(shape) - ndim  # broadcasting aligns at the right
+    for axis in (layout.axis, aligned) if len(shape) <= ndim else (aligned, layout.axis):
+        if axis >= 0 and layout.fits(shape, axis):
+            return replace(layout, axis=axis)
+    places = [axis for axis in range(len(shape)) if layout.fits(shape, axis)]
+    if len(places) == 1:
+        return replace(layout, axis=places[0])
+    if layout.plain and layout.axis == 0 and shape and shape[0] and shape[0] % layout.n == 0:
+        return replace(layout, inner=shape[0] // layout.n)
+    return None
+
+
+def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout | None:
+    """Reshaping keeps the order of all entries: follow the sample's place in the flat index."""
+    behind = prod(old[layout.axis + 1 :])
+    if layout.owner is not None:
+        places = [a for a in range(len(new)) if new[a] == layout.size and prod(new[a + 1 :]) == behind]
+        return replace(layout, axis=places[0]) if places else None
+    stride = layout.inner * behind
+    for axis in range(len(new)):
+        below = prod(new[axis + 1 :])
+        if below and stride % below == 0 and new[axis] % (layout.n * (stride // below)) == 0 and new[axis]:
+            inner = stride // below
+            return Layout(layout.n, axis, new[axis] // (layout.n * inner), inner)
+    return None
+
+
+def _moved(layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Layout | None:
+    """Views: do the same to a shadow in which only the sample axis has a stride."""
+    x = args[0]
+    shadow = torch.empty(max(1, x.shape[layout.axis]), dtype=torch.uint8)
+    shadow = shadow.as_strided(x.shape, [int(a == layout.axis) for a in range(x.ndim)])
+    moved = func(shadow, *args[1:], **kwargs)
+    moved = moved if isinstance(moved, Tensor) else next((m for m in moved if m.shape == out.shape), None)
+    if moved is None:
+        return None
+    places = [a for a in range(moved.ndim) if moved.stride(a) and moved.shape[a] == layout.size]
+    if layout.size == 1:  # strides say nothing about an axis of length one
+        return _kept(layout, x.ndim, out.shape)
+    return replace(layout, axis=places[0]) if len(places) == 1 else None
+
+
+def _is_basic(index: Any) -> bool:
+    index = index if isinstance(index, tuple) else (index,)
+    return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index)
+
+
+_SELECTS = _named("index_select", "take_along_dim", "masked_select")
+
+
+def _picked(layout: Layout, func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Layout | None:
+    """Rows picked by an index: pick their owners by the same index."""
+    if func is Tensor.__getitem__ and layout.axis == 0 or x.ndim == 1:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if layout.axis == 0 and isinstance(index[0], slice) and index[0] == slice(None):
+            return _kept(layout, x.ndim, out.shape)
+        owners = layout.owners().to(x.device).view(-1, *[1] * (x.ndim - 1)).expand(x.shape)
+        picked = func(owners, *args[1:], **kwargs)
+        flat = picked.reshape(picked.shape[0], -1)[:, :1]
+        if picked.ndim == 0 or not bool((picked.reshape(picked.shape[0], -1) == flat).all()):
+            return None
+        return _owned(layout.n, 0, flat.squeeze(1))
+    if func in _SELECTS and func not in _named("masked_select", "take_along_dim"):
+        dim, index = _bind(args[1:], kwargs, "dim", "index")
+        if dim % x.ndim == layout.axis:
+            return _owned(layout.n, layout.axis, layout.owners().to(x.device)[index])
+    return _kept(layout, x.ndim, out.shape)
+
+
+def _owned(n: int, axis: int, owner: Tensor) -> Layout:
+    """The plain layout where the owners are just all samples in order."""
+    if len(owner) and len(owner) % n == 0:
+        inner = len(owner) // n
+        if torch.equal(owner, torch.arange(n, device=owner.device).repeat_interleave(inner)):
+            return Layout(n, axis, 1, inner)
+    return Layout(n, axis, owner=owner)
+
+
+def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _packed(layout: Layout, args: tuple[Any, ...], out: Tensor) -> Layout | None:
+    """``_pack_padded_sequence(input, lengths, batch_first)``: time-major, the longest sample first."""
+    x, lengths, batch_first = args[:3]
+    if layout.axis != (0 if batch_first else 1) or out.shape[:1] != (int(lengths.sum()),):
+        return None
+    owners = layout.owners()
+    return _owned(layout.n, 0, torch.cat([owners[: int((lengths > t).sum())] for t in range(int(lengths.max()))]))
+
+
+def _unpacked(layout: Layout, args: tuple[Any, ...], out: Tensor) -> Layout | None:
+    """``_pad_packed_sequence(data, batch_sizes, batch_first, ...)``: the first step names every sample."""
+    _, batch_sizes, batch_first = args[:3]
+    if out.ndim < 2:  # the lengths
+        return None
+    return _owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
+
+
+def _einsum(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:
+    """The sample axis keeps its letter."""
+    operands = args[1:] if not isinstance(args[1], (list, tuple)) else tuple(args[1])
+    if isinstance(args[0], str) and "." not in args[0] and "->" in args[0]:
+        left, right = args[0].replace(" ", "").split("->")
+        for x, layout in sampled:
+            for letters, operand in zip(left.split(","), operands, strict=True):
+                if operand is x and letters[layout.axis] in right:
+                    return replace(layout, axis=right.index(letters[layout.axis]))
+    return next((k for x, layout in sampled if (k := _kept(layout, x.ndim, out.shape)) is not None), None)

@@ -1,0 +1,125 @@
+"""One loss per sample, from any criterion: the loss of sample ``n`` is what the criterion says of sample ``n`` alone.
+
+``loss_fn(outputs, targets)`` that returns ``[N]`` is taken as it is.  One that returns a scalar (any ``nn.*Loss()`` with its
+default reduction) is called with batches of one, ``loss_fn(outputs[n:n+1], targets[n:n+1])``, vectorised by ``vmap``,
+or in a loop where ``vmap`` can't follow (``.item()``).  So there is no ``1/N`` to configure.  Note what follows: class
+weights cancel in a (weighted) mean over one sample, and a mean over positions is one over that sample's positions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_unflatten
+
+from .batch import Batch, Tree
+from .errors import LossError
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def is_per_sample(losses: Any, n: int) -> bool:
+    """Whether a criterion's value is already ``[N]``; an error if it is neither that nor a scalar."""
+    if not isinstance(losses, Tensor):
+        raise LossError(f"loss_fn must return a tensor, got {type(losses).__name__}.")
+    if not losses.is_floating_point():
+        raise LossError(f"loss_fn returned losses of type {losses.dtype}; they must be real numbers.")
+    if losses.shape == (n,):
+        return True
+    if losses.ndim == 0:
+        return False
+    hint = " Outputs [N, 1] against targets [N] broadcast to [N, N]: squeeze the outputs." if losses.shape == (n, n) else ""
+    raise LossError(
+        f"loss_fn returned shape {tuple(losses.shape)} for N = {n} samples; it must return [N] (reduction='none', then "
+        f"reduced over everything but the samples) or a scalar (meant for one sample alone).{hint}"
+    )
+
+
+def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
+    """``[N]``: a scalar criterion of every sample alone."""
+    if not any(axis is not None for axis in outputs.axes):
+        shapes = [tuple(x.shape) for x in outputs.leaves if isinstance(x, Tensor)]
+        raise LossError(
+            f"the model returned shape(s) {shapes}, none with N = {n} samples: a loss that the model has already reduced can't be taken apart. "
+            "Let the model return its predictions (for transformers: leave out labels=, use outputs.logits), and give loss_fn."
+        )
+    trees = (outputs, targets)
+    samples = [[x for x, axis in zip(t.leaves, t.axes, strict=True) if axis is not None] for t in trees]
+    dims = [[axis for axis in t.axes if axis is not None] for t in trees]
+
+    def one(pieces: list[list[Tensor]]) -> Tensor:
+        alone = []
+        for tree, given in zip(trees, pieces, strict=True):
+            it = iter(given)
+            alone.append(tree_unflatten([x if axis is None else next(it).unsqueeze(axis) for x, axis in zip(tree.leaves, tree.axes, strict=True)], tree.spec))
+        return _scalar(loss_fn(*alone))
+
+    try:
+        return vmap(one, in_dims=(dims,), randomness="error")(samples)
+    except LossError:
+        raise
+    except Exception:  # data-dependent criterions: one by one, which raises the user's own error if there is one
+        return torch.stack([_scalar(loss_fn(outputs.sample(i), targets.sample(i))) for i in range(n)])
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if loss.numel() != 1:
+        raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone; it must return a scalar.")
+    return loss.reshape(())
+
+
+def ignored(losses: Tensor, outputs: Tree, targets: Tree) -> Tensor | None:
+    """Samples whose every target is ignored (a mean over nothing is NaN): their rows are zero.  ``None`` if there are none."""
+    bad = losses.detach().isnan()
+    if not bool(bad.any()):
+        return None
+    n = len(losses)
+    sampled = [(x, axis) for x, axis in zip(targets.leaves, targets.axes, strict=True) if axis is not None]
+    if not any(not x.is_floating_point() for x, _ in sampled):
+        return None
+    for x, axis in zip(outputs.leaves, outputs.axes, strict=True):
+        if axis is not None and x.is_floating_point():
+            bad = bad & x.detach().movedim(axis, 0).reshape(n, -1).isfinite().all(1)
+    if not bool(bad.any()):
+        return None
+    warnings.warn(
+        f"every target of sample(s) {bad.nonzero().flatten().tolist()} is ignored: their losses and gradients are set to zero.", UserWarning, stacklevel=3
+    )
+    return bad
+
+
+def warn_if_not_mean(whole: Tensor, losses: Tensor) -> None:
+    """Say so where the criterion of the batch is neither the mean nor the sum of the lone losses."""
+    mean, whole, n = losses.detach().double().mean(), whole.detach().double(), len(losses)
+    tolerance = 1e-3 * (mean.abs() + whole.abs()) + 1e-6
+    if bool(((mean - whole).abs() > tolerance) & ((mean * n - whole).abs() > tolerance * n)):
+        warnings.warn(
+            f"the criterion of the whole batch is {float(whole):.6g}, the mean of the samples' own losses {float(mean):.6g}. Legitimate causes: class "
+            "weights, ignore_index or masks with unequal counts per sample. Otherwise the criterion looks at several samples at once (contrastive "
+            "losses), and return [N] losses or use coupled quantities instead.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def per_sample(loss_fn: LossFunction, outputs: Any, targets: Any = None, batch_dim: Any = 0) -> Tensor:
+    """``[N]``: the unscaled loss of every sample, of any criterion; differentiable with respect to ``outputs``.
+
+    The sample axes are as for `persample.gradients`; raises `LossError` where the losses can't be had per sample.
+    """
+    batch = Batch.of(outputs, targets, batch_dim)
+    whole = loss_fn(outputs, targets)
+    if is_per_sample(whole, batch.n):
+        return whole
+    tree = batch.inputs
+    losses = lone_losses(loss_fn, tree, batch.targets, batch.n)
+    bad = ignored(losses, tree, batch.targets)
+    return losses if bad is None else losses.masked_fill(bad, 0)
+
+
+__all__ = ["LossFunction", "ignored", "is_per_sample", "lone_losses", "per_sample", "warn_if_not_mean"]

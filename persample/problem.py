@@ -1,0 +1,93 @@
+"""What every engine is given: a model, a criterion, a batch, and the parameters that are asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .batch import Batch
+from .errors import UnknownParameterError
+from .factors import Factors
+from .losses import LossFunction
+
+Selection = str | Iterable[str] | Callable[[str, Tensor], bool] | None
+Emit = Callable[[str, Factors], None]
+Weighted = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Per-sample gradients of ``loss_fn(model(inputs), targets)`` with respect to ``parameters``."""
+
+    model: nn.Module
+    loss_fn: LossFunction
+    batch: Batch
+    parameters: dict[str, nn.Parameter]  # those asked for, by their first name
+    aliases: dict[str, str] = field(default_factory=dict)  # further names of tied parameters -> first name
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What an engine reports besides the factors that it emits."""
+
+    losses: Tensor  # [N], detached
+    outputs: Any  # detached
+    unused: tuple[str, ...] = ()  # parameters that no loss depends on
+    weighted: Weighted | None = None  # weights [N] -> weighted sums of rows, by one more backward pass
+
+
+def named_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """Parameters that require grad by their first name, and the further names of tied ones."""
+    first: dict[int, str] = {}
+    found: dict[str, nn.Parameter] = {}
+    aliases: dict[str, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in first:
+            aliases[name] = first[id(p)]
+        else:
+            first[id(p)] = name
+            if p.requires_grad:
+                found[name] = p
+    return found, {alias: name for alias, name in aliases.items() if name in found}
+
+
+def select(available: dict[str, Any], aliases: dict[str, str], params: Selection, frozen: Iterable[str] = ()) -> list[str]:
+    """The names that a selection means: a regular expression (``re.match``), names, or a predicate ``(name, parameter)``."""
+    if params is None:
+        return list(available)
+    if isinstance(params, str):
+        pattern = re.compile(params)
+        chosen = {aliases.get(name, name) for name in [*available, *aliases] if pattern.match(name)}
+        if not chosen:
+            raise UnknownParameterError(f"params={params!r} matches none of the parameters {_some(available)}.")
+    elif callable(params):
+        chosen = {name for name, p in available.items() if params(name, p)}
+        if not chosen:
+            raise UnknownParameterError(f"the predicate params= accepts none of the parameters {_some(available)}.")
+    else:
+        wanted = list(params)
+        chosen = {aliases.get(name, name) for name in wanted}
+        if unknown := [name for name in wanted if aliases.get(name, name) not in available]:
+            why = " (it does not require grad)" if set(unknown) & set(frozen) else ""
+            raise UnknownParameterError(f"no parameter {unknown[0]!r}{why}; there are {_some(available)}.")
+    return [name for name in available if name in chosen]
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "") or "(none that require grad)"
+
+
+def pose(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, params: Selection = None, batch_dim: Any = 0) -> Problem:
+    """Check and gather what the user gave."""
+    found, aliases = named_parameters(model)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    names = select(found, aliases, params, frozen)
+    if not names:
+        raise UnknownParameterError("the model has no parameter that requires grad, so there is no gradient to take.")
+    chosen = {name: found[name] for name in names}
+    return Problem(model, loss_fn, Batch.of(inputs, targets, batch_dim), chosen, {a: n for a, n in aliases.items() if n in chosen})

@@ -1,0 +1,178 @@
+"""The named quantities: what `Gradients` and `Statistics` answer, each a line or two over parts.
+
+A *part* is what one parameter contributes: a primitive of `persample.reductions` applied to its factors.  In *sample space*
+(``[N]``, ``[N, M]``) the parts of all parameters add up; in *parameter space* (``[*P]``) they stay apart, in a dictionary.
+A new quantity is a method of `Quantities`, and a line in `NEEDS` if a statistics run shall offer it.
+
+Rows are gradients of *unscaled* per-sample losses, and ``mean`` is over the ``N`` samples of the batch.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import reductions
+from .errors import QuantityError, UnknownParameterError
+from .factors import Factors
+
+Parts = dict[str, Any]
+Direction = Mapping[str, Tensor] | Tensor
+
+
+class Projects(Protocol):
+    """A projection that applies itself to factors, parameter by parameter (`persample.attribution.Projection`)."""
+
+    def part(self, name: str, g: Factors) -> Tensor:
+        """``G R`` for one parameter, ``[N, k]``."""
+
+
+# What one parameter contributes: (its factors, its piece of the argument) -> part.
+PARTS: dict[str, Callable[[Factors, Any], Any]] = {
+    "squares": lambda g, _: reductions.row_dot(g, g),  # [N]
+    "gram": lambda g, _: reductions.gram(g, g),  # [N, N]
+    "sum": lambda g, _: reductions.weighted_sum(g),  # [*P]
+    "square_sum": lambda g, _: reductions.square_sum(g),  # [*P]
+    "moments": lambda g, _: reductions.moments(g),  # (sum, centred sum of squares), [*P] each
+    "dot": reductions.dot,  # [N]
+    "project": lambda g, r: r(g) if callable(r) else reductions.project(g, r),  # [N, k]
+}
+
+# The part each quantity of a statistics run is made of.
+NEEDS: dict[str, str] = {
+    "norm": "squares",
+    "squared_norm": "squares",
+    "clip": "squares",
+    "gram": "gram",
+    "cosine": "gram",
+    "sum": "sum",
+    "mean": "sum",
+    "second_moment": "square_sum",
+    "variance": "moments",
+    "std": "moments",
+    "dot": "dot",
+    "project": "project",
+}
+
+
+class Quantities(abc.ABC):
+    """Everything that can be asked of the per-sample gradients of one batch."""
+
+    losses: Tensor  # [N], detached
+    outputs: Any
+    names: tuple[str, ...]
+    shapes: dict[str, torch.Size]
+
+    @abc.abstractmethod
+    def _parts(self, kind: str, argument: Any = None) -> Parts:
+        """``{name: part}``, with an argument split by parameter where there is one."""
+
+    @abc.abstractmethod
+    def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
+        """``weight^T G`` for every parameter."""
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    # ---- sample space: parameters add up ------------------------------------------------------------------------
+
+    def squared_norm(self, per_parameter: bool = False) -> Any:
+        """``diag(G G^T)``, ``[N]``: the squared L2 norm of every sample's gradient; ``{name: [N]}`` per parameter."""
+        parts = self._parts("squares")
+        return parts if per_parameter else _total(parts)
+
+    def norm(self, per_parameter: bool = False) -> Any:
+        """``[N]``: the L2 norm of every sample's gradient, over all parameters; ``{name: [N]}`` per parameter."""
+        squares = self.squared_norm(per_parameter)
+        return {name: s.sqrt() for name, s in squares.items()} if per_parameter else squares.sqrt()
+
+    def gram(self, other: Quantities | None = None, per_parameter: bool = False) -> Any:
+        """``G H^T``, ``[N, M]``: inner products of all rows with those of ``other`` (by default with themselves)."""
+        parts = self._parts("gram") if other is None or other is self else self._cross(other)
+        return parts if per_parameter else _total(parts)
+
+    def _cross(self, other: Quantities) -> Parts:
+        raise QuantityError("the inner products with another batch need the rows of both: compute gradients without quantities=.")
+
+    def cosine(self, other: Quantities | None = None) -> Tensor:
+        """``[N, M]``: cosines between all rows; 0 where a row is 0."""
+        products = self.gram(other)
+        if other is None or other is self:
+            mine = theirs = products.diagonal().sqrt()
+        else:
+            mine, theirs = self.norm(), other.norm()
+        scale = mine[:, None] * theirs[None, :]
+        return torch.where(scale > 0, products / scale, 0.0)
+
+    def dot(self, direction: Direction) -> Tensor:
+        """``G v``, ``[N]``: the derivative of every sample's loss along ``direction``, ``{name: [*P]}`` or flat ``[D]``."""
+        return _total(self._parts("dot", direction))
+
+    def project(self, projection: Mapping[str, Tensor] | Tensor | Projects) -> Tensor:
+        """``G R``, ``[N, k]``: rows times ``{name: [*P, k]}``, a flat ``[D, k]``, or a `persample.attribution.Projection`."""
+        return _total(self._parts("project", projection))
+
+    # ---- parameter space: parameters stay apart -----------------------------------------------------------------
+
+    def sum(self, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """``sum_n weight[n] G_n``, ``{name: [*P]}``: with no weight, the gradient of the summed loss."""
+        return self._weighted(weight)
+
+    def mean(self) -> dict[str, Tensor]:
+        """``(1/N) sum_n G_n``, ``{name: [*P]}``: the gradient of the mean loss."""
+        return {name: total / len(self) for name, total in self._weighted(None).items()}
+
+    def clip(self, max_norm: float) -> dict[str, Tensor]:
+        """``sum_n min(1, max_norm / |G_n|) G_n``, ``{name: [*P]}``: the sum of rows, each clipped to an L2 norm over all
+        parameters of at most ``max_norm`` (Abadi et al. 2016, algorithm 1, without noise and not divided by N)."""
+        if not max_norm > 0:
+            raise QuantityError(f"max_norm must be positive, got {max_norm}.")
+        norm = self.norm()
+        return self._weighted(torch.where(norm > max_norm, max_norm / norm, 1.0))
+
+    def second_moment(self) -> dict[str, Tensor]:
+        """``(1/N) sum_n G_n^2``, ``{name: [*P]}``: the mean of squares, not centred."""
+        return {name: total / len(self) for name, total in self._parts("square_sum").items()}
+
+    def variance(self, ddof: int = 0) -> dict[str, Tensor]:
+        """``1/(N - ddof) sum_n (G_n - mean)^2``, ``{name: [*P]}``: centred before squaring, never negative."""
+        if len(self) <= ddof:
+            raise QuantityError(f"a variance with ddof={ddof} needs more than {ddof} sample(s), but N = {len(self)}.")
+        return {name: centred / (len(self) - ddof) for name, (_, centred) in self._parts("moments").items()}
+
+    def std(self, ddof: int = 0) -> dict[str, Tensor]:
+        """The square root of `variance`, ``{name: [*P]}``."""
+        return {name: v.sqrt() for name, v in self.variance(ddof).items()}
+
+    # ---- helpers ------------------------------------------------------------------------------------------------
+
+    def _split(self, kind: str, argument: Any) -> dict[str, Any]:
+        """The piece of a direction or projection that belongs to each parameter."""
+        what = "projection" if kind == "project" else "direction"
+        if hasattr(argument, "part"):
+            return {name: lambda g, name=name: argument.part(name, g) for name in self.names}
+        behind = 1 if kind == "project" else 0
+        if isinstance(argument, Tensor):
+            size = sum(shape.numel() for shape in self.shapes.values())
+            if argument.ndim != 1 + behind or len(argument) != size:
+                raise QuantityError(f"a flat {what} must have shape [{size}{', k' * behind}] for these parameters, got {list(argument.shape)}.")
+            pieces = argument.split([shape.numel() for shape in self.shapes.values()])
+            return {name: x.reshape(*shape, *x.shape[1:]) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
+        if missing := [name for name in self.names if name not in argument]:
+            raise UnknownParameterError(f"the {what} has no entry for parameter '{missing[0]}'; it needs all of {list(self.names)[:8]}.")
+        for name, shape in self.shapes.items():
+            got = argument[name].shape
+            if got[: len(shape)] != shape or len(got) != len(shape) + behind:
+                raise QuantityError(f"the {what} for '{name}' must have shape {[*shape, *['k'] * behind]}, got {list(got)}.")
+        return {name: argument[name] for name in self.names}
+
+
+def _total(parts: Parts) -> Tensor:
+    first, *rest = parts.values()
+    for part in rest:
+        first = first + part
+    return first

@@ -1,0 +1,115 @@
+"""How one function's gradient factors: the table of rules, and what else is known about functions.
+
+A **rule** belongs to a function and has that function's own signature after ``(call, g)``, with ``g`` the gradient of
+the output.  For each argument that may be shared it yields ``(argument, lambda: factors)``; the lambda runs only if that
+argument's gradient is asked for.  ``call.samples(x)`` and ``call.tokens(x)`` bring an argument or ``g`` into the
+sample-first shapes ``[N, k, *rest]`` and ``[N, T, D]``, whatever the layout was.
+
+A rule is an optimisation, never a requirement: what no rule serves goes through `persample.rules.fallback`.
+
+A **pull-back** is the same for tensors derived from parameters only (``weight.t()``): ``(derivation, factors,
+*arguments)`` to ``(argument, lambda: factors)``.  What none serves is differentiated by autograd, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from ..factors import Factors
+
+Function = Callable[..., Any]
+Yields = Iterator[tuple[Any, "Callable[[], Factors]"]]
+R = TypeVar("R", bound=Callable[..., Any])
+
+RULES: dict[Function, Callable[..., Yields]] = {}
+PULLBACKS: dict[Function, Callable[..., Yields]] = {}
+COUPLES: dict[Function, Callable[..., str]] = {}
+
+
+def rule(*functions: Function) -> Callable[[R], R]:
+    """Register a rule for ``functions``; the rule gets a ``remove()`` that puts back what was there before."""
+    return _registrar(RULES, functions)
+
+
+def pullback(*functions: Function) -> Callable[[R], R]:
+    """Register how the gradient of ``functions``' output, all arguments shared, goes back to the arguments."""
+    return _registrar(PULLBACKS, functions)
+
+
+def couples(*functions: Function) -> Callable[[R], R]:
+    """Register a predicate with the function's signature: why this call couples the batch, or ``""``."""
+    return _registrar(COUPLES, functions)
+
+
+def _registrar(table: dict[Function, Any], functions: tuple[Function, ...]) -> Callable[[R], R]:
+    if not functions or not all(callable(f) for f in functions):
+        raise TypeError("name the function(s) to register for, e.g. @rule(torch.nn.functional.linear)")
+
+    def register(entry: R) -> R:
+        before = {f: table.get(f) for f in functions}
+        table.update(dict.fromkeys(functions, entry))
+
+        def remove() -> None:
+            for f, old in before.items():
+                if table.get(f) is entry:
+                    if old is None:
+                        del table[f]
+                    else:
+                        table[f] = old
+
+        entry.remove = remove  # type: ignore[attr-defined]
+        return entry
+
+    return register
+
+
+def spellings(*names: str) -> list[Function]:
+    """All ways to call a function: ``torch.add``, ``Tensor.add``, ``Tensor.__add__``, ``F.add`` ..."""
+    dunder = [f"__{name}__" for name in names]
+    found = [getattr(space, name, None) for space in (torch, Tensor, F) for name in (*names, *dunder)]
+    return [f for f in dict.fromkeys(found) if callable(f)]
+
+
+def coupling(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why this call makes samples depend on each other; empty if it doesn't (as far as is known)."""
+    predicate = COUPLES.get(func)
+    return predicate(*args, **kwargs) if predicate is not None else ""
+
+
+def mutates(func: Function) -> bool:
+    """Whether the function changes its first argument: ``add_``, ``__iadd__``, ``__setitem__``."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in _NOT_INPLACE or name == "__setitem__"
+    return name.endswith("_")
+
+
+_NOT_INPLACE = {"__init__", "__invert__", "__index__", "__int__", "__iter__", "__instancecheck__"}
+
+
+def opened(func: Function) -> Function:
+    """A Python function of torch as it is, except that it doesn't hand itself over to an active mode as one call."""
+    assert isinstance(func, FunctionType)
+    unguarded = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False)
+    copy = FunctionType(func.__code__, {**func.__globals__, **unguarded}, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+OPEN: dict[Function, Function] = {f: opened(f) for f in (F.multi_head_attention_forward,)}
+
+# What takes shape, type or place from an argument, and no gradient.
+INERT: set[Function] = {
+    *spellings("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *spellings("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "type_as", "result_type", "is_same_size"),
+    *spellings("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "argmax", "argmin", "argsort", "sign", "detach"),
+}
+
+from . import affine, attention, conv, derived, elementwise, embedding, norm, recurrent  # noqa: E402, F401

@@ -1,0 +1,112 @@
+"""Products with a weight: ``linear``, ``addmm``, ``matmul`` and its spellings, ``einsum``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..factors import Dense, Outer, outer
+from . import Yields, rule, spellings
+from .elementwise import spread
+
+if TYPE_CHECKING:
+    from ..capture import Call
+
+
+def product(left: Tensor, right: Tensor, shape: torch.Size) -> Outer:
+    """One block: ``sum_t left[n, t] (x) right[n, t]`` from tokens ``[N, T, O]`` and ``[N, T, I]``."""
+    return outer(left.unsqueeze(1), right.unsqueeze(1), shape)
+
+
+@rule(F.linear)
+def linear(call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Yields:
+    if call.sampled(input) and not call.sampled(weight):
+        if weight.ndim == 1:
+            yield weight, lambda: Dense((call.tokens(g, 0).unsqueeze(-1) * call.tokens(input)).sum(1))
+        else:
+            yield weight, lambda: product(call.tokens(g), call.tokens(input), weight.shape)
+    if bias is not None and not call.sampled(bias):
+        yield bias, lambda: spread(call, g, bias)
+
+
+@rule(torch.addmm, Tensor.addmm)
+def addmm(call: Call, g: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Yields:
+    if call.sampled(mat1) and not call.sampled(mat2):
+        yield mat2, lambda: product(call.tokens(mat1), call.tokens(g) * alpha, mat2.shape)
+    if not call.sampled(input):
+        yield input, lambda: spread(call, g * beta, input)
+
+
+@rule(*spellings("matmul", "mm"))
+def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> Yields:
+    if call.sampled(input) and not call.sampled(other):
+        yield from _right(call, g, input, other)
+    if call.sampled(other) and not call.sampled(input):
+        yield from _left(call, g, input, other)
+
+
+@rule(Tensor.__rmatmul__)
+def rmatmul(call: Call, g: Tensor, other: Tensor, input: Tensor) -> Yields:
+    yield from matmul(call, g, input, other)
+
+
+@rule(*spellings("mv"))
+def mv(call: Call, g: Tensor, input: Tensor, vec: Tensor) -> Yields:
+    yield from matmul(call, g, input, vec)
+
+
+def _right(call: Call, g: Tensor, x: Tensor, w: Tensor) -> Yields:
+    """``x @ w`` with a shared ``w``: a vector, a matrix, or a matrix for each of some heads."""
+    if x.ndim < 2:
+        return
+    if w.ndim == 1:
+        yield w, lambda: Dense((call.tokens(g, 0).unsqueeze(-1) * call.tokens(x)).sum(1))
+    elif w.ndim == 2:
+        yield w, lambda: product(call.tokens(x), call.tokens(g), w.shape)
+    elif (pair := _heads(call, g, x, w)) is not None:
+        yield w, lambda: outer(pair[1], pair[0], w.shape)
+
+
+def _left(call: Call, g: Tensor, w: Tensor, x: Tensor) -> Yields:
+    """``w @ x`` with a shared ``w``: the same from the right, of the transposed tensors."""
+    if x.ndim < 2 or w.ndim != 2:
+        return
+    at = call.layouts[id(x)]
+    assert at is not None
+    if at.axis == x.ndim - 1:  # the samples are the columns
+        yield w, lambda: product(call.tokens(g), call.tokens(x), w.shape)
+    elif at.axis < x.ndim - 2:
+        yield w, lambda: product(call.samples(g).mT.flatten(1, -2), call.samples(x).mT.flatten(1, -2), w.shape)
+
+
+def _heads(call: Call, g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``x [N, K, T, I] @ w [K, I, O]``, blocks ``K`` aligned: ``(g [N, K, T, O], x [N, K, T, I])``."""
+    at = call.layouts[id(x)]
+    if at is None or not at.plain or at.axis != 0 or x.ndim != w.ndim + 1 or x.shape[1:-2] != w.shape[:-2]:
+        return None
+    return call.samples(g).squeeze(1).flatten(1, -3), call.samples(x).squeeze(1).flatten(1, -3)
+
+
+@rule(torch.einsum)
+def einsum(call: Call, g: Tensor, equation: Any, *operands: Any) -> Yields:
+    """One more einsum: the output gradient takes the output's place, the result the operand's, the sample stays."""
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return
+    left, result = equation.replace(" ", "").split("->")
+    letters = left.split(",")
+    at = call.layout
+    if not at.plain or any(len(set(part)) != len(part) for part in letters):
+        return
+    n = result[at.axis]
+    for position, (own, w) in enumerate(zip(letters, operands, strict=True)):
+        others = [i for i in range(len(operands)) if i != position]
+        seen = set(result).union(*(letters[i] for i in others))
+        if call.sampled(w) or n in own or not set(own) <= seen:
+            continue
+        inner = ",".join([result, *(letters[i] for i in others)])
+        rest = [call.read(operands[i]) for i in others]
+        yield w, lambda inner=inner, own=own, rest=rest: Dense(torch.einsum(f"{inner}->{n}{own}", g, *rest))

@@ -1,0 +1,73 @@
+"""Convolutions and transposed convolutions, 1 to 3 spatial dimensions, every option.
+
+A transposed convolution is the adjoint of a convolution: for the weight, input and output gradient trade places.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..factors import Conv, Dense, Factors, fold
+from . import Yields, rule
+
+if TYPE_CHECKING:
+    from ..capture import Call
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * dims if len(value) == 1 else value
+
+
+def _images(call: Call, x: Tensor) -> tuple[Tensor, int]:
+    """``[N * k, C, *S]``, the ``k`` images of a sample in a row, and ``k``."""
+    x = call.samples(x)
+    return x.flatten(0, 1), x.shape[1]
+
+
+def _kernel(call: Call, x: Tensor, g: Tensor, weight: Tensor, geometry: tuple[tuple[int, ...], ...]) -> Factors:
+    (images, k), (grads, _) = _images(call, x), _images(call, g)
+    factors = Conv(images, grads, *geometry, weight.shape)
+    return factors if k == 1 else fold(factors, k)
+
+
+def channels(call: Call, g: Tensor) -> Dense:
+    """A bias per channel: ``[N, k, C, *S]`` summed over everything else."""
+    g = call.samples(g).transpose(1, 2).flatten(2)
+    return Dense(g.sum(2))
+
+
+@rule(F.conv1d, F.conv2d, F.conv3d)
+def conv(
+    call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Yields:  # fmt: skip
+    dims = weight.ndim - 2
+    if call.sampled(weight) or not call.sampled(input) or input.ndim != weight.ndim:
+        return
+    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+    if padding == "same":  # what doesn't divide goes to the high end
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:], strict=True))
+    padding = _tuple(0 if padding == "valid" else padding, dims)
+    yield weight, lambda: _kernel(call, input, g, weight, (stride, padding, dilation))
+    if bias is not None:
+        yield bias, lambda: channels(call, g)
+
+
+@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def conv_transpose(
+    call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None,
+    stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Yields:  # fmt: skip
+    dims = weight.ndim - 2
+    if call.sampled(weight) or not call.sampled(input) or input.ndim != weight.ndim:
+        return
+    geometry = (_tuple(stride, dims), _tuple(padding, dims), _tuple(dilation, dims))
+    yield weight, lambda: _kernel(call, g, input, weight, geometry)
+    if bias is not None:
+        yield bias, lambda: channels(call, g)
+
+

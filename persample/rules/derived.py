@@ -1,0 +1,161 @@
+"""Back from a tensor that was derived from parameters to what it was derived from.
+
+Transposes swap factors, views reshape them, a looked-up table becomes `Rows`; whatever isn't listed here is
+differentiated by autograd, one row at a time, by the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Size, Tensor
+from torch.nn import functional as F
+
+from ..factors import Conv, Dense, Factors, Outer, Rows, cast, reshape, scale, transpose
+from . import Yields, pullback, spellings
+
+if TYPE_CHECKING:
+    from ..capture import Derivation
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """Rows of a derived tensor that has an entry of its own for every sample: row ``n`` is zero except at index ``n``
+    of ``axis``, where it is ``value[n]``."""
+
+    value: Tensor  # [N, *shape without axis]
+    axis: int
+    shape: Size
+
+    def dense(self) -> Tensor:
+        """``[N, *shape]``."""
+        n = len(self.value)
+        out = self.value.new_zeros(n, *self.shape)
+        out.diagonal(0, 0, 1 + self.axis).copy_(self.value.movedim(0, -1))
+        return out
+
+
+Rowlike = Factors | Diagonal
+
+
+def _same(g: Any) -> Any:
+    return lambda: g
+
+
+@pullback(*spellings("contiguous", "clone", "alias", "requires_grad_"), torch.clone)
+def identity(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any) -> Yields:
+    yield input, _same(g)
+
+
+@pullback(*spellings("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu"))
+def converted(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any) -> Yields:
+    if not isinstance(g, Diagonal):
+        yield input, lambda: cast(g, input.dtype)
+
+
+@pullback(*spellings("t", "transpose", "swapaxes", "swapdims", "permute", "adjoint"), Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+def transposed(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any) -> Yields:
+    if not isinstance(g, Diagonal) and input.ndim == 2 and tuple(d.shape) == (input.shape[1], input.shape[0]):
+        probe = d.func(torch.empty(2, 3), *args, **kwargs)  # a permutation may also be the identity
+        yield input, (lambda: transpose(g)) if probe.shape == (3, 2) else _same(g)
+
+
+@pullback(*spellings("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"))
+def viewed(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any) -> Yields:
+    if isinstance(g, Diagonal):
+        return
+    if isinstance(g, Conv | Rows) and g.shape != input.shape:
+        return
+    yield input, lambda: reshape(g, input.shape)
+
+
+@pullback(*spellings("expand", "expand_as", "broadcast_to"))
+def expanded(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any) -> Yields:
+    from .elementwise import _sum_to
+
+    lead = len(d.shape) - input.ndim
+    if isinstance(g, Diagonal):
+        place = g.axis - lead
+        if place >= 0 and input.shape[place] != 1:
+            return  # the samples were on that axis before
+        rest = input.shape[:place] + input.shape[place + 1 :] if place >= 0 else input.shape
+        yield input, lambda: Dense(_sum_to(g.value, rest, 1).reshape(-1, *input.shape))
+    elif isinstance(g, Dense):
+        yield input, lambda: Dense(_sum_to(g.value, input.shape, 1))
+
+
+@pullback(F.embedding)
+def looked_up(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Yields:
+    index = d.read(input)
+    if isinstance(g, Diagonal):
+        if g.axis >= index.ndim:
+            return
+        index, value = index.movedim(g.axis, 0).flatten(1), g.value
+    elif isinstance(g, Dense):
+        value = g.value
+        index = index.reshape(1, -1).expand(len(value), -1)
+    else:
+        return
+    yield weight, lambda: table_rows(index, value.reshape(len(value), -1, weight.shape[1]), weight, padding_idx)
+
+
+def table_rows(index: Tensor, value: Tensor, weight: Tensor, padding_idx: int | None) -> Rows:
+    """``Rows`` of a looked-up table; the padding entry gets no gradient."""
+    if padding_idx is not None:
+        value = value.masked_fill((index == padding_idx % len(weight)).unsqueeze(-1), 0)
+    return Rows(index, value, weight.shape)
+
+
+@pullback(*spellings("mul", "rmul", "multiply"))
+def scaled(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> Yields:
+    if isinstance(g, Diagonal):
+        return
+    for p, factor in ((input, other), (other, input)):
+        if isinstance(p, Tensor) and p.requires_grad and p.shape == d.shape and _is_number(factor):
+            yield p, lambda p=p, factor=factor: scale(g, factor)
+
+
+@pullback(*spellings("div", "truediv", "true_divide"))
+def divided(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> Yields:
+    if not isinstance(g, Diagonal) and isinstance(other, (int, float)) and not kwargs.get("rounding_mode"):
+        yield input, lambda: scale(g, 1 / other)
+
+
+@pullback(*spellings("neg"))
+def negated(d: Derivation, g: Rowlike, input: Tensor, **kwargs: Any) -> Yields:
+    if not isinstance(g, Diagonal):
+        yield input, lambda: scale(g, -1.0)
+
+
+@pullback(*spellings("add", "radd", "sub"))
+def added(d: Derivation, g: Rowlike, input: Any, other: Any, *, alpha: float = 1, **kwargs: Any) -> Yields:
+    sign = -alpha if "sub" in getattr(d.func, "__name__", "") else alpha
+    for p, factor in ((input, 1), (other, sign)):
+        if isinstance(p, Tensor) and p.shape == d.shape and (factor == 1 or not isinstance(g, Diagonal)):
+            yield p, (lambda factor=factor: scale(g, factor)) if factor != 1 else _same(g)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) or isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad
+
+
+def pulled(d: Derivation, g: Rowlike) -> Iterator[tuple[Tensor, Any]] | None:
+    """One step back by a pull-back, if it serves every source of the derivation; else ``None``."""
+    from . import PULLBACKS
+
+    if (entry := PULLBACKS.get(d.func)) is None:
+        return None
+    try:
+        found = list(entry(d, g, *d.args, **d.kwargs))
+    except TypeError:  # a spelling of the arguments that the pull-back doesn't know
+        return None
+    served = {id(t) for t, _ in found}
+    if not all(id(s.tensor) in served for s in d.sources):
+        return None
+    return iter(found)
+
+
+__all__ = ["Diagonal", "Outer", "Rowlike", "pulled", "table_rows"]

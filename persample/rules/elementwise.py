@@ -1,0 +1,125 @@
+"""Calls that broadcast a shared tensor over the batch: ``add``, ``mul``, ``where``, ``cat``, item assignment ..."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..factors import Dense
+from . import Yields, rule, spellings
+from .derived import Diagonal
+
+if TYPE_CHECKING:
+    from ..capture import Call
+
+
+def spread(call: Call, g: Tensor, p: Tensor) -> Any:
+    """The gradient of a shared ``p`` that was broadcast to the output: sum over where it was, per sample."""
+    at = call.layout
+    place = at.axis - (g.ndim - p.ndim)  # of the sample axis in p
+    if place >= 0 and p.shape[place] == g.shape[at.axis] > 1:  # p has an entry of its own for every sample
+        if not at.plain:
+            raise NotImplementedError
+        g = g.movedim(at.axis, 0)
+        rest = p.shape[:place] + p.shape[place + 1 :]
+        return Diagonal(_sum_to(g, rest, 1).to(p.dtype), place, p.shape)
+    rows = call.samples(g)  # [N, k, *rest of g]
+    rest = p.shape[:place] + p.shape[place + 1 :] if place >= 0 else p.shape
+    return Dense(_sum_to(rows, rest, 1).reshape(-1, *p.shape))
+
+
+def _sum_to(g: Tensor, shape: torch.Size, keep: int) -> Tensor:
+    """Sum all but the first ``keep`` axes down to ``shape`` (aligned at the right)."""
+    while g.ndim - keep > len(shape):
+        # merge the extra axes in one sum
+        g = g.sum(tuple(range(keep, g.ndim - len(shape))))
+    over = [keep + a for a, size in enumerate(shape) if size == 1 != g.shape[keep + a]]
+    return g.sum(over, keepdim=True) if over else g
+
+
+@rule(*spellings("add", "add_", "iadd", "radd"))
+def add(call: Call, g: Tensor, input: Any, other: Any, *, alpha: float = 1, out: Any = None) -> Yields:
+    if isinstance(input, Tensor) and not call.sampled(input):
+        yield input, lambda: spread(call, g, input)
+    if isinstance(other, Tensor) and not call.sampled(other):
+        yield other, lambda: spread(call, g if alpha == 1 else g * alpha, other)
+
+
+@rule(*spellings("sub", "sub_", "isub", "subtract"))
+def sub(call: Call, g: Tensor, input: Any, other: Any, *, alpha: float = 1, out: Any = None) -> Yields:
+    yield from add(call, g, input, other, alpha=-alpha)
+
+
+@rule(*spellings("rsub"))
+def rsub(call: Call, g: Tensor, input: Any, other: Any, *, alpha: float = 1) -> Yields:
+    yield from add(call, g, other, input, alpha=-alpha)
+
+
+@rule(*spellings("mul", "mul_", "imul", "rmul", "multiply"))
+def mul(call: Call, g: Tensor, input: Any, other: Any, *, out: Any = None) -> Yields:
+    for p, x in ((input, other), (other, input)):
+        if isinstance(p, Tensor) and not call.sampled(p):
+            yield p, lambda p=p, x=x: spread(call, g * call.read(x), p)
+
+
+@rule(*spellings("div", "div_", "truediv", "itruediv", "true_divide"))
+def div(call: Call, g: Tensor, input: Any, other: Any, *, rounding_mode: str | None = None, out: Any = None) -> Yields:
+    if rounding_mode is not None:
+        return
+    if isinstance(input, Tensor) and not call.sampled(input):
+        yield input, lambda: spread(call, g / call.read(other), input)
+    if isinstance(other, Tensor) and not call.sampled(other):
+        yield other, lambda: spread(call, -g * call.read(input) / other.square(), other)
+
+
+@rule(torch.where, Tensor.where)
+def where(call: Call, g: Tensor, condition: Any, input: Any = None, other: Any = None) -> Yields:
+    if torch.is_tensor(input) and torch.is_tensor(condition) and condition.dtype is torch.bool:
+        if not call.sampled(input):
+            yield input, lambda: spread(call, g.masked_fill(~condition, 0), input)
+        if isinstance(other, Tensor) and not call.sampled(other):
+            yield other, lambda: spread(call, g.masked_fill(condition, 0), other)
+
+
+@rule(torch.cat, torch.concat, torch.concatenate)
+def cat(call: Call, g: Tensor, tensors: Any, dim: int = 0, *, axis: int | None = None, out: Any = None) -> Yields:
+    dim = (dim if axis is None else axis) % g.ndim
+    if dim == call.layout.axis:
+        return
+    start = 0
+    for p in tensors:
+        piece = g.narrow(dim, start, p.shape[dim]) if p.ndim == g.ndim else g
+        start += p.shape[dim] if p.ndim == g.ndim else 0
+        if not call.sampled(p) and p.ndim == g.ndim:
+            yield p, lambda p=p, piece=piece: spread(call, piece, p)
+
+
+@rule(F.prelu, torch.prelu, Tensor.prelu)
+def prelu(call: Call, g: Tensor, input: Tensor, weight: Tensor) -> Yields:
+    """One slope, or one for each channel (axis 1)."""
+    at = call.layout
+    if call.sampled(weight) or (at.axis == 1 and weight.numel() > 1):
+        return
+    slope = g * call.read(input).clamp(max=0)
+    if weight.numel() == 1:
+        yield weight, lambda: Dense(call.tokens(slope, 0).sum(1).view(-1, *weight.shape))
+    else:  # [N, k, C, *rest], or [N, k, rest, C, *rest] for samples behind the channels
+        yield weight, lambda: Dense(call.samples(slope).movedim(2 if at.axis == 0 else 3, -1).flatten(1, -2).sum(1))
+
+
+@rule(Tensor.__setitem__)
+def setitem(call: Call, g: Tensor, target: Tensor, index: Any, value: Any) -> Yields:
+    if isinstance(value, Tensor) and not call.sampled(value):
+        picked = g[index]
+        at = call.layout
+        if at.plain and at.axis == 0 and picked.ndim and picked.shape[0] == at.n and _keeps_samples(index):
+            yield value, lambda: spread(call, picked, value)
+
+
+def _keeps_samples(index: Any) -> bool:
+    """``x[:, ...] = p``: the assignment runs over all samples."""
+    first = index[0] if isinstance(index, tuple) else index
+    return first is Ellipsis or isinstance(first, slice) and first == slice(None)

@@ -1,0 +1,122 @@
+"""Any function without a rule: differentiate that one call, sample by sample.
+
+First all samples at once (``vmap`` of ``vjp`` over slices that keep their sample axis); where that fails or the call
+doesn't act on every sample alone, once per sample with the output gradient of that sample only, which is always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import CaptureError, InplaceError, RandomnessError
+from ..factors import Dense
+from ..layout import Layout, samples_first
+from . import mutates, spellings
+
+if TYPE_CHECKING:
+    from ..capture import Call
+
+_DRAWS = {*spellings("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rrelu", "bernoulli", "gumbel_softmax")}
+
+
+def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> Iterator[tuple[Tensor, Dense]]:
+    """Rows ``[N, *P]`` for every tensor in ``wanted``."""
+    if call.func in _DRAWS:
+        raise _random(call)
+    try:
+        rows = _vectorised(call, grads, wanted)
+    except InplaceError:
+        raise
+    except Exception:  # vmap has many ways to refuse; the loop below is always right
+        rows = _one_by_one(call, grads, wanted)
+    yield from ((t, Dense(r)) for t, r in zip(wanted, rows, strict=True))
+
+
+def _random(call: Call) -> RandomnessError:
+    return RandomnessError(f"{call.name} draws random numbers and has no rule, so it can't be run again. Use engine='loop', or register a rule.")
+
+
+def _runner(call: Call, wanted: list[Tensor]) -> Any:
+    """The call as a function of the wanted tensors and a replacement for its other arguments."""
+    place = {id(t): i for i, t in enumerate(wanted)}
+
+    def run(values: Sequence[Tensor], replace: dict[int, Tensor]) -> list[Tensor]:
+        def swap(t: Any) -> Any:
+            if not isinstance(t, Tensor):
+                return t
+            return values[place[id(t)]] if id(t) in place else replace.get(id(t), t)
+
+        args, kwargs = tree_map(swap, call.args), tree_map(swap, call.kwargs)
+        if mutates(call.func):
+            args = (args[0].clone(), *args[1:])
+            out = call.func(*args, **kwargs)
+            out = args[0] if out is None else out
+        else:
+            out = call.func(*args, **kwargs)
+        return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+
+    return run
+
+
+def _vectorised(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> list[Tensor]:
+    run = _runner(call, wanted)
+    arguments = {id(t): t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor) and call.sampled(t)}
+    layouts = [_known(call.layouts[i]) for i in arguments]
+    outputs = [(g, _known(layout)) for g, (_, layout) in zip(grads, call.outputs, strict=True) if g is not None]
+
+    def one(pieces: list[Tensor], gs: list[Tensor]) -> tuple[Tensor, ...]:
+        replace = {i: x.movedim(0, at.axis) for i, x, at in zip(arguments, pieces, layouts, strict=True)}
+        outs, pull = vjp(lambda *values: run(values, replace), *(t.detach() for t in wanted))
+        given = iter(gs)
+        cotangents = []
+        for out, g, (_, at) in zip(outs, grads, call.outputs, strict=True):
+            cotangents.append(torch.zeros_like(out) if g is None else next(given).movedim(0, _known(at).axis))
+            if cotangents[-1].shape != out.shape:
+                raise ValueError("the call does not act on every sample alone")
+        return pull(cotangents)
+
+    pieces = [call.samples(x) for x in arguments.values()]
+    rows = vmap(one, randomness="error")(pieces, [samples_first(g, at) for g, at in outputs])
+    return [r.detach() for r in rows]
+
+
+def _known(layout: Layout | None) -> Layout:
+    if layout is None or layout.owner is not None:
+        raise ValueError("samples are not on an axis of their own")
+    return layout
+
+
+def _one_by_one(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> list[Tensor]:
+    n = call.layout.n
+    run = _runner(call, wanted)
+    for x in tree_leaves((call.args, call.kwargs)):
+        if isinstance(x, Tensor):
+            call.read(x)
+    before = torch.get_rng_state()
+    with torch.enable_grad():
+        values = [t.detach().requires_grad_() for t in wanted]
+        outs = run(values, {})
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise _random(call)
+    if len(outs) != len(grads):
+        raise CaptureError(f"{call.name}: its outputs can't be told apart when it is run again. Register a rule, or use engine='loop'.")
+    rows = []
+    for i in range(n):
+        seeds = [None if g is None else _only(g, at if at is not None else call.layout, i) for g, (_, at) in zip(grads, call.outputs, strict=True)]
+        pairs = [(o, s) for o, s in zip(outs, seeds, strict=True) if s is not None]
+        found = torch.autograd.grad([o for o, _ in pairs], values, [s for _, s in pairs], retain_graph=True, allow_unused=True)
+        rows.append([torch.zeros_like(v) if f is None else f for v, f in zip(values, found, strict=True)])
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _only(g: Tensor, at: Layout, n: int) -> Tensor:
+    """The output gradient of sample ``n`` alone."""
+    keep = (at.owners() == n).to(g.device).view([-1 if a == at.axis else 1 for a in range(g.ndim)])
+    return g * keep

@@ -1,0 +1,100 @@
+"""Normalisations: the gain's gradient is ``g * x_hat``, the bias' is ``g``, summed over what shares them.
+
+Layer, group, instance and rms norm act on each sample alone.  Batch norm does so with running statistics; with batch
+statistics it couples the samples, and the rule's rows are those of the gain and bias *of this very layer* only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..factors import Dense
+from . import Yields, couples, rule
+from .conv import channels
+
+if TYPE_CHECKING:
+    from ..capture import Call
+
+
+def _features(call: Call, g: Tensor, p: Tensor) -> Dense:
+    """A parameter on the last axes: ``[N, T, *P]`` summed over ``T``."""
+    rows = call.tokens(g, p.ndim)
+    return Dense(rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1))
+
+
+@rule(F.layer_norm)
+def layer_norm(
+    call: Call, g: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Yields:
+    if weight is not None:
+        yield weight, lambda: _features(call, F.layer_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
+    if bias is not None:
+        yield bias, lambda: _features(call, g, bias)
+
+
+@rule(F.rms_norm)
+def rms_norm(call: Call, g: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Yields:
+    if weight is not None:
+        yield weight, lambda: _features(call, F.rms_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
+
+
+@rule(F.group_norm)
+def group_norm(
+    call: Call, g: Tensor, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Yields:
+    if weight is not None:
+        yield weight, lambda: channels(call, F.group_norm(call.read(input), num_groups, eps=eps).mul_(g))
+    if bias is not None:
+        yield bias, lambda: channels(call, g)
+
+
+@rule(F.instance_norm)
+def instance_norm(
+    call: Call, g: Tensor, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Yields:  # fmt: skip
+    def normalised() -> Tensor:
+        if use_input_stats:
+            return F.instance_norm(call.read(input), eps=eps)
+        return F.instance_norm(call.read(input), running_mean, running_var, use_input_stats=False, eps=eps)
+
+    if weight is not None:
+        yield weight, lambda: channels(call, normalised().mul_(g))
+    if bias is not None:
+        yield bias, lambda: channels(call, g)
+
+
+@rule(F.batch_norm)
+def batch_norm(
+    call: Call, g: Tensor, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Yields:  # fmt: skip
+    def normalised() -> Tensor:
+        batch = training or running_mean is None
+        return F.batch_norm(call.read(input), None if batch else running_mean, None if batch else running_var, training=batch, eps=eps)
+
+    if weight is not None:
+        yield weight, lambda: channels(call, normalised().mul_(g))
+    if bias is not None:
+        yield bias, lambda: channels(call, g)
+
+
+@couples(F.batch_norm)
+def batch_statistics(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> str:  # fmt: skip
+    if training:
+        return "normalises with the statistics of the batch (training mode)"
+    return "normalises with the statistics of the batch (it has no running statistics)" if running_mean is None else ""
+
+
+@couples(torch.batch_norm, torch.native_batch_norm)
+def native_batch_statistics(
+    input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, *args: Any, **kwargs: Any
+) -> str:
+    return batch_statistics(input, running_mean, running_var, weight, bias, training)

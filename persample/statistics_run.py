@@ -1,0 +1,118 @@
+"""The result of a run that reduces on arrival: some quantities, and no rows.
+
+The factors of a parameter are reduced the moment they are complete, and dropped, so that peak memory stays near that of
+the plain backward pass.  What is asked for shares parts: norms, variance and Gram read each parameter's factors once each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import QuantityError
+from .factors import Factors
+from .problem import Pass, Weighted
+from .quantities import NEEDS, PARTS, Parts, Quantities
+
+Request = str | tuple[str, dict[str, Any]]
+
+
+class Statistics(Quantities):
+    """The quantities that were asked for by ``quantities=``, with the methods of `Gradients`; others raise `QuantityError`."""
+
+    def __init__(self, requests: Iterable[Request], shapes: dict[str, torch.Size]) -> None:
+        self.requests = dict(_normal(r) for r in ([requests] if isinstance(requests, str) else requests))
+        if not self.requests:
+            raise QuantityError(f"quantities= is empty; ask for some of {list(NEEDS)}.")
+        self.names, self.shapes = tuple(shapes), shapes
+        self.unused: tuple[str, ...] = ()
+        kinds = dict.fromkeys(NEEDS[name] for name in self.requests)
+        self._stored: dict[str, Parts] = {kind: {} for kind in kinds}
+        self._pieces = {kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names) for kind in kinds}
+        self._clipped: dict[str, Tensor] | None = None
+
+    def _argument(self, kind: str) -> Any:
+        options = self.requests[kind]
+        if len(options) != 1:
+            raise QuantityError(f"ask for {kind} with its argument: ('{kind}', {{'{'direction' if kind == 'dot' else 'projection'}': ...}}).")
+        return next(iter(options.values()))
+
+    def emit(self, name: str, g: Factors) -> None:
+        """Reduce the factors of one parameter."""
+        for kind, parts in self._stored.items():
+            parts[name] = PARTS[kind](g, self._pieces[kind][name])
+
+    @property
+    def again(self) -> bool:
+        """Whether a second backward pass is needed, once all norms are known."""
+        return "clip" in self.requests
+
+    def finish(self, run: Pass) -> Statistics:
+        """Take what the engine reports, and make the clipped sum by one weighted backward pass."""
+        self.losses, self.outputs, self.unused = run.losses, run.outputs, run.unused
+        for parts in self._stored.values():
+            ordered = {name: parts[name] for name in self.names}
+            parts.clear()
+            parts.update(ordered)
+        if self.again:
+            if run.weighted is None:
+                raise QuantityError("clip in a statistics run needs engine='hooks'; with other engines call .clip() on the gradients.")
+            self._run_weighted = run.weighted
+            try:
+                self._clipped = super().clip(**self.requests["clip"])
+            finally:
+                del self._run_weighted
+        return self
+
+    _run_weighted: Weighted
+
+    def _parts(self, kind: str, argument: Any = None) -> Parts:
+        if kind not in self._stored:
+            raise _not_asked(kind, self.requests)
+        if argument is not None and argument is not self._argument(kind):
+            raise QuantityError(f"this run computed {kind} for another argument; the rows are gone.")
+        return self._stored[kind]
+
+    def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
+        if weight is None:
+            if "moments" in self._stored:
+                return {name: total for name, (total, _) in self._stored["moments"].items()}
+            return self._parts("sum")
+        if not hasattr(self, "_run_weighted"):
+            raise QuantityError("a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=.")
+        return self._run_weighted(weight)
+
+    def clip(self, max_norm: float | None = None) -> dict[str, Tensor]:
+        """The clipped sum of this run; see `Gradients.clip`."""
+        if self._clipped is None:
+            raise _not_asked("clip", self.requests)
+        if max_norm is not None and max_norm != self.requests["clip"]["max_norm"]:
+            raise QuantityError(f"this run clipped at {self.requests['clip']['max_norm']}; the rows are gone.")
+        return self._clipped
+
+    def dot(self, direction: Any = None) -> Tensor:
+        """The directional derivatives of this run; see `Gradients.dot`."""
+        return super().dot(direction)
+
+    def project(self, projection: Any = None) -> Tensor:
+        """The projected rows of this run; see `Gradients.project`."""
+        return super().project(projection)
+
+    def __repr__(self) -> str:
+        return f"Statistics(N={len(self)}, parameters={len(self.names)}, quantities={list(self.requests)})"
+
+
+def _normal(request: Request) -> tuple[str, dict[str, Any]]:
+    name, options = (request, {}) if isinstance(request, str) else request
+    if name not in NEEDS:
+        raise QuantityError(f"unknown quantity {name!r}; a statistics run offers {list(NEEDS)}.")
+    if name == "clip" and "max_norm" not in options:
+        raise QuantityError("ask for clip with its bound: ('clip', {'max_norm': 1.0}).")
+    return name, dict(options)
+
+
+def _not_asked(kind: str, requests: dict[str, Any]) -> QuantityError:
+    return QuantityError(f"this run was asked for {list(requests)} only, and has not kept the rows for '{kind}'. Add it to quantities=, or leave quantities= out.")

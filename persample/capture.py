@@ -207,6 +207,8 @@ class Capture(TorchFunctionMode):
             with self:  # a Python function that hides its own calls: run its body under the mode
                 return rules.OPEN[func](*args, **kwargs)
         tensors = [t for t in _flat(args, kwargs) if isinstance(t, Tensor)]
+        if func in rules.LIKE:
+            tensors = tensors[:1]  # the other argument only lends its type or shape
         kinds = [self._kind(t) for t in tensors]
         sampled = [(t, k.layout) for t, k in zip(tensors, kinds, strict=True) if isinstance(k, _Sampled)]
         if not sampled:
@@ -263,18 +265,20 @@ class Capture(TorchFunctionMode):
         for t in outputs:
             kind = self._kind(t)
             call.outputs.append((t.shape, kind.layout if isinstance(kind, _Sampled) else None))
-        self._attach(call, outputs)
+        self._attach(call, outputs, tensors)
         return out
 
-    def _attach(self, call: Call, outputs: list[Tensor]) -> None:
+    def _attach(self, call: Call, outputs: list[Tensor], arguments: list[Tensor]) -> None:
         """Tie the call to the autograd nodes of its outputs: they own it, and tell it their gradients."""
-        for t in outputs:
-            assert t.grad_fn is not None
-            t.grad_fn.metadata.setdefault(_KEY, []).append((call, t.output_nr))
-        if len(outputs) == 1:
-            outputs[0].register_hook(lambda g: call.arrive((g,)))
-        elif outputs:
-            register_multi_grad_hook(outputs, call.arrive)
+        ends = [_end(t, arguments) for t in outputs]
+        shapes = [t.shape for t in outputs]
+        for end in ends:
+            assert end.grad_fn is not None
+            end.grad_fn.metadata.setdefault(_KEY, []).append((call, end.output_nr))
+        if len(ends) == 1:
+            ends[0].register_hook(lambda g: call.arrive((g.reshape(shapes[0]),)))
+        elif ends:
+            register_multi_grad_hook(ends, lambda gs: call.arrive([g if g is None else g.reshape(s) for g, s in zip(gs, shapes, strict=True)]))
 
     # ---- what the outputs are -----------------------------------------------------------------------------------
 
@@ -289,10 +293,10 @@ class Capture(TorchFunctionMode):
     ) -> None:
         known = [(t, layout) for t, layout in sampled if layout is not None]
         for t in _results(args, kwargs, out, rules.mutates(func)):
-            if (kind := self._kind(t)) is not None and isinstance(kind, _Sampled) and any(t is a for a, _ in sampled):
-                continue  # changed in place: the samples stay where they are
+            if any(t is a for a, _ in sampled):
+                continue  # changed in place, or handed through: the samples stay where they are
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                layout = propagate(func, args, kwargs, known, t) if known else None
+                layout = propagate(func, args, kwargs, known, tensors, t) if known else None
             self._mark(t, _Sampled(layout))
             if t._base is not None and not isinstance(self._kind(t._base), _Sampled) and rules.mutates(func):
                 self._mark(t._base, _Sampled(None))
@@ -354,6 +358,18 @@ def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: b
         yield from (t for t in tree_leaves(out) if isinstance(t, Tensor))
     if isinstance(into := kwargs.get("out"), Tensor) and into is not out:
         yield into
+
+
+def _end(t: Tensor, arguments: list[Tensor]) -> Tensor:
+    """The tensor whose gradient is that of ``t``: its base where a function returns a view of what it has just computed.
+
+    (``F.linear`` of sequences does.)  An in-place operation on such a view rewrites the graph around the view's own node.
+    """
+    base = t._base
+    if base is None or base.grad_fn is None or base.numel() != t.numel() or not (base.is_contiguous() and t.is_contiguous()):
+        return t
+    known = {id(a) for x in arguments for a in (x, x._base) if a is not None}
+    return t if id(base) in known else base
 
 
 def _is_wrapped(tensors: list[Tensor]) -> bool:

@@ -156,7 +156,7 @@ def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Sha
 def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Rowlike]]:
     """What the call's rule serves; nothing if there is none, or if it doesn't know this way to call the function."""
     rule = rules.RULES.get(call.func)
-    if rule is None:
+    if rule is None or any(g is not None and g.is_complex() for g in grads):  # rules leave conjugates to autograd
         return []
     g = grads[0] if len(grads) == 1 else grads
     try:
@@ -175,7 +175,7 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
 
 def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tuple[Tensor, Rowlike]]:
     """From rows of a derived tensor to those of the parameters it was derived from."""
-    steps = pulled(d, rows)
+    steps = None if isinstance(rows, Dense) and rows.value.is_complex() else pulled(d, rows)
     if steps is None:
         yield from _by_autograd(d, Dense(rows.dense()) if isinstance(rows, Diagonal) else rows, leaves)
         return

@@ -78,7 +78,7 @@ def one_sample(x: Tensor, layout: Layout, n: int) -> Tensor:
 
 
 def _named(*names: str) -> set[Callable[..., Any]]:
-    found = [getattr(space, name, None) for name in names for space in (torch, Tensor, torch.nn.functional)]
+    found = [getattr(space, name, None) for name in names for space in (torch, Tensor)]
     return {f for f in found if f is not None}
 
 
@@ -89,14 +89,16 @@ _MOVES = _named(
 ) | {
     Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__  # type: ignore[attr-defined]
 }  # fmt: skip
+_SPREADS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
 _PACK = torch._C._VariableFunctions._pack_padded_sequence
 _UNPACK = torch._C._VariableFunctions._pad_packed_sequence
 
 
 def propagate(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout]], out: Tensor
-) -> Layout | None:
-    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are the arguments that depend on samples."""
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+    sampled: Sequence[tuple[Tensor, Layout]], tensors: Sequence[Tensor], out: Tensor,
+) -> Layout | None:  # fmt: skip
+    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on samples."""
     first, layout = sampled[0]
     if args and first is args[0]:
         if func in _RESHAPES and out.numel() == first.numel():
@@ -111,16 +113,17 @@ def propagate(
         return _unpacked(layout, args, out)
     if func in (torch.einsum,):
         return _einsum(args, sampled, out)
+    broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
     for x, candidate in sorted(sampled, key=lambda pair: -pair[0].numel()):
-        if (found := _kept(candidate, x.ndim, out.shape)) is not None:
+        if (found := _kept(candidate, x.ndim, out.shape, broadcast)) is not None:
             return found
     return None
 
 
-def _kept(layout: Layout, ndim: int, shape: Sequence[int]) -> Layout | None:
+def _kept(layout: Layout, ndim: int, shape: Sequence[int], broadcast: bool = False) -> Layout | None:
     """The samples of an argument found again in an output of this shape."""
     aligned = layout.axis + len(shape) - ndim  # broadcasting aligns at the right
-    for axis in (layout.axis, aligned) if len(shape) <= ndim else (aligned, layout.axis):
+    for axis in (aligned, layout.axis) if broadcast and len(shape) > ndim else (layout.axis, aligned):
         if axis >= 0 and layout.fits(shape, axis):
             return replace(layout, axis=axis)
     places = [axis for axis in range(len(shape)) if layout.fits(shape, axis)]

@@ -108,8 +108,11 @@ OPEN: dict[Function, Function] = {f: opened(f) for f in (F.multi_head_attention_
 # What takes shape, type or place from an argument, and no gradient.
 INERT: set[Function] = {
     *spellings("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
-    *spellings("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "type_as", "result_type", "is_same_size"),
+    *spellings("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "result_type", "is_same_size"),
     *spellings("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "argmax", "argmin", "argsort", "sign", "detach"),
 }
+
+# What takes only type or shape from arguments other than the first.
+LIKE: set[Function] = {*spellings("type_as", "expand_as", "view_as", "reshape_as", "to")}
 
 from . import affine, attention, conv, derived, elementwise, embedding, norm, recurrent  # noqa: E402, F401

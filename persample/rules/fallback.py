@@ -59,7 +59,7 @@ def _runner(call: Call, wanted: list[Tensor]) -> Any:
             out = args[0] if out is None else out
         else:
             out = call.func(*args, **kwargs)
-        return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+        return [t for t in tree_leaves(out) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
     return run
 

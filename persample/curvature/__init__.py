@@ -1,0 +1,8 @@
+"""Curvature of a batch loss: Hessian, Gauss-Newton and Fisher matrices as operators, and their Kronecker factors."""
+
+from __future__ import annotations
+
+from .matrices import empirical_fisher, fisher, ggn, hvp
+from .operator import Operator
+
+__all__ = ["Operator", "empirical_fisher", "fisher", "ggn", "hvp"]

@@ -1,0 +1,130 @@
+"""The batch loss as a function that can be run again and again: same masks, same statistics, no trace left behind.
+
+Curvature needs the loss of a batch at one fixed point, many times over.  `Objective` runs the model as it is, in its
+own mode, on the whole batch; every run sees the random state of the moment at which the objective was made (one
+dropout mask for all products with an operator), and afterwards buffers (running statistics, counters, power
+iterations) and the random state are what they were before.  ``.grad`` is never touched.
+
+Kernels that can't be differentiated twice (fused attention, cuDNN's recurrent layers) are switched off meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..batch import Tree, call_model
+from ..errors import LossError
+from ..losses import ignored, is_per_sample, lone_losses
+from ..problem import Problem
+
+RandomState = list[tuple[torch.device, Tensor]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``scale * sum_n l_n`` of a batch, at the model's current parameters."""
+
+    problem: Problem
+    scale: float
+    random: RandomState
+
+    @staticmethod
+    def of(problem: Problem, reduction: str) -> Objective:
+        """``reduction="mean"``: scale ``1/N``; ``"sum"``: 1."""
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        return Objective(problem, 1 / problem.batch.n if reduction == "mean" else 1.0, random_state(problem.model))
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.problem.parameters
+
+    @property
+    def size(self) -> int:
+        """``D``: entries of all chosen parameters."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @contextmanager
+    def forward(self, call: Callable[..., Any] | None = None) -> Iterator[Any]:
+        """The model's outputs with their graph; differentiate inside the ``with`` block."""
+        batch = self.problem.batch
+        with untouched(self.problem.model), torch.enable_grad(), twice_differentiable():
+            set_random_state(self.random)
+            yield call_model(call or self.problem.model, batch.inputs.map(lambda x, _: x.detach()))
+
+    def losses(self, outputs: Any) -> Tensor:
+        """``[N]``: the loss of every sample, unscaled, with its graph."""
+        batch = self.problem.batch
+        whole = self.problem.loss_fn(outputs, batch.targets.whole())
+        if is_per_sample(whole, batch.n):
+            return whole
+        tree = batch.outputs(outputs)
+        losses = lone_losses(self.problem.loss_fn, tree, batch.targets, batch.n)
+        bad = ignored(losses, tree, batch.targets)
+        if bad is None:
+            return losses
+        kept = (~bad).nonzero().flatten()  # 0 * NaN is NaN in a gradient: leave the ignored samples out
+        alone = lone_losses(self.problem.loss_fn, tree.select(kept), batch.targets.select(kept), len(kept))
+        return losses.detach().masked_fill(bad, 0).index_copy(0, kept, alone)
+
+    def loss_at(self, outputs: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """The losses as a function of the outputs alone: the outputs with a graph, their leaves, the losses ``[N]``."""
+        tree = self.problem.batch.outputs(outputs)
+        ends = [x for x in tree.leaves if isinstance(x, Tensor) and x.requires_grad]
+        cut = {id(x): x.detach().requires_grad_() for x in ends}
+        losses = self.losses(Tree([cut.get(id(x), x) for x in tree.leaves], tree.spec, tree.axes).whole())
+        if losses.requires_grad:
+            self._refuse_penalties(losses)
+        return ends, list(cut.values()), losses
+
+    def _refuse_penalties(self, losses: Tensor) -> None:
+        found = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True, retain_graph=True)
+        if named := [name for name, g in zip(self.parameters, found, strict=True) if g is not None]:
+            raise LossError(
+                f"loss_fn depends on parameter '{named[0]}' directly, not only through the model's outputs (a penalty, or an intermediate result). "
+                "Gauss-Newton and Fisher matrices are defined by the loss as a function of the outputs: use hvp, or add the penalty's curvature yourself."
+            )
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Buffers and random state are put back in the end."""
+    before = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    random = random_state(model)
+    try:
+        yield
+    finally:
+        set_random_state(random)
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):  # versions don't tell: native batch norm doesn't count its writes
+                    buffer.copy_(value)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+def random_state(model: nn.Module) -> RandomState:
+    """The state of the CPU's generator and those of the devices that the model's parameters live on."""
+    devices = {p.device for p in model.parameters()} - {torch.device("cpu")}
+    own = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices if d.type != "meta"]
+    return [(torch.device("cpu"), torch.get_rng_state()), *own]
+
+
+def set_random_state(state: RandomState) -> None:
+    for device, value in state:
+        if device.type == "cpu":
+            torch.set_rng_state(value)
+        else:
+            torch.get_device_module(device).set_rng_state(value, device)

@@ -1,0 +1,108 @@
+"""A symmetric matrix over the parameters, known by its products.
+
+The flat order of the ``D`` entries is that of ``names``, each parameter row-major: that of `Gradients.flat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Size, Tensor
+
+from ..errors import PersampleError
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+Vector = TypeVar("Vector", Tensor, dict[str, Tensor])
+
+
+class DirectionError(PersampleError, ValueError):
+    """A vector that does not have the entries of the parameters."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Operator:
+    """``[D, D]``, symmetric: ``op @ v`` for ``v [D]``, ``[D, k]``, or ``{name: [*P]}``.
+
+    A product with ``k`` columns shares one forward pass.  Products are the same every time: random masks and sampled
+    targets are fixed when the operator is made.  Results have the operator's dtype and device, and no graph.
+    """
+
+    title: str
+    shapes: dict[str, Size]
+    dtype: torch.dtype
+    device: torch.device
+    apply: Callable[[Tensor], Tensor] = field(repr=False)  # [D, k] -> [D, k]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in flat order."""
+        return tuple(self.shapes)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(D, D)``."""
+        size = sum(prod(shape) for shape in self.shapes.values())
+        return size, size
+
+    @property
+    def T(self) -> Operator:
+        """The transpose: the operator is symmetric."""
+        return self
+
+    def __matmul__(self, v: Vector) -> Vector:
+        if isinstance(v, Mapping):
+            return unflatten(self @ flatten(v, self.shapes), self.shapes)
+        if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
+            raise DirectionError(
+                f"{self.title} has shape {self.shape}, and can't multiply a tensor of shape {tuple(v.shape)}: give [D] or [D, k]"
+            )
+        matrix = v.detach().to(self.device, self.dtype)
+        product = self.apply(matrix if v.ndim == 2 else matrix[:, None])
+        return product if v.ndim == 2 else product[:, 0]
+
+    def dense(self) -> Tensor:
+        """The matrix itself, ``[D, D]``, by ``D`` products."""
+        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def to_scipy(self) -> LinearOperator:
+        """The same as a ``scipy.sparse.linalg.LinearOperator`` (eigenvalue and linear solvers); needs scipy."""
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise ImportError("to_scipy() needs scipy: pip install persample[scipy]") from error
+
+        def product(v: Any) -> Any:
+            return (self @ torch.as_tensor(v).to(self.device, self.dtype)).cpu().numpy()
+
+        kind = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=kind)
+
+    def __repr__(self) -> str:
+        return f"{self.title}: {self.shape[0]} x {self.shape[1]}, {str(self.dtype).removeprefix('torch.')}, {len(self.shapes)} parameters"
+
+
+def flatten(v: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> Tensor:
+    """``[D]`` from ``{name: [*P]}``."""
+    if v.keys() != shapes.keys():
+        odd = sorted(v.keys() ^ shapes.keys())
+        raise DirectionError(
+            f"the direction must have one tensor for each of the {len(shapes)} parameters and no other; see {odd[:4]}"
+        )
+    for name, shape in shapes.items():
+        if v[name].shape != shape:
+            raise DirectionError(
+                f"the direction for parameter '{name}' must have shape {tuple(shape)}, got {tuple(v[name].shape)}"
+            )
+    return torch.cat([v[name].detach().reshape(-1) for name in shapes])
+
+
+def unflatten(v: Tensor, shapes: Mapping[str, Size]) -> dict[str, Tensor]:
+    """``{name: [*P]}`` from ``[D]``; ``{name: [k, *P]}`` from ``[k, D]``."""
+    pieces = v.split_with_sizes([prod(shape) for shape in shapes.values()], dim=-1)
+    return {name: x.reshape(*v.shape[:-1], *shape) for (name, shape), x in zip(shapes.items(), pieces, strict=True)}

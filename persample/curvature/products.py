@@ -1,0 +1,108 @@
+"""Hessian, Gauss-Newton and Fisher products: of the whole batch, by autograd alone.
+
+With ``l_n`` the unscaled loss of sample ``n``, ``f_n`` the model's output, ``J_n = df_n/dtheta`` and ``c`` the reduction
+(``1/N`` for "mean", 1 for "sum"):
+
+=================  ==========================================================================
+hvp                ``c sum_n d2 l_n / dtheta2``
+ggn                ``c sum_n J_n^T H_n J_n``, ``H_n = d2 l_n / df_n2``
+fisher             ``c sum_n J_n^T E[u_n u_n^T] J_n``, ``u_n`` gradients at sampled targets
+empirical_fisher   ``c sum_n g_n g_n^T``, ``g_n = d l_n / dtheta`` at the given targets
+=================  ==========================================================================
+
+All but the first are ``c J^T M J`` with ``J`` the Jacobian of *everything the batch returns* with respect to the
+parameters.  No sample is taken apart, so nothing changes where samples are coupled: under BatchNorm in training mode
+these are exactly the matrices of the batch loss, its sum structure kept.  ``J v`` is the derivative of ``J^T u`` with
+respect to ``u`` (two reverse passes: any operation that can be differentiated twice is good enough).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .objective import Objective
+from .operator import Operator, unflatten
+
+Tensors = Sequence[Tensor]
+Middle = Callable[[Tensors], Tensors]
+
+
+def operator(title: str, objective: Objective, apply: Callable[[Tensor], Tensor]) -> Operator:
+    """An `Operator` over the objective's parameters."""
+    parameters = objective.parameters
+    kinds, places = {p.dtype for p in parameters.values()}, {p.device for p in parameters.values()}
+    kind = next(iter(kinds))
+    for other in kinds:
+        kind = torch.promote_types(kind, other)
+    return Operator(title, {name: p.shape for name, p in parameters.items()}, kind, next(iter(places)), apply)
+
+
+def hessian(objective: Objective) -> Callable[[Tensor], Tensor]:
+    """``V [D, k] -> c sum_n (d2 l_n / dtheta2) V``, by differentiating the gradient."""
+    parameters = list(objective.parameters.values())
+
+    def apply(matrix: Tensor) -> Tensor:
+        with objective.forward() as outputs:
+            loss = objective.losses(outputs).sum() * objective.scale
+            grads = gradient([loss], parameters, None, create_graph=True)
+            return _columns(objective, matrix, lambda v: gradient(grads, parameters, v))
+
+    return apply
+
+
+def sandwich(objective: Objective, middle: Callable[[object], tuple[Tensors, Middle]]) -> Callable[[Tensor], Tensor]:
+    """``V [D, k] -> c J^T M J V``: ``middle(outputs)`` says of which tensors ``J`` is the Jacobian, and multiplies by ``M``."""
+    parameters = list(objective.parameters.values())
+
+    def apply(matrix: Tensor) -> Tensor:
+        with objective.forward() as outputs:
+            ends, multiply = middle(outputs)
+            seeds = [torch.zeros_like(x, requires_grad=True) for x in ends]
+            pulled = gradient(ends, parameters, seeds, create_graph=True)  # J^T u, linear in u
+
+            def product(v: Tensors) -> Tensors:
+                pushed = gradient(pulled, seeds, v)  # J v
+                return gradient(ends, parameters, [objective.scale * x for x in multiply(pushed)])
+
+            return _columns(objective, matrix, product)
+
+    return apply
+
+
+def loss_curvature(objective: Objective) -> Callable[[object], tuple[Tensors, Middle]]:
+    """``M = blockdiag(H_n)``: the exact Hessian of the losses with respect to the outputs."""
+
+    def middle(outputs: object) -> tuple[Tensors, Middle]:
+        ends, leaves, losses = objective.loss_at(outputs)
+        slopes = gradient([losses.sum()], leaves, None, create_graph=True)
+        return ends, lambda v: gradient(slopes, leaves, v)
+
+    return middle
+
+
+def gradient(
+    outputs: Tensors, inputs: Tensors, seeds: Iterable[Tensor] | None, *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """``autograd.grad`` that keeps the graph, with zeros where nothing depends on an input."""
+    given = [None] * len(outputs) if seeds is None else list(seeds)
+    live = [(y, s) for y, s in zip(outputs, given, strict=True) if y.requires_grad]
+    if not live:
+        return tuple(map(torch.zeros_like, inputs))
+    ends, starts = zip(*live, strict=True)
+    found = torch.autograd.grad(ends, inputs, starts, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
+
+
+def _columns(objective: Objective, matrix: Tensor, product: Callable[[Tensors], Tensors]) -> Tensor:
+    """Column by column, through one graph."""
+    parameters = objective.parameters
+    shapes = {name: p.shape for name, p in parameters.items()}
+    results = torch.empty_like(matrix)
+    for i, column in enumerate(matrix.T):
+        pieces = unflatten(column, shapes)
+        v = [pieces[name].to(p.dtype) for name, p in parameters.items()]
+        results[:, i] = torch.cat([x.detach().reshape(-1).to(matrix.dtype) for x in product(v)])
+    return results

@@ -1,0 +1,380 @@
+"""Operators against dense matrices from plain autograd: Hessians of flat functions, Jacobians of flat functions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional as F
+
+from persample.curvature import empirical_fisher, fisher, ggn, hvp
+from persample.curvature.operator import DirectionError
+from persample.errors import LossError, PersampleError
+
+N = 5
+
+
+def hessian(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Row by row: torch.func.hessian differentiates a vmapped backward, which torch 2.13 gets wrong for norm layers."""
+
+    def at(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(f(x), x, create_graph=True)
+        rows = [torch.autograd.grad(g, x, e.view_as(x), retain_graph=True)[0] for e in torch.eye(x.numel()).to(x)]
+        return torch.stack(rows).reshape(*x.shape, *x.shape)
+
+    return at
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return make().double()
+
+
+class Tokens(nn.Module):
+    """Attention (fused kernels can't be differentiated twice), LayerNorm, a tied embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 2)
+        self.norm = nn.LayerNorm(2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = self.norm(x + F.scaled_dot_product_attention(x, x, x, is_causal=True))
+        return F.linear(x, self.embedding.weight).transpose(1, 2)
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 3))
+
+
+X, LABELS = (
+    torch.randn(N, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+    torch.tensor([0, 2, 1, 1, 0]),
+)
+VALUES = torch.randn(N, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+IMAGES = torch.randn(N, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+TEXT = torch.randint(4, (N, 3), generator=torch.Generator().manual_seed(4))
+BINARY = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 1], [0, 0, 1], [0, 1, 0]], dtype=torch.float64)
+
+
+def bent(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Per sample, with an output Hessian that is neither constant nor diagonal nor definite."""
+    return (outputs * targets).sum(1).sin() + outputs.prod(1) + outputs.pow(4).sum(1)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Any, Tensor, Tensor]] = {
+    "cross entropy": (
+        lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)),
+        nn.CrossEntropyLoss(),
+        X,
+        LABELS,
+    ),
+    "squared error": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.Linear(2, 3)), nn.MSELoss(), X, VALUES),
+    "binary": (
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 3)),
+        nn.BCEWithLogitsLoss(reduction="sum"),
+        X,
+        BINARY,
+    ),
+    "bent loss": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 3)), bent, X, VALUES),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(2, 1, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4, 3)),
+        nn.CrossEntropyLoss(),
+        IMAGES,
+        LABELS,
+    ),
+    "batch norm": (normed, nn.CrossEntropyLoss(), X, LABELS),
+    "tokens": (Tokens, nn.CrossEntropyLoss(), TEXT, TEXT.roll(-1, 1)),
+}
+FISHER = [name for name in CASES if name != "bent loss"]
+
+
+def case(name: str) -> tuple[nn.Module, Any, Tensor, Tensor]:
+    make, *rest = CASES[name]
+    return (seeded(make), *rest)
+
+
+def flat_functions(
+    model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """``theta [D]``, ``theta -> outputs``, ``outputs -> losses [N]`` (each sample alone, in a loop)."""
+    names, shapes = zip(*[(k, p.shape) for k, p in model.named_parameters()], strict=True)
+
+    def outputs(theta: Tensor) -> Tensor:
+        pieces = theta.split([s.numel() for s in shapes])
+        own = {k: p.view(s) for k, p, s in zip(names, pieces, shapes, strict=True)}
+        state = {k: b.clone() for k, b in model.named_buffers()}
+        state.pop("1.num_batches_tracked", None)
+        stateless = copy.deepcopy(model)
+        for m in stateless.modules():
+            if isinstance(m, nn.BatchNorm1d):
+                m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked = False, None, None, None
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return functional_call(stateless, own, (x,))
+
+    def losses(f: Tensor) -> Tensor:
+        return torch.stack([loss_fn(f[i : i + 1], y[i : i + 1]).reshape(()) for i in range(len(f))])
+
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return theta, outputs, losses
+
+
+def dense_ggn(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor) -> Tensor:
+    """``sum_n J_n^T H_n J_n``, every factor dense."""
+    theta, outputs, losses = flat_functions(model, loss_fn, x, y)
+    f = outputs(theta).detach()
+    jacobian = jacrev(outputs)(theta).reshape(N, -1, len(theta))
+    curvature = [hessian(lambda v, i=i: losses(torch.cat([f[:i], v[None], f[i + 1 :]]))[i])(f[i]) for i in range(N)]
+    return sum(j.T @ h.reshape(j.shape[0], -1) @ j for j, h in zip(jacobian, curvature, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", CASES)
+def test_hvp_is_the_hessian_of_the_batch_loss(name: str, reduction: str) -> None:
+    model, loss_fn, x, y = case(name)
+    theta, outputs, losses = flat_functions(model, loss_fn, x, y)
+    scale = 1 / N if reduction == "mean" else 1.0
+    expected = hessian(lambda t: losses(outputs(t)).sum())(theta) * scale
+    close(hvp(model, loss_fn, x, y, reduction=reduction).dense(), expected)
+
+
+def test_hvp_is_double_backward() -> None:
+    model, loss_fn, x, y = case("cross entropy")
+    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    params = list(model.parameters())
+    grads = torch.autograd.grad(loss_fn(model(x), y), params, create_graph=True)
+    inner = (torch.cat([g.reshape(-1) for g in grads]) * v).sum()
+    close(hvp(model, loss_fn, x, y) @ v, torch.cat([h.reshape(-1) for h in torch.autograd.grad(inner, params)]), 1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", CASES)
+def test_ggn_is_jacobian_hessian_jacobian(name: str, reduction: str) -> None:
+    model, loss_fn, x, y = case(name)
+    expected = dense_ggn(model, loss_fn, x, y) * (1 / N if reduction == "mean" else 1.0)
+    close(ggn(model, loss_fn, x, y, reduction=reduction).dense(), expected)
+
+
+@pytest.mark.parametrize("name", FISHER)
+def test_fisher_is_ggn(name: str) -> None:
+    model, loss_fn, x, y = case(name)
+    close(fisher(model, loss_fn, x, y).dense(), dense_ggn(model, loss_fn, x, y) / N)
+
+
+def test_fisher_is_the_expectation_over_all_targets() -> None:
+    model, loss_fn, x, y = case("cross entropy")
+    theta, outputs, _ = flat_functions(model, loss_fn, x, y)
+    rows = jacrev(lambda t: -F.log_softmax(outputs(t), 1))(theta)  # [N, C, D]: the gradient for every possible target
+    p = outputs(theta).softmax(1)
+    expected = torch.einsum("nc,ncd,nce->de", p, rows, rows)
+    close(fisher(model, loss_fn, x, y, reduction="sum").dense(), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", CASES)
+def test_empirical_fisher_is_the_sum_of_outer_products(name: str, reduction: str) -> None:
+    model, loss_fn, x, y = case(name)
+    theta, outputs, losses = flat_functions(model, loss_fn, x, y)
+    rows = jacrev(lambda t: losses(outputs(t)))(theta)
+    expected = rows.T @ rows * (1 / N if reduction == "mean" else 1.0)
+    close(empirical_fisher(model, loss_fn, x, y, reduction=reduction).dense(), expected)
+
+
+# ---- sampled targets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cross entropy", "squared error", "binary"])
+def test_mc_fisher_is_a_mean_over_sampled_targets(name: str) -> None:
+    model, loss_fn, x, y = case(name)
+    make = lambda seed, k: fisher(
+        model, loss_fn, x, y, type="mc", samples=k, generator=torch.Generator().manual_seed(seed)
+    )
+    few, same, other = make(0, 2).dense(), make(0, 2).dense(), make(1, 2).dense()
+    close(few, same, 1e-14)
+    assert (few - other).norm() > 1e-3
+    assert torch.linalg.matrix_rank(few, hermitian=True) <= 2 * N
+    exact = fisher(model, loss_fn, x, y).dense()
+    samples = 4000
+    error = (make(0, samples).dense() - exact).norm() / exact.norm()
+    assert error < 12 / math.sqrt(samples)
+
+
+def test_mc_fisher_for_categorical_targets_uses_the_losses_own_gradients() -> None:
+    model, loss_fn, x, y = case("cross entropy")
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.multinomial(model(x).detach().softmax(1), 1, generator=torch.Generator().manual_seed(5)).squeeze(1)
+    theta, outputs, _ = flat_functions(model, loss_fn, x, y)
+    rows = jacrev(lambda t: F.cross_entropy(outputs(t), drawn, reduction="none"))(theta)
+    close(fisher(model, loss_fn, x, y, type="mc", generator=generator).dense(), rows.T @ rows / N)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda f, y: F.cross_entropy(f, y, reduction="none"),
+        lambda f, y: 3 * F.cross_entropy(f, y, reduction="none"),
+        nn.CrossEntropyLoss(ignore_index=2),
+        nn.CrossEntropyLoss(reduction="sum"),
+    ],
+)
+def test_the_scale_of_the_loss_does_not_matter_to_fisher_equals_ggn(loss_fn: Any) -> None:
+    model, _, x, y = case("cross entropy")
+    if getattr(loss_fn, "ignore_index", -1) == 2:
+        with pytest.warns(UserWarning, match="ignored"):
+            close(fisher(model, loss_fn, x, y).dense(), ggn(model, loss_fn, x, y).dense())
+        return
+    close(fisher(model, loss_fn, x, y).dense(), ggn(model, loss_fn, x, y).dense())
+    error = fisher(model, loss_fn, x, y, type="mc", samples=3000).dense() - ggn(model, loss_fn, x, y).dense()
+    assert error.norm() < 0.2 * ggn(model, loss_fn, x, y).dense().norm()
+
+
+def test_tokens_last_or_second() -> None:
+    model, _, x, y = case("tokens")
+    last = nn.Sequential(model, nn.Flatten(2))  # [N, V, T]
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).transpose(1, 2)  # [N, T, V]
+
+    loss_fn = lambda f, y: F.cross_entropy(f.transpose(1, 2), y, reduction="none").mean(1)
+    a = fisher(Last(), loss_fn, x, y)
+    b = fisher(last, nn.CrossEntropyLoss(), x, y)
+    assert "categorical" in repr(a)
+    assert "categorical" in repr(b)
+    close(a.dense(), b.dense())
+
+
+def test_fisher_refuses_other_losses() -> None:
+    model, loss_fn, x, y = case("bent loss")
+    with pytest.raises(LossError, match="not the negative log-likelihood"):
+        fisher(model, loss_fn, x, y)
+
+
+def test_penalties_are_in_the_hessian_and_refused_by_gauss_newton() -> None:
+    model, _, x, y = case("cross entropy")
+    penalised = lambda f, y: F.cross_entropy(f, y, reduction="none") + model[0].weight.pow(4).sum()
+    bare = hvp(model, nn.CrossEntropyLoss(), x, y).dense()
+    difference = (hvp(model, penalised, x, y).dense() - bare).diagonal()
+    close(difference[: model[0].weight.numel()], 12 * model[0].weight.detach().square().flatten())
+    for matrix in (ggn, fisher):
+        with pytest.raises(LossError, match=r"'0.weight' directly.*use hvp"):
+            matrix(model, penalised, x, y).dense()
+
+
+# ---- as an operator -----------------------------------------------------------------------------------------------
+
+MATRICES = [hvp, ggn, fisher, empirical_fisher]
+
+
+@pytest.mark.parametrize("make", MATRICES)
+def test_operator(make: Any) -> None:
+    model, loss_fn, x, y = case("cross entropy")
+    op = make(model, loss_fn, x, y)
+    dense = op.dense()
+    size = sum(p.numel() for p in model.parameters())
+    assert op.shape == dense.shape == (size, size)
+    assert op.T is op
+    assert op.dtype == torch.float64
+    assert op.names == tuple(dict(model.named_parameters()))
+    v, matrix = torch.randn(size, dtype=torch.float64), torch.randn(size, 3, dtype=torch.float64)
+    close(op @ v, dense @ v)
+    close(op @ matrix, dense @ matrix)
+    direction = {k: torch.randn_like(p) for k, p in model.named_parameters()}
+    product = op @ direction
+    flat = torch.cat([direction[k].flatten() for k in op.names])
+    close(torch.cat([product[k].flatten() for k in op.names]), dense @ flat)
+    assert not (op @ v).requires_grad
+    assert f"{size} x {size}" in repr(op)
+    sparse = pytest.importorskip("scipy.sparse.linalg")
+    linear = op.to_scipy()
+    close(torch.as_tensor(linear @ v.numpy()), dense @ v)
+    close(torch.as_tensor(linear.T @ matrix.numpy()), dense @ matrix)
+    top = sparse.eigsh(linear, k=1, which="LA", return_eigenvectors=False)
+    close(torch.as_tensor(top), torch.linalg.eigvalsh(dense)[-1:])
+
+
+@pytest.mark.parametrize("make", MATRICES)
+def test_chosen_parameters_are_a_block(make: Any) -> None:
+    model, loss_fn, x, y = case("cross entropy")
+    whole, part = make(model, loss_fn, x, y), make(model, loss_fn, x, y, params=r"2\..*")
+    assert part.names == ("2.weight", "2.bias")
+    close(part.dense(), whole.dense()[-part.shape[0] :, -part.shape[0] :])
+
+
+def test_wrong_directions_are_named() -> None:
+    op = ggn(*case("cross entropy"))
+    with pytest.raises(DirectionError, match=r"\(21, 21\).*\(3,\)"):
+        op @ torch.zeros(3)
+    with pytest.raises(DirectionError, match="2.weight"):
+        op @ {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(3), "2.bias": torch.zeros(3)}
+    with pytest.raises(PersampleError, match=r"'0.bias' must have shape \(3,\), got \(2,\)"):
+        op @ {k: torch.zeros(2) if k == "0.bias" else torch.zeros(s) for k, s in op.shapes.items()}
+
+
+@pytest.mark.parametrize("make", MATRICES)
+def test_nothing_is_left_behind(make: Any) -> None:
+    model, loss_fn, x, y = case("batch norm")
+    model(x).sum().backward()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    grads = {k: p.grad.clone() for k, p in model.named_parameters()}
+    identities = {k: id(b) for k, b in model.named_buffers()}
+    x.requires_grad_()
+    torch.manual_seed(3)
+    random = torch.get_rng_state()
+    op = make(model, loss_fn, x, y)
+    assert op.dense().norm() > 0
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert int(model.state_dict()["1.num_batches_tracked"]) == 1
+    assert all(torch.equal(p.grad, grads[k]) for k, p in model.named_parameters())
+    assert identities == {k: id(b) for k, b in model.named_buffers()}
+    assert x.grad is None
+    x.requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", MATRICES)
+def test_one_dropout_mask_for_all_products(make: Any) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(2, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)))
+    torch.manual_seed(7)
+    op = make(model, nn.CrossEntropyLoss(), X, LABELS)
+    first = op.dense()
+    torch.manual_seed(8)
+    assert torch.equal(first, op.dense())
+    close(first, first.T)
+    assert (first - make(model, nn.CrossEntropyLoss(), X, LABELS).dense()).norm() > 1e-4
+
+
+def test_batch_coupling_is_kept() -> None:
+    """The Gauss-Newton matrix under BatchNorm is not the sum of the lone samples' or the frozen ones."""
+    model, loss_fn, x, y = case("batch norm")
+    coupled = ggn(model, loss_fn, x, y).dense()
+    norm = model[1]
+    frozen = nn.Sequential(model[0], nn.BatchNorm1d(3).double().eval(), *model[2:])
+    pre = model[0](x).detach()
+    frozen[1].load_state_dict(norm.state_dict())
+    frozen[1].running_mean, frozen[1].running_var = pre.mean(0), pre.var(0, unbiased=False)
+    close(frozen[:3](x), nn.Sequential(*copy.deepcopy(model)[:3])(x))
+    assert (coupled - ggn(frozen, loss_fn, x, y).dense()).norm() > 0.1 * coupled.norm()
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'none'"):
+        hvp(*case("cross entropy"), reduction="none")
+    with pytest.raises(ValueError, match="type must be one of 'exact', 'mc', got 'exakt'"):
+        fisher(*case("cross entropy"), type="exakt")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
-from persample.curvature import empirical_fisher, fisher, ggn, hvp
+from persample.curvature import empirical_fisher, fisher, ggn, hvp, per_sample_hvp
 from persample.curvature.operator import DirectionError
-from persample.errors import LossError, PersampleError
+from persample.errors import BatchCoupledError, LossError, PersampleError, RandomnessError
 
 N = 5
 
@@ -190,6 +190,62 @@ def test_empirical_fisher_is_the_sum_of_outer_products(name: str, reduction: str
     rows = jacrev(lambda t: losses(outputs(t)))(theta)
     expected = rows.T @ rows * (1 / N if reduction == "mean" else 1.0)
     close(empirical_fisher(model, loss_fn, x, y, reduction=reduction).dense(), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "batch norm"])
+def test_empirical_fisher_from_rows(name: str) -> None:
+    model, loss_fn, x, y = case(name)
+    close(empirical_fisher(model, loss_fn, x, y, method="rows").dense(), empirical_fisher(model, loss_fn, x, y).dense())
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("batch norm",)])
+def test_per_sample_hvp(name: str, engine: str) -> None:
+    model, loss_fn, x, y = case(name)
+    theta, outputs, losses = flat_functions(model, loss_fn, x, y)
+    v = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = per_sample_hvp(model, loss_fn, x, y, v, engine=engine)
+    assert rows.shape == (N, len(theta))
+    for n in range(N):
+        close(rows[n], hessian(lambda t, n=n: losses(outputs(t))[n])(theta) @ v)
+    close(rows.mean(0), hvp(model, loss_fn, x, y) @ v)
+    named = dict(zip(dict(model.named_parameters()), v.split([p.numel() for p in model.parameters()]), strict=True))
+    close(per_sample_hvp(model, loss_fn, x, y, {k: named[k].view_as(p) for k, p in model.named_parameters()}), rows)
+
+
+def test_per_sample_shortcuts_refuse_coupled_batches() -> None:
+    model, loss_fn, x, y = case("batch norm")
+    before = {k: b.clone() for k, b in model.state_dict().items()}
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for engine in ("auto", "vmap", "loop"):
+        with pytest.raises(BatchCoupledError):
+            per_sample_hvp(model, loss_fn, x, y, v, engine=engine)
+    with pytest.raises(BatchCoupledError):
+        empirical_fisher(model, loss_fn, x, y, method="rows")
+    assert all(torch.equal(b, before[k]) for k, b in model.state_dict().items())
+
+
+def test_per_sample_hvp_refuses_random_masks() -> None:
+    model = nn.Sequential(nn.Linear(2, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    with pytest.raises(RandomnessError, match="dropout"):
+        per_sample_hvp(model, nn.CrossEntropyLoss(), X, LABELS, v)
+    with pytest.raises(DirectionError, match=r"\[39\].*\(3,\)"):
+        per_sample_hvp(model, nn.CrossEntropyLoss(), X, LABELS, v[:3])
+
+
+def test_ignored_targets_have_no_curvature() -> None:
+    model, _, x, y = case("cross entropy")
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    ignoring = nn.CrossEntropyLoss(ignore_index=2)
+    with pytest.warns(UserWarning, match=r"sample\(s\) \[0\] is ignored"):
+        rows = per_sample_hvp(model, ignoring, x, y, v)
+    with pytest.warns(UserWarning, match=r"sample\(s\) \[1\] is ignored"):
+        whole = hvp(model, ignoring, x, y) @ v
+    expected = per_sample_hvp(model, nn.CrossEntropyLoss(), x, y, v)
+    expected[1] = 0
+    close(rows, expected)
+    close(whole, expected.mean(0))
 
 
 # ---- sampled targets ----------------------------------------------------------------------------------------------

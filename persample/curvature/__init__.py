@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .matrices import empirical_fisher, fisher, ggn, hvp
 from .operator import Operator
+from .per_sample import per_sample_hvp
 
-__all__ = ["Operator", "empirical_fisher", "fisher", "ggn", "hvp"]
+__all__ = ["Operator", "empirical_fisher", "fisher", "ggn", "hvp", "per_sample_hvp"]

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..api import gradients
 from ..batch import Tree
 from ..errors import LossError
 from ..losses import LossFunction
 from ..problem import Selection, pose
 from .likelihood import Likelihood, identify
-from .objective import Objective
-from .operator import Operator
+from .objective import Objective, untouched
+from .operator import Operator, flatten, unflatten
 from .products import Middle, Tensors, gradient, hessian, loss_curvature, operator, sandwich
 
 
@@ -97,19 +98,50 @@ def fisher(
 
 def empirical_fisher(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
-    params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
+    method: str = "autograd", params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
 ) -> Operator:  # fmt: skip
     """``c sum_n g_n g_n^T``, ``[D, D]``, with ``g_n`` the gradient of the unscaled loss of sample ``n`` at its given target.
 
-    Note the scale: ``c`` once, not ``c^2``.  ``g_n`` is the derivative of the batch's own loss vector, so that under
-    BatchNorm in training mode it is that of the loss as it is, statistics included.  Arguments and cost as in `ggn`.
+    Args:
+        method: "autograd" differentiates the batch's own loss vector for every product, so that under BatchNorm in training
+            mode ``g_n`` is the gradient of the loss as it is, statistics included.  "rows" takes the per-sample gradients
+            once (`persample.gradients`, in factors) and multiplies by them: faster from the second product on.
+        model, loss_fn, inputs, targets, params, batch_dim, reduction: as in `hvp`.
+
+    Note the scale: ``c`` once, not ``c^2``.
+
+    Raises:
+        BatchCoupledError: for "rows" where samples are coupled.
     """
+    _one_of("method", method, ("autograd", "rows"))
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
+    title = f"empirical Fisher ({reduction})"
+    if method == "rows":
+        return operator(title, objective, _by_rows(objective, batch_dim))
 
     def middle(outputs: object) -> tuple[Tensors, Middle]:
         return [objective.losses(outputs)], lambda v: v
 
-    return operator(f"empirical Fisher ({reduction})", objective, sandwich(objective, middle))
+    return operator(title, objective, sandwich(objective, middle))
+
+
+def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]:
+    problem = objective.problem
+    with untouched(problem.model):
+        inputs, targets = problem.batch.inputs.whole(), problem.batch.targets.whole()
+        rows = gradients(
+            problem.model, problem.loss_fn, inputs, targets, params=list(problem.parameters), batch_dim=batch_dim
+        )
+    shapes = {name: p.shape for name, p in problem.parameters.items()}
+
+    def apply(matrix: Tensor) -> Tensor:
+        columns = []
+        for column in matrix.T:
+            weight = objective.scale * rows.dot(unflatten(column, shapes))
+            columns.append(flatten(rows.sum(weight), shapes).to(matrix.dtype))
+        return torch.stack(columns, 1) if columns else matrix.clone()
+
+    return apply
 
 
 # ---- shared with the Kronecker factors ----------------------------------------------------------------------------

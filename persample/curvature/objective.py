@@ -71,6 +71,8 @@ class Objective:
         if bad is None:
             return losses
         kept = (~bad).nonzero().flatten()  # 0 * NaN is NaN in a gradient: leave the ignored samples out
+        if len(kept) == 0:
+            return losses.detach().masked_fill(bad, 0)
         alone = lone_losses(self.problem.loss_fn, tree.select(kept), batch.targets.select(kept), len(kept))
         return losses.detach().masked_fill(bad, 0).index_copy(0, kept, alone)
 

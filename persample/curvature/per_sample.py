@@ -1,0 +1,137 @@
+"""Second derivatives of every sample's own loss: one sample at a time, vectorised where ``torch.func`` can follow.
+
+The vectorised form is ``vmap`` *outside* of reverse over reverse.  (Reverse over forward, and a reverse through a
+vmapped reverse as in ``torch.func.hessian``, give wrong numbers for normalisation layers in torch 2.13.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad
+from torch.func import vmap as vectorise
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_unflatten
+
+from ..batch import call_model
+from ..capture import Watch
+from ..errors import CaptureError, PersampleError, RandomnessError
+from ..losses import LossFunction
+from ..problem import Problem, Selection, pose
+from .objective import Objective, random_state, twice_differentiable, untouched
+from .operator import DirectionError, flatten, unflatten
+from .products import hessian
+
+ENGINES = ("auto", "vmap", "loop")
+
+
+def per_sample_hvp(
+    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, v: Tensor | Mapping[str, Tensor] | None = None, *,
+    engine: str = "auto", params: Selection = None, batch_dim: Any = 0,
+) -> Tensor:  # fmt: skip
+    """``H_n v`` for every sample, ``[N, D]``, with ``H_n = d2 l_n / dtheta2`` of its unscaled loss.
+
+    Args:
+        model, loss_fn, inputs, targets, params, batch_dim: as for `persample.gradients`.
+        v: the direction, ``[D]`` or ``{name: [*P]}``.
+        engine: "vmap", "loop" (one sample after the other), or "auto": the loop where ``torch.func`` can't follow.
+
+    The mean over ``n`` is `hvp` times ``v``.
+
+    Raises:
+        BatchCoupledError: if samples are coupled (BatchNorm in training mode): `hvp` of the batch loss stays exact.
+        RandomnessError: if the model draws random numbers (dropout): a lone sample would get another mask.
+        DirectionError: if ``v`` doesn't have the entries of the parameters.
+
+    Cost: about two forward and backward passes of the batch, vectorised.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
+    direction = _direction(problem, v)
+    with untouched(model), twice_differentiable():
+        _check_alone(problem)
+        if engine == "loop":
+            return _by_loop(problem, direction)
+        try:
+            return _by_vmap(problem, direction)
+        except PersampleError:
+            raise
+        except RuntimeError as error:
+            if engine == "auto":
+                return _by_loop(problem, direction)
+            raise CaptureError(f"torch.func can't follow this model: {error}\nUse engine='loop'.") from error
+
+
+def _direction(problem: Problem, v: Tensor | Mapping[str, Tensor] | None) -> Tensor:
+    shapes = {name: p.shape for name, p in problem.parameters.items()}
+    size = sum(shape.numel() for shape in shapes.values())
+    if isinstance(v, Mapping):
+        return flatten(v, shapes)
+    if v is None or v.shape != (size,):
+        raise DirectionError(
+            f"v must be a direction [{size}] or one tensor per parameter, got {None if v is None else tuple(v.shape)}"
+        )
+    return v.detach()
+
+
+def _check_alone(problem: Problem) -> None:
+    """Run one sample alone: is that the same function as the sample in its batch?"""
+    alone = problem.batch.select(torch.tensor([0]))
+    with Watch(), torch.no_grad():
+        before = random_state(problem.model)
+        call_model(problem.model, alone.inputs.whole())
+        after = random_state(problem.model)
+    if not all(torch.equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True)):
+        raise RandomnessError(
+            "the model draws random numbers (dropout), and a sample alone would get others than in its batch. Switch the draws off "
+            "(model.eval()), or use hvp, which keeps one draw for the whole batch."
+        )
+
+
+def _by_loop(problem: Problem, direction: Tensor) -> Tensor:
+    rows = []
+    for n in range(problem.batch.n):
+        alone = replace(problem, batch=problem.batch.select(torch.tensor([n])))
+        objective = Objective(alone, 1.0, random_state(problem.model))
+        rows.append(hessian(objective)(direction[:, None]).squeeze(1))
+    return torch.stack(rows)
+
+
+def _by_vmap(problem: Problem, direction: Tensor) -> Tensor:
+    batch, model = problem.batch, problem.model
+    values = {name: p.detach() for name, p in problem.parameters.items()}
+    fixed = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name not in values}
+    along = unflatten(direction, {name: p.shape for name, p in values.items()})
+
+    def one(pieces: list[list[Tensor]]) -> dict[str, Tensor]:
+        inputs, targets = (
+            tree_unflatten(
+                [x if a is None else next(it).unsqueeze(a) for x, a in zip(t.leaves, t.axes, strict=True)], t.spec
+            )
+            for t, it in zip((batch.inputs, batch.targets), map(iter, pieces), strict=True)
+        )
+
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            with _reparametrize_module(model, {**fixed, **values}, tie_weights=True):
+                return problem.loss_fn(call_model(model, inputs), targets).reshape(())
+
+        def slope(values: dict[str, Tensor]) -> Tensor:
+            return torch.stack([(g * along[name].to(g.dtype)).sum() for name, g in grad(loss)(values).items()]).sum()
+
+        products: dict[str, Tensor] = grad(slope)(values)
+        return products
+
+    trees = [
+        [(x.detach(), a) for x, a in zip(t.leaves, t.axes, strict=True) if a is not None]
+        for t in (batch.inputs, batch.targets)
+    ]
+    samples, dims = [[x for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
+    with Watch({id(p): name for name, p in problem.parameters.items()}):
+        rows = vectorise(one, in_dims=(dims,), randomness="error")(samples)
+    flat = torch.cat([rows[name].flatten(1) for name in values], 1)
+    return flat if bool(flat.isfinite().all()) else _by_loop(problem, direction)  # ignored targets: 0 / 0

@@ -8,8 +8,9 @@ from . import factors
 from .api import gradients
 from .errors import PersampleError
 from .gradients import Gradients
+from .recorder import extend
 from .rules import pullback, rule
 from .statistics_run import Statistics
 
-__all__ = ["Gradients", "PersampleError", "Statistics", "factors", "gradients", "pullback", "rule"]
+__all__ = ["Gradients", "PersampleError", "Statistics", "extend", "factors", "gradients", "pullback", "rule"]
 __version__ = "0.1.0"

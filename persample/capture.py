@@ -19,7 +19,7 @@ inputs only, so every parameter it still arrives at was used where the mode can'
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import rules
-from .errors import BatchCoupledError, HigherOrderError, InplaceError, SampleAxisError
+from .errors import BatchCoupledError, CaptureError, HigherOrderError, InplaceError, SampleAxisError
 from .layout import Layout, propagate, samples_first
 
 _KEY = "persample"  # of a recorded call in its autograd node's metadata
@@ -174,7 +174,8 @@ class Capture(TorchFunctionMode):
     def start(self, n: int, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         """Begin with these inputs, each with its sample axis (``None``: shared)."""
         self.n = n
-        self.known.clear()
+        if not self.active:
+            self.known.clear()
         for t in self.roots.values():
             self._mark(t, _Derived(None))
         for t, axis in inputs:
@@ -325,17 +326,30 @@ class Capture(TorchFunctionMode):
 
 
 class Watch(TorchFunctionMode):
-    """Raises `BatchCoupledError` at calls that are known to couple the batch, where an engine can't tell otherwise."""
+    """For engines that run samples alone: raises where that would be another function, or miss a parameter."""
+
+    def __init__(self, hidden: Mapping[int, str] | None = None) -> None:
+        """``hidden``: parameters (by id) that must not be used as they are, because functional copies stand for them."""
+        super().__init__()
+        self.hidden = hidden or {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if reason := rules.coupling(func, args, kwargs or {}):
+        kwargs = kwargs or {}
+        if reason := rules.coupling(func, args, kwargs):
             raise BatchCoupledError(
                 f"{function_name(func)} {reason}, so a sample alone is another function than a sample of this batch. Use "
                 "engine='hooks' with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', or call model.eval()."
             )
-        return func(*args, **(kwargs or {}))
+        if self.hidden:
+            for t in _flat(args, kwargs):
+                if isinstance(t, Tensor) and id(t) in self.hidden:
+                    raise CaptureError(
+                        f"parameter '{self.hidden[id(t)]}' is used through a reference of its own, not through the model's attribute, so torch.func does "
+                        "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='hooks'."
+                    )
+        return func(*args, **kwargs)
 
 
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}

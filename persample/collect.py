@@ -28,10 +28,11 @@ Key = int | Derivation  # a parameter by its id, or a derived tensor
 class Collect:
     """Listens to the calls in ``found`` during one backward pass."""
 
-    def __init__(self, found: Reached, parameters: Mapping[str, Tensor], emit: Emit, n: int, *, release: bool, scale: float = 1.0) -> None:
-        """``release``: let go of each call's tensors once its gradient has arrived; ``scale``: what undoes a reduction."""
+    def __init__(self, found: Reached, parameters: Mapping[str, Tensor], emit: Emit, n: int, *, release: bool, scale: float = 1.0, listen: bool = True) -> None:
+        """``release``: let go of each call's tensors once its gradient has arrived; ``scale``: what undoes a reduction; ``listen``: else
+        somebody else listens, and passes on what arrives."""
         self.found, self.parameters, self.emit, self.n = found, parameters, emit, n
-        self.release, self.scale = release, scale
+        self.release, self.scale, self.listen = release, scale, listen
         self.names = {id(p): name for name, p in parameters.items()}
         self.terms: dict[Key, list[Rowlike]] = {}
         self.emitted: set[str] = set()
@@ -42,7 +43,8 @@ class Collect:
                 raise SampleAxisError(f"{call.name} saw {call.layout.n} samples, but there are {n} losses: record one batch at a time.")
             for shared in call.shared:
                 self._expect(shared)
-            call.listener = self.arrive
+            if listen:
+                call.listener = self.arrive
 
     def _expect(self, shared: Shared) -> None:
         key = _key(shared)
@@ -53,7 +55,7 @@ class Collect:
 
     def detach(self) -> None:
         """Stop listening."""
-        for call in self.found.calls:
+        for call in self.found.calls if self.listen else ():
             call.listener = None
 
     # ---- arrival ------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Gradients(Quantities):
     def __init__(
         self,
         factors: Mapping[str, Factors],
-        losses: Tensor,
+        losses: Tensor | None,
         outputs: Any = None,
         *,
         unused: tuple[str, ...] = (),
@@ -48,6 +48,9 @@ class Gradients(Quantities):
         self._aliases = dict(aliases or {})
         self._parameters = dict(parameters or {})
         self._versions = {name: [t._version for t in tensors(g)] for name, g in self.factors.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.factors.values())))
 
     def _read(self, name: str) -> Factors:
         """The factors of a parameter, unless what they alias has changed."""

@@ -109,6 +109,8 @@ def propagate(
             return _picked(layout, func, first, args, kwargs, out)
         if func is _PACK:
             return _packed(layout, args, out)
+    if func is Tensor.__setitem__ and out is args[0]:
+        return _assigned(args, sampled, out)
     if func is _UNPACK:
         return _unpacked(layout, args, out)
     if func in (torch.einsum,):
@@ -167,6 +169,19 @@ def _moved(layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwar
 def _is_basic(index: Any) -> bool:
     index = index if isinstance(index, tuple) else (index,)
     return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index)
+
+
+def _assigned(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:
+    """``out[index] = value``: the axis of ``out`` that the index would bring to where the samples are in ``value``."""
+    value, layout = sampled[-1]
+    if value is not args[2] or not _is_basic(args[1]) or layout.owner is not None:
+        return None
+    for axis in range(out.ndim):
+        if out.shape[axis] == layout.size:
+            piece = _moved(replace(layout, axis=axis), Tensor.__getitem__, (out, args[1]), {}, out[args[1]])
+            if piece is not None and piece.axis == layout.axis + out[args[1]].ndim - value.ndim:
+                return replace(layout, axis=axis)
+    return None
 
 
 _SELECTS = _named("index_select", "take_along_dim", "masked_select")

@@ -34,7 +34,7 @@ class Problem:
 class Pass:
     """What an engine reports besides the factors that it emits."""
 
-    losses: Tensor  # [N], detached
+    losses: Tensor | None  # [N], detached; None where only somebody else knows them
     outputs: Any  # detached
     unused: tuple[str, ...] = ()  # parameters that no loss depends on
     weighted: Weighted | None = None  # weights [N] -> weighted sums of rows, by one more backward pass

@@ -62,7 +62,7 @@ NEEDS: dict[str, str] = {
 class Quantities(abc.ABC):
     """Everything that can be asked of the per-sample gradients of one batch."""
 
-    losses: Tensor  # [N], detached
+    losses: Tensor | None  # [N], detached; None where somebody else owns the loss (`persample.extend` with a callback)
     outputs: Any
     names: tuple[str, ...]
     shapes: dict[str, torch.Size]
@@ -75,8 +75,9 @@ class Quantities(abc.ABC):
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
         """``weight^T G`` for every parameter."""
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        return len(self.losses)
+        """The number of samples ``N``."""
 
     # ---- sample space: parameters add up ------------------------------------------------------------------------
 

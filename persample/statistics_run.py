@@ -29,6 +29,7 @@ class Statistics(Quantities):
             raise QuantityError(f"quantities= is empty; ask for some of {list(NEEDS)}.")
         self.names, self.shapes = tuple(shapes), shapes
         self.unused: tuple[str, ...] = ()
+        self._n = 0
         kinds = dict.fromkeys(NEEDS[name] for name in self.requests)
         self._stored: dict[str, Parts] = {kind: {} for kind in kinds}
         self._pieces = {kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names) for kind in kinds}
@@ -42,8 +43,12 @@ class Statistics(Quantities):
 
     def emit(self, name: str, g: Factors) -> None:
         """Reduce the factors of one parameter."""
+        self._n = len(g)
         for kind, parts in self._stored.items():
             parts[name] = PARTS[kind](g, self._pieces[kind][name])
+
+    def __len__(self) -> int:
+        return self._n
 
     @property
     def again(self) -> bool:

@@ -22,6 +22,7 @@ from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
 from ..losses import ignored, is_per_sample
 from ..problem import Emit, Pass, Problem
+from .loop import one_sample
 
 ROW_BYTES = 1 << 28  # of individual gradients computed at a time, unless the caller says otherwise
 
@@ -50,7 +51,7 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
     samples, dims = [[x for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
     run = vectorise(grad_and_value(one, has_aux=True), in_dims=(None, dims), randomness="different", chunk_size=chunk)
     try:
-        with Watch():
+        with Watch({id(p): name for name, p in problem.parameters.items()}):
             rows, (losses, outputs) = run(values, samples)
     except (PersampleError, torch.OutOfMemoryError):
         raise
@@ -60,7 +61,16 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
     bad = ignored(losses, batch.outputs(outputs), batch.targets)
     for name, value in rows.items():
         emit(name, Dense(value if bad is None else value.masked_fill(bad.view(-1, *[1] * (value.ndim - 1)), 0)))
-    return Pass(losses if bad is None else losses.masked_fill(bad, 0), outputs)
+    return Pass(losses if bad is None else losses.masked_fill(bad, 0), outputs, _unused(problem, rows))
+
+
+def _unused(problem: Problem, rows: dict[str, Tensor]) -> tuple[str, ...]:
+    """torch.func gives zeros for what no loss depends on; whether it is that or a true zero, one sample alone tells."""
+    zero = [name for name, value in rows.items() if not bool(value.any())]
+    if not zero:
+        return ()
+    grads = one_sample(problem, 0, [problem.parameters[name] for name in zero])[2]
+    return tuple(name for name, g in zip(zero, grads, strict=True) if g is None)
 
 
 def _alone(tree: Any, given: list[Tensor]) -> Any:

@@ -1,0 +1,16 @@
+"""The zoo: small models, each named for the one difficulty it holds. `cases` is the test matrix's one list.
+
+A new layer or difficulty is one line in the list of its family's file; every engine and every quantity is then tested on it.
+"""
+
+from __future__ import annotations
+
+from . import conv, embedding, interface, linear, losses, nets, norm, sharing
+from .case import Case, Problem, call, problem, sample, size, take
+
+cases: list[Case] = [
+    *linear.cases, *conv.cases, *norm.cases, *embedding.cases, *sharing.cases, *interface.cases, *losses.cases, *nets.cases,
+    *embedding.later, *nets.later,
+]
+
+__all__ = ["Case", "Problem", "call", "cases", "problem", "sample", "size", "take"]

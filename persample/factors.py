@@ -1,0 +1,297 @@
+"""Per-sample gradients of one parameter, in the cheapest exact form.
+
+``G [N, |P|]`` is the matrix whose row ``n`` is the gradient of the loss of sample ``n`` with respect to one parameter of
+shape ``P``.  It has ``N |P|`` entries, but what produces it leaves it *factored*:
+
+====== ============================================ ================================================================
+form   stores                                       row ``n`` of ``G``
+====== ============================================ ================================================================
+Dense  ``value [N, *P]``                            ``value[n]``
+Outer  ``left [N, K, T, O]``, ``right [N, K, T, I]``  ``sum_t left[n, k, t] (x) right[n, k, t]``, for each of ``K`` blocks
+Rows   ``index [N, T]``, ``value [N, T, D]``          ``sum_t onehot(index[n, t]) (x) value[n, t]``
+Conv   ``input [N, K I, *S]``, ``grad [N, K O, *L]``  the correlation of both, see `persample.convolution`
+====== ============================================ ================================================================
+
+The forms are closed under `add` (a parameter used several times) and `fold` (several samples counted as one), so that no
+reduction knows about tying.  A rule always returns the form it finds; `compact` is for who *keeps* gradients, and turns
+into `Dense` what is larger as factors.  What can be computed from a form is in `persample.reductions`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Size, Tensor
+
+from . import convolution
+from .convolution import Geometry
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """``G`` itself: ``value [N, *P]``."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> Size:
+        return self.value.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """Sums of outer products: ``sum_t left[n, k, t] (x) right[n, k, t]``, ``[K, O, I]`` reshaped to ``shape``."""
+
+    left: Tensor  # [N, K, T, O]
+    right: Tensor  # [N, K, T, I]
+    shape: Size  # P
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Sums of rows: ``sum_t onehot(index[n, t]) (x) value[n, t]``, ``[V, D]``."""
+
+    index: Tensor  # [N, T] int64
+    value: Tensor  # [N, T, D]
+    shape: Size  # P = [V, D]
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Conv:
+    """A convolution's weight: ``[n, o, i, a] = sum_p grad[n, o, p] input[n, block(o) I + i, p stride + a dilation - padding]``.
+
+    Transposed convolutions are of this form too, with the roles of input and output gradient exchanged.  Leading spatial
+    dims that ``shape`` does not have belong to a kernel of size one: that is how samples and uses are folded in.
+    """
+
+    input: Tensor  # [N, K I, *S]
+    grad: Tensor  # [N, K O, *L]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]  # below the first entry of each spatial dim; beyond the last, all reads zero
+    dilation: tuple[int, ...]
+    shape: Size  # P = [K O, I, *kernel]
+
+    def __len__(self) -> int:
+        return len(self.input)
+
+    @property
+    def geometry(self) -> Geometry:
+        kernel = (1,) * (self.input.ndim - len(self.shape)) + tuple(self.shape[2:])
+        return Geometry(self.input.shape[1] // self.shape[1], kernel, self.stride, self.padding, self.dilation)
+
+
+Factors = Dense | Outer | Rows | Conv
+
+
+def outer(left: Tensor, right: Tensor, shape: Size) -> Outer:
+    """`Outer` with both sides of one dtype."""
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return Outer(left.to(dtype), right.to(dtype), Size(shape))
+
+
+def tensors(g: Factors) -> tuple[Tensor, ...]:
+    """The tensors that ``g`` holds (and may share with the user)."""
+    match g:
+        case Dense(value):
+            return (value,)
+        case Outer(left, right):
+            return (left, right)
+        case Rows(index, value):
+            return (index, value)
+        case Conv(input, grad):
+            return (input, grad)
+
+
+def dtype(g: Factors) -> torch.dtype:
+    return tensors(g)[-1].dtype
+
+
+def device(g: Factors) -> torch.device:
+    return tensors(g)[-1].device
+
+
+def nbytes(g: Factors) -> int:
+    """What the tensors of ``g`` take, in bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors(g))
+
+
+def compact(g: Factors) -> Factors:
+    """``g`` as it is best kept: `Dense` where that is smaller than the factors, ``g`` otherwise."""
+    if isinstance(g, Dense) or nbytes(g) < len(g) * g.shape.numel() * tensors(g)[-1].element_size():
+        return g
+    return Dense(dense(g))
+
+
+# ---- linear algebra of forms ------------------------------------------------------------------------------------
+
+
+def add(a: Factors, b: Factors) -> Factors:
+    """``A + B``: the gradient of a parameter that was used twice."""
+    match a, b:
+        case Outer(), Outer() if a.left.shape[1] == b.left.shape[1] and a.left.shape[3] == b.left.shape[3]:
+            return outer(_cat(a.left, b.left, 2), _cat(a.right, b.right, 2), a.shape)
+        case Rows(), Rows():
+            return Rows(torch.cat([a.index, b.index], 1), _cat(a.value, b.value, 1), a.shape)
+        case (Rows(), Outer()) | (Outer(), Rows()) if _one_block(a) and _one_block(b):
+            return add(_as_outer(a), _as_outer(b))
+        case Conv(), Conv() if _stackable(a, b):
+            a, b = _deepened(a), _deepened(b)
+            return replace(a, input=_cat(a.input, b.input, 2), grad=_cat(a.grad, b.grad, 2))
+        case _:
+            return Dense(dense(a) + dense(b))
+
+
+def fold(g: Factors, size: int) -> Factors:
+    """Count every ``size`` consecutive samples as one: row ``n`` becomes a sum of rows."""
+    match g:
+        case Dense(value):
+            return Dense(_folded(value, size).sum(1))
+        case Outer(left, right, shape):
+            left, right = (_folded(f, size).movedim(1, 2).flatten(2, 3) for f in (left, right))
+            return Outer(left, right, shape)
+        case Rows(index, value, shape):
+            return Rows(_folded(index, size).flatten(1, 2), _folded(value, size).flatten(1, 2), shape)
+        case Conv():
+            deep = _deepened(g)
+            input, grad = (_folded(f, size).movedim(1, 2).flatten(2, 3) for f in (deep.input, deep.grad))
+            return replace(deep, input=input, grad=grad)
+
+
+def scale(g: Factors, factor: float | Tensor) -> Factors:
+    """``factor G``, for one number."""
+    match g:
+        case Dense(value):
+            return Dense(value * factor)
+        case Outer(left, right, _) if left.numel() <= right.numel():
+            return replace(g, left=left * factor)
+        case Outer(_, right, _):
+            return replace(g, right=right * factor)
+        case Rows(_, value, _):
+            return replace(g, value=value * factor)
+        case Conv(_, grad):
+            return replace(g, grad=grad * factor)
+
+
+def cast(g: Factors, dtype: torch.dtype) -> Factors:
+    """``G`` with entries of another floating type."""
+    match g:
+        case Dense(value):
+            return Dense(value.to(dtype))
+        case Outer(left, right, _):
+            return replace(g, left=left.to(dtype), right=right.to(dtype))
+        case Rows(_, value, _):
+            return replace(g, value=value.to(dtype))
+        case Conv(input, grad):
+            return replace(g, input=input.to(dtype), grad=grad.to(dtype))
+
+
+def index(g: Factors, samples: slice | Tensor) -> Factors:
+    """The rows ``samples`` of ``G``; a slice gives views."""
+    match g:
+        case Dense(value):
+            return Dense(value[samples])
+        case Outer(left, right, _):
+            return replace(g, left=left[samples], right=right[samples])
+        case Rows(index, value, _):
+            return replace(g, index=index[samples], value=value[samples])
+        case Conv(input, grad):
+            return replace(g, input=input[samples], grad=grad[samples])
+
+
+def reshape(g: Factors, shape: Size) -> Factors:
+    """The gradient of a parameter that was used as a reshape of itself; ``shape`` is the parameter's own."""
+    shape = Size(shape)
+    match g:
+        case Outer():
+            return replace(g, shape=shape)
+        case (Rows(shape=own) | Conv(shape=own)) if own == shape:
+            return g
+        case _:
+            return Dense(dense(g).reshape(len(g), *shape))
+
+
+def transpose(g: Factors) -> Factors:
+    """The gradient of a matrix ``[O, I]`` that was used as its transpose ``[I, O]``."""
+    o, i = g.shape
+    match g:
+        case Outer(left, right, _) if left.shape[1] == 1:
+            return Outer(right, left, Size((i, o)))
+        case _:
+            return Dense(dense(g).mT)
+
+
+# ---- individual gradients ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def dense(g: Factors, out: Tensor | None = None) -> Tensor:
+    """``G`` itself, ``[N, *P]``; written into ``out`` if given."""
+    match g:
+        case Dense(value):
+            return value if out is None else out.copy_(value)
+        case Outer(left, right, shape):
+            return _dense_outer(left, right, shape, out)
+        case Rows(index, value, shape):
+            out = value.new_zeros(len(value), *shape) if out is None else out.zero_()
+            return out.scatter_add_(1, index.unsqueeze(-1).expand_as(value), value.to(out.dtype))
+        case Conv(input, grad):
+            rows = convolution.dense(input, grad, g.geometry).reshape(len(g), *g.shape)
+            return rows if out is None else out.copy_(rows)
+
+
+def _dense_outer(left: Tensor, right: Tensor, shape: Size, out: Tensor | None) -> Tensor:
+    n, k, _, o = left.shape
+    i = right.shape[3]
+    if out is not None and out.is_contiguous() and out.dtype == left.dtype:
+        torch.bmm(left.flatten(0, 1).mT, right.flatten(0, 1), out=out.view(n * k, o, i))
+        return out
+    rows = torch.bmm(left.flatten(0, 1).mT, right.flatten(0, 1)).view(n, *shape)
+    return rows if out is None else out.copy_(rows)
+
+
+# ---- details ----------------------------------------------------------------------------------------------------
+
+
+def _cat(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return torch.cat([a.to(dtype), b.to(dtype)], dim)
+
+
+def _folded(x: Tensor, size: int) -> Tensor:
+    return x.reshape(x.shape[0] // size, size, *x.shape[1:])
+
+
+def _one_block(g: Factors) -> bool:
+    return not isinstance(g, Outer) or (g.left.shape[1] == 1 and (g.left.shape[3], g.right.shape[3]) == tuple(g.shape))
+
+
+def _as_outer(g: Factors) -> Outer:
+    if isinstance(g, Outer):
+        return g
+    assert isinstance(g, Rows)
+    left = g.value.new_zeros(*g.index.shape, g.shape[0]).scatter_(2, g.index.unsqueeze(-1), 1)
+    return Outer(left.unsqueeze(1), g.value.unsqueeze(1), g.shape)
+
+
+def _deepened(g: Conv) -> Conv:
+    """With one leading spatial dim more than the kernel has, in which samples and uses can be stacked."""
+    if g.input.ndim > len(g.shape):
+        return g
+    stride, padding, dilation = (1, *g.stride), (0, *g.padding), (1, *g.dilation)
+    return Conv(g.input.unsqueeze(2), g.grad.unsqueeze(2), stride, padding, dilation, g.shape)
+
+
+def _stackable(a: Conv, b: Conv) -> bool:
+    a, b = _deepened(a), _deepened(b)
+    same = (a.stride, a.padding, a.dilation, a.input.shape[3:], a.grad.shape[3:])
+    return same == (b.stride, b.padding, b.dilation, b.input.shape[3:], b.grad.shape[3:])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
 
 from .engines import ENGINES, hooks
 from .engines import vmap as vmap_engine
+from .errors import RandomnessError
 from .factors import Factors, compact
 from .gradients import Gradients
 from .losses import LossFunction
-from .problem import Pass, Problem, Selection, pose
+from .problem import Emit, Pass, Problem, Selection, pose
 from .statistics_run import Request, Statistics
+from .verify import Probe, is_verified, raise_if_wrong, remember
 
 
 def gradients(
@@ -31,29 +33,86 @@ def gradients(
     max_bytes: int | None = None,
     verify: bool | None = None,
     generator: torch.Generator | None = None,
-) -> Gradients | Statistics:
-    """Per-sample gradients ``G [N, D]`` of ``loss_fn(model(inputs), targets)``: one row per sample, unscaled."""
+) -> Any:
+    """Per-sample gradients ``G [N, D]``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``.
+
+    The loss of sample ``n`` is what ``loss_fn(outputs, targets)`` says of that sample alone: an ``[N]`` result is taken as it is, a scalar
+    criterion (any ``nn.*Loss()``) is applied to batches of one.  Class weights then cancel in a mean over one sample, and there is no ``1/N``.
+
+    Args:
+        model: any module; its ``.grad``, buffers beyond an ordinary forward pass, and hooks stay as they are.
+        loss_fn: ``loss_fn(outputs, targets) ->`` ``[N]`` or a scalar.
+        inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; nested as you like.
+        targets: as ``inputs``, or ``None``; passed to ``loss_fn``.
+        engine: ``"hooks"`` (one forward and backward pass, any model), ``"vmap"`` (``torch.func``), ``"loop"`` (one sample at a time: the definition).
+        params: which parameters: a regular expression for ``re.match``, names, or a predicate ``(name, parameter)``; all that require grad by default.
+        batch_dim: where the samples are: an int for all tensors, or ``(inputs, targets[, outputs])`` with an int, ``None`` (shared) or a pytree each.
+        coupled: for models whose batch is coupled (BatchNorm in training mode), which of five notions to return: ``"eval"``, ``"frozen"``, ``"copy"``,
+            ``"loss"`` or ``"influence"``; see `persample.coupling`.
+        quantities: names of `Gradients` methods or ``(name, options)`` pairs; the run then reduces on arrival and returns `Statistics`.
+        max_bytes: a bound for what is computed at a time; results don't depend on it.
+        verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine. Costs about one sample.
+        generator: its next draw seeds the forward pass (dropout), which leaves the global random state as it was.
+
+    Returns:
+        `Gradients`, or `Statistics` with ``quantities=``.
+
+    Raises:
+        LossError, SampleAxisError, EmptyBatchError, UnknownParameterError: what was given doesn't fit.
+        BatchCoupledError: samples depend on each other, and ``coupled`` doesn't say which notion is meant.
+        CaptureError, InplaceError, HigherOrderError, RandomnessError, VerificationError: the engine can't serve this model, and says why.
+    """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {list(ENGINES)}, got {engine!r}.")
-    if quantities is not None:
-        statistics = Statistics(quantities, {name: p.shape for name, p in problem.parameters.items()})
-        return statistics.finish(_run(problem, engine, statistics.emit, statistics.again, max_bytes))
-    kept: dict[str, Factors] = {}
-
-    def keep(name: str, g: Factors) -> None:
-        kept[name] = compact(g)
-
-    run = _run(problem, engine, keep, False, max_bytes)
+    with _seeded(generator):
+        if quantities is not None:
+            statistics = Statistics(quantities, {name: p.shape for name, p in problem.parameters.items()})
+            run, note = _verified(problem, engine, statistics.emit, verify, again=statistics.again, max_bytes=max_bytes)
+            return statistics.finish(run)
+        kept: dict[str, Factors] = {}
+        run, note = _verified(problem, engine, lambda name, g: kept.__setitem__(name, compact(g)), verify, max_bytes=max_bytes)
     return Gradients(
         {name: kept[name] for name in problem.parameters}, run.losses, run.outputs,
-        unused=run.unused, aliases=problem.aliases, parameters=problem.parameters,
+        unused=run.unused, aliases=problem.aliases, parameters=problem.parameters, note=note,
     )  # fmt: skip
 
 
-def _run(problem: Problem, engine: str, emit: Any, again: bool, max_bytes: int | None) -> Pass:
+def _verified(problem: Problem, engine: str, emit: Emit, verify: bool | None, **options: Any) -> tuple[Pass, str]:
+    """Run the engine; at the first call of its kind, hold one row against the definition."""
+    if engine == "loop" or verify is False or (verify is None and is_verified(problem, engine)):
+        return _run(problem, engine, emit, **options), "verify=False" if verify is False else ""
+    probe = Probe(problem, int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n))))
+    run = _run(problem, engine, probe.listen(emit), **options)
+    verdicts, note = probe.verdicts(run, engine)
+    raise_if_wrong(verdicts, engine)
+    remember(problem, engine)
+    return run, note
+
+
+def _run(problem: Problem, engine: str, emit: Emit, again: bool = False, max_bytes: int | None = None) -> Pass:
     if engine == "hooks":
         return hooks(problem, emit, again=again)
     if engine == "vmap":
         return vmap_engine(problem, emit, max_bytes=max_bytes)
     return ENGINES[engine](problem, emit)
+
+
+class _seeded:
+    """Random draws inside come from the generator's next draw; outside, nothing was drawn."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self.generator = generator
+
+    def __enter__(self) -> None:
+        if self.generator is None:
+            return
+        if not isinstance(self.generator, torch.Generator):
+            raise RandomnessError(f"generator must be a torch.Generator, got {type(self.generator).__name__}.")
+        self.fork = torch.random.fork_rng()
+        self.fork.__enter__()
+        torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device)))
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.generator is not None:
+            self.fork.__exit__(*exc)

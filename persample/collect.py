@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .rules.derived import Diagonal, Rowlike, pulled
 from .rules.fallback import by_samples
 
 Key = int | Derivation  # a parameter by its id, or a derived tensor
+Served = tuple[Callable[..., Any], str]  # the function a parameter was used by, and "rule" or "fallback"
 
 
 class Collect:
@@ -36,6 +38,7 @@ class Collect:
         self.names = {id(p): name for name, p in parameters.items()}
         self.terms: dict[Key, list[Rowlike]] = {}
         self.emitted: set[str] = set()
+        self.served: dict[Key, list[Served]] = {}  # by which function, and how
         self.pending = Counter[Key]()
         self.leaves: dict[Derivation, list[Tensor]] = {}
         for call in found.calls:
@@ -47,10 +50,10 @@ class Collect:
                 call.listener = self.arrive
 
     def _expect(self, shared: Shared) -> None:
-        key = _key(shared)
+        key = key_of(shared)
         self.pending[key] += 1
         if isinstance(key, Derivation) and key not in self.leaves:
-            self.leaves[key] = [p for p in _leaves(key) if id(p) in self.names]
+            self.leaves[key] = [p for p in leaves_of(key) if id(p) in self.names]
             self.pending.update(id(p) for p in self.leaves[key])
 
     def detach(self) -> None:
@@ -64,10 +67,11 @@ class Collect:
         """The output gradients of a call are there."""
         with torch.no_grad(), torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):
             if call.shared:
-                for shared, rows in factors_of(call, [self._prepared(call, g) for g in grads]):
-                    self.terms.setdefault(_key(shared), []).append(rows)
+                for shared, rows, how in factors_of(call, [self._prepared(call, g) for g in grads]):
+                    self.terms.setdefault(key_of(shared), []).append(rows)
+                    self.served.setdefault(key_of(shared), []).append((call.func, how))
                 for shared in call.shared:
-                    self._arrived(_key(shared))
+                    self._arrived(key_of(shared))
         if self.release:
             call.listener = None
             call.release()
@@ -138,21 +142,29 @@ class Collect:
                     self._emit(name, Dense(p.detach().new_zeros(()).expand(self.n, *p.shape)))
         return tuple(unused)
 
+    def served_by(self) -> dict[str, list[Served]]:
+        """How every parameter was served: the functions that used it, itself or derived tensors."""
+        found: dict[str, list[Served]] = {name: list(self.served.get(id(p), [])) for name, p in self.parameters.items()}
+        for d, leaves in self.leaves.items():
+            for p in leaves:
+                found[self.names[id(p)]] += [(func, f"{how} of a derived tensor") for func, how in self.served.get(d, [])]
+        return found
+
 
 # ---- one call -----------------------------------------------------------------------------------------------------
 
 
-def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Shared, Rowlike]]:
-    """The factors of every shared argument of a call, by its rule or the fallback."""
+def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Shared, Rowlike, str]]:
+    """The factors of every shared argument of a call, and whether they are by its ``"rule"`` or the ``"fallback"``."""
     shared = {id(s.tensor): s for s in call.shared}
     served: set[int] = set()
     for tensor, rows in _by_rule(call, grads):
         if id(tensor) in shared:
             served.add(id(tensor))
-            yield shared[id(tensor)], rows
+            yield shared[id(tensor)], rows, "rule"
     if rest := [s.tensor for i, s in shared.items() if i not in served]:
         for tensor, dense in by_samples(call, grads, rest):
-            yield shared[id(tensor)], dense
+            yield shared[id(tensor)], dense, "fallback"
 
 
 def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Rowlike]]:
@@ -195,7 +207,7 @@ def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tu
 def _by_autograd(d: Derivation, rows: Factors, leaves: list[Tensor], max_bytes: int = 1 << 26) -> Iterator[tuple[Tensor, Dense]]:
     """Row by row through the graph of the derivation, some rows at a time."""
     value = dense(rows)
-    reach = [p for p in leaves if any(p is leaf for leaf in _leaves(d))]
+    reach = [p for p in leaves if any(p is leaf for leaf in leaves_of(d))]
     step = max(1, max_bytes // max(1, value[:1].numel() * value.element_size()))
     parts: list[tuple[Tensor | None, ...]] = []
     with torch.enable_grad():
@@ -228,11 +240,11 @@ def _plus(a: Rowlike, b: Rowlike) -> Rowlike:
     return add(*(Dense(x.dense()) if isinstance(x, Diagonal) else x for x in (a, b)))
 
 
-def _key(shared: Shared) -> Key:
+def key_of(shared: Shared) -> Key:
     return id(shared.tensor) if shared.derivation is None else shared.derivation
 
 
-def _leaves(d: Derivation) -> list[Tensor]:
+def leaves_of(d: Derivation) -> list[Tensor]:
     """The parameters that a tensor was derived from."""
     found: dict[int, Tensor] = {}
     stack, seen = [d], {d}
@@ -287,7 +299,7 @@ def parameters_of(found: Reached) -> Iterator[Tensor]:
     """The parameters that meet samples in these calls."""
     for call in found.calls:
         for shared in call.shared:
-            yield from [shared.tensor] if shared.derivation is None else _leaves(shared.derivation)
+            yield from [shared.tensor] if shared.derivation is None else leaves_of(shared.derivation)
 
 
 def _and_more(names: Sequence[str]) -> str:

@@ -38,6 +38,8 @@ class Pass:
     outputs: Any  # detached
     unused: tuple[str, ...] = ()  # parameters that no loss depends on
     weighted: Weighted | None = None  # weights [N] -> weighted sums of rows, by one more backward pass
+    coupled: bool = False  # some call couples the batch, though not for these parameters
+    served: dict[str, list[tuple[Callable[..., Any], str]]] = field(default_factory=dict)  # the functions that used a parameter, and how
 
 
 def named_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:

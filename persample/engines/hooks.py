@@ -37,7 +37,8 @@ def hooks(problem: Problem, emit: Emit, *, again: bool = False) -> Pass:
         unused = collect.finish()
     finally:
         collect.detach()
-    return Pass(losses.detach(), detached(outputs), unused, _weighted(problem, seeds, criterion) if again else None)
+    weighted = _weighted(problem, seeds, criterion) if again else None
+    return Pass(losses.detach(), detached(outputs), unused, weighted, any(call.couples for call in found.calls), collect.served_by())
 
 
 Seeds = list[tuple[Tensor, Tensor, int | None]]  # where the backward starts, with which gradient, and its sample axis

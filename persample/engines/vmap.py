@@ -38,7 +38,7 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
 
     def one(values: dict[str, Tensor], pieces: list[list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
         inputs, targets = (_alone(tree, given) for tree, given in zip((batch.inputs, batch.targets), pieces, strict=True))
-        with _reparametrize_module(model, {**fixed, **values}, tie_weights=True):  # also for penalties inside loss_fn
+        with _reparametrize_module(model, {**fixed, **values}, tie_weights=True, stack_weights=True):  # around loss_fn too (penalties)
             outputs = call_model(model, inputs)
             loss = problem.loss_fn(outputs, targets)
         if not is_per_sample(loss, 1) and loss.ndim:

@@ -1,0 +1,255 @@
+"""Is it right?  One sample alone, through the definition, against what an engine computed for the batch.
+
+A sample run alone is the only check that catches a wrong sample axis, a missed use, and coupling that no one declared.
+`Probe` listens to a run and keeps one row; `Probe.verdicts` runs that sample alone and compares.  It restores the random state and
+the model's buffers.  Random draws (dropout) belong to one pass, so where the run drew any, both sides are run once more with
+dropout off.  It costs about one sample, and with random draws one more pass of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from .batch import call_model
+from .capture import Capture, _results, _Sampled, function_name
+from .engines import ENGINES
+from .engines.hooks import forward
+from .engines.loop import one_sample
+from .errors import BatchCoupledError, VerificationError
+from .factors import Factors, dense, device, index
+from .layout import one_sample as part_of
+from .losses import per_sample
+from .problem import Emit, Pass, Problem
+from .rules import mutates, spellings
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE.get(dtype, 0.2)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a parameter's row is from the definition."""
+
+    name: str
+    error: float  # |row - definition| / |definition|, for sample `sample`
+    sample: int
+    ok: bool
+
+
+class Probe:
+    """Keeps row ``n`` of a run, by listening to what it emits."""
+
+    def __init__(self, problem: Problem, n: int) -> None:
+        self.problem, self.n = problem, n
+        self.rows: dict[str, Tensor] = {}
+        self.before = random_state()
+
+    def listen(self, emit: Emit) -> Emit:
+        """``emit``, with the row kept on the way."""
+
+        def both(name: str, g: Factors) -> None:
+            self.keep(name, g)
+            emit(name, g)
+
+        return both
+
+    def keep(self, name: str, g: Factors) -> None:
+        self.rows[name] = dense(index(g, torch.tensor([self.n], device=device(g))))[0].clone()
+
+    def verdicts(self, run: Pass, engine: str) -> tuple[list[Verdict], str]:
+        """Row ``n`` against sample ``n`` alone; and a note on how that was done.  Raises where the loss itself differs."""
+        drew = not _same_state(self.before, random_state())
+        if not drew:
+            return self._compare(run), ""
+        again = Probe(self.problem, self.n)
+        with restored(self.problem.model), NoDropout():
+            silent = ENGINES[engine](self.problem, again.keep)
+            if not _same_state(again.before, random_state()):
+                return [], "not verified: the model draws random numbers other than dropout"
+            return again._compare(silent), "verified with dropout off"
+
+    def _compare(self, run: Pass) -> list[Verdict]:
+        names = list(self.problem.parameters)
+        with restored(self.problem.model):
+            loss, grads = (_within_batch if run.coupled else _alone)(self.problem, self.n)
+        assert run.losses is not None
+        mine, tol = run.losses[self.n].double(), tolerance(loss.dtype)
+        if loss.isfinite() and not (mine - loss).abs() <= tol * (loss.abs() + mine.abs()) + 1e-3 * tol:
+            raise loss_differs(self.problem, self.n, float(mine), float(loss))
+        rows = {name: torch.zeros_like(self.rows[name]) if g is None else g for name, g in zip(names, grads, strict=True)}
+        scale = torch.stack([g.double().norm() for g in rows.values()]).norm()
+        verdicts = []
+        for name, g in rows.items():
+            off, size = (self.rows[name].double() - g.double()).norm(), g.double().norm()
+            ok = bool(off <= tol * (size + 1e-2 * scale)) or not bool(scale.isfinite())
+            verdicts.append(Verdict(name, float(off / size) if size > 0 else float(off), self.n, ok))
+        return verdicts
+
+
+def _alone(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The definition: the loss and gradients of sample ``n`` as a batch of one."""
+    loss, _, grads = one_sample(problem, n, list(problem.parameters.values()))
+    return loss, grads
+
+
+def _within_batch(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The definition where other parameters are coupled: the ordinary gradient of loss ``n`` of this batch."""
+    with torch.enable_grad():
+        outputs = call_model(problem.model, problem.batch.inputs.whole())
+        losses = per_sample(problem.loss_fn, outputs, problem.batch.targets.whole())
+    return losses[n].detach(), torch.autograd.grad(losses[n], list(problem.parameters.values()), allow_unused=True)
+
+
+def loss_differs(problem: Problem, n: int, batch: float, alone: float) -> Exception:
+    """Sample ``n`` has another loss in the batch than alone: something couples the samples."""
+    names = list(problem.parameters)
+    call = find_coupling(problem, n)
+    what = f"{call} makes a sample's values depend on the other samples" if call else "something makes a sample's loss depend on the other samples"
+    return BatchCoupledError(
+        f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone: {what}, so 'the gradient of sample n' of {names[:3]}"
+        f"{f' (and {len(names) - 3} more)' if len(names) > 3 else ''} is not one thing. If nothing should couple them, the sample axis is not where "
+        "batch_dim= says; otherwise make the model act on every sample alone, or pass verify=False for the derivative of the batch's own losses "
+        "as recorded."
+    )
+
+
+def raise_if_wrong(verdicts: list[Verdict], engine: str) -> None:
+    """Raise `VerificationError` for rows that are not what the definition gives."""
+    if wrong := [v for v in verdicts if not v.ok]:
+        worst = max(wrong, key=lambda v: v.error)
+        raise VerificationError(
+            f"parameter '{worst.name}' (and {len(wrong) - 1} more): the row of sample {worst.sample} by engine='{engine}' is off by {worst.error:.2g} "
+            "(relative) from the gradient of that sample alone. Usual causes: samples on another axis than assumed where sizes coincide, a rule that is "
+            "wrong, or values that are discontinuous in single precision. Use engine='loop', or persample.check for a report per parameter."
+        )
+
+
+# ---- which call couples -------------------------------------------------------------------------------------------
+
+
+class _Trace(Capture):
+    """Keeps what every call gives for one sample."""
+
+    def __init__(self, model: nn.Module, sample: int) -> None:
+        super().__init__(model, set())
+        self.sample = sample
+        self.log: list[tuple[str, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if self.active:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                for t in _results(args, kwargs or {}, out, mutates(func)):
+                    kind = self._kind(t)
+                    if isinstance(kind, _Sampled) and kind.layout is not None and not torch._C._functorch.is_functorch_wrapped_tensor(t):
+                        self.log.append((function_name(func), part_of(t, kind.layout, self.sample).detach().clone()))
+        return out
+
+
+def find_coupling(problem: Problem, n: int) -> str:
+    """The first call whose value for sample ``n`` changes when all other samples are replaced by copies of it; or ``""``."""
+    logs = []
+    for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n))):
+        trace = _Trace(problem.model, n)
+        with restored(problem.model), NoDropout(), contextlib.suppress(Exception), torch.enable_grad():
+            forward(Problem(problem.model, problem.loss_fn, batch, problem.parameters), trace)
+        logs.append(trace.log)
+    for (name, a), (other, b) in zip(*logs, strict=False):
+        if name != other or a.shape != b.shape:
+            return name
+        if a.is_floating_point() and not torch.allclose(a, b, rtol=tolerance(a.dtype), atol=1e-3 * tolerance(a.dtype), equal_nan=True):
+            return name
+        if not a.is_floating_point() and not torch.equal(a, b):
+            return name
+    return ""
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------
+
+_DROPS = {*spellings("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_dropout"), *(
+    getattr(nn.functional, f"dropout{d}d") for d in (1, 2, 3))}  # fmt: skip
+
+
+class NoDropout(TorchFunctionMode):
+    """Runs the model as it is, but with every dropout switched off."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROPS:
+            return args[0] if args else kwargs["input"]
+        if func is nn.functional.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            kwargs.pop("dropout_p", None)
+        if func in _RECURRENT:
+            args = tuple(0.0 if isinstance(a, float) else a for a in args)  # the one float among them is the dropout
+        return func(*args, **kwargs)
+
+
+_RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}  # type: ignore[attr-defined]
+
+
+def random_state() -> list[Tensor]:
+    """The state of the default generators (of all devices in use)."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def _same_state(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards, random state and buffers are what they were."""
+    states = random_state()
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state_all(states[1:])
+        with torch.no_grad():
+            for b, version, value in buffers:
+                if b._version != version:
+                    b.copy_(value)
+
+
+# ---- once per model -------------------------------------------------------------------------------------------------
+
+_VERIFIED: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def signature(problem: Problem, engine: str) -> Any:
+    """What a verification is good for: shapes, types, training modes, parameters, engine, criterion."""
+    shapes = tuple((tuple(x.shape), x.dtype) for x in tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves)) if isinstance(x, Tensor))
+    modes = tuple(m.training for m in problem.model.modules())
+    return engine, shapes, modes, tuple(problem.parameters), type(problem.loss_fn), getattr(problem.loss_fn, "__qualname__", "")
+
+
+def is_verified(problem: Problem, engine: str) -> bool:
+    return signature(problem, engine) in _VERIFIED.get(problem.model, ())
+
+
+def remember(problem: Problem, engine: str) -> None:
+    _VERIFIED.setdefault(problem.model, set()).add(signature(problem, engine))
+

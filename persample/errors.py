@@ -55,3 +55,19 @@ class VerificationError(PersampleError, RuntimeError):
 
 class QuantityError(PersampleError, ValueError):
     """A quantity that is unknown, was not asked for, or can't be had from what was kept."""
+
+
+class EinsumError(PersampleError, ValueError):
+    """An einsum expression that can't be read, or operands that don't fit it."""
+
+
+class DirectionError(PersampleError, ValueError):
+    """A vector that does not have the entries of the parameters."""
+
+
+class KroneckerError(PersampleError, ValueError):
+    """Parameters or losses for which there are no Kronecker factors."""
+
+
+class BatchNormError(PersampleError, ValueError):
+    """A BatchNorm layer, input or argument for which the structure asked for does not exist."""

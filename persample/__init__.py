@@ -1,16 +1,52 @@
 """Per-sample quantities of any PyTorch model: individual gradients, norms, inner products, moments, projections.
 
-N samples; T tokens or positions; K blocks; O, I out and in features; P a parameter's shape; V, D vocabulary and width;
+N, M samples; T, S tokens or positions; K blocks; O, I out and in features; P a parameter's shape; V, D vocabulary and width;
 C channels: the alphabet of shapes used in every docstring.
 """
 
 from . import factors
 from .api import gradients
-from .errors import PersampleError
+from .check import check, explain
+from .errors import (
+    BatchCoupledError,
+    CaptureError,
+    EmptyBatchError,
+    HigherOrderError,
+    InplaceError,
+    LossError,
+    PersampleError,
+    QuantityError,
+    RandomnessError,
+    SampleAxisError,
+    UnknownParameterError,
+    VerificationError,
+)
 from .gradients import Gradients
 from .recorder import extend
 from .rules import pullback, rule
 from .statistics_run import Statistics
 
-__all__ = ["Gradients", "PersampleError", "Statistics", "extend", "factors", "gradients", "pullback", "rule"]
+__all__ = [
+    "BatchCoupledError",
+    "CaptureError",
+    "EmptyBatchError",
+    "Gradients",
+    "HigherOrderError",
+    "InplaceError",
+    "LossError",
+    "PersampleError",
+    "QuantityError",
+    "RandomnessError",
+    "SampleAxisError",
+    "Statistics",
+    "UnknownParameterError",
+    "VerificationError",
+    "check",
+    "explain",
+    "extend",
+    "factors",
+    "gradients",
+    "pullback",
+    "rule",
+]
 __version__ = "0.1.0"

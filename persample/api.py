@@ -16,7 +16,7 @@ from .gradients import Gradients
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
 from .statistics_run import Request, Statistics
-from .verify import Probe, is_verified, raise_if_wrong, remember
+from .verify import run_verified, verified
 
 
 def gradients(
@@ -78,24 +78,21 @@ def gradients(
     )  # fmt: skip
 
 
-def _verified(problem: Problem, engine: str, emit: Emit, verify: bool | None, **options: Any) -> tuple[Pass, str]:
+def _verified(problem: Problem, engine: str, emit: Emit, verify: bool | None, again: bool = False, max_bytes: int | None = None) -> tuple[Pass, str]:
     """Run the engine; at the first call of its kind, hold one row against the definition."""
-    if engine == "loop" or verify is False or (verify is None and is_verified(problem, engine)):
-        return _run(problem, engine, emit, **options), "verify=False" if verify is False else ""
-    probe = Probe(problem, int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n))))
-    run = _run(problem, engine, probe.listen(emit), **options)
-    verdicts, note = probe.verdicts(run, engine)
-    raise_if_wrong(verdicts, engine)
-    remember(problem, engine)
-    return run, note
 
+    def run(emit: Emit, couplers: tuple[int, ...]) -> Pass:
+        if engine == "hooks":
+            return hooks(problem, emit, again=again, couplers=couplers)
+        if engine == "vmap":
+            return vmap_engine(problem, emit, max_bytes=max_bytes)
+        return ENGINES[engine](problem, emit)
 
-def _run(problem: Problem, engine: str, emit: Emit, again: bool = False, max_bytes: int | None = None) -> Pass:
-    if engine == "hooks":
-        return hooks(problem, emit, again=again)
-    if engine == "vmap":
-        return vmap_engine(problem, emit, max_bytes=max_bytes)
-    return ENGINES[engine](problem, emit)
+    known = verified(problem, engine)
+    if engine == "loop" or verify is False or (verify is None and known is not None):
+        return run(emit, known or ()), "verify=False" if verify is False else ""
+    n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
+    return run_verified(problem, engine, emit, run, n)
 
 
 class _seeded:

@@ -19,9 +19,8 @@ inputs only, so every parameter it still arrives at was used where the mode can'
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -85,6 +84,7 @@ class Call:
     where: str  # a parameter or buffer among its arguments
     couples: str = ""  # why this call makes samples depend on each other
     listener: Callable[[Call, Sequence[Tensor | None]], None] | None = None  # gets the gradients of the outputs
+    results: tuple[Tensor, ...] = ()  # the outputs, detached, where the rule needs them
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class Call:
 
     def release(self) -> None:
         """Let go of everything that takes memory."""
-        self.args, self.kwargs, self.shared, self.layouts = (), {}, [], {}
+        self.args, self.kwargs, self.shared, self.layouts, self.results = (), {}, [], {}, ()
 
     @property
     def layout(self) -> Layout:
@@ -159,8 +159,9 @@ Listener = Callable[[Call, Sequence[Tensor | None]], None]
 class Capture(TorchFunctionMode):
     """Records the calls of a forward pass between `start` and `stop`."""
 
-    def __init__(self, model: nn.Module, wanted: set[int], listener: Listener | None = None) -> None:
-        """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start."""
+    def __init__(self, model: nn.Module, wanted: set[int], listener: Listener | None = None, couplers: Collection[int] = ()) -> None:
+        """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start; ``couplers``: which calls, counted
+        from the start, are known to couple the batch although their function needn't."""
         super().__init__()
         self.active = False
         self.wanted = wanted
@@ -168,6 +169,8 @@ class Capture(TorchFunctionMode):
         self.roots = dict(reversed([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]))
         self.names = {id(t): name for name, t in self.roots.items()}
         self.known: dict[int, tuple[weakref.ref[Tensor], _Sampled | _Derived]] = {}
+        self.couplers = couplers
+        self.ordinal = 0  # of the call that is running
         self.count = 0
         self.n = 0
 
@@ -176,6 +179,7 @@ class Capture(TorchFunctionMode):
         self.n = n
         if not self.active:
             self.known.clear()
+            self.ordinal = 0
         for t in self.roots.values():
             self._mark(t, _Derived(None))
         for t, axis in inputs:
@@ -201,12 +205,15 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.active:
             return func(*args, **kwargs)
+        self.ordinal += 1
         if func in _DIFFERENTIATES:
             self._refuse_higher_order(func, args, kwargs)
             return func(*args, **kwargs)
-        if isinstance(func, FunctionType) and func in rules.OPEN:
-            with self:  # a Python function that hides its own calls: run its body under the mode
-                return rules.OPEN[func](*args, **kwargs)
+        if func in rules.OPEN:
+            with self:  # it hides calls of its own: run its body under the mode
+                out = rules.OPEN[func](*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         tensors = [t for t in _flat(args, kwargs) if isinstance(t, Tensor)]
         if func in rules.LIKE:
             tensors = tensors[:1]  # the other argument only lends its type or shape
@@ -218,7 +225,7 @@ class Capture(TorchFunctionMode):
             if any(isinstance(k, _Derived) for k in kinds):
                 self._derive(func, args, kwargs, tensors, before, out)
             return out
-        couples = rules.coupling(func, args, kwargs)
+        couples = "makes a sample's values depend on the other samples" if self.ordinal in self.couplers else rules.coupling(func, args, kwargs)
         live = [] if func in rules.INERT else self._live(tensors, kinds)
         if not (live or couples) or not torch.is_grad_enabled() or _is_wrapped(tensors):
             out = func(*args, **kwargs)
@@ -266,6 +273,9 @@ class Capture(TorchFunctionMode):
         for t in outputs:
             kind = self._kind(t)
             call.outputs.append((t.shape, kind.layout if isinstance(kind, _Sampled) else None))
+        if func in rules.KEEPS:
+            call.results = tuple(t.detach() for t in outputs)
+            call.versions.update((id(t), t._version) for t in call.results)
         self._attach(call, outputs, tensors)
         return out
 

@@ -235,8 +235,8 @@ def total(parts: Sequence[Rowlike]) -> Rowlike:
 
 
 def _plus(a: Rowlike, b: Rowlike) -> Rowlike:
-    if isinstance(a, Diagonal) and isinstance(b, Diagonal) and a.axis == b.axis:
-        return Diagonal(a.value + b.value, a.axis, a.shape)
+    if isinstance(a, Diagonal) and isinstance(b, Diagonal) and a.axis == b.axis and a.place is b.place:
+        return Diagonal(a.value + b.value, a.axis, a.shape, a.place)
     return add(*(Dense(x.dense()) if isinstance(x, Diagonal) else x for x in (a, b)))
 
 
@@ -291,8 +291,13 @@ def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
         way = f" Parameters behind it are not coupled: params={free!r} serves them." if free else ""
         raise BatchCoupledError(
             f"parameter '{listed[0]}'{_and_more(listed)}: {call.name} {call.couples}, so every loss depends on all samples and 'the gradient of sample n' is "
-            f"not one thing. Say which one with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', see persample.coupling, or call model.eval().{way}"
+            f"not one thing. {_WAY_OUT if call.func in rules.COUPLES else _OTHER_WAY_OUT}{way}",
+            tuple(listed),
         )
+
+
+_WAY_OUT = "Say which one with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', see persample.coupling, or call model.eval()."
+_OTHER_WAY_OUT = "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples are with batch_dim=."
 
 
 def parameters_of(found: Reached) -> Iterator[Tensor]:

@@ -46,7 +46,14 @@ class RandomnessError(PersampleError, RuntimeError):
 
 
 class BatchCoupledError(PersampleError, RuntimeError):
-    """The loss of one sample depends on the other samples, so "its gradient" is not one thing."""
+    """The loss of one sample depends on the other samples, so "its gradient" is not one thing.
+
+    ``parameters`` names those that are coupled, where that is known.
+    """
+
+    def __init__(self, message: str, parameters: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.parameters = parameters
 
 
 class VerificationError(PersampleError, RuntimeError):

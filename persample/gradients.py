@@ -16,6 +16,7 @@ from .errors import InplaceError, QuantityError, UnknownParameterError
 from .factors import Factors, dense, dtype, nbytes, tensors
 from .problem import Selection, select
 from .quantities import PARTS, Parts, Quantities
+from .report import bytes_text
 
 
 class Gradients(Quantities):
@@ -135,16 +136,7 @@ class Gradients(Quantities):
         kinds = sorted({type(g).__name__ for g in self.factors.values()})
         size = sum(nbytes(g) for g in self.factors.values())
         note = f", {self.note}" if self.note else ""
-        return f"Gradients(N={len(self)}, parameters={len(self.names)}, forms={'/'.join(kinds)}, memory={_bytes(size)}{note})"
-
-
-def _bytes(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
+        return f"Gradients(N={len(self)}, parameters={len(self.names)}, forms={'/'.join(kinds)}, memory={bytes_text(size)}{note})"
 
 
 def _difference(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> str:

@@ -90,6 +90,7 @@ _MOVES = _named(
     Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__  # type: ignore[attr-defined]
 }  # fmt: skip
 _SPREADS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
+_RECURRENCES = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _PACK = torch._C._VariableFunctions._pack_padded_sequence
 _UNPACK = torch._C._VariableFunctions._pad_packed_sequence
 
@@ -113,6 +114,8 @@ def propagate(
         return _assigned(args, sampled, out)
     if func is _UNPACK:
         return _unpacked(layout, args, out)
+    if func in _RECURRENCES:
+        return _recurred(layout, first, args, out)
     if func in (torch.einsum,):
         return _einsum(args, sampled, out)
     broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
@@ -234,6 +237,15 @@ def _unpacked(layout: Layout, args: tuple[Any, ...], out: Tensor) -> Layout | No
     if out.ndim < 2:  # the lengths
         return None
     return _owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
+
+
+def _recurred(layout: Layout, x: Tensor, args: tuple[Any, ...], out: Tensor) -> Layout | None:
+    """One layer, time first or packed: its outputs, and its last states ``[directions, B, H]``."""
+    if isinstance(args[3], (tuple, list)):  # packed
+        if x is not args[0]:
+            return None
+        return layout if out.ndim == 2 else _owned(layout.n, 1, layout.owners()[: int(args[1][0])])
+    return layout if layout.axis == 1 and out.ndim == 3 else None  # anything else: samples one after the other in time
 
 
 def _einsum(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:

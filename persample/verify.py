@@ -87,7 +87,7 @@ class Probe:
         assert run.losses is not None
         mine, tol = run.losses[self.n].double(), tolerance(loss.dtype)
         if loss.isfinite() and not (mine - loss).abs() <= tol * (loss.abs() + mine.abs()) + 1e-3 * tol:
-            raise loss_differs(self.problem, self.n, float(mine), float(loss))
+            raise LossDiffers(self.n, float(mine), float(loss))
         rows = {name: torch.zeros_like(self.rows[name]) if g is None else g for name, g in zip(names, grads, strict=True)}
         scale = torch.stack([g.double().norm() for g in rows.values()]).norm()
         verdicts = []
@@ -112,17 +112,38 @@ def _within_batch(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None
     return losses[n].detach(), torch.autograd.grad(losses[n], list(problem.parameters.values()), allow_unused=True)
 
 
-def loss_differs(problem: Problem, n: int, batch: float, alone: float) -> Exception:
-    """Sample ``n`` has another loss in the batch than alone: something couples the samples."""
-    names = list(problem.parameters)
-    call = find_coupling(problem, n)
-    what = f"{call} makes a sample's values depend on the other samples" if call else "something makes a sample's loss depend on the other samples"
-    return BatchCoupledError(
-        f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone: {what}, so 'the gradient of sample n' of {names[:3]}"
-        f"{f' (and {len(names) - 3} more)' if len(names) > 3 else ''} is not one thing. If nothing should couple them, the sample axis is not where "
-        "batch_dim= says; otherwise make the model act on every sample alone, or pass verify=False for the derivative of the batch's own losses "
-        "as recorded."
-    )
+class LossDiffers(BatchCoupledError):
+    """A sample has another loss in the batch than alone: something couples the samples, or they are on another axis."""
+
+    def __init__(self, n: int, batch: float, alone: float, call: str = "") -> None:
+        what = f": {call} makes a sample's values depend on the other samples" if call else ""
+        super().__init__(
+            f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone{what}. Either the model (or the loss) couples the samples, and 'the "
+            "gradient of sample n' is not one thing; let it act on every sample alone. Or the samples are not where batch_dim= says."
+        )
+        self.n, self.batch, self.alone = n, batch, alone
+
+
+def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) -> tuple[Pass, str]:
+    """Run, hold row ``n`` against the definition, and remember that this was done."""
+    probe = Probe(problem, n)
+    result = run(probe.listen(emit), ())
+    couplers: tuple[int, ...] = ()
+    try:
+        verdicts, note = probe.verdicts(result, engine)
+    except LossDiffers as differs:
+        name, ordinal = find_coupling(problem, n)
+        if engine != "hooks" or not ordinal:
+            raise LossDiffers(n, differs.batch, differs.alone, name) from None
+        couplers, probe = (ordinal,), Probe(problem, n)
+        result = run(probe.listen(emit), couplers)  # raises for what is upstream of that call, serves what is behind it
+        verdicts, note = probe.verdicts(result, engine)
+    raise_if_wrong(verdicts, engine)
+    _VERIFIED.setdefault(problem.model, {})[signature(problem, engine)] = couplers
+    return result, note
+
+
+Run = Callable[[Emit, tuple[int, ...]], Pass]
 
 
 def raise_if_wrong(verdicts: list[Verdict], engine: str) -> None:
@@ -145,37 +166,41 @@ class _Trace(Capture):
     def __init__(self, model: nn.Module, sample: int) -> None:
         super().__init__(model, set())
         self.sample = sample
-        self.log: list[tuple[str, Tensor]] = []
+        self.log: list[tuple[str, int, Tensor]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        ordinal = self.ordinal + 1
         out = super().__torch_function__(func, types, args, kwargs)
         if self.active:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 for t in _results(args, kwargs or {}, out, mutates(func)):
                     kind = self._kind(t)
                     if isinstance(kind, _Sampled) and kind.layout is not None and not torch._C._functorch.is_functorch_wrapped_tensor(t):
-                        self.log.append((function_name(func), part_of(t, kind.layout, self.sample).detach().clone()))
+                        self.log.append((function_name(func), ordinal, part_of(t, kind.layout, self.sample).detach().clone()))
         return out
 
 
-def find_coupling(problem: Problem, n: int) -> str:
-    """The first call whose value for sample ``n`` changes when all other samples are replaced by copies of it; or ``""``."""
+def find_coupling(problem: Problem, n: int) -> tuple[str, int]:
+    """The first call (its name, and its place among all calls) whose value for sample ``n`` changes when all other samples are replaced by
+    copies of it; ``("", 0)`` if there is none."""
     logs = []
     for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n))):
         trace = _Trace(problem.model, n)
         with restored(problem.model), NoDropout(), contextlib.suppress(Exception), torch.enable_grad():
             forward(Problem(problem.model, problem.loss_fn, batch, problem.parameters), trace)
         logs.append(trace.log)
-    for (name, a), (other, b) in zip(*logs, strict=False):
-        if name != other or a.shape != b.shape:
-            return name
-        if a.is_floating_point() and not torch.allclose(a, b, rtol=tolerance(a.dtype), atol=1e-3 * tolerance(a.dtype), equal_nan=True):
-            return name
-        if not a.is_floating_point() and not torch.equal(a, b):
-            return name
-    return ""
+    for (name, ordinal, a), (other, _, b) in zip(*logs, strict=False):
+        if name != other or a.shape != b.shape or not _close(a, b):
+            return name, ordinal
+    return "", 0
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=tolerance(a.dtype), atol=1e-3 * tolerance(a.dtype), equal_nan=True)
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------
@@ -236,7 +261,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 # ---- once per model -------------------------------------------------------------------------------------------------
 
-_VERIFIED: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+_VERIFIED: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
 def signature(problem: Problem, engine: str) -> Any:
@@ -246,10 +271,6 @@ def signature(problem: Problem, engine: str) -> Any:
     return engine, shapes, modes, tuple(problem.parameters), type(problem.loss_fn), getattr(problem.loss_fn, "__qualname__", "")
 
 
-def is_verified(problem: Problem, engine: str) -> bool:
-    return signature(problem, engine) in _VERIFIED.get(problem.model, ())
-
-
-def remember(problem: Problem, engine: str) -> None:
-    _VERIFIED.setdefault(problem.model, set()).add(signature(problem, engine))
-
+def verified(problem: Problem, engine: str) -> tuple[int, ...] | None:
+    """The couplers that an earlier verification found; ``None`` if there was none."""
+    return _VERIFIED.get(problem.model, {}).get(signature(problem, engine))

@@ -6,6 +6,7 @@ call's output gradient becomes factors as it arrives (`persample.collect`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from ..losses import ignored, is_per_sample, lone_losses, warn_if_not_mean
 from ..problem import Emit, Pass, Problem, Weighted
 
 
-def hooks(problem: Problem, emit: Emit, *, again: bool = False) -> Pass:
-    """One forward and one backward pass of the whole batch; ``again``: keep the graph for `Pass.weighted`."""
-    capture = Capture(problem.model, {id(p) for p in problem.parameters.values()})
+def hooks(problem: Problem, emit: Emit, *, again: bool = False, couplers: Collection[int] = ()) -> Pass:
+    """One forward and one backward pass of the whole batch; ``again``: keep the graph for `Pass.weighted`; ``couplers``: see `Capture`."""
+    capture = Capture(problem.model, {id(p) for p in problem.parameters.values()}, couplers=couplers)
     with torch.enable_grad():
         outputs, losses, seeds, criterion = forward(problem, capture)
     found = reached(t.grad_fn for t, *_ in seeds)

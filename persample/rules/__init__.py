@@ -103,7 +103,11 @@ def opened(func: Function) -> Function:
     return copy
 
 
+# What runs instead of a function that hides several calls; a function of torch that returns ``NotImplemented`` has none to show.
 OPEN: dict[Function, Function] = {f: opened(f) for f in (F.multi_head_attention_forward,)}
+
+# Whose rule needs ``call.results``, the outputs.
+KEEPS: set[Function] = set()
 
 # What takes shape, type or place from an argument, and no gradient.
 INERT: set[Function] = {

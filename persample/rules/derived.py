@@ -15,6 +15,7 @@ from torch import Size, Tensor
 from torch.nn import functional as F
 
 from ..factors import Conv, Dense, Factors, Outer, Rows, cast, reshape, scale, transpose
+from ..layout import Layout
 from . import Yields, pullback, spellings
 
 if TYPE_CHECKING:
@@ -23,19 +24,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Diagonal:
-    """Rows of a derived tensor that has an entry of its own for every sample: row ``n`` is zero except at index ``n``
-    of ``axis``, where it is ``value[n]``."""
+    """Rows of a derived tensor that has an entry of its own for every sample: row ``n`` is zero except at index
+    ``place[n]`` of ``axis`` (by default ``n``), where it is ``value[n]``."""
 
     value: Tensor  # [N, *shape without axis]
     axis: int
     shape: Size
+    place: Tensor | None = None  # [N]
+
+    @property
+    def places(self) -> Tensor:
+        return torch.arange(len(self.value), device=self.value.device) if self.place is None else self.place
 
     def dense(self) -> Tensor:
         """``[N, *shape]``."""
         n = len(self.value)
         out = self.value.new_zeros(n, *self.shape)
-        out.diagonal(0, 0, 1 + self.axis).copy_(self.value.movedim(0, -1))
+        out.movedim(1 + self.axis, 1)[torch.arange(n, device=out.device), self.places] = self.value
         return out
+
+
+def apart(value: Tensor, at: Layout) -> Diagonal | Dense:
+    """Rows of a shared tensor whose entries along ``at.axis`` belong to one sample each; ``value`` is the sum of all rows."""
+    pieces = value.movedim(at.axis, 0)
+    if at.plain:
+        return Diagonal(pieces, at.axis, value.shape)
+    owner = at.owners().to(value.device)
+    if at.owner is not None and len(owner) == at.n and len(owner.unique()) == at.n:
+        place = owner.argsort()
+        return Diagonal(pieces[place], at.axis, value.shape, place)
+    rows = value.new_zeros(at.n, *value.shape)
+    rows.movedim(1 + at.axis, 1)[owner, torch.arange(len(owner), device=value.device)] = pieces
+    return Dense(rows)
 
 
 Rowlike = Factors | Diagonal
@@ -87,13 +107,33 @@ def expanded(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any
         yield input, lambda: Dense(_sum_to(g.value, input.shape, 1))
 
 
+@pullback(*spellings("index_select"))
+def selected(d: Derivation, g: Rowlike, input: Tensor, dim: int, index: Tensor) -> Yields:
+    index, dim = d.read(index), dim % input.ndim
+    if isinstance(g, Diagonal) and g.axis == dim:
+        yield input, lambda: Diagonal(g.value, dim, input.shape, index[g.places])
+
+
+@pullback(*spellings("narrow"))
+def narrowed(d: Derivation, g: Rowlike, input: Tensor, dim: int, start: int, length: int) -> Yields:
+    dim %= input.ndim
+    if isinstance(g, Diagonal) and g.axis != dim:
+        yield input, lambda: _padded(g, input.shape, dim, start, length)
+
+
+def _padded(g: Diagonal, shape: Size, dim: int, start: int, length: int) -> Diagonal:
+    rows = g.value.new_zeros(len(g.value), *shape[: g.axis], *shape[g.axis + 1 :])
+    rows.narrow(1 + dim - (dim > g.axis), start, length).copy_(g.value)
+    return Diagonal(rows, g.axis, shape, g.place)
+
+
 @pullback(F.embedding)
 def looked_up(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Yields:
     index = d.read(input)
     if isinstance(g, Diagonal):
         if g.axis >= index.ndim:
             return
-        index, value = index.movedim(g.axis, 0).flatten(1), g.value
+        index, value = index.movedim(g.axis, 0)[g.places].flatten(1), g.value
     elif isinstance(g, Dense):
         value = g.value
         index = index.reshape(1, -1).expand(len(value), -1)

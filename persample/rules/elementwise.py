@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from ..factors import Dense
 from . import Yields, rule, spellings
-from .derived import Diagonal
+from .derived import apart
 
 if TYPE_CHECKING:
     from ..capture import Call
@@ -21,11 +22,9 @@ def spread(call: Call, g: Tensor, p: Tensor) -> Any:
     at = call.layout
     place = at.axis - (g.ndim - p.ndim)  # of the sample axis in p
     if place >= 0 and p.shape[place] == g.shape[at.axis] > 1:  # p has an entry of its own for every sample
-        if not at.plain:
-            raise NotImplementedError
         g = g.movedim(at.axis, 0)
         rest = p.shape[:place] + p.shape[place + 1 :]
-        return Diagonal(_sum_to(g, rest, 1).to(p.dtype), place, p.shape)
+        return apart(_sum_to(g, rest, 1).to(p.dtype).movedim(0, place), replace(at, axis=place))
     rows = call.samples(g)  # [N, k, *rest of g]
     rest = p.shape[:place] + p.shape[place + 1 :] if place >= 0 else p.shape
     return Dense(_sum_to(rows, rest, 1).reshape(-1, *p.shape))

@@ -1,0 +1,326 @@
+"""`check`: is it right for this model, parameter by parameter?  `explain`: what would serve each parameter, and at what cost?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Call, Capture, Reached, function_name, reached
+from .collect import check_complete, check_uncoupled, factors_of, leaves_of
+from .engines import ENGINES
+from .engines.hooks import forward, hooks
+from .errors import BatchCoupledError, PersampleError, VerificationError
+from .factors import Dense, Factors, nbytes
+from .losses import LossFunction
+from .problem import Pass, Problem, Selection, pose
+from .reductions import weighted_sum
+from .report import bytes_text, html_table, text_table
+from .rules import RULES
+from .rules.derived import Diagonal
+from .verify import LossDiffers, NoDropout, Probe, find_coupling, restored, tolerance
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found about one parameter."""
+
+    name: str
+    served: str  # the functions that used it, and by rule or fallback
+    error: float  # largest relative error of the rows that were compared
+    sum_error: float  # relative error of the sum of rows against ordinary autograd
+    verdict: str  # "exact", "unused", "coupled", "wrong" or "error"
+    reason: str = ""
+    way_out: str = ""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The result of `check`: ``ok``, ``raise_if_bad()``, and one `Checked` per parameter in ``rows``."""
+
+    engine: str
+    n: int
+    samples: tuple[int, ...]  # those that were run alone
+    rows: tuple[Checked, ...]
+    note: str = ""
+    failure: PersampleError | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every parameter is exact (or unused)."""
+        return self.failure is None and all(row.verdict in ("exact", "unused") for row in self.rows)
+
+    def raise_if_bad(self) -> None:
+        """Raise the error that the run raised, or a `VerificationError` that names the worst parameter."""
+        if self.failure is not None:
+            raise self.failure
+        if bad := [row for row in self.rows if row.verdict not in ("exact", "unused")]:
+            worst = max(bad, key=lambda row: max(row.error, row.sum_error))
+            raise VerificationError(f"parameter '{worst.name}' (and {len(bad) - 1} more): {worst.reason} {worst.way_out}")
+
+    def _title(self) -> str:
+        alone = f"samples {', '.join(map(str, self.samples))} run alone" if self.samples else "no sample run alone"
+        note = f"; {self.note}" if self.note else ""
+        return f"persample.check: {'ok' if self.ok else 'NOT ok'} (engine={self.engine}, N={self.n}, {alone}{note})"
+
+    def _cells(self) -> list[list[str]]:
+        return [[r.name, r.served, f"{r.error:.1e}", f"{r.sum_error:.1e}", r.verdict, f"{r.reason} {r.way_out}".strip()] for r in self.rows]
+
+    def __str__(self) -> str:
+        table = text_table(_CHECK, self._cells(), self._title())
+        return table if self.failure is None else f"{table}\n\n{type(self.failure).__name__}: {self.failure}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        colour = {"exact": "#009E73", "unused": "#999999"}
+        below = "" if self.failure is None else f"<p><b>{type(self.failure).__name__}</b>: {escape(str(self.failure))}</p>"
+        return below + html_table(_CHECK, self._cells(), self._title(), [1.0] * len(self.rows), [colour.get(r.verdict, "#D55E00") for r in self.rows])
+
+
+_CHECK = ("parameter", "served by", "row error", "sum error", "verdict", "reason and way out")
+
+
+def check(
+    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, engine: str = "hooks", params: Selection = None,
+    batch_dim: Any = 0, samples: int = 3, generator: torch.Generator | None = None,
+) -> CheckReport:  # fmt: skip
+    """Whether per-sample gradients of this model are right: a report with one line per parameter.
+
+    ``samples`` random samples are run alone, through the definition, and compared with their rows; the sum of all rows is compared with the
+    ordinary gradient of the summed losses; completeness, the sample axis and batch coupling are checked on the way.  With random draws
+    (dropout) all of it is done with dropout off.  Random state and buffers are restored.  It costs about ``samples + 3 N`` sample passes.
+    Whatever the engine raises becomes part of the report; ``report.raise_if_bad()`` raises it.
+    """
+    problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
+    chosen = torch.randperm(problem.batch.n, generator=generator or torch.Generator().manual_seed(0))[:samples].sort().values.tolist()
+    return check_problem(problem, engine, chosen)
+
+
+def check_problem(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...] = ()) -> CheckReport:
+    """The report; what the engine raises becomes part of it."""
+    try:
+        with restored(problem.model), NoDropout():
+            return _checked(problem, engine, chosen, couplers)
+    except PersampleError as error:
+        return _failed(problem, engine, chosen, error, couplers)
+
+
+def _failed(problem: Problem, engine: str, chosen: list[int], error: PersampleError, couplers: tuple[int, ...]) -> CheckReport:
+    """The run raised.  Where only some parameters are coupled, the others are checked all the same."""
+    blamed = error.parameters if isinstance(error, BatchCoupledError) and error.parameters else tuple(problem.parameters)
+    verdict = "coupled" if isinstance(error, BatchCoupledError) else "error"
+    rows = {name: Checked(name, "-", float("nan"), float("nan"), verdict, "see below") for name in blamed}
+    free = {name: p for name, p in problem.parameters.items() if name not in rows}
+    if free and engine == "hooks":
+        report = check_problem(replace(problem, parameters=free), engine, chosen, couplers)
+        rows.update({row.name: row for row in report.rows})
+    return CheckReport(engine, problem.batch.n, tuple(chosen) if free else (), tuple(rows[name] for name in problem.parameters), failure=error)
+
+
+def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...]) -> CheckReport:
+    probes = [Probe(problem, n) for n in chosen]
+    sums: dict[str, Tensor] = {}
+
+    def emit(name: str, g: Factors) -> None:
+        sums[name] = weighted_sum(g)
+        for probe in probes:
+            probe.keep(name, g)
+
+    run = hooks(problem, emit, couplers=couplers) if engine == "hooks" else ENGINES[engine](problem, emit)
+    errors: dict[str, list[float]] = {name: [0.0] for name in problem.parameters}
+    bad: set[str] = set()
+    note = ""
+    for probe in probes:
+        try:
+            verdicts, note = probe.verdicts(run, engine)
+        except LossDiffers as differs:
+            return _coupled(problem, engine, chosen, differs)
+        for v in verdicts:
+            errors[v.name].append(v.error)
+            if not v.ok:
+                bad.add(v.name)
+    ordinary = _summed(problem)
+    total = torch.stack([g.double().norm() for g in ordinary.values()]).norm()
+    rows = []
+    for name, g in ordinary.items():
+        off, size = (sums[name].double() - g.double()).norm(), g.double().norm()
+        summed_wrong = bool(off > tolerance(g.dtype) * (size + 1e-2 * total))
+        verdict = "wrong" if name in bad or summed_wrong else "unused" if name in run.unused else "exact"
+        rows.append(_row(name, run, max(errors[name]), float(off / size) if size > 0 else float(off), verdict, summed_wrong))
+    return CheckReport(engine, problem.batch.n, tuple(chosen), tuple(rows), note)
+
+
+def _coupled(problem: Problem, engine: str, chosen: list[int], differs: LossDiffers) -> CheckReport:
+    """Name the call that couples, and the parameters that act through it."""
+    name, ordinal = find_coupling(problem, differs.n)
+    if engine == "hooks" and ordinal:
+        try:
+            hooks(problem, lambda *_: None, couplers=(ordinal,))
+        except BatchCoupledError as error:
+            return _failed(problem, engine, chosen, error, (ordinal,))
+    raise LossDiffers(differs.n, differs.batch, differs.alone, name)
+
+
+def _row(name: str, run: Pass, error: float, sum_error: float, verdict: str, summed_wrong: bool) -> Checked:
+    reason, way = "", ""
+    if verdict == "unused":
+        reason = "no loss depends on it; its rows are zeros"
+    elif verdict == "wrong" and summed_wrong:
+        reason, way = "the rows don't add up to the ordinary gradient: a use was missed, or a rule is wrong.", "Use engine='loop', and report the functions named here."
+    elif verdict == "wrong":
+        reason, way = "the sum is right, single rows are not: the samples are on another axis than assumed.", "Say where with batch_dim=, or use engine='loop'."
+    return Checked(name, served_text(run.served.get(name, [])), error, sum_error, verdict, reason, way)
+
+
+def served_text(served: Iterable[tuple[Any, str]]) -> str:
+    """``torch.nn.functional.linear (rule, 2x)``."""
+    counts = Counter((function_name(func), how) for func, how in served)
+    return ", ".join(f"{name} ({how}{f', {k}x' if k > 1 else ''})" for (name, how), k in counts.items()) or "-"
+
+
+def _summed(problem: Problem) -> dict[str, Tensor]:
+    """Ordinary autograd: the gradient of the summed losses."""
+    capture = Capture(problem.model, set())
+    with torch.enable_grad():
+        _, losses, seeds, criterion = forward(problem, capture)
+        tensors, grads = [t for t, *_ in seeds], [g for _, g, _ in seeds]
+        if criterion is not None and criterion.requires_grad:
+            tensors, grads = [*tensors, criterion], [*grads, torch.ones_like(criterion)]
+    if not tensors:
+        return {name: torch.zeros_like(p) for name, p in problem.parameters.items()}
+    found = torch.autograd.grad(tensors, list(problem.parameters.values()), grads, materialize_grads=True, allow_unused=True)
+    return dict(zip(problem.parameters, found, strict=True))
+
+
+# ---- explain --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What would serve one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    served: str
+    form: str  # "Outer", "Conv", "Rows", "Dense"
+    kept: int  # bytes of the factors that would be kept
+    dense: int  # bytes of the individual gradients [N, *P]
+    why: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The result of `explain`: one `Explained` per parameter in ``rows``."""
+
+    engine: str
+    n: int
+    rows: tuple[Explained, ...]
+
+    @property
+    def kept(self) -> int:
+        """Bytes of all factors."""
+        return sum(row.kept for row in self.rows)
+
+    @property
+    def dense(self) -> int:
+        """Bytes of all individual gradients."""
+        return sum(row.dense for row in self.rows)
+
+    def _title(self) -> str:
+        return f"persample.explain: engine={self.engine}, N={self.n}, factors {bytes_text(self.kept)}, individual gradients {bytes_text(self.dense)}"
+
+    def _cells(self) -> list[list[str]]:
+        return [[r.name, str(r.shape), r.served, r.form, bytes_text(r.kept), bytes_text(r.dense), r.why] for r in self.rows]
+
+    def __str__(self) -> str:
+        return text_table(_EXPLAIN, self._cells(), self._title())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_EXPLAIN, self._cells(), self._title(), [r.kept / max(1, self.kept) for r in self.rows])
+
+
+_EXPLAIN = ("parameter", "shape", "served by", "form", "kept", "[N, *P]", "why")
+
+
+def explain(
+    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, engine: str = "hooks", params: Selection = None,
+    batch_dim: Any = 0, quantities: Iterable[Any] | None = None,
+) -> Explanation:  # fmt: skip
+    """What a run of `persample.gradients` with these arguments would do, before it is done: a report with one line per parameter.
+
+    It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients of zeros.  ``kept`` is what
+    `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A statistics run keeps neither.  Raises what the run would raise.
+    """
+    problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
+    n = problem.batch.n
+    if engine != "hooks":
+        why = "torch.func, all samples at once" if engine == "vmap" else "one sample at a time: the definition"
+        rows = [_explained(name, p, n, f"engine='{engine}'", "Dense", None, why) for name, p in problem.parameters.items()]
+        return Explanation(engine, n, tuple(rows))
+    capture = Capture(model, {id(p) for p in problem.parameters.values()})
+    with restored(model), torch.enable_grad():
+        _, _, seeds, _ = forward(problem, capture)
+        found = reached(t.grad_fn for t, *_ in seeds)
+        check_complete(found, problem.parameters)
+        check_uncoupled(found, problem.parameters)
+        uses = _uses(found, problem)
+    streamed = quantities is not None
+    clipped = streamed and any(q == "clip" or q[0] == "clip" for q in quantities or ())
+    rows = [_explain_one(name, p, n, uses[name], streamed, clipped) for name, p in problem.parameters.items()]
+    return Explanation(engine, n, tuple(rows))
+
+
+Use = tuple[Call, str, Factors | None, bool]  # the call, how it is served, its factors (None: not tried), whether the tensor is derived
+
+
+def _uses(found: Reached, problem: Problem) -> dict[str, list[Use]]:
+    names = {id(p): name for name, p in problem.parameters.items()}
+    uses: dict[str, list[Use]] = {name: [] for name in problem.parameters}
+    for call in found.calls:
+        factors: dict[int, tuple[str, Factors | None]] = {id(s.tensor): ("fallback", None) for s in call.shared}
+        if call.func in RULES:
+            zeros = [torch.zeros((), dtype=call.shared[0].tensor.dtype).expand(shape) for shape, _ in call.outputs] if call.shared else []
+            with torch.no_grad():
+                for shared, rows, how in factors_of(call, zeros):
+                    factors[id(shared.tensor)] = (how, Dense(rows.value) if isinstance(rows, Diagonal) else rows)
+        for shared in call.shared:
+            how, g = factors[id(shared.tensor)]
+            for p in [shared.tensor] if shared.derivation is None else leaves_of(shared.derivation):
+                if id(p) in names:
+                    uses[names[id(p)]].append((call, how, g, shared.derivation is not None))
+    return uses
+
+
+def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool, clipped: bool) -> Explained:
+    if not uses:
+        return _explained(name, p, n, "-", "Dense", 0, "no loss depends on it, or only the criterion itself")
+    served = served_text((call.func, how + (" of a derived tensor" if derived else "")) for call, how, _, derived in uses)
+    known = [g for *_, g, _ in uses if g is not None]
+    full = n * p.numel() * p.element_size()
+    size = sum(nbytes(g) for g in known)
+    factored = len(known) == len(uses) and not any(derived for *_, derived in uses) and size < full
+    form = type(known[0]).__name__ if factored else "Dense"
+    if streamed:
+        how_clipped = "; clip: a second, weighted backward pass" if clipped else ""
+        return _explained(name, p, n, served, form, 0, f"reduced on arrival, then dropped{how_clipped}")
+    if factored and form != "Dense":
+        return _explained(name, p, n, served, form, size, "factors are smaller than the gradients")
+    why = "no rule: vmap of vjp over this call" if any(how == "fallback" for _, how, *_ in uses) else (
+        "pulled back to the parameter" if any(derived for *_, derived in uses) else "gradients are no larger than factors")  # fmt: skip
+    return _explained(name, p, n, served, "Dense", full, why)
+
+
+def _explained(name: str, p: Tensor, n: int, served: str, form: str, kept: int | None, why: str) -> Explained:
+    full = n * p.numel() * p.element_size()
+    return Explained(name, tuple(p.shape), served, form, full if kept is None else kept, full, why)
+
+
+__all__ = ["CheckReport", "Checked", "Explained", "Explanation", "check", "explain"]

@@ -1,0 +1,46 @@
+"""Tables for people: the same rows in a terminal (``str``) and in a notebook (``_repr_html_``), with small bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+Cell = str
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> str:
+    """Columns aligned by spaces."""
+    lines = [list(map(str, row)) for row in (header, *rows)]
+    width = [max(len(row[i]) for row in lines) for i in range(len(header))]
+    out = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in lines]
+    out.insert(1, "  ".join("-" * w for w in width))
+    return "\n".join([title, *out] if title else out)
+
+
+def html_table(
+    header: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "", bars: Sequence[float] | None = None, colours: Sequence[str] | None = None
+) -> str:
+    """The same as HTML; ``bars`` (0 to 1) adds a small bar to every row, ``colours`` one for its mark."""
+    style = "text-align:left;padding:2px 8px;border:none"
+    cells = lambda row, tag: "".join(f"<{tag} style='{style}'>{escape(str(c))}</{tag}>" for c in row)  # noqa: E731
+    body = []
+    for i, row in enumerate(rows):
+        bar = "" if bars is None else f"<td style='{style};min-width:84px'>{_bar(bars[i], colours[i] if colours else '#0072B2')}</td>"
+        body.append(f"<tr>{cells(row, 'td')}{bar}</tr>")
+    head = cells(header, "th") + ("" if bars is None else f"<th style='{style}'></th>")
+    caption = f"<caption style='text-align:left;caption-side:top'>{escape(title)}</caption>" if title else ""
+    return f"<div style='overflow-x:auto'><table style='border-collapse:collapse'>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+
+
+def _bar(share: float, colour: str) -> str:
+    width = max(0.0, min(1.0, share)) * 80
+    return f"<div style='background:{colour};height:10px;width:{width:.0f}px'></div>"
+
+
+def bytes_text(size: float) -> str:
+    """``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError

@@ -39,14 +39,10 @@ from string import ascii_letters, ascii_lowercase
 import torch
 from torch import Tensor
 
-from persample.errors import PersampleError
+from .errors import EinsumError
 
 Axis = str  # its letters, outermost first; "" is an axis of size one
 Term = tuple[Axis, ...]
-
-
-class EinsumError(PersampleError, ValueError):
-    """An expression that can't be read, or operands that don't fit it."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 from persample.curvature import empirical_fisher, fisher, ggn, hvp, per_sample_hvp
-from persample.curvature.operator import DirectionError
-from persample.errors import BatchCoupledError, LossError, PersampleError, RandomnessError
+from persample.errors import BatchCoupledError, DirectionError, LossError, PersampleError, RandomnessError
 
 N = 5
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from persample.einsum import EinsumError, combine, einsum, parse
-from persample.errors import PersampleError
+from persample.einsum import combine, einsum, parse
+from persample.errors import EinsumError, PersampleError
 
 SIZES = dict(zip("abcdefgh", (2, 3, 1, 4, 2, 3, 5, 2), strict=True))
 

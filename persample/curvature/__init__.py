@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from .kfac import ekfac, kfac, kflr
+from .kfra import kfra
+from .kronecker import Kronecker
 from .matrices import empirical_fisher, fisher, ggn, hvp
 from .operator import Operator
 from .per_sample import per_sample_hvp
 
-__all__ = ["Operator", "empirical_fisher", "fisher", "ggn", "hvp", "per_sample_hvp"]
+__all__ = [
+    "Kronecker",
+    "Operator",
+    "ekfac",
+    "empirical_fisher",
+    "fisher",
+    "ggn",
+    "hvp",
+    "kfac",
+    "kflr",
+    "kfra",
+    "per_sample_hvp",
+]

@@ -75,7 +75,7 @@ def fisher(
     Raises:
         LossError: for another loss, or a model that doesn't return one tensor.
     """
-    _one_of("type", type, ("exact", "mc"))
+    one_of("type", type, ("exact", "mc"))
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
     likelihood = likelihood_of(objective)
     title = f"Fisher ({type}, {likelihood.family}, {reduction})"
@@ -113,7 +113,7 @@ def empirical_fisher(
     Raises:
         BatchCoupledError: for "rows" where samples are coupled.
     """
-    _one_of("method", method, ("autograd", "rows"))
+    one_of("method", method, ("autograd", "rows"))
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
     title = f"empirical Fisher ({reduction})"
     if method == "rows":
@@ -182,6 +182,7 @@ def likelihood_of(objective: Objective) -> Likelihood:
         return identify(end.detach().movedim(axis, 0), hessian_at(objective, outputs))
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse an option that is none of the known ones."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

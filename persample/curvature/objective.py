@@ -10,7 +10,7 @@ Kernels that can't be differentiated twice (fused attention, cuDNN's recurrent l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from ..batch import Tree, call_model
+from ..capture import Capture
 from ..errors import LossError
 from ..losses import ignored, is_per_sample, lone_losses
 from ..problem import Problem
@@ -52,12 +54,25 @@ class Objective:
         return sum(p.numel() for p in self.parameters.values())
 
     @contextmanager
-    def forward(self, call: Callable[..., Any] | None = None) -> Iterator[Any]:
-        """The model's outputs with their graph; differentiate inside the ``with`` block."""
+    def forward(self, capture: Capture | None = None) -> Iterator[Any]:
+        """The model's outputs with their graph; differentiate inside the ``with`` block.  ``capture`` records its calls."""
         batch = self.problem.batch
         with untouched(self.problem.model), torch.enable_grad(), twice_differentiable():
             set_random_state(self.random)
-            yield call_model(call or self.problem.model, batch.inputs.map(lambda x, _: x.detach()))
+            inputs = batch.inputs.map(lambda x, _: x.detach())
+            if capture is None:
+                yield call_model(self.problem.model, inputs)
+            else:
+                yield self._recorded(capture, inputs)
+
+    def _recorded(self, capture: Capture, inputs: Any) -> Any:
+        leaves = zip(tree_leaves(inputs), self.problem.batch.inputs.axes, strict=True)
+        try:
+            with capture:
+                capture.start(self.problem.batch.n, [(x, axis) for x, axis in leaves if isinstance(x, Tensor)])
+                return call_model(self.problem.model, inputs)
+        finally:
+            capture.stop()
 
     def losses(self, outputs: Any) -> Tensor:
         """``[N]``: the loss of every sample, unscaled, with its graph."""

@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Size, Tensor
 
-from ..errors import PersampleError
+from ..errors import DirectionError
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])
-
-
-class DirectionError(PersampleError, ValueError):
-    """A vector that does not have the entries of the parameters."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

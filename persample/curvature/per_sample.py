@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_unflatten
 
 from ..batch import call_model
 from ..capture import Watch
-from ..errors import CaptureError, PersampleError, RandomnessError
+from ..errors import CaptureError, DirectionError, PersampleError, RandomnessError
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
 from .objective import Objective, random_state, twice_differentiable, untouched
-from .operator import DirectionError, flatten, unflatten
+from .operator import flatten, unflatten
 from .products import hessian
 
 ENGINES = ("auto", "vmap", "loop")

@@ -1,0 +1,261 @@
+"""Kronecker factors of Fisher and Gauss-Newton blocks, from the tokens of layers and gradients of pseudo losses.
+
+One forward pass records the layers; then one backward pass for each column ``u`` of output gradients ``[N, ...]``:
+
+=========  ==============================================================  =========
+type       columns                                                         known as
+=========  ==============================================================  =========
+empirical  the gradients of the losses at the given targets, one           KFAC (empirical)
+mc         gradients at targets drawn from the model, one per draw         KFAC
+exact      a square root of the loss Hessian, ``sum_c u_nc u_nc^T = H_n``  KFLR
+=========  ==============================================================  =========
+
+With ``a_nt`` the input tokens of a layer, ``delta_ntc`` the gradients of its outputs for column ``c``, ``N`` samples, ``T`` positions, and
+``c`` the reduction (``1/N`` for "mean", 1 for "sum"), the factors are (Martens and Grosse 2015; Eschenhagen et al. 2023)
+
+======  ====================================================  ========================================================
+expand  ``A = 1/(N T) sum_nt a_nt a_nt^T``                      ``G = c sum_ntc delta_ntc delta_ntc^T``
+reduce  ``A = 1/N sum_n abar_n abar_n^T``, ``abar`` mean over t  ``G = c sum_nc d_nc d_nc^T``, ``d`` sum over ``t``
+======  ====================================================  ========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from ..capture import Capture, Reached, reached
+from ..collect import Collect, check_complete, check_uncoupled
+from ..errors import KroneckerError, LossError
+from ..factors import Factors, outer
+from ..losses import LossFunction
+from ..problem import Selection, pose
+from ..reductions import square_sum
+from .kronecker import Block, Kronecker
+from .layers import Layer, find_layers
+from .likelihood import identify
+from .matrices import hessian_at, one_of, single_output
+from .objective import Objective
+from .products import gradient
+
+Column = list[tuple[Tensor, Tensor]]  # where the backward starts, and with which gradient
+Receive = Callable[[Layer, Tensor, Tensor], None]  # gets inputs [N, K, T, I] and output gradients [N, K, T, O]
+
+
+def kfac(
+    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
+    type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1, generator: torch.Generator | None = None,
+    params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
+) -> Kronecker:  # fmt: skip
+    """The block-diagonal approximation ``G (x) A`` of the Fisher or Gauss-Newton matrix, ``[D, D]``, one block per layer.
+
+    Args:
+        type: "empirical", "mc" or "exact": which output gradients, see the module's table.
+        approximation: "expand" or "reduce": how a weight that is shared over positions is treated; the same without sharing.
+        bias: "joined" as a last column of the weight's matrix, or "apart" in a block of its own.
+        samples, generator: for "mc", how many targets are drawn, and from where.
+        params: by default every layer that is found; others are listed in ``uncovered``.  If given, all must be covered.
+        model, loss_fn, inputs, targets, batch_dim, reduction: as in `persample.curvature.hvp`.
+
+    Layers are ``F.linear``, convolutions and transposed convolutions (any options, any use of these functions).  The block is
+    exact for deep linear networks with squared loss: without sharing, with "expand" if the loss is a sum over positions,
+    with "reduce" if the network averages or sums over positions.
+
+    Raises:
+        BatchCoupledError: if the chosen parameters act through statistics of the batch.
+        KroneckerError: if there is no layer, or a parameter in ``params`` belongs to none.
+        LossError: for "mc" without a known likelihood, for "exact" if the loss is not convex in the outputs.
+
+    Cost: one forward and one backward pass per column, and the products ``A`` and ``G``; "exact" has as many columns as the
+    output has entries per sample, and forms the loss Hessian ``[N, F, F]`` of these.
+    """
+    objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
+    with recorded(objective, type, samples, generator, bias, strict=params is not None) as run:
+        return _factors(run, approximation, f"KFAC ({type}, {approximation}, {reduction})")
+
+
+def kflr(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, **options: Any) -> Kronecker:
+    """`kfac` with the exact loss Hessian (Botev et al. 2017): ``type="exact"``; the other options are the same."""
+    return kfac(model, loss_fn, inputs, targets, type="exact", **options)
+
+
+def ekfac(
+    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
+    type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1, generator: torch.Generator | None = None,
+    params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
+) -> Kronecker:  # fmt: skip
+    """`kfac` with corrected eigenvalues (George et al. 2018): the diagonal of the matrix itself in the basis ``U_G (x) U_A``.
+
+    The eigenvalue of ``u_G (x) u_A`` is ``c sum_nc (u_G^T g_nc u_A)^2`` with ``g_nc = sum_t delta_ntc a_nt^T`` the gradient of sample ``n``
+    for column ``c``: among all matrices with these eigenvectors the nearest to the block, in the Frobenius norm.
+
+    Arguments and errors as in `kfac`; costs a second backward pass per column.
+    """
+    objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
+    with recorded(objective, type, samples, generator, bias, strict=params is not None) as run:
+        plain = _factors(run, approximation, f"EKFAC ({type}, {approximation}, {reduction})")
+        moments = {name: torch.zeros_like(block.eigenvalues) for name, block in plain.blocks.items()}
+
+        def receive(layer: Layer, inputs: Tensor, grads: Tensor) -> None:
+            g, a = plain.blocks[layer.weight].bases
+            rows = outer(grads @ g, inputs @ a, moments[layer.weight].shape)
+            moments[layer.weight].add_(square_sum(rows), alpha=objective.scale)
+
+        run.sweep(receive)
+    return replace(plain, blocks={name: replace(block, moments=moments[name]) for name, block in plain.blocks.items()})
+
+
+# ---- one recorded forward pass, many backward passes ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """The layers of a forward pass, and the columns to differentiate."""
+
+    objective: Objective
+    found: Reached
+    layers: dict[str, Layer]
+    uncovered: dict[str, str]  # grows where the uses of a weight turn out to have no common form
+    columns: list[Column]
+    bias: str
+
+    def sweep(self, receive: Receive) -> None:
+        """One backward pass per column; ``receive`` gets the tokens of every layer, each time."""
+
+        def emit(name: str, g: Factors) -> None:
+            layer = self.layers[name]
+            tokens = layer.tokens(g)
+            if tokens is None:
+                for lost in layer.shapes:
+                    self.uncovered[lost] = "no loss depends on it, or its uses have no factored form in common"
+                return
+            for part, inputs in _parts(layer, self.bias, tokens[0]):
+                receive(part, inputs, tokens[1])
+
+        parameters = {name: self.objective.parameters[name] for name in self.layers}
+        calls = [call for call in self.found.calls if any(map(call.wants, parameters.values()))]
+        layers = replace(self.found, calls=calls)
+        for column in self.columns:
+            ends, seeds = zip(*column, strict=True)
+            collect = Collect(layers, parameters, emit, self.objective.problem.batch.n, release=False)
+            try:
+                torch.autograd.grad(ends, self.found.roots, seeds, retain_graph=True, allow_unused=True)
+                collect.finish()
+            finally:
+                collect.detach()
+
+
+def _parts(layer: Layer, bias: str, inputs: Tensor) -> list[tuple[Layer, Tensor]]:
+    """One block, or one for the weight and one for the bias, with their columns of the input tokens."""
+    if layer.bias is None or bias == "joined":
+        return [(layer, inputs)]
+    alone = Layer(layer.bias, Size([layer.outputs]), groups=layer.groups)
+    return [(replace(layer, bias=None), inputs[..., :-1]), (alone, inputs[..., -1:])]
+
+
+@contextmanager
+def recorded(
+    objective: Objective, type: str, samples: int, generator: torch.Generator | None, bias: str, *, strict: bool
+) -> Iterator[Run]:
+    """A forward pass under the hook engine's capture; every parameter that is not in a layer is accounted for."""
+    one_of("type", type, ("empirical", "mc", "exact"))
+    one_of("bias", bias, ("joined", "apart"))
+    parameters = objective.parameters
+    capture = Capture(objective.problem.model, {id(p) for p in parameters.values()})
+    with objective.forward(capture) as outputs:
+        ends = [x for x, _ in objective.problem.batch.outputs(outputs).tensors()]
+        found = reached(x.grad_fn for x in ends)
+        check_complete(found, parameters)
+        check_uncoupled(found, parameters)
+        layers, uncovered = find_layers(found, parameters)
+        run = Run(
+            objective,
+            found,
+            {x.weight: x for x in layers},
+            uncovered,
+            _columns(objective, outputs, type, samples, generator),
+            bias,
+        )
+        yield run
+        if strict and run.uncovered:
+            name, reason = next(iter(run.uncovered.items()))
+            raise KroneckerError(
+                f"parameter '{name}' has no Kronecker factors: {reason}. Leave it out of params= (all layers are found by default), or use ggn."
+            )
+
+
+def _columns(
+    objective: Objective, outputs: Any, type: str, samples: int, generator: torch.Generator | None
+) -> list[Column]:
+    ends, leaves, losses = objective.loss_at(outputs)
+    if type == "empirical":
+        return [list(zip(ends, (g.detach() for g in gradient([losses.sum()], leaves, None)), strict=True))]
+    end, axis = single_output(objective, outputs)
+    f = end.detach().movedim(axis, 0)
+    if type == "mc":
+        likelihood = identify(f, hessian_at(objective, outputs))
+        drawn = [likelihood.sample(generator) / samples**0.5 for _ in range(samples)]
+    else:
+        drawn = [u.view_as(f) for u in root(loss_hessians(f, hessian_at(objective, outputs))).unbind(2)]
+    return [[(end, u.movedim(0, axis))] for u in drawn]
+
+
+def loss_hessians(f: Tensor, hessian_at: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Tensor:
+    """``H_n [N, F, F]``, the Hessian of every sample's loss with respect to its ``F`` output entries."""
+    product = hessian_at(f)
+    units = torch.eye(f[0].numel(), dtype=f.dtype, device=f.device)
+    columns = [product(e.view(f.shape[1:]).expand_as(f).contiguous()).flatten(1) for e in units]
+    return torch.stack(columns, 2)
+
+
+def root(matrices: Tensor) -> Tensor:
+    """``S [..., F, r]`` with ``S S^T`` the given positive semi-definite matrices ``[..., F, F]``."""
+    values, vectors = torch.linalg.eigh(matrices)
+    largest = float(values.abs().max())
+    if float(values.min()) < -1e4 * torch.finfo(values.dtype).eps * largest:
+        raise LossError(
+            f"the loss is not convex in the outputs (its Hessian has an eigenvalue {float(values.min()):.3g}), so it has no square root to "
+            "propagate: use type='empirical', or ggn as an operator."
+        )
+    needed = (values > 0).flatten(0, -2).any(0) if values.ndim > 1 else values > 0
+    scaled: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return scaled[..., needed]
+
+
+def _factors(run: Run, approximation: str, title: str) -> Kronecker:
+    """The factors ``A`` and ``G`` of every block."""
+    one_of("approximation", approximation, ("expand", "reduce"))
+    layers: dict[str, Layer] = {}
+    inputs_sums: dict[str, Tensor] = {}
+    gradient_sums: dict[str, Tensor] = {}
+
+    def receive(layer: Layer, inputs: Tensor, grads: Tensor) -> None:
+        if approximation == "reduce":
+            inputs, grads = inputs.mean(2, keepdim=True), grads.sum(2, keepdim=True)
+        name = layer.weight
+        if name not in layers:  # the inputs are the same for every column
+            layers[name] = layer
+            inputs_sums[name] = _gram(inputs) / (inputs.shape[0] * inputs.shape[2])
+            gradient_sums[name] = torch.zeros_like(_gram(grads))
+        gradient_sums[name].add_(_gram(grads), alpha=run.objective.scale)
+
+    run.sweep(receive)
+    if not layers:
+        reasons = "; ".join(f"'{name}': {why}" for name, why in list(run.uncovered.items())[:4])
+        raise KroneckerError(f"none of the chosen parameters belongs to a linear layer or a convolution ({reasons})")
+    names = [name for name in run.objective.parameters if name in layers]
+    blocks = {name: Block(layers[name], inputs_sums[name], gradient_sums[name]) for name in names}
+    covered = {name: shape for block in blocks.values() for name, shape in block.layer.shapes.items()}
+    shapes = {name: covered[name] for name in run.objective.parameters if name in covered}
+    return Kronecker(title, blocks, shapes, run.uncovered)
+
+
+def _gram(tokens: Tensor) -> Tensor:
+    """``[K, D, D]`` from ``[N, K, T, D]``."""
+    x = tokens.transpose(0, 1).flatten(1, 2)
+    return x.mT @ x

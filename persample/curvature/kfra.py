@@ -1,0 +1,136 @@
+"""KFRA: the averaged loss Hessian is propagated backwards through a sequence of modules, once for the whole batch.
+
+With ``f_l`` the output of module ``l`` and ``J_n = d f_l / d f_{l-1}`` for sample ``n`` (Botev, Ritter and Barber 2017):
+
+    ``Gbar_L = mean_n H_n``,   ``Gbar_{l-1} = mean_n J_n^T Gbar_l J_n``.
+
+For a linear module this is ``W^T Gbar W``, for an elementwise ``phi`` it is ``Gbar o mean_n phi'_n phi'_n^T``; here any module is fine, since
+the recursion is done on a square root of ``Gbar``, column by column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Watch
+from ..errors import KroneckerError
+from ..losses import LossFunction
+from ..problem import Selection, pose
+from .kfac import kfac, loss_hessians, root
+from .kronecker import Kronecker
+from .layers import Layer
+from .matrices import hessian_at, one_of
+from .objective import Objective, set_random_state, twice_differentiable, untouched
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def kfra(
+    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
+    approximation: str = "expand", bias: str = "joined", params: Selection = None, reduction: str = "mean",
+) -> Kronecker:  # fmt: skip
+    """`kfac` with ``G`` from the recursive approximation: ``c N`` times ``Gbar`` at the layer's output, ``[O, O]`` (summed over positions).
+
+    For an ``nn.Sequential`` (nested ones are flattened) of modules that take and return one tensor ``[N, ...]``, each used once.
+    Over positions ``t, s``: "expand" sums the blocks ``t = s``, "reduce" all.  The other arguments are those of `kfac`.
+
+    Raises:
+        KroneckerError: for another model (use `kflr`, which propagates every sample's own Hessian).
+        BatchCoupledError, LossError: as `kfac`.
+
+    Cost: as many backward passes through each module as its output has entries per sample.
+    """
+    one_of("approximation", approximation, ("expand", "reduce"))
+    modules = list(_chain(model))
+    plain = kfac(
+        model,
+        loss_fn,
+        inputs,
+        targets,
+        type="empirical",
+        approximation=approximation,
+        bias=bias,
+        params=params,
+        reduction=reduction,
+    )
+    objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params), reduction)
+    names = {id(p): name for name, p in objective.parameters.items()}
+    factors: dict[str, Tensor] = {}
+    for module, shape, curvature in _recursion(objective, modules):
+        for p in module.parameters(recurse=False):
+            block = plain.blocks.get(names.get(id(p), ""))
+            if block is not None and type(module) in (nn.Linear, *_CONVOLUTIONS):
+                factors[block.layer.weight] = _outputs(module, block.layer, shape, curvature, approximation)
+    if missing := sorted(plain.blocks.keys() - factors.keys()):
+        raise KroneckerError(
+            f"'{missing[0]}' does not belong to a linear or convolution module of the sequence itself: use kflr."
+        )
+    scale = objective.scale * objective.problem.batch.n
+    blocks = {name: replace(block, gradients=scale * factors[name]) for name, block in plain.blocks.items()}
+    return replace(plain, title=f"KFRA ({approximation}, {reduction})", blocks=blocks)
+
+
+def _chain(model: nn.Module) -> Iterator[nn.Module]:
+    if type(model) is not nn.Sequential:
+        raise KroneckerError(
+            f"kfra needs an nn.Sequential, got {type(model).__name__}: use kflr, which works for any model."
+        )
+    seen: set[nn.Module] = set()
+    for module in model:
+        for part in _chain(module) if type(module) is nn.Sequential else [module]:
+            if part in seen and any(True for _ in part.parameters()):
+                raise KroneckerError(f"{type(part).__name__} with parameters is used twice in the sequence: use kflr.")
+            seen.add(part)
+            yield part
+
+
+def _recursion(objective: Objective, modules: list[nn.Module]) -> Iterator[tuple[nn.Module, torch.Size, Tensor]]:
+    """Every module with the shape of its output ``[N, ...]`` and ``Gbar [F, F]`` there, the last one first."""
+    model, batch = objective.problem.model, objective.problem.batch
+    with untouched(model), twice_differentiable(), torch.enable_grad(), Watch():
+        set_random_state(objective.random)
+        x: Tensor = batch.inputs.whole().detach()
+        steps: list[tuple[nn.Module, Tensor, Tensor]] = []
+        for module in modules:
+            leaf = x.detach().requires_grad_(x.is_floating_point())
+            x = module(leaf.clone())  # the module may change it in place
+            steps.append((module, leaf, x))
+        f = x.detach()
+        curvature = loss_hessians(f, hessian_at(objective, x)).mean(0)
+        first = next(i for i, module in enumerate(modules) if any(True for _ in module.parameters()))
+        for i, (module, leaf, out) in reversed([*enumerate(steps)]):
+            yield module, out.shape, curvature
+            if i == first:
+                return
+            curvature = _pulled(leaf, out, curvature)
+
+
+def _pulled(leaf: Tensor, out: Tensor, curvature: Tensor) -> Tensor:
+    """``mean_n J_n^T Gbar J_n``, ``[F', F']``."""
+    size = leaf[0].numel()
+    total = leaf.new_zeros(size, size)
+    for column in root(curvature).T:
+        seed = column.view(out.shape[1:]).expand_as(out)
+        (rows,) = torch.autograd.grad(out, leaf, seed, retain_graph=True)
+        rows = rows.flatten(1)
+        total.addmm_(rows.T, rows, alpha=1 / len(rows))
+    return total
+
+
+def _outputs(module: nn.Module, layer: Layer, shape: torch.Size, curvature: Tensor, approximation: str) -> Tensor:
+    """``[K, O, O]``: ``Gbar`` between the features of the output, positions summed."""
+    features = layer.outputs
+    last = type(module) is nn.Linear
+    size = shape[1:].numel() // features
+    full = curvature.reshape((size, features) * 2 if last else (features, size) * 2)
+    if last:
+        full = full.permute(1, 0, 3, 2)  # [O, T, O, T]
+    summed = torch.einsum("otpt->op", full) if approximation == "expand" else full.sum((1, 3))
+    grouped = summed.view(layer.groups, features // layer.groups, layer.groups, features // layer.groups)
+    return torch.einsum("kokp->kop", grouped)

@@ -1,0 +1,148 @@
+"""Block-diagonal matrices over the parameters whose blocks are Kronecker products.
+
+For a layer with ``W [O, I]`` (row-major; ``I`` counts a last column for a joined bias) the block is
+
+    ``G (x) A``, ``G [O, O]`` of output gradients, ``A [I, I]`` of inputs:  ``(G (x) A) vec(V) = vec(G V A)``,
+
+or, with eigenvectors ``G = U_G S_G U_G^T`` and ``A = U_A S_A U_A^T``, any matrix that is diagonal in the basis ``U_G (x) U_A``.
+``K`` groups have ``K`` blocks.  Nothing of size ``O I x O I`` is ever formed but by ``dense``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Size, Tensor
+
+from ..errors import KroneckerError
+from .layers import Layer
+from .operator import Operator, Vector, unflatten
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The block of one layer: ``gradients (x) inputs``, or diagonal ``moments`` in the eigenbasis of that."""
+
+    layer: Layer
+    inputs: Tensor  # A [K, I, I]
+    gradients: Tensor  # G [K, O, O]
+    moments: Tensor | None = field(default=None, repr=False)  # [K, O, I], replaces the products of eigenvalues
+
+    @cached_property
+    def _spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of ``G`` and of ``A``."""
+        (g, ug), (a, ua) = torch.linalg.eigh(self.gradients), torch.linalg.eigh(self.inputs)
+        return g.clamp(min=0), ug, a.clamp(min=0), ua
+
+    @property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """``U_G [K, O, O]`` and ``U_A [K, I, I]``."""
+        return self._spectra[1], self._spectra[3]
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """``[K, O, I]``, in the order of `bases`; never negative."""
+        if self.moments is not None:
+            return self.moments
+        return self._spectra[0].unsqueeze(-1) * self._spectra[2].unsqueeze(-2)
+
+    def is_singular(self) -> bool:
+        """Whether the smallest eigenvalue is zero up to rounding."""
+        values = self.eigenvalues
+        return bool(values.min() <= values.numel() * torch.finfo(values.dtype).eps * values.max())
+
+    def product(self, matrix: Tensor) -> Tensor:
+        """``[k, K, O, I]``: the block times each of ``k`` matrices."""
+        if self.moments is None:
+            return self.gradients @ matrix @ self.inputs
+        return self.spectral(matrix, self.moments)
+
+    def spectral(self, matrix: Tensor, values: Tensor) -> Tensor:
+        """The same with other eigenvalues ``[K, O, I]``."""
+        g, a = self.bases
+        return g @ (values * (g.mT @ matrix @ a)) @ a.mT
+
+    def dense(self) -> Tensor:
+        """The block itself ``[d, d]``, over the layer's parameters, flat, weight before bias."""
+        shapes = self.layer.shapes
+        size = sum(shape.numel() for shape in shapes.values())
+        unit = torch.eye(size, dtype=self.inputs.dtype, device=self.inputs.device)
+        rows = self.layer.parameters(self.product(self.layer.matrix(unflatten(unit, shapes))))
+        return torch.cat([rows[name].flatten(1) for name in shapes], 1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Kronecker:
+    """A symmetric positive semi-definite matrix ``[D, D]``, block-diagonal over layers, blocks in Kronecker form.
+
+    ``K @ v`` and ``K.solve(v, damping)`` for ``v [D]``, ``[D, k]`` or ``{name: [*P]}``; ``blocks`` by the name of their weight (a bias
+    apart by its own); ``uncovered`` says which of the model's parameters are not in it, and why.
+    """
+
+    title: str
+    blocks: dict[str, Block]
+    shapes: dict[str, Size]
+    uncovered: dict[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters, in flat order."""
+        return tuple(self.shapes)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(D, D)``."""
+        return self._operator.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.blocks.values())).inputs.dtype
+
+    @property
+    def T(self) -> Kronecker:
+        """The transpose: the matrix is symmetric."""
+        return self
+
+    def __matmul__(self, v: Vector) -> Vector:
+        return self._operator @ v
+
+    def solve(self, v: Vector, damping: float) -> Vector:
+        """``(K + damping I)^{-1} v``, exact: the damping is added to every eigenvalue of every block."""
+        if damping < 0:
+            raise ValueError(f"damping must not be negative, got {damping}")
+        for name, block in self.blocks.items():
+            if damping == 0 and block.is_singular():
+                raise KroneckerError(f"the block of '{name}' is singular: give a damping > 0")
+        return self._over(lambda block, matrix: block.spectral(matrix, 1 / (block.eigenvalues + damping))) @ v
+
+    def dense(self) -> Tensor:
+        """The matrix itself, ``[D, D]``."""
+        return self._operator.dense()
+
+    def to_scipy(self) -> LinearOperator:
+        """The same as a ``scipy.sparse.linalg.LinearOperator``; needs scipy."""
+        return self._operator.to_scipy()
+
+    @property
+    def _operator(self) -> Operator:
+        return self._over(lambda block, matrix: block.product(matrix))
+
+    def _over(self, product: Callable[[Block, Tensor], Tensor]) -> Operator:
+        def apply(matrix: Tensor) -> Tensor:
+            values, found = unflatten(matrix.T, self.shapes), dict[str, Tensor]()
+            for block in self.blocks.values():
+                found |= block.layer.parameters(product(block, block.layer.matrix(values)))
+            return torch.cat([found[name].flatten(1) for name in self.shapes], 1).T
+
+        return Operator(self.title, self.shapes, self.dtype, next(iter(self.blocks.values())).inputs.device, apply)
+
+    def __repr__(self) -> str:
+        left_out = f", without {len(self.uncovered)} parameters: {', '.join(self.uncovered)}" if self.uncovered else ""
+        return f"{self.title}: {self.shape[0]} x {self.shape[1]}, {len(self.blocks)} blocks{left_out}"

@@ -142,7 +142,8 @@ def _chosen(whole: Expression, inner: Mapping[int | str, str], outer: str) -> di
             positions = [i for i, candidate in enumerate(whole.inputs) if candidate == term]
         if not positions:
             raise EinsumError(
-                f"{key!r} is no operand of {outer!r}: give a position from 0 to {len(whole.inputs) - 1}, or an operand's indices"
+                f"{key!r} is no operand of {outer!r}: give a position from 0 to {len(whole.inputs) - 1}, or an "
+                "operand's indices"
             )
         for position in positions:
             if position in found:
@@ -169,7 +170,7 @@ class _Letters:
 
 
 def _rename(part: Expression, term: Term, letters: _Letters) -> Expression:
-    """``part`` with letters of its own, except where its output's axes are single letters: there it takes over ``term``'s."""
+    """``part`` with letters of its own, except where an axis of its output is written like that of ``term``."""
     names: dict[str, str] = {}
     for axis, target in zip(part.output, term, strict=False):
         if len(axis) == len(target):
@@ -199,7 +200,8 @@ def _unify(equations: list[tuple[Axis, Axis, str]]) -> dict[str, Axis]:
             new = {right: left}
         else:
             raise EinsumError(
-                f"{where}: can't match the groups {_write((left,))} and {_write((right,))}: write both with the same number of indices"
+                f"{where}: can't match the groups {_write((left,))} and {_write((right,))}: write both with the same "
+                "number of indices"
             )
         _add(new, solution, where)
     return solution
@@ -300,7 +302,8 @@ def _lengths(
         if not ready:
             letters = sorted(set("".join(g[0] for g in groups)) - found.keys())
             raise EinsumError(
-                f"the sizes of {letters} in {expression!r} do not follow from the operands: give one, like {letters[0]}=2"
+                f"the sizes of {letters} in {expression!r} do not follow from the operands: give one, like "
+                f"{letters[0]}=2"
             )
         axis, size, where = ready[0]
         groups.remove(ready[0])

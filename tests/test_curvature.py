@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
-from persample.curvature import empirical_fisher, fisher, ggn, hvp, per_sample_hvp
+from persample.curvature import Operator, empirical_fisher, fisher, ggn, hvp, per_sample_hvp
 from persample.errors import BatchCoupledError, DirectionError, LossError, PersampleError, RandomnessError
 
 N = 5
@@ -198,7 +198,7 @@ def test_empirical_fisher_from_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("batch norm",)])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "batch norm"])
 def test_per_sample_hvp(name: str, engine: str) -> None:
     model, loss_fn, x, y = case(name)
     theta, outputs, losses = flat_functions(model, loss_fn, x, y)
@@ -252,9 +252,10 @@ def test_ignored_targets_have_no_curvature() -> None:
 @pytest.mark.parametrize("name", ["cross entropy", "squared error", "binary"])
 def test_mc_fisher_is_a_mean_over_sampled_targets(name: str) -> None:
     model, loss_fn, x, y = case(name)
-    make = lambda seed, k: fisher(
-        model, loss_fn, x, y, type="mc", samples=k, generator=torch.Generator().manual_seed(seed)
-    )
+
+    def make(seed: int, k: int) -> Operator:
+        return fisher(model, loss_fn, x, y, type="mc", samples=k, generator=torch.Generator().manual_seed(seed))
+
     few, same, other = make(0, 2).dense(), make(0, 2).dense(), make(1, 2).dense()
     close(few, same, 1e-14)
     assert (few - other).norm() > 1e-3
@@ -306,7 +307,9 @@ def test_tokens_last_or_second() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x).transpose(1, 2)  # [N, T, V]
 
-    loss_fn = lambda f, y: F.cross_entropy(f.transpose(1, 2), y, reduction="none").mean(1)
+    def loss_fn(f: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(f.transpose(1, 2), y, reduction="none").mean(1)
+
     a = fisher(Last(), loss_fn, x, y)
     b = fisher(last, nn.CrossEntropyLoss(), x, y)
     assert "categorical" in repr(a)
@@ -322,7 +325,10 @@ def test_fisher_refuses_other_losses() -> None:
 
 def test_penalties_are_in_the_hessian_and_refused_by_gauss_newton() -> None:
     model, _, x, y = case("cross entropy")
-    penalised = lambda f, y: F.cross_entropy(f, y, reduction="none") + model[0].weight.pow(4).sum()
+
+    def penalised(f: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(f, y, reduction="none") + model[0].weight.pow(4).sum()
+
     bare = hvp(model, nn.CrossEntropyLoss(), x, y).dense()
     difference = (hvp(model, penalised, x, y).dense() - bare).diagonal()
     close(difference[: model[0].weight.numel()], 12 * model[0].weight.detach().square().flatten())
@@ -375,7 +381,7 @@ def test_wrong_directions_are_named() -> None:
     op = ggn(*case("cross entropy"))
     with pytest.raises(DirectionError, match=r"\(21, 21\).*\(3,\)"):
         op @ torch.zeros(3)
-    with pytest.raises(DirectionError, match="2.weight"):
+    with pytest.raises(DirectionError, match=r"2\.weight"):
         op @ {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(3), "2.bias": torch.zeros(3)}
     with pytest.raises(PersampleError, match=r"'0.bias' must have shape \(3,\), got \(2,\)"):
         op @ {k: torch.zeros(2) if k == "0.bias" else torch.zeros(s) for k, s in op.shapes.items()}

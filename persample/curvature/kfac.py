@@ -7,15 +7,16 @@ type       columns                                                         known
 =========  ==============================================================  =========
 empirical  the gradients of the losses at the given targets, one           KFAC (empirical)
 mc         gradients at targets drawn from the model, one per draw         KFAC
-exact      a square root of the loss Hessian, ``sum_c u_nc u_nc^T = H_n``  KFLR
+exact      a square root of the loss Hessian, ``sum_j u_nj u_nj^T = H_n``  KFLR
 =========  ==============================================================  =========
 
-With ``a_nt`` the input tokens of a layer, ``delta_ntc`` the gradients of its outputs for column ``c``, ``N`` samples, ``T`` positions, and
-``c`` the reduction (``1/N`` for "mean", 1 for "sum"), the factors are (Martens and Grosse 2015; Eschenhagen et al. 2023)
+With ``a_nt`` the input tokens of a layer, ``delta_ntj`` the gradients of its outputs for column ``j``, ``N`` samples,
+``T`` positions, and ``c`` the reduction (``1/N`` for "mean", 1 for "sum"), the factors are (Martens and Grosse 2015;
+Eschenhagen et al. 2023)
 
 ======  ====================================================  ========================================================
-expand  ``A = 1/(N T) sum_nt a_nt a_nt^T``                      ``G = c sum_ntc delta_ntc delta_ntc^T``
-reduce  ``A = 1/N sum_n abar_n abar_n^T``, ``abar`` mean over t  ``G = c sum_nc d_nc d_nc^T``, ``d`` sum over ``t``
+expand  ``A = 1/(N T) sum_nt a_nt a_nt^T``                      ``G = c sum_ntj delta_ntj delta_ntj^T``
+reduce  ``A = 1/N sum_n abar_n abar_n^T``, ``abar`` mean over t  ``G = c sum_nj d_nj d_nj^T``, ``d`` sum over ``t``
 ======  ====================================================  ========================================================
 """
 
@@ -49,30 +50,32 @@ Receive = Callable[[Layer, Tensor, Tensor], None]  # gets inputs [N, K, T, I] an
 
 def kfac(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
-    type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1, generator: torch.Generator | None = None,
-    params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
+    type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1,
+    generator: torch.Generator | None = None, params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
 ) -> Kronecker:  # fmt: skip
-    """The block-diagonal approximation ``G (x) A`` of the Fisher or Gauss-Newton matrix, ``[D, D]``, one block per layer.
+    """``blockdiag(G (x) A)``, ``[D, D]``: one Kronecker product per layer, for the Fisher or Gauss-Newton matrix.
 
     Args:
         type: "empirical", "mc" or "exact": which output gradients, see the module's table.
-        approximation: "expand" or "reduce": how a weight that is shared over positions is treated; the same without sharing.
+        approximation: "expand" or "reduce": how a weight that is shared over positions is treated; without sharing they
+            are the same.
         bias: "joined" as a last column of the weight's matrix, or "apart" in a block of its own.
         samples, generator: for "mc", how many targets are drawn, and from where.
-        params: by default every layer that is found; others are listed in ``uncovered``.  If given, all must be covered.
+        params: by default every layer that is found, and other parameters are listed in ``uncovered``; if given, all of
+            them must be covered.
         model, loss_fn, inputs, targets, batch_dim, reduction: as in `persample.curvature.hvp`.
 
-    Layers are ``F.linear``, convolutions and transposed convolutions (any options, any use of these functions).  The block is
-    exact for deep linear networks with squared loss: without sharing, with "expand" if the loss is a sum over positions,
-    with "reduce" if the network averages or sums over positions.
+    Layers are ``F.linear``, convolutions and transposed convolutions, with any options, however these functions are
+    called. The block is exact for deep linear networks with squared loss: without sharing; with "expand" if the loss
+    is a sum over positions; with "reduce" if the network averages or sums over positions.
 
     Raises:
         BatchCoupledError: if the chosen parameters act through statistics of the batch.
         KroneckerError: if there is no layer, or a parameter in ``params`` belongs to none.
         LossError: for "mc" without a known likelihood, for "exact" if the loss is not convex in the outputs.
 
-    Cost: one forward and one backward pass per column, and the products ``A`` and ``G``; "exact" has as many columns as the
-    output has entries per sample, and forms the loss Hessian ``[N, F, F]`` of these.
+    Cost: one forward pass, one backward pass per column, and the products ``A`` and ``G``.  "exact" has as many
+    columns as the output has entries ``F`` per sample, and forms the loss Hessian ``[N, F, F]``.
     """
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
     with recorded(objective, type, samples, generator, bias, strict=params is not None) as run:
@@ -86,13 +89,14 @@ def kflr(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = No
 
 def ekfac(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
-    type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1, generator: torch.Generator | None = None,
-    params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
+    type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1,
+    generator: torch.Generator | None = None, params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
 ) -> Kronecker:  # fmt: skip
-    """`kfac` with corrected eigenvalues (George et al. 2018): the diagonal of the matrix itself in the basis ``U_G (x) U_A``.
+    """`kfac` with corrected eigenvalues (George et al. 2018): the matrix's own diagonal in the basis ``U_G (x) U_A``.
 
-    The eigenvalue of ``u_G (x) u_A`` is ``c sum_nc (u_G^T g_nc u_A)^2`` with ``g_nc = sum_t delta_ntc a_nt^T`` the gradient of sample ``n``
-    for column ``c``: among all matrices with these eigenvectors the nearest to the block, in the Frobenius norm.
+    The eigenvalue of ``u_G (x) u_A`` is ``c sum_nj (u_G^T g_nj u_A)^2``, with ``g_nj = sum_t delta_ntj a_nt^T`` the
+    gradient of sample ``n`` for column ``j``: of all matrices with these eigenvectors the nearest to the block
+    (Frobenius norm).
 
     Arguments and errors as in `kfac`; costs a second backward pass per column.
     """
@@ -185,7 +189,8 @@ def recorded(
         if strict and run.uncovered:
             name, reason = next(iter(run.uncovered.items()))
             raise KroneckerError(
-                f"parameter '{name}' has no Kronecker factors: {reason}. Leave it out of params= (all layers are found by default), or use ggn."
+                f"parameter '{name}' has no Kronecker factors: {reason}. Leave it out of params= (by default all "
+                "layers are found), or use ggn."
             )
 
 
@@ -219,8 +224,8 @@ def root(matrices: Tensor) -> Tensor:
     largest = float(values.abs().max())
     if float(values.min()) < -1e4 * torch.finfo(values.dtype).eps * largest:
         raise LossError(
-            f"the loss is not convex in the outputs (its Hessian has an eigenvalue {float(values.min()):.3g}), so it has no square root to "
-            "propagate: use type='empirical', or ggn as an operator."
+            f"the loss is not convex in the outputs (its Hessian has an eigenvalue {float(values.min()):.3g}), so "
+            "there is no square root of it to propagate: use type='empirical', or ggn as an operator."
         )
     needed = (values > 0).flatten(0, -2).any(0) if values.ndim > 1 else values > 0
     scaled: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)

@@ -1,11 +1,11 @@
 """KFRA: the averaged loss Hessian is propagated backwards through a sequence of modules, once for the whole batch.
 
-With ``f_l`` the output of module ``l`` and ``J_n = d f_l / d f_{l-1}`` for sample ``n`` (Botev, Ritter and Barber 2017):
+With ``f_l`` the output of module ``l`` and ``J_n = d f_l / d f_{l-1}`` of sample ``n`` (Botev, Ritter and Barber 2017):
 
     ``Gbar_L = mean_n H_n``,   ``Gbar_{l-1} = mean_n J_n^T Gbar_l J_n``.
 
-For a linear module this is ``W^T Gbar W``, for an elementwise ``phi`` it is ``Gbar o mean_n phi'_n phi'_n^T``; here any module is fine, since
-the recursion is done on a square root of ``Gbar``, column by column.
+For a linear module this is ``W^T Gbar W``, for an elementwise ``phi`` it is ``Gbar o mean_n phi'_n phi'_n^T``; here
+any module is fine, since the recursion is done on a square root of ``Gbar``, column by column.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from .layers import Layer
 from .matrices import hessian_at, one_of
 from .objective import Objective, set_random_state, twice_differentiable, untouched
 
-
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -35,10 +34,11 @@ def kfra(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     approximation: str = "expand", bias: str = "joined", params: Selection = None, reduction: str = "mean",
 ) -> Kronecker:  # fmt: skip
-    """`kfac` with ``G`` from the recursive approximation: ``c N`` times ``Gbar`` at the layer's output, ``[O, O]`` (summed over positions).
+    """``blockdiag(G (x) A)``, ``[D, D]``, as `kfac`, but ``G [O, O]`` by recursion: ``c N Gbar`` at the layer's output.
 
-    For an ``nn.Sequential`` (nested ones are flattened) of modules that take and return one tensor ``[N, ...]``, each used once.
-    Over positions ``t, s``: "expand" sums the blocks ``t = s``, "reduce" all.  The other arguments are those of `kfac`.
+    For an ``nn.Sequential`` (nested ones are flattened) of modules that take and return one tensor ``[N, ...]``, each
+    used once.  Of the blocks of ``Gbar`` between positions ``t, s``, "expand" sums those with ``t = s``, "reduce"
+    all.  The other arguments are those of `kfac`.
 
     Raises:
         KroneckerError: for another model (use `kflr`, which propagates every sample's own Hessian).

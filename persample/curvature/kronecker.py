@@ -4,8 +4,8 @@ For a layer with ``W [O, I]`` (row-major; ``I`` counts a last column for a joine
 
     ``G (x) A``, ``G [O, O]`` of output gradients, ``A [I, I]`` of inputs:  ``(G (x) A) vec(V) = vec(G V A)``,
 
-or, with eigenvectors ``G = U_G S_G U_G^T`` and ``A = U_A S_A U_A^T``, any matrix that is diagonal in the basis ``U_G (x) U_A``.
-``K`` groups have ``K`` blocks.  Nothing of size ``O I x O I`` is ever formed but by ``dense``.
+or, with ``U_G`` and ``U_A`` the eigenvectors of ``G`` and ``A``, any matrix that is diagonal in the basis
+``U_G (x) U_A``.  ``K`` groups have ``K`` blocks.  Nothing of size ``O I x O I`` is ever formed but by ``dense``.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Block:
 class Kronecker:
     """A symmetric positive semi-definite matrix ``[D, D]``, block-diagonal over layers, blocks in Kronecker form.
 
-    ``K @ v`` and ``K.solve(v, damping)`` for ``v [D]``, ``[D, k]`` or ``{name: [*P]}``; ``blocks`` by the name of their weight (a bias
-    apart by its own); ``uncovered`` says which of the model's parameters are not in it, and why.
+    ``K @ v`` and ``K.solve(v, damping)`` for ``v [D]``, ``[D, k]`` or ``{name: [*P]}``.  ``blocks`` go by the name of
+    their weight (a bias apart by its own); ``uncovered`` says which of the model's parameters are not in it, and why.
     """
 
     title: str

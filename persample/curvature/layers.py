@@ -10,8 +10,8 @@ transposed convolution  the inputs that reach ``t``, each at the kernel offset t
 ======================  ===========================================================  ==================
 
 A weight shared over positions ``t`` is a linear layer on tokens, and both convolutions are such layers on unfolded
-inputs; ``K`` groups are ``K`` layers side by side.  Several uses of a weight are further positions.  Tokens come from the
-factors that the hook engine finds (`Outer`, `Conv`), output gradients from whatever is differentiated.
+inputs; ``K`` groups are ``K`` layers side by side.  Several uses of a weight are further positions.  Tokens come from
+the factors that the hook engine finds (`Outer`, `Conv`), output gradients from whatever is differentiated.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Layer:
         )
 
     def tokens(self, g: Factors) -> tuple[Tensor, Tensor] | None:
-        """Input tokens ``[N, K, T, I]`` (with a one for the bias) and output gradients ``[N, K, T, O]``, if ``g`` has such factors."""
+        """Inputs ``[N, K, T, I]`` (a one for the bias) and output gradients ``[N, K, T, O]``, if ``g`` has such."""
         match g:
             case Outer(left, right) if left.shape[1] == self.groups:
                 inputs, grads = (left, right) if self.transposed else (right, left)
@@ -108,7 +108,7 @@ def patches(x: Tensor, geo: Geometry, positions: Sequence[int]) -> Tensor:
 
 
 def reaching(x: Tensor, geo: Geometry, positions: Sequence[int]) -> Tensor:
-    """``[N, C, kernel, T]``: the entry of ``x [N, C, *S]`` that reaches each output position of a transposed convolution."""
+    """``[N, C, kernel, T]``: what of ``x [N, C, *S]`` reaches each output position of a transposed convolution."""
     inner = tuple(slice(low, low + length) for low, length in zip(geo.padding, positions, strict=True))
     size = [max(r, i.stop) for r, i in zip(geo.reach(tuple(x.shape[2:])), inner, strict=True)]
     found = []
@@ -120,7 +120,7 @@ def reaching(x: Tensor, geo: Geometry, positions: Sequence[int]) -> Tensor:
 
 
 def _strided(geo: Geometry, positions: Sequence[int]) -> list[tuple[slice, ...]]:
-    """For every kernel offset, as an index into ``[N, C, *S]``: the places ``p stride + offset dilation`` of all positions ``p``."""
+    """Per kernel offset, an index into ``[N, C, *S]``: the places ``p stride + offset dilation`` of positions ``p``."""
     every = (slice(None), slice(None))
     sides = list(zip(geo.dilation, geo.stride, positions, strict=True))
     return [

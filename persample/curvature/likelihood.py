@@ -12,8 +12,8 @@ bernoulli    BCE with logits                  ``w diag(p (1 - p))``       ``sqrt
 ===========  ===============================  ==========================  ==========================
 
 So the second moment of sampled gradients is the loss Hessian, whatever the scale of the loss, and the Fisher matrix is
-the Gauss-Newton matrix.  (``nn.MSELoss`` of ``O`` outputs, ``|f - y|^2 / O``, is thereby read as the negative log-likelihood of a
-Gaussian with variance ``O/2``; a mean over ``T`` tokens as ``T`` tokens that count ``1/T`` each.)
+the Gauss-Newton matrix.  (``nn.MSELoss`` of ``O`` outputs, ``|f - y|^2 / O``, is thereby read as the negative
+log-likelihood of a Gaussian with variance ``O/2``; a mean over ``T`` tokens as ``T`` tokens that count ``1/T`` each.)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Likelihood:
         return self.weight * (v if self.family == "gaussian" else p * (1 - p) * v)
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
-        """Output gradients ``u [N, ...]`` at targets drawn from the model: ``E[u_n u_n^T]`` is the Hessian of loss ``n``."""
+        """Output gradients ``u [N, ...]`` at targets drawn from the model; ``E[u_n u_n^T]`` is the loss Hessian."""
         p = _mean(self.family, self.outputs, self.axis)
         if self.family == "gaussian":
             noise = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
@@ -86,9 +86,9 @@ def identify(outputs: Tensor, hessian_at: Callable[[Tensor], Product]) -> Likeli
             if bool(((expected - actual).abs() <= tolerance).all()):
                 return likelihood
     raise LossError(
-        "loss_fn is not the negative log-likelihood of a categorical, Gaussian or Bernoulli distribution with the outputs as its logits or mean "
-        "(cross entropy, squared error, binary cross entropy with logits), so there is nothing to sample targets from. Use the Gauss-Newton matrix "
-        "(ggn, type='exact'), or the empirical one."
+        "loss_fn is not the negative log-likelihood of a categorical, Gaussian or Bernoulli distribution with the "
+        "outputs as its logits or mean (cross entropy, squared error, binary cross entropy with logits), so there is "
+        "nothing to sample targets from. Use the Gauss-Newton matrix (ggn, kflr), or the empirical one."
     )
 
 

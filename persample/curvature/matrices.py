@@ -26,8 +26,8 @@ def hvp(
     """The Hessian of the batch loss, ``c sum_n d2 l_n / dtheta2``, ``[D, D]``.
 
     Args:
-        model, loss_fn, inputs, targets, params, batch_dim: as for `persample.gradients`.  The model runs in its own mode,
-            on the whole batch.  Buffers, ``.grad`` and the random state stay as they are.
+        model, loss_fn, inputs, targets, params, batch_dim: as for `persample.gradients`.  The model runs in its own
+            mode, on the whole batch.  Buffers, ``.grad`` and the random state stay as they are.
         reduction: ``c`` is ``1/N`` for "mean", 1 for "sum" (``l_n`` is the unscaled loss of sample ``n``).
 
     Cost: one forward and backward pass for a product, and about two backward passes for each of its columns.
@@ -42,8 +42,8 @@ def ggn(
 ) -> Operator:  # fmt: skip
     """The generalised Gauss-Newton matrix ``c sum_n J_n^T H_n J_n``, ``[D, D]``, for any twice differentiable loss.
 
-    ``J_n = df_n/dtheta`` of the outputs, ``H_n = d2 l_n/df_n2`` the exact Hessian of the loss (Schraudolph 2002).  Positive
-    semi-definite where the losses are convex in the outputs.  Arguments and scale as in `hvp`.
+    ``J_n = df_n/dtheta`` of the outputs, ``H_n = d2 l_n/df_n2`` the exact Hessian of the loss (Schraudolph 2002).  It
+    is positive semi-definite where the losses are convex in the outputs.  Arguments and scale as in `hvp`.
 
     Raises:
         LossError: if ``loss_fn`` depends on parameters other than through the outputs (penalties).
@@ -100,12 +100,13 @@ def empirical_fisher(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     method: str = "autograd", params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
 ) -> Operator:  # fmt: skip
-    """``c sum_n g_n g_n^T``, ``[D, D]``, with ``g_n`` the gradient of the unscaled loss of sample ``n`` at its given target.
+    """``c sum_n g_n g_n^T``, ``[D, D]``: ``g_n`` is the gradient of the unscaled loss of sample ``n`` at its target.
 
     Args:
-        method: "autograd" differentiates the batch's own loss vector for every product, so that under BatchNorm in training
-            mode ``g_n`` is the gradient of the loss as it is, statistics included.  "rows" takes the per-sample gradients
-            once (`persample.gradients`, in factors) and multiplies by them: faster from the second product on.
+        method: "autograd" differentiates the batch's own loss vector for every product, so that under BatchNorm in
+            training mode ``g_n`` is the gradient of the loss as it is, statistics included.  "rows" takes the
+            per-sample gradients once (`persample.gradients`, in factors) and multiplies by them: faster from the
+            second product on.
         model, loss_fn, inputs, targets, params, batch_dim, reduction: as in `hvp`.
 
     Note the scale: ``c`` once, not ``c^2``.
@@ -153,8 +154,8 @@ def single_output(objective: Objective, outputs: Any) -> tuple[Tensor, int]:
     found = [(x, axis) for x, axis in tree.tensors() if x.requires_grad]
     if len(found) != 1 or found[0][1] is None:
         raise LossError(
-            f"the model returned {len(found)} differentiable tensors, or none with a sample axis; the distribution of the targets needs one "
-            "[N, ...]. Wrap the model so that it returns its logits or predictions, or use ggn."
+            f"the model returned {len(found)} differentiable tensors, or none with a sample axis; the distribution of "
+            "the targets needs one [N, ...]. Wrap the model so that it returns its logits or predictions, or use ggn."
         )
     return found[0][0], found[0][1]
 

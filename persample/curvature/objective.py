@@ -55,7 +55,7 @@ class Objective:
 
     @contextmanager
     def forward(self, capture: Capture | None = None) -> Iterator[Any]:
-        """The model's outputs with their graph; differentiate inside the ``with`` block.  ``capture`` records its calls."""
+        """The outputs with their graph, to be differentiated inside the ``with`` block; ``capture`` records calls."""
         batch = self.problem.batch
         with untouched(self.problem.model), torch.enable_grad(), twice_differentiable():
             set_random_state(self.random)
@@ -105,8 +105,9 @@ class Objective:
         found = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True, retain_graph=True)
         if named := [name for name, g in zip(self.parameters, found, strict=True) if g is not None]:
             raise LossError(
-                f"loss_fn depends on parameter '{named[0]}' directly, not only through the model's outputs (a penalty, or an intermediate result). "
-                "Gauss-Newton and Fisher matrices are defined by the loss as a function of the outputs: use hvp, or add the penalty's curvature yourself."
+                f"loss_fn depends on parameter '{named[0]}' directly, not only through the model's outputs (a penalty, "
+                "or an intermediate result). Gauss-Newton and Fisher matrices are defined by the loss as a function "
+                "of the outputs: use hvp, or add the penalty's curvature yourself."
             )
 
 

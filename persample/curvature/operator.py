@@ -56,7 +56,8 @@ class Operator:
             return unflatten(self @ flatten(v, self.shapes), self.shapes)
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
             raise DirectionError(
-                f"{self.title} has shape {self.shape}, and can't multiply a tensor of shape {tuple(v.shape)}: give [D] or [D, k]"
+                f"{self.title} has shape {self.shape}, and can't multiply a tensor of shape {tuple(v.shape)}: give [D] "
+                "or [D, k]"
             )
         matrix = v.detach().to(self.device, self.dtype)
         product = self.apply(matrix if v.ndim == 2 else matrix[:, None])
@@ -80,7 +81,8 @@ class Operator:
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=kind)
 
     def __repr__(self) -> str:
-        return f"{self.title}: {self.shape[0]} x {self.shape[1]}, {str(self.dtype).removeprefix('torch.')}, {len(self.shapes)} parameters"
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.title}: {self.shape[0]} x {self.shape[1]}, {kind}, {len(self.shapes)} parameters"
 
 
 def flatten(v: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> Tensor:

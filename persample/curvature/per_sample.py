@@ -30,7 +30,8 @@ ENGINES = ("auto", "vmap", "loop")
 
 
 def per_sample_hvp(
-    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, v: Tensor | Mapping[str, Tensor] | None = None, *,
+    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None,
+    v: Tensor | Mapping[str, Tensor] | None = None, *,
     engine: str = "auto", params: Selection = None, batch_dim: Any = 0,
 ) -> Tensor:  # fmt: skip
     """``H_n v`` for every sample, ``[N, D]``, with ``H_n = d2 l_n / dtheta2`` of its unscaled loss.
@@ -88,8 +89,8 @@ def _check_alone(problem: Problem) -> None:
         after = random_state(problem.model)
     if not all(torch.equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True)):
         raise RandomnessError(
-            "the model draws random numbers (dropout), and a sample alone would get others than in its batch. Switch the draws off "
-            "(model.eval()), or use hvp, which keeps one draw for the whole batch."
+            "the model draws random numbers (dropout), and a sample alone would get others than in its batch. Switch "
+            "the draws off (model.eval()), or use hvp, which keeps one draw for the whole batch."
         )
 
 

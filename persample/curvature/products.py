@@ -1,7 +1,7 @@
 """Hessian, Gauss-Newton and Fisher products: of the whole batch, by autograd alone.
 
-With ``l_n`` the unscaled loss of sample ``n``, ``f_n`` the model's output, ``J_n = df_n/dtheta`` and ``c`` the reduction
-(``1/N`` for "mean", 1 for "sum"):
+With ``l_n`` the unscaled loss of sample ``n``, ``f_n`` the model's output, ``J_n = df_n/dtheta`` and ``c`` the
+reduction (``1/N`` for "mean", 1 for "sum"):
 
 =================  ==========================================================================
 hvp                ``c sum_n d2 l_n / dtheta2``
@@ -54,7 +54,7 @@ def hessian(objective: Objective) -> Callable[[Tensor], Tensor]:
 
 
 def sandwich(objective: Objective, middle: Callable[[object], tuple[Tensors, Middle]]) -> Callable[[Tensor], Tensor]:
-    """``V [D, k] -> c J^T M J V``: ``middle(outputs)`` says of which tensors ``J`` is the Jacobian, and multiplies by ``M``."""
+    """``V [D, k] -> c J^T M J V``: ``middle(outputs)`` says whose Jacobian ``J`` is, and what ``M`` does."""
     parameters = list(objective.parameters.values())
 
     def apply(matrix: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class Quantities(abc.ABC):
             if argument.ndim != 1 + behind or len(argument) != size:
                 raise QuantityError(f"a flat {what} must have shape [{size}{', k' * behind}] for these parameters, got {list(argument.shape)}.")
             pieces = argument.split([shape.numel() for shape in self.shapes.values()])
-            return {name: x.reshape(*shape, *x.shape[1:]) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
+            return {name: x.reshape((*shape, *x.shape[1:])) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
         if missing := [name for name in self.names if name not in argument]:
             raise UnknownParameterError(f"the {what} has no entry for parameter '{missing[0]}'; it needs all of {list(self.names)[:8]}.")
         for name, shape in self.shapes.items():

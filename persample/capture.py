@@ -268,6 +268,8 @@ class Capture(TorchFunctionMode):
             next((self.names[id(t)] for t in tensors if id(t) in self.names), ""), couples, self.listener,
         )  # fmt: skip
         out = func(*args, **kwargs)
+        if func in rules.NESTED:
+            out = tuple(t.clone() for t in out)
         self._propagate(func, args, kwargs, tensors, sampled, out)
         outputs = [t for t in _results(args, kwargs, out, mutates) if t.requires_grad and t.grad_fn is not None]
         for t in outputs:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ _MOVES = _named(
     Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__  # type: ignore[attr-defined]
 }  # fmt: skip
 _SPREADS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
+_REDUCES = _named(
+    "sum", "nansum", "mean", "nanmean", "prod", "amax", "amin", "aminmax", "max", "min", "median", "nanmedian", "mode", "quantile", "var", "std",
+    "var_mean", "std_mean", "norm", "logsumexp", "any", "all", "argmax", "argmin", "count_nonzero", "kthvalue",
+) | {torch.linalg.vector_norm, torch.linalg.norm}  # fmt: skip
+_SORTS = _named("sort", "argsort", "msort")
 _RECURRENCES = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _PACK = torch._C._VariableFunctions._pack_padded_sequence
 _UNPACK = torch._C._VariableFunctions._pad_packed_sequence
@@ -118,11 +124,41 @@ def propagate(
         return _recurred(layout, first, args, out)
     if func in (torch.einsum,):
         return _einsum(args, sampled, out)
+    if func in _SORTS and first is args[0]:
+        return _sorted(layout, func, args, kwargs, out)
+    if func in _REDUCES and len(sampled) == 1:
+        return _probed(layout, func, args, kwargs, sampled, out)
     broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
     for x, candidate in sorted(sampled, key=lambda pair: -pair[0].numel()):
+        if x.shape != out.shape and sum(size == candidate.size for size in out.shape) > 1:
+            if (found := _probed(candidate, func, args, kwargs, sampled, out)) is not None:
+                return found
         if (found := _kept(candidate, x.ndim, out.shape, broadcast)) is not None:
             return found
     return None
+
+
+def _probed(
+    layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+    sampled: Sequence[tuple[Tensor, Layout]], out: Tensor,
+) -> Layout | None:  # fmt: skip
+    """Several axes have the right size: call the function once more for its shapes only, with more samples."""
+    axis_of = {id(t): at.axis for t, at in sampled if at.size == layout.size}
+
+    def grown(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        axis = axis_of.get(id(t))
+        shape = [size + (a == axis) for a, size in enumerate(t.shape)]
+        return torch.empty(shape, dtype=t.dtype, device="meta")
+
+    try:
+        more = func(*tree_map(grown, args), **tree_map(grown, kwargs))
+    except Exception:  # a function that can't tell shapes, or was told this size as a number
+        return None
+    shapes = [m.shape for m in tree_leaves(more) if isinstance(m, Tensor) and m.ndim == out.ndim]
+    found = {a for shape in shapes for a in range(out.ndim) if shape[a] == out.shape[a] + 1 == layout.size + 1}
+    return replace(layout, axis=found.pop()) if len(found) == 1 else None
 
 
 def _kept(layout: Layout, ndim: int, shape: Sequence[int], broadcast: bool = False) -> Layout | None:
@@ -157,15 +193,14 @@ def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout 
 def _moved(layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Layout | None:
     """Views: do the same to a shadow in which only the sample axis has a stride."""
     x = args[0]
-    shadow = torch.empty(max(1, x.shape[layout.axis]), dtype=torch.uint8)
-    shadow = shadow.as_strided(x.shape, [int(a == layout.axis) for a in range(x.ndim)])
+    size = max(2, x.shape[layout.axis])  # strides say nothing about an axis of length one
+    shape = [size if a == layout.axis else s for a, s in enumerate(x.shape)]
+    shadow = torch.empty(size, dtype=torch.uint8).as_strided(shape, [int(a == layout.axis) for a in range(x.ndim)])
     moved = func(shadow, *args[1:], **kwargs)
-    moved = moved if isinstance(moved, Tensor) else next((m for m in moved if m.shape == out.shape), None)
-    if moved is None:
+    parts = [moved] if isinstance(moved, Tensor) else [m for m in moved if m.numel() == out.numel() // x.shape[layout.axis] * size]
+    if not parts or not x.shape[layout.axis]:
         return None
-    places = [a for a in range(moved.ndim) if moved.stride(a) and moved.shape[a] == layout.size]
-    if layout.size == 1:  # strides say nothing about an axis of length one
-        return _kept(layout, x.ndim, out.shape)
+    places = [a for a in range(out.ndim) if parts[0].stride(a) and parts[0].shape[a] == size]
     return replace(layout, axis=places[0]) if len(places) == 1 else None
 
 
@@ -237,6 +272,19 @@ def _unpacked(layout: Layout, args: tuple[Any, ...], out: Tensor) -> Layout | No
     if out.ndim < 2:  # the lengths
         return None
     return _owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
+
+
+def _sorted(layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Layout | None:
+    """A list of samples in another order; a table sorted over the samples mixes them."""
+    x = args[0]
+    dim = 0 if func in _named("msort") else next((a for a in (*args[1:2], kwargs.get("dim")) if isinstance(a, int) and not isinstance(a, bool)), -1)
+    if dim % max(1, x.ndim) != layout.axis:
+        return layout
+    if x.ndim > 1:
+        return None
+    made = func(*args, **kwargs)
+    order = made if func in _named("argsort") else made[1] if isinstance(made, tuple) else x.argsort()
+    return _owned(layout.n, 0, layout.owners().to(order.device)[order])
 
 
 def _recurred(layout: Layout, x: Tensor, args: tuple[Any, ...], out: Tensor) -> Layout | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BatchCoupledError, CaptureError
-from . import Yields, rule
-from .derived import table_rows
+from ..factors import Dense, Rows
+from ..layout import samples_first
+from . import Yields, rule, spellings
+from .derived import Diagonal, apart, table_rows
 
 if TYPE_CHECKING:
     from ..capture import Call
@@ -23,6 +27,36 @@ def embedding(
     refuse_table_options(call, max_norm, scale_grad_by_freq)
     if call.sampled(input) and not call.sampled(weight):
         yield weight, lambda: table_rows(call.tokens(input, 0), call.tokens(g), weight, padding_idx)
+
+
+@rule(Tensor.__getitem__)
+def looked_up(call: Call, g: Tensor, table: Tensor, index: Any) -> Yields:
+    """``table[index]`` with the samples' own indices."""
+    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and not call.sampled(table):
+        yield table, lambda: _entries(call, g, table, index)
+
+
+@rule(*spellings("index_select"))
+def index_select(call: Call, g: Tensor, input: Tensor, dim: int, index: Tensor) -> Yields:
+    at = call.layout
+    if call.sampled(input) or not call.sampled(index):
+        return
+    if dim % input.ndim == 0:
+        yield input, lambda: _entries(call, g, input, index)
+    elif at.axis == dim % input.ndim and isinstance(rows := apart(g, at), Diagonal):
+        yield input, lambda: replace(rows, shape=input.shape, place=call.read(index)[rows.places])
+
+
+def _entries(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Rows | Dense:
+    """Every index is a token; what it picks is an entry of the table."""
+    index = index.long() % len(table)
+    places = samples_first(index, call.layout).flatten(1)
+    values = call.tokens(g, table.ndim - 1)
+    if table.ndim == 2:
+        return Rows(places, values, table.shape)
+    rows = values.new_zeros(len(values), *table.shape)
+    return Dense(rows.scatter_add_(1, places.view(*places.shape, *[1] * (table.ndim - 1)).expand_as(values), values))
 
 
 def refuse_table_options(call: Call, max_norm: float | None, scale_grad_by_freq: bool) -> None:

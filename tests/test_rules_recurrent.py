@@ -1,0 +1,185 @@
+"""Recurrent layers and cells: every option, the hook engine against one sample at a time."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import persample
+from persample import rules
+
+N, T, I, H = 4, 3, 5, 6
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Any:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def losses(out: Any, _: Any = None) -> Tensor:
+    """``[N]``, not linear in any of the outputs ``[N, ...]``."""
+    out = out if isinstance(out, (tuple, list)) else (out,)
+    return sum((o.sin() * torch.arange(1.0, 1 + o[0].numel()).view(o.shape[1:]).cos()).flatten(1).sum(1) + o.square().flatten(1).sum(1) for o in out)
+
+
+def check(model: nn.Module, inputs: Any, batch_dim: Any = 0, tolerance: float = 1e-12, unused: tuple[str, ...] = ()) -> None:
+    """Hook rows are the loop's."""
+    G = persample.gradients(model, losses, inputs, batch_dim=batch_dim, verify=False)
+    reference = persample.gradients(model, losses, inputs, batch_dim=batch_dim, engine="loop")
+    assert G.names == reference.names and G.unused == reference.unused == unused
+    for name in G.names:
+        torch.testing.assert_close(G[name], reference[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only rules may serve calls."""
+
+    def refuse(call: Any, *_: Any) -> Any:
+        raise AssertionError(f"the fallback served {call.name}")
+
+    monkeypatch.setattr("persample.collect.by_samples", refuse)
+
+
+KINDS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
+    "lstm": (nn.LSTM, {}),
+    "lstm_projected": (nn.LSTM, {"proj_size": 2}),
+    "gru": (nn.GRU, {}),
+    "tanh": (nn.RNN, {}),
+    "relu": (nn.RNN, {"nonlinearity": "relu"}),
+}
+
+
+class Recurrent(nn.Module):
+    """A layer between two others, given sequences ``[N, T, I]`` (or ``[T, N, I]``), possibly packed, and possibly initial states."""
+
+    def __init__(self, kind: str, lengths: bool = False, enforce_sorted: bool = False, returns: str = "all", learned: bool = False, **options: Any) -> None:
+        super().__init__()
+        layer, own = KINDS[kind]
+        self.before = nn.Linear(I, I)
+        self.rnn = layer(I, H, **own, **options)
+        self.lengths, self.sorted, self.returns = lengths, enforce_sorted, returns
+        d = self.rnn.num_layers * (2 if self.rnn.bidirectional else 1)
+        widths = [self.rnn.proj_size or H] + [H] * (layer is nn.LSTM)
+        self.initial = nn.ParameterList(nn.Parameter(torch.randn(d, 1, w)) for w in widths) if learned else None
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, *states: Tensor) -> Any:
+        first = self.rnn.batch_first
+        n = x.shape[0 if first else 1]
+        if self.initial is not None:
+            states = tuple(p.expand(-1, n, -1).contiguous() for p in self.initial)
+        x = torch.tanh(self.before(x))
+        if lengths is not None:
+            x = pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=self.sorted)
+        out, last = self.rnn(x, (states if len(states) > 1 else states[0]) if states else None)
+        if lengths is not None:
+            out, _ = pad_packed_sequence(out, batch_first=first, total_length=T)
+        out = out if first else out.transpose(0, 1)
+        last = [s.transpose(0, 1) for s in (last if isinstance(last, tuple) else (last,))]
+        return {"all": (out, *last), "output": (out,), "last": (last[0],), "cell": (last[-1],)}[self.returns]
+
+
+def sequences(batch_first: bool = True, n: int = N, t: int = T) -> Tensor:
+    x = torch.randn(n, t, I)
+    return x if batch_first else x.transpose(0, 1).contiguous()
+
+
+OPTIONS = list(itertools.product([1, 2], [False, True], [True, False], [True, False]))
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers, bidirectional, bias, batch_first", OPTIONS)
+def test_layers_directions_bias(kind: str, layers: int, bidirectional: bool, bias: bool, batch_first: bool) -> None:
+    model = Recurrent(kind, num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first)
+    check(model, sequences(batch_first), batch_dim=(0 if batch_first else 1, 0, 0))
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("returns", ["output", "last", "cell"])
+def test_gradient_at_some_outputs_only(kind: str, bidirectional: bool, returns: str) -> None:
+    check(Recurrent(kind, returns=returns, bidirectional=bidirectional, batch_first=True), sequences())
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers, bidirectional, learned", [(1, False, False), (1, True, True), (2, False, True), (2, True, False)])
+@pytest.mark.parametrize("lengths, enforce_sorted", [([2, 3, 1, 3], False), ([3, 2, 2, 1], True), ([3, 3, 3, 3], True), ([1, 1, 2, 1], False)])
+def test_packed(kind: str, layers: int, bidirectional: bool, learned: bool, lengths: list[int], enforce_sorted: bool) -> None:
+    model = Recurrent(kind, enforce_sorted=enforce_sorted, num_layers=layers, bidirectional=bidirectional, learned=learned, batch_first=True)
+    check(model, (sequences(), torch.tensor(lengths)))
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
+@pytest.mark.parametrize("n", [N, 1])
+def test_learned_initial_state(kind: str, layers: int, bidirectional: bool, n: int) -> None:
+    check(Recurrent(kind, num_layers=layers, bidirectional=bidirectional, learned=True, batch_first=True), sequences(n=n))
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_given_initial_state(kind: str, packed: bool) -> None:
+    model = Recurrent(kind, num_layers=2, bidirectional=True, batch_first=True)
+    widths = [model.rnn.proj_size or H] + [H] * (kind.startswith("lstm"))
+    states = [torch.randn(4, N, w) for w in widths]
+    lengths = torch.tensor([1, 3, 2, 3]) if packed else None
+    check(model, (sequences(), lengths, *states), batch_dim=((0, 0, *[1] * len(states)), 0, 0))
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, t", [(3, 3), (2, 2), (1, 3), (4, 1), (1, 1)])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_coinciding_sizes(kind: str, n: int, t: int, batch_first: bool) -> None:
+    """N == T, N == number of directions x layers, N == 1, T == 1."""
+    model = Recurrent(kind, bidirectional=True, batch_first=batch_first)
+    check(model, sequences(batch_first, n, t), batch_dim=(0 if batch_first else 1, 0, 0))
+
+
+class Cells(nn.Module):
+    """A cell in a loop, its first state learned or zero."""
+
+    def __init__(self, cell: nn.Module, learned: bool) -> None:
+        super().__init__()
+        self.cell = cell
+        self.two = isinstance(cell, nn.LSTMCell)
+        self.initial = nn.Parameter(torch.randn(2 if self.two else 1, H)) if learned else None
+
+    def forward(self, x: Tensor) -> Any:
+        state: Any = None
+        if self.initial is not None:
+            first = [p.expand(len(x), H) for p in self.initial]
+            state = tuple(first) if self.two else first[0]
+        hidden = []
+        for x_t in x.unbind(1):
+            state = self.cell(x_t, state)
+            hidden.append(state[0] if self.two else state)
+        return (torch.stack(hidden, 1), *state) if self.two else torch.stack(hidden, 1)
+
+
+CELLS = {
+    "lstm": lambda **k: nn.LSTMCell(I, H, **k),
+    "gru": lambda **k: nn.GRUCell(I, H, **k),
+    "tanh": lambda **k: nn.RNNCell(I, H, **k),
+    "relu": lambda **k: nn.RNNCell(I, H, nonlinearity="relu", **k),
+}
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("bias, learned, n", [(True, False, N), (False, True, N), (True, True, T), (True, True, 1)])
+def test_cells_in_a_loop(kind: str, bias: bool, learned: bool, n: int) -> None:
+    check(Cells(CELLS[kind](bias=bias), learned), sequences(n=n))

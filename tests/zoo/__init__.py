@@ -1,6 +1,6 @@
 """The zoo: small models, each named for the one difficulty it holds. `cases` is the test matrix's one list.
 
-A new layer or difficulty is one line in the list of its family's file; every engine and every quantity is then tested on it.
+A new layer or difficulty is one line in the list of its family's file; every engine and quantity is then tested on it.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 from . import conv, embedding, interface, linear, losses, nets, norm, sharing
 from .case import Case, Problem, call, problem, sample, size, take
 
-cases: list[Case] = [
-    *linear.cases, *conv.cases, *norm.cases, *embedding.cases, *sharing.cases, *interface.cases, *losses.cases, *nets.cases,
-    *embedding.later, *nets.later,
-]
+_families = (linear, conv, norm, embedding, sharing, interface, losses, nets)
+cases: list[Case] = [case for family in _families for case in family.cases]
 
 __all__ = ["Case", "Problem", "call", "cases", "problem", "sample", "size", "take"]

@@ -1,8 +1,9 @@
 """What a case of the zoo is: a small model, a loss and a batch, named for the one difficulty it holds.
 
-A `Case` only says how to build a `Problem`; building seeds itself, so the same case is the same problem everywhere. Everything is
-float64 and tiny. Sizes differ (N = 4, T = 3, widths from 5 on) so that a wrong axis cannot go unnoticed, except in the cases whose
-difficulty is that they coincide. `problem`, `sample` and `take` are all the tests need: the batch, one sample alone, other samples.
+A `Case` only says how to build a `Problem`; building seeds itself, so the same case is the same problem everywhere.
+Everything is float64 and tiny. Sizes differ (N = 4, T = 3, widths from 5 on) so that a wrong axis cannot go unnoticed,
+except in the cases whose difficulty is that they coincide. `problem`, `sample` and `take` are all the tests need: the
+batch, one sample alone, other samples.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Problem:
     targets: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One difficulty. `raises` maps an engine to the error it must raise instead of rows, with the reason."""
 
@@ -40,7 +41,7 @@ class Case:
     unused: tuple[str, ...] = ()  # parameters no loss depends on
     raises: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     coupled: bool = False  # the outputs of a sample depend on the other samples
-    samples_in_outputs: bool = True  # outputs have the sample axis where inputs have it, so they can be compared one by one
+    samples_in_outputs: bool = True  # outputs have the samples where inputs have them
     needs: str | None = None  # a package that may be missing
 
     def __str__(self) -> str:
@@ -49,6 +50,9 @@ class Case:
     @property
     def missing(self) -> bool:
         return self.needs is not None and importlib.util.find_spec(self.needs) is None
+
+
+VMAP_NUMBERS = {"vmap": ("CaptureError", "values are read as Python numbers, which torch.func cannot do")}
 
 
 def problem(case: Case) -> Problem:
@@ -99,7 +103,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-# ---- what most cases are made of ---------------------------------------------------------------------------------------
+# ---- what most cases are made of --------------------------------------------------------------------------------
 
 
 def readout(outputs: Any, targets: Any = None) -> Tensor:
@@ -144,7 +148,7 @@ def on(make: Callable[[], nn.Module], *inputs: Callable[[], Any]) -> Callable[[]
 
 
 class Fn(nn.Module):
-    """A model written as one function of its bare parameters, `forward(p, x)`: functional code without a class for each."""
+    """A model written as one function of its bare parameters, `forward(p, x)`: functional code, no class for each."""
 
     def __init__(self, function: Callable[..., Any], **parameters: Tensor) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ class Fn(nn.Module):
 
 
 def fn(function: Callable[..., Any], shape: tuple[int, ...], /, **shapes: tuple[int, ...]) -> Callable[[], Problem]:
-    """`function(p, x)` with bare parameters of the given shapes, on an input that already depends on a parameter or not."""
+    """`function(p, x)` with bare parameters of the given shapes, on a float input."""
 
     def build() -> Problem:
         model = Fn(function, **{name: torch.randn(s) / max(1, s[-1] if s else 1) ** 0.5 for name, s in shapes.items()})

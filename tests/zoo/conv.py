@@ -33,7 +33,7 @@ class _OutputSize(nn.Module):
 
 def _channels_last() -> Problem:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3, stride=2))
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Problem(model, readout, torch.randn(N, 3, 6, 5).to(memory_format=torch.channels_last))
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .case import Case, Fn, N, Problem, T, normal, on, readout, tokens
+from .case import VMAP_NUMBERS, Case, Fn, N, Problem, T, normal, on, readout, tokens
 
 V, D = 7, 5  # vocabulary, width
 
@@ -131,8 +131,6 @@ def _linear_by_embedding() -> Problem:
     return Problem(Model(), readout, torch.randint(V, (N, T)))
 
 
-_NO_VMAP_LENGTHS = {"vmap": ("PersampleError", "lengths are read as Python numbers, which vmap cannot do")}
-
 lookups = [
     Case("embedding", on(lambda: nn.Embedding(V, D), tokens(N, T))),
     Case("embedding_rank1_ids", on(lambda: nn.Embedding(V, D), tokens(N))),
@@ -152,8 +150,10 @@ lookups = [
         lambda: Fn(lambda p, ids: F.embedding(ids, p.w.cumsum(0)), w=torch.randn(V, D)), tokens(N, T))),
     Case("embedding_by_indexing", on(lambda: Fn(lambda p, ids: p.w[ids].tanh(), w=torch.randn(V, D)), tokens(N, T))),
     Case("embedding_by_one_hot", on(
-        lambda: Fn(lambda p, ids: F.one_hot(ids, V).to(p.w.dtype) @ p.w, w=torch.randn(V, D)), tokens(N, T))),
-    Case("embedding_factored", on(lambda: nn.Sequential(nn.Embedding(V, 2), nn.Linear(2, 8, bias=False)), tokens(N, T))),
+        lambda: Fn(lambda p, ids: F.one_hot(ids, V).to(p.w.dtype) @ p.w, w=torch.randn(V, D)), tokens(N, T)),
+        raises=VMAP_NUMBERS),
+    Case("embedding_factored", on(
+        lambda: nn.Sequential(nn.Embedding(V, 2), nn.Linear(2, 8, bias=False)), tokens(N, T))),
 ]
 
 positions = [
@@ -161,7 +161,8 @@ positions = [
     Case("positions_arange_t_equals_n", _positions(lambda e, ids: e(torch.arange(ids.size(1))), 3, 3)),
     Case("positions_arange_unsqueezed", _positions(lambda e, ids: e(torch.arange(ids.size(1)).unsqueeze(0)))),
     Case("positions_arange_expanded", _positions(lambda e, ids: e(torch.arange(ids.size(1)).expand(ids.shape)))),
-    Case("positions_expanded_t_equals_n", _positions(lambda e, ids: e(torch.arange(ids.size(1)).expand(ids.shape)), 3, 3)),
+    Case("positions_expanded_t_equals_n", _positions(
+        lambda e, ids: e(torch.arange(ids.size(1)).expand(ids.shape)), 3, 3)),
     Case("positions_arange_repeated", _positions(lambda e, ids: e(torch.arange(ids.size(1)).repeat(len(ids), 1)))),
     Case("positions_weight_sliced", _positions(lambda e, ids: e.weight[: ids.size(1)])),
     Case("positions_weight_sliced_t_equals_n", _positions(lambda e, ids: e.weight[: ids.size(1)], 3, 3)),
@@ -193,12 +194,11 @@ bags = [
     Case("bag_sum_padding", on(lambda: nn.EmbeddingBag(V, D, mode="sum", padding_idx=0), _padded_ids)),
     Case("bag_max_padding", on(lambda: nn.EmbeddingBag(V, D, mode="max", padding_idx=0), _padded_ids)),
     Case("bag_duplicates", on(lambda: nn.EmbeddingBag(3, D), tokens(N, 6, vocabulary=2))),
-    Case("bag_offsets_mean", _offset_bag(), raises=_NO_VMAP_LENGTHS),
-    Case("bag_offsets_sum", _offset_bag(mode="sum"), raises=_NO_VMAP_LENGTHS),
-    Case("bag_offsets_max", _offset_bag(mode="max"), raises=_NO_VMAP_LENGTHS),
-    Case("bag_offsets_include_last", _offset_bag(include_last_offset=True), raises=_NO_VMAP_LENGTHS),
-    Case("bag_offsets_padding", _offset_bag(padding_idx=1), raises=_NO_VMAP_LENGTHS),
+    Case("bag_offsets_mean", _offset_bag(), raises=VMAP_NUMBERS),
+    Case("bag_offsets_sum", _offset_bag(mode="sum"), raises=VMAP_NUMBERS),
+    Case("bag_offsets_max", _offset_bag(mode="max"), raises=VMAP_NUMBERS),
+    Case("bag_offsets_include_last", _offset_bag(include_last_offset=True), raises=VMAP_NUMBERS),
+    Case("bag_offsets_padding", _offset_bag(padding_idx=1), raises=VMAP_NUMBERS),
 ]
 
-cases = lookups + positions + tied
-later = bags
+cases = lookups + positions + tied + bags

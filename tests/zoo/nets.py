@@ -1,4 +1,4 @@
-"""Small whole networks in plain torch: residual, GPT-like, ViT-like, mixer, mixture of experts, graph-free oddities of each."""
+"""Small whole networks in plain torch: residual, GPT-like, ViT-like, mixers, experts, windows."""
 
 from __future__ import annotations
 
@@ -250,10 +250,9 @@ cases = [
     Case("net_autoencoder_tied", on(_Autoencoder, normal(N, D))),
     Case("net_hypernetwork", on(_Hypernetwork, normal(N, D))),
     Case("net_tokens_stacked_first_then_back", on(_TimeFirstLoop, normal(N, T, D))),
+    Case("net_tokens_stacked_first_then_back_t_equals_n", on(_TimeFirstLoop, normal(4, 4, D))),
     Case("net_tokens_first_inside", on(_TokensFirst, normal(N, T, D))),
     Case("net_tokens_first_inside_t_equals_n", on(_TokensFirst, normal(4, 4, D))),
-]
-
-later = [
-    Case("net_gpt_checkpointed", lambda: _gpt(True, checkpointed=True)),
+    Case("net_gpt_checkpointed", lambda: _gpt(True, checkpointed=True), raises={
+        "vmap": ("CaptureError", "torch.func does not support saved-tensor hooks")}),
 ]

@@ -203,7 +203,7 @@ def _old_weight_norm() -> nn.Module:
             del self.weight
 
     def compute(layer: nn.Module, _: object) -> None:
-        layer.weight = layer.g * layer.v / layer.v.norm(dim=1, keepdim=True)  # type: ignore[assignment, operator]
+        layer.weight = layer.g * layer.v / layer.v.norm(dim=1, keepdim=True)  # type: ignore[operator]
 
     layer = Layer()
     layer.register_forward_pre_hook(compute)
@@ -244,7 +244,8 @@ reuse = [
     Case("reuse_conv_twice", on(lambda: _Twice(nn.Conv2d(2, 2, 3, padding=1)), normal(N, 2, 4, 5))),
     Case("reuse_conv_on_two_sizes", on(lambda: _Twice(nn.Conv1d(2, 2, 3)), normal(N, 2, 9))),
     Case("reuse_norm_twice", on(lambda: _Twice(nn.LayerNorm(D)), normal(N, T, D))),
-    Case("reuse_block_twice", on(lambda: _Twice(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, D))), normal(N, D))),
+    Case("reuse_block_twice", on(
+        lambda: _Twice(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, D))), normal(N, D))),
     Case("reuse_branches", on(lambda: _Branches(nn.Linear(D, D)), normal(N, D))),
     Case("reuse_branches_no_bias", on(lambda: _Branches(nn.Linear(9, 11, bias=False)), normal(N, 9))),
     Case("reuse_lengths_differ", on(lambda: _LengthsDiffer(nn.Linear(D, 6)), normal(N, T, D))),
@@ -260,7 +261,8 @@ reuse = [
 ]
 
 inplace = [
-    Case("inplace_relu", on(lambda: nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), normal(N, D))),
+    Case("inplace_relu", on(
+        lambda: nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), normal(N, D))),
     Case("inplace_relu_last", on(lambda: nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True)), normal(N, D))),
     Case("inplace_residual", on(lambda: _Residual(True), normal(N, D))),
     Case("residual", on(lambda: _Residual(False), normal(N, T, D))),

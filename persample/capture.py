@@ -330,9 +330,11 @@ class Capture(TorchFunctionMode):
 
     def _refuse_higher_order(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         position = 4 if func is torch.autograd.grad else 3
+        if _is_wrapped([t for t in _flat(args, kwargs) if isinstance(t, Tensor)]):
+            return  # a torch.func transform of the user's own
         if kwargs.get("create_graph", len(args) > position and args[position]):
             raise HigherOrderError(
-                f"{function_name(func)} with create_graph=True inside the model's forward: it "
+                f"torch.autograd.{func.__name__} with create_graph=True inside the model's forward: it "
                 "differentiates itself, and its parameters act through a gradient. Use engine='loop' (or 'vmap' with torch.func)."
             )
 

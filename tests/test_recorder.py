@@ -1,0 +1,312 @@
+"""`persample.extend`: rows inside any training code, and nothing that the user could notice."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import persample
+
+N = 4
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5))
+    return model.double()
+
+
+def batch(seed: int = 1, n: int = N) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 6, generator=generator, dtype=torch.float64), torch.randint(5, (n,), generator=generator)
+
+
+def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def close(a: Any, b: Any, tol: float = 1e-12) -> bool:
+    return bool((a - b).abs().max() < tol)
+
+
+def no_hooks(model: nn.Module) -> bool:
+    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_context_manager_gives_rows_and_leaves_the_users_backward_alone() -> None:
+    model, (x, y) = net(), batch()
+    x.requires_grad_()
+    reference = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    plain = copy.deepcopy(model)
+    x_plain = x.detach().clone().requires_grad_()
+    losses_of(plain, x_plain, y).mean().backward()
+    with persample.extend(model) as recorder:
+        losses = losses_of(model, x, y)
+        G = recorder.gradients(losses)
+        assert x.grad is None and all(p.grad is None for p in model.parameters())
+        again = recorder.gradients(losses)
+        losses.mean().backward()
+    assert close(G.flat(), reference.flat()) and close(again.flat(), reference.flat())
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    assert torch.equal(x.grad, x_plain.grad)
+    assert no_hooks(model)
+
+
+def test_a_training_loop_reaches_bitwise_the_same_parameters() -> None:
+    trained = []
+    for watched in (False, True):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        recorder = persample.extend(model) if watched else None
+        for step in range(5):
+            losses = losses_of(model, *batch(step))
+            if recorder is not None:
+                assert len(recorder.gradients(losses)) == N
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+        if recorder is not None:
+            recorder.remove()
+        trained.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+def test_penalty_in_the_loss_belongs_to_every_row() -> None:
+    model, (x, y) = net(), batch()
+
+    def loss_fn(out: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(out, target, reduction="none") + 0.1 * model[0].weight.square().sum()
+
+    with persample.extend(model) as recorder:
+        G = recorder.gradients(loss_fn(model(x), y))
+    reference = persample.gradients(model, loss_fn, x, y, engine="loop")
+    assert close(G.flat(), reference.flat())
+
+
+def test_penalty_outside_the_recorded_region_is_an_error_not_a_wrong_row() -> None:
+    model, (x, y) = net(), batch()
+    handle = persample.extend(model)
+    losses = losses_of(model, x, y) + model[0].weight.square().sum()
+    with pytest.raises(persample.CaptureError, match=r"0\.weight"):
+        handle.gradients(losses)
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("reduce", "reduction"),
+    [
+        (lambda losses: losses.mean(), "mean"),
+        (lambda losses: losses.sum(), "sum"),
+        (lambda losses: 0.3 * losses.sum(), 0.3),
+        (lambda losses: 0.3 * losses.sum(), lambda: 0.3),
+    ],
+)
+def test_persistent_handle_unscales_every_reduction(reduce: Any, reduction: Any) -> None:
+    model, (x, y) = net(), batch()
+    reference = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    plain = copy.deepcopy(model)
+    got: list[persample.Gradients] = []
+    handle = persample.extend(model, on_backward=got.append, reduction=reduction)
+    for _ in range(2):  # accumulation: one result per backward
+        reduce(losses_of(model, x, y)).backward()
+        reduce(losses_of(plain, x, y)).backward()
+    handle.remove()
+    reduce(losses_of(model, x, y)).backward()
+    assert len(got) == 2 and no_hooks(model)
+    assert all(close(G.flat(), reference.flat()) for G in got)
+    reduce(losses_of(plain, x, y)).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_several_forwards_before_their_backwards_in_any_order() -> None:
+    model, got = net(), []
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    batches = [batch(1), batch(2, n=3), batch(3)]
+    losses = [losses_of(model, x, y).mean() for x, y in batches]
+    for i in (2, 0, 1):
+        losses[i].backward()
+    handle.remove()
+    for i, G in zip((2, 0, 1), got, strict=True):
+        reference = persample.gradients(model, nn.CrossEntropyLoss(), *batches[i], engine="loop")
+        assert close(G.flat(), reference.flat())
+
+
+def test_two_forwards_of_one_batch_in_one_loss() -> None:
+    model, (x, y) = net(), batch()
+    with persample.extend(model) as recorder:
+        G = recorder.gradients(F.cross_entropy(model(x) + model(2 * x), y, reduction="none"))
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.m(x) + self.m(2 * x)
+
+    reference = persample.gradients(Twice(), nn.CrossEntropyLoss(), x, y, engine="loop")
+    assert close(G.flat(), reference.flat())
+
+
+def test_statistics_on_arrival() -> None:
+    model, (x, y) = net(), batch()
+    reference = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    asked: list[Any] = ["norm", "variance", ("clip", {"max_norm": 0.5})]
+    with persample.extend(model, quantities=asked) as recorder:
+        S = recorder.gradients(losses_of(model, x, y))
+    assert isinstance(S, persample.Statistics)
+    assert close(S.norm(), reference.norm())
+    for name, expected in reference.clip(0.5).items():
+        assert close(S.clip(0.5)[name], expected)
+    got: list[Any] = []
+    handle = persample.extend(model, quantities=["norm"], on_backward=got.append, reduction="mean")
+    losses_of(model, x, y).mean().backward()
+    handle.remove()
+    assert close(got[0].norm(), reference.norm())
+
+
+def test_frozen_and_thawed_between_runs() -> None:
+    model, (x, y) = net(), batch()
+    with persample.extend(model) as recorder:
+        assert len(recorder.gradients(losses_of(model, x, y)).names) == 4
+    handle = persample.extend(model)
+    model[0].requires_grad_(False)
+    G = handle.gradients(losses_of(model, x, y))
+    model[0].requires_grad_(True)
+    full = handle.gradients(losses_of(model, x, y))
+    handle.remove()
+    assert G.names == ("2.weight", "2.bias") and len(full.names) == 4
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_an_extended_model_is_a_plain_model(copied: Any) -> None:
+    model, (x, y) = net(), batch()
+    before = copied(model)
+    with persample.extend(model) as recorder:
+        during = copied(model)
+        G = recorder.gradients(losses_of(model, x, y))
+    after = copied(model)
+    for other in (before, during, after):
+        assert torch.equal(other(x), model(x))
+        assert no_hooks(other)
+        with persample.extend(other) as recorder:
+            assert close(recorder.gradients(losses_of(other, x, y)).flat(), G.flat())
+
+
+def test_nothing_is_left_after_an_exception() -> None:
+    model, (x, y) = net(), batch()
+    attributes = [set(vars(m)) for m in model.modules()]
+    with pytest.raises(ZeroDivisionError), persample.extend(model) as recorder:
+        recorder.gradients(losses_of(model, x, y))
+        raise ZeroDivisionError
+    handle = persample.extend(model)
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(N, 99, dtype=torch.float64))  # raises half way
+    assert len(torch.overrides._get_current_function_mode_stack()) == 0
+    assert close(handle.gradients(losses_of(model, x, y)).losses, losses_of(model, x, y))
+    handle.remove()
+    assert no_hooks(model) and attributes == [set(vars(m)) for m in model.modules()]
+
+
+def test_forward_without_backward_and_without_grad() -> None:
+    model, (x, y) = net(), batch()
+    with persample.extend(model) as recorder:
+        model(x)
+        with torch.no_grad():
+            model(x)
+        G = recorder.gradients(losses_of(model, x, y))
+    assert close(G.flat(), persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop").flat())
+
+
+def test_hundreds_of_steps_leave_memory_flat() -> None:
+    model, (x, y) = net(), batch()
+    handle = persample.extend(model)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    for step in range(300):
+        losses = losses_of(model, x, y)
+        if step % 3:
+            handle.gradients(losses)
+        if step == 20:
+            before = alive()
+    after = alive()
+    handle.remove()
+    assert after <= before + 5
+
+
+def test_two_models_extended_in_two_threads() -> None:
+    results: dict[int, Tensor] = {}
+
+    def work(seed: int) -> None:
+        model = net()
+        for _ in range(20):
+            with persample.extend(model) as recorder:
+                results[seed] = recorder.gradients(losses_of(model, *batch(seed))).flat()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (1, 2):
+        reference = persample.gradients(net(), nn.CrossEntropyLoss(), *batch(seed), engine="loop")
+        assert close(results[seed], reference.flat())
+
+
+def test_torch_func_over_an_extended_model() -> None:
+    model, (x, y) = net(), batch()
+    with persample.extend(model) as recorder:
+        G = recorder.gradients(losses_of(model, x, y))
+        params = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(model, params, (x[None],)), y[None])
+
+        rows = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, x, y)
+    for name, value in rows.items():
+        assert close(value, G[name])
+
+
+def test_misuse_is_told() -> None:
+    model, (x, y) = net(), batch()
+    with pytest.raises(ValueError, match="reduction"):
+        persample.extend(model, on_backward=print)
+    with pytest.raises(ValueError, match="reduction"):
+        persample.extend(model, reduction="mean")
+    with pytest.raises(ValueError, match="'sum', 'mean'"):
+        persample.extend(model, on_backward=print, reduction="avg")
+    with pytest.raises(persample.UnknownParameterError):
+        persample.extend(model, params="nothing")
+    assert no_hooks(model)
+    with persample.extend(model) as recorder:
+        with pytest.raises(persample.LossError, match=r"\[N\]"):
+            recorder.gradients(losses_of(model, x, y).mean())
+        with pytest.raises(persample.CaptureError, match="no recorded forward"):
+            recorder.gradients(torch.zeros(N, requires_grad=True) * 2)
+        with pytest.raises(persample.SampleAxisError, match="4 samples, but there are 20 losses"):
+            recorder.gradients(model(x).flatten())
+
+
+def test_batch_norm_in_training_mode_is_refused() -> None:
+    model, (x, y) = nn.Sequential(net(), nn.BatchNorm1d(5)).double(), batch()
+    with persample.extend(model) as recorder, pytest.raises(persample.BatchCoupledError, match=r"0\.0\.weight"):
+        recorder.gradients(losses_of(model, x, y))
+    handle = persample.extend(model, on_backward=print, reduction="mean")
+    with pytest.raises(persample.BatchCoupledError):
+        model(x)
+    handle.remove()
+    model.eval()
+    with persample.extend(model) as recorder:
+        assert len(recorder.gradients(losses_of(model, x, y))) == N

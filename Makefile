@@ -23,7 +23,7 @@ $(READY): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"the pinned set needs Python 3.11 or newer, not {sys.version}"'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "==> 1 of 3: PyTorch"
-	@$(PIP) $$(grep '^torch==' $(PINS))
+	@$(PIP) -c $(PINS) $$(grep '^torch==' $(PINS))
 	@echo "==> 2 of 3: $$(grep -c == $(PINS)) pinned packages (a minute or two)"
 	@$(PIP) -qq --no-deps -r $(PINS)
 	@echo "==> 3 of 3: persample itself, editable"

@@ -1,7 +1,7 @@
 """BatchNorm in training mode couples the samples of a batch: the structure of one layer, and of a whole network.
 
-The layer: :func:`jacobian` gives ``d y / d x`` as a structured operator; :func:`convert` makes the BatchNorm modules of a model
-expose it after every forward, without changing anything else about them.
+The layer: :func:`jacobian` gives ``d y / d x`` as a structured operator; :func:`convert` makes the BatchNorm modules of
+a model expose it after every forward, without changing anything else about them.
 """
 
 from persample.batchnorm.jacobian import BatchNormJacobian, Spectrum

@@ -46,7 +46,7 @@ def plot(J: BatchNormJacobian, ax: Axes | None, diagonal: bool) -> Axes:
     try:
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise ImportError("plot() needs matplotlib: pip install matplotlib") from error
+        raise ImportError("plot() needs matplotlib: pip install persample[plot]") from error
     norms = J.block_norms()
     if not diagonal:
         norms.fill_diagonal_(torch.nan)

@@ -5,10 +5,11 @@ Per channel, with ``M`` values that are normalised together, ``v`` their biased 
 
     J = d y / d x = (weight / s) (I - 11^T / M - xh xh^T / M):
 
-a scaled identity minus rank two. Each of its eigenvectors has a meaning: a shift of the whole batch (``1``) does not move the
-output at all, a change of its scale (``xh``) almost not, ``eps / (v + eps)``, and on the other ``M - 2`` directions the layer is
-multiplication by ``weight / s``. The rank-two part is all that links the samples. So ``xh`` and a handful of numbers per channel
-hold everything, and every method below is a short formula in them, ``O(M)`` in time and memory.
+a scaled identity minus rank two. Each of its eigenvectors has a meaning: a shift of the whole batch (``1``) does not
+move the output at all, a change of its scale (``xh``) almost not, ``eps / (v + eps)``, and on the other ``M - 2``
+directions the layer is multiplication by ``weight / s``. The rank-two part is all that links the samples. So ``xh`` and
+a handful of numbers per channel hold everything, and every method below is a short formula in them, ``O(M)`` in time
+and memory.
 
 * ``operator.py``: scaled identity minus rank two, as linear algebra (products, blocks, block norms)
 * ``linearize.py``: which numbers a layer and its input put there
@@ -41,23 +42,25 @@ class Spectrum:
     multiplicity: Tensor  # [K], at least 1; they sum to M
 
     def expand(self) -> Tensor:
-        """Every eigenvalue as often as it occurs, ascending, ``[C, M]``: what ``torch.linalg.eigvalsh`` gives for ``dense()``."""
+        """Every eigenvalue as often as it occurs, ascending, ``[C, M]``, as ``torch.linalg.eigvalsh`` gives them."""
         return self.values.repeat_interleave(self.multiplicity, 1).sort(1).values
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BatchNormJacobian:
-    """``J = d y / d x`` of one BatchNorm layer at one input ``x [N, C, *S]``: symmetric, block diagonal over the channels.
+    """``J = d y / d x`` of one BatchNorm layer at one input ``x [N, C, *S]``: symmetric, no two channels mix.
 
-    ``J @ v`` takes and gives tensors shaped like ``x`` (with leading dimensions for several at once) and equals what autograd
-    gives for that layer, forward or backward. Nothing is ever dense but ``dense()``. Quantities of the spectrum (``rank``,
-    ``trace``, ...) are per channel, ``[C]``: what ``torch.linalg`` says of the batch of matrices ``dense() [C, M, M]``.
+    ``J @ v`` takes and gives tensors shaped like ``x`` (with leading dimensions for several at once) and equals what
+    autograd gives for that layer, forward or backward. Nothing is ever dense but ``dense()``. Quantities of the
+    spectrum (``rank``, ``trace``, ...) are per channel, ``[C]``: what ``torch.linalg`` says of the batch of matrices
+    ``dense() [C, M, M]``.
 
-    In evaluation mode (``coupled`` is False) ``J`` is diagonal, and everything that links two samples is exactly 0. With ghost
-    batches (``G > 1`` groups of samples with statistics of their own) ``J`` is block diagonal over the groups.
+    In evaluation mode (``coupled`` is False) ``J`` is diagonal, and everything that links two samples is exactly 0.
+    With ghost batches (``G > 1`` groups of samples with statistics of their own) ``J`` is block diagonal over the
+    groups.
 
-    Everything is detached: nothing here is differentiable with respect to the layer or its input. Half precision inputs are
-    computed in float32. Get one from :func:`jacobian`, :func:`linearize` or the ``jacobian`` of a converted module.
+    Everything is detached: nothing here is differentiable with respect to the layer or its input. Half precision inputs
+    are computed in float32. Get one from :func:`jacobian`, :func:`linearize` or the ``jacobian`` of a converted module.
     """
 
     normed: Tensor  # [N, C, *S], xh
@@ -83,7 +86,7 @@ class BatchNormJacobian:
 
     @property
     def shrinkage(self) -> Tensor:
-        """``eps / (variance + eps)``, ``[G, C]``: what ``J`` leaves of ``xh``, relative to ``scale``; ``1 - |xh|^2 / M``."""
+        """``eps / (variance + eps) = 1 - |xh|^2 / M``, ``[G, C]``: what ``J / scale`` leaves of ``xh``."""
         return self.eps / (self.variance + self.eps)
 
     @property
@@ -128,17 +131,17 @@ class BatchNormJacobian:
         return self.operator.block(n, m)
 
     def block_norms(self, per_channel: bool = False) -> Tensor:
-        """``|d y_n / d x_m|_F``, ``[N, N]`` over all channels, or ``[C, N, N]``: the coupling of the samples by this layer.
+        """``|d y_n / d x_m|_F``, ``[N, N]`` over all channels, or ``[C, N, N]``: how this layer couples the samples.
 
-        Closed form, ``O(M + C N^2)``; off the diagonal of the order ``1 / N``, and exactly 0 in evaluation mode and between
-        ghost batches.
+        Closed form, ``O(M + C N^2)``; off the diagonal of the order ``1 / N``, and exactly 0 in evaluation mode and
+        between ghost batches.
         """
         return self.operator.block_norms(per_channel)
 
     def coupling_share(self) -> Tensor:
-        """Share of ``|J|_F^2`` that lies between different samples, ``[C]``: about ``2 / N`` for inputs ``[N, C]``; 0 to 1.
+        """Share of ``|J|_F^2`` that lies between different samples, ``[C]``, from 0 to 1.
 
-        NaN for a channel with ``J = 0`` (zero weight).
+        About ``2 / N`` for inputs ``[N, C]``. NaN for a channel with ``J = 0`` (zero weight).
         """
         shared, own = self.operator.shared_energy()
         return (shared - own).clamp(min=0) / self.frobenius_norm().square()
@@ -152,8 +155,9 @@ class BatchNormJacobian:
     def eigenvalues(self) -> Spectrum:
         """``Spectrum(values [C, K], multiplicity [K])``, in closed form.
 
-        For each group 0 (once, a shift), ``scale * shrinkage`` (once, a change of scale) and ``scale`` (``M - 2`` times, absent
-        when ``M = 2``); in evaluation mode ``scale``, ``M`` times. ``.expand()`` gives the ``M`` eigenvalues one by one.
+        For each group 0 (once, a shift), ``scale * shrinkage`` (once, a change of scale) and ``scale`` (``M - 2``
+        times, absent when ``M = 2``); in evaluation mode ``scale``, ``M`` times. ``.expand()`` gives the ``M``
+        eigenvalues one by one.
         """
         scale, count = self.scale, self.operator.count
         if not self.coupled:
@@ -165,7 +169,10 @@ class BatchNormJacobian:
         return Spectrum(values[present].T, multiplicity[present])
 
     def rank(self) -> Tensor:
-        """``[C]``, int64: ``M - 1`` per group (``M - 2`` for ``eps = 0``), 0 for a zero weight. Exact, not up to a tolerance."""
+        """``[C]``, int64: ``M - 1`` per group (``M - 2`` for ``eps = 0``), 0 for a zero weight.
+
+        The rank of the formula, not that of rounded numbers up to a tolerance.
+        """
         spectrum = self.eigenvalues()
         return ((spectrum.values != 0) * spectrum.multiplicity).sum(1)
 
@@ -180,16 +187,20 @@ class BatchNormJacobian:
         return (spectrum.values.square() * spectrum.multiplicity).sum(1).sqrt()
 
     def determinant(self) -> Tensor:
-        """``[C]``: exactly 0 in training mode (a shift is lost); ``scale ** M`` in evaluation mode, which may under- or overflow."""
+        """``[C]``: exactly 0 in training mode (a shift is lost); ``scale ** M`` in evaluation mode.
+
+        That power may under- or overflow.
+        """
         spectrum = self.eigenvalues()
         return (spectrum.values**spectrum.multiplicity).prod(1)
 
     def pinv(self) -> RankTwo:
-        """The Moore-Penrose pseudo-inverse, again scaled identity minus rank two (``@``, ``dense()``, ``block_norms()``, ...).
+        """The Moore-Penrose pseudo-inverse, an operator of the same form: ``@``, ``dense()``, ``block_norms()``, ...
 
-        ``(1 / scale) (I - 11^T/M + (v + eps) / (M eps) xh xh^T)``, and the coefficient of ``xh xh^T`` is ``-1/M`` for ``eps = 0``.
-        Zero for a channel whose weight is zero. The condition number of ``J`` on its range is ``(v + eps) / eps``: in float32 and
-        with the usual ``eps = 1e-5`` the component along ``xh`` is only good to a few per cent.
+            (1 / scale) (I - 11^T/M + (v + eps) / eps xh xh^T/M),    with the coefficient -1 of xh xh^T/M at eps = 0
+
+        and zero for a channel whose weight is zero. The condition number of ``J`` on its range is ``(v + eps) / eps``:
+        in float32 and with the usual ``eps = 1e-5`` the component along ``xh`` is only good to a few per cent.
         """
         scale, shrinkage = self.scale, self.shrinkage
         inverse = torch.where(scale == 0, 0.0, 1 / scale)
@@ -200,16 +211,17 @@ class BatchNormJacobian:
     def solve(self, v: Tensor) -> Tensor:
         """The ``u`` of least norm among those that minimise ``|J u - v|``, shaped like ``v``; ``pinv() @ v``.
 
-        The residual ``J u - v`` is what no change of the input reaches: the channel means of ``v`` (per group), its component
-        along ``xh`` for ``eps = 0``, and all of a channel whose weight is 0.
+        The residual ``J u - v`` is what no change of the input reaches: the channel means of ``v`` (per group), its
+        component along ``xh`` for ``eps = 0``, and all of a channel whose weight is 0.
         """
         return self.pinv() @ v
 
     def leverage(self) -> Tensor:
         """``[N, C]``: share of sample ``n`` in the two statistics, the sum of ``(1 + xh^2) / M`` over its positions.
 
-        For inputs ``[N, C]`` and ``eps = 0`` the leverage of ordinary least squares on ``(1, x)``, between ``1 / M`` and 1; a sample's
-        own block has the trace ``scale (P - leverage)``. Sums to ``1 + |xh|^2 / M``, at most 2, per group. 0 in evaluation mode.
+        For inputs ``[N, C]`` and ``eps = 0`` the leverage of ordinary least squares on ``(1, x)``, between ``1 / M``
+        and 1; a sample's own block has the trace ``scale (P - leverage)``. Sums to ``1 + |xh|^2 / M``, at most 2, per
+        group. 0 in evaluation mode.
         """
         operator = self.operator
         squares = self.normed.reshape(*self.normed.shape[:2], -1).square().sum(-1)
@@ -219,7 +231,7 @@ class BatchNormJacobian:
     # -- parameters and curvature
 
     def weight_jacobian(self) -> Tensor:
-        """``d y_i / d weight_c = xh_i`` where ``i`` is in channel ``c``, else 0: ``[N, C, *S]``. No sample sees another here.
+        """``d y_i / d weight_c = xh_i`` where ``i`` is in channel ``c``, else 0: ``[N, C, *S]``.
 
         Raises ``BatchNormError`` if the layer has no weight.
         """
@@ -237,10 +249,11 @@ class BatchNormJacobian:
         return torch.ones_like(self.normed)
 
     def second_derivative(self, u: Tensor, v: Tensor) -> Tensor:
-        """``d^2 y [u, v]``, shaped like ``u`` and ``v`` (``[..., N, C, *S]``): the second derivative, contracted with two directions.
+        """``d^2 y [u, v]``, ``[..., N, C, *S]``: the second derivative, contracted with two directions of that shape.
 
-        Per channel ``-(weight / (M s)) (xh u^T A v + A u xh^T v + A v xh^T u)`` with ``A = J / weight``: the tensor behind it is
-        fully symmetric, since ``xh`` is itself the gradient of the convex ``M sqrt(variance + eps)``. 0 in evaluation mode.
+        Per channel ``-(weight / (M s)) (xh u^T A v + A u xh^T v + A v xh^T u)`` with ``A = J / weight``: the tensor
+        behind it is fully symmetric, since ``xh`` is itself the gradient of the convex ``M sqrt(variance + eps)``. 0 in
+        evaluation mode.
         """
         if not self.coupled:
             return torch.zeros_like(self @ u) + torch.zeros_like(self @ v)
@@ -265,13 +278,11 @@ class BatchNormJacobian:
     # -- other batches, other modes
 
     def leave_one_out(self) -> sensitivity.LeaveOneOut:
-        """Exact statistics without each sample, ``mean`` and ``variance [N, C]``, and ``outputs(n)``: see :class:`LeaveOneOut`."""
+        """Exact ``mean`` and ``variance [N, C]`` without each sample, and ``outputs(n)``: see :class:`LeaveOneOut`."""
         return sensitivity.leave_one_out(self)
 
     def sample_weight_derivatives(self) -> sensitivity.WeightDerivatives:
-        """Derivatives of ``mean`` and ``variance`` in the weight of each sample, ``[N, C]``, and of the outputs: see
-        :class:`WeightDerivatives`.
-        """
+        """``d mean`` and ``d variance`` by ``d w_n``, ``[N, C]``; ``outputs(n)``: see :class:`WeightDerivatives`."""
         return sensitivity.sample_weight_derivatives(self)
 
     def train_eval_gap(
@@ -279,15 +290,18 @@ class BatchNormJacobian:
     ) -> sensitivity.TrainEvalGap:
         """How evaluation mode would change the output of this batch: see :class:`TrainEvalGap`.
 
-        By default with the running statistics that this very batch leaves behind at ``momentum=1``; what remains is that the
-        running variance is unbiased while training mode divides by ``M``. Or with those given, ``[C]`` each.
+        By default with the running statistics that this very batch leaves behind at ``momentum=1``; what remains is
+        that the running variance is unbiased while training mode divides by ``M``. Or with those given, ``[C]`` each.
         """
         return sensitivity.train_eval_gap(self, running_mean, running_var)
 
     # -- to be looked at
 
     def plot(self, ax: Axes | None = None, diagonal: bool = False) -> Axes:
-        """Heat map of ``block_norms()``; the diagonal, about ``N`` times the rest, is left out unless asked for. Needs matplotlib."""
+        """Heat map of ``block_norms()``, ``[N, N]``, on ``ax`` or a new figure; returns the axes. Needs matplotlib.
+
+        The diagonal, about ``N`` times the rest, is left out unless asked for.
+        """
         return display.plot(self, ax, diagonal)
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
 """From a BatchNorm layer and its input to the Jacobian: which statistics, of which groups, and when there is none.
 
-A layer is only read. Batch statistics are used exactly when torch uses them: in training mode, and in evaluation mode where there
-are no running ones.
+A layer is only read. Batch statistics are used exactly when torch uses them: in training mode, and in evaluation mode
+where there are no running ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ PLAIN = ("torch.nn.modules.batchnorm", "persample.batchnorm.modules")
 
 
 def uses_batch_statistics(bn: Layer) -> bool:
-    """Whether the layer couples its samples now: in training mode, and without running statistics in evaluation mode too."""
+    """Whether the layer couples its samples now: in training mode, and without running statistics in evaluation mode
+    too.
+    """
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
@@ -34,17 +36,20 @@ def running_statistics(bn: Layer) -> tuple[Tensor, Tensor] | None:
 
 
 def jacobian(bn: Layer, x: Tensor, groups: int | Tensor | None = None) -> BatchNormJacobian:
-    """``d y / d x`` of the BatchNorm layer ``bn`` at the input ``x [N, C, *S]``, in the mode it is in, as a structured operator.
+    """``d y / d x`` of the BatchNorm layer ``bn`` at the input ``x [N, C, *S]``, in the mode it is in, as a structured
+    operator.
 
-    ``groups`` gives ghost batches: a number of equal groups of consecutive samples, or labels ``[N]``; by default those of ``bn``
-    itself (``virtual_batch_size`` of a :class:`persample.batchnorm.BatchNorm1d`, ...), else one. They play no role where the
-    running statistics are used. The layer is only read: no running statistic moves, no forward is run. ``eps = 0`` is allowed here.
+    ``groups`` gives ghost batches: a number of equal groups of consecutive samples, or labels ``[N]``; by default those
+    of ``bn`` itself (``virtual_batch_size`` of a :class:`persample.batchnorm.BatchNorm1d`, ...), else one. They play no
+    role where the running statistics are used. The layer is only read: no running statistic moves, no forward is run.
+    ``eps = 0`` is allowed here.
 
-    A ``SyncBatchNorm`` is accepted where it normalises by the statistics of its own process only; otherwise concatenate the inputs of
-    all processes and pass an ordinary BatchNorm with the same parameters.
+    A ``SyncBatchNorm`` is accepted where it normalises by the statistics of its own process only; otherwise concatenate
+    the inputs of all processes and pass an ordinary BatchNorm with the same parameters.
 
-    Raises ``BatchNormError`` for inputs of another shape, for fewer than two values per channel and group, for a constant channel
-    with ``eps = 0``, for subclasses with a forward of their own (another function, hence another Jacobian).
+    Raises ``BatchNormError`` for inputs of another shape, for fewer than two values per channel and group, for a
+    constant channel with ``eps = 0``, for subclasses with a forward of their own (another function, hence another
+    Jacobian).
 
     Cost ``O(N C S)``: about one normalisation.
     """
@@ -67,13 +72,16 @@ def linearize(
     running: tuple[Tensor, Tensor] | None = None,
     group: Tensor | None = None,
 ) -> BatchNormJacobian:
-    """The Jacobian of ``F.batch_norm`` at ``x``, without a module: batch statistics per ``group [N]`` unless ``running`` is given.
+    """The Jacobian of ``F.batch_norm`` at ``x``, without a module: batch statistics per ``group [N]`` unless
+    ``running`` is given.
 
     ``group`` holds the numbers ``0 .. G - 1``, each at least once. Raises as :func:`jacobian`.
     """
+    if not x.numel():
+        raise BatchNormError(f"an input without values has no Jacobian; got {tuple(x.shape)}")
     values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     group = torch.zeros(len(x), dtype=torch.int64, device=x.device) if group is None else group
-    rows = values.reshape(*values.shape[:2], -1) if values.numel() else values.flatten(2)
+    rows = values.reshape(*values.shape[:2], -1)
     if running is not None:
         mean, variance = (t.detach()[None].to(values.dtype) for t in running)
     else:
@@ -97,10 +105,10 @@ def _statistics(rows: Tensor, group: Tensor, shape: torch.Size) -> tuple[Tensor,
     """Mean and biased variance per group and channel, ``[G, C]``, in two passes; ``rows`` is ``[N, C, P]``."""
     samples = torch.bincount(group)
     count = samples[:, None] * rows.shape[2]
-    if count.numel() == 0 or int(count.min()) < 2:
-        where = "" if len(count) <= 1 else f" in every group (groups have {samples.tolist()} samples)"
+    if int(count.min()) < 2:
+        where = "" if len(count) == 1 else f" in every group (groups have {samples.tolist()} samples)"
         raise BatchNormError(
-            f"Expected more than 1 value per channel when training{where}, got input size {tuple(shape)}; "
+            f"Expected more than 1 value per channel when training{where}, got input size {shape}; "
             "use a larger batch, larger groups, or evaluation mode"
         )
     mean = group_sum(rows.sum(2), group, len(count)) / count
@@ -129,8 +137,8 @@ def _check(bn: Layer, x: Tensor) -> None:
     kind = type(bn).__name__
     if type(bn).forward.__module__ not in PLAIN:
         raise BatchNormError(
-            f"{kind} is a BatchNorm with a forward of its own, so its Jacobian is another one; pass a plain BatchNorm with "
-            "the same parameters and buffers for the normalisation inside it"
+            f"{kind} is a BatchNorm with a forward of its own, so its Jacobian is another one; pass a plain BatchNorm "
+            "with the same parameters and buffers for the normalisation inside it"
         )
     if isinstance(bn, nn.SyncBatchNorm) and bn.training and _world_size(bn) > 1:
         raise BatchNormError(
@@ -138,7 +146,7 @@ def _check(bn: Layer, x: Tensor) -> None:
             "concatenate the inputs of all processes and pass an ordinary BatchNorm with the same parameters"
         )
     try:
-        bn._check_input_dim(x)  # type: ignore[no-untyped-call]
+        bn._check_input_dim(x)
     except ValueError as error:
         raise BatchNormError(f"{kind}: {error}") from error
     if x.shape[1] != bn.num_features:

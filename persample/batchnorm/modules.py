@@ -1,15 +1,15 @@
 """Drop-in BatchNorm modules that keep the structure of their last forward.
 
-What they compute is torch's own forward: same outputs, same gradients, same buffers, same ``state_dict``. After a forward,
-``.jacobian`` is the structured ``d y / d x`` of that forward and ``.coupling`` the ``N x N`` norms of its blocks. "The gradient
-of sample n" is not offered: under batch statistics it is not one thing.
+What they compute is torch's own forward: same outputs, same gradients, same buffers, same ``state_dict``. After a
+forward, ``.jacobian`` is the structured ``d y / d x`` of that forward and ``.coupling`` the ``N x N`` norms of its
+blocks. "The gradient of sample n" is not offered: under batch statistics it is not one thing.
 
-Between the forward and a question only a reference to the input is kept (autograd holds the same tensor until the backward),
-with copies of the ``[C]``-sized parameters as they were; nothing is computed before it is asked for. ``del bn.jacobian`` lets the
-input go earlier than the next forward does.
+Between the forward and a question only a reference to the input is kept (autograd holds the same tensor until the
+backward), with copies of the ``[C]``-sized parameters as they were; nothing is computed before it is asked for. ``del
+bn.jacobian`` lets the input go earlier than the next forward does.
 
-:func:`convert` changes the *class* of the BatchNorm modules of a model and nothing else, so parameters, buffers, hooks, modes,
-optimisers and sharing stay as they are, and :func:`revert` is exact.
+:func:`convert` changes the *class* of the BatchNorm modules of a model and nothing else, so parameters, buffers, hooks,
+modes, optimisers and sharing stay as they are, and :func:`revert` is exact.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class _Forward:
-    """The arguments of one forward, with what may change afterwards copied, except for the input, whose version is kept."""
+    """The arguments of one forward; what may change afterwards is copied, but for the input, which has a version."""
 
     input: Tensor
     version: int | None  # None for the copy of an inference tensor, which has no version
@@ -65,8 +65,7 @@ class _Recording(Layer):
             self.virtual_batch_size = _checked(virtual_batch_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``F.batch_norm`` as the torch module of the same name calls it; per ghost batch with ``virtual_batch_size``."""
-        self._recorded = "its last forward did not finish"
+        """What the torch module of the same name computes, per ghost batch if there is a ``virtual_batch_size``."""
         if self.virtual_batch_size is None or not uses_batch_statistics(self):
             output = super().forward(input)
         else:
@@ -78,10 +77,10 @@ class _Recording(Layer):
 
     @property
     def jacobian(self) -> BatchNormJacobian:
-        """``d y / d x`` of the last forward; ``del`` it to let go of the input. Computed anew at each access, ``O(N C S)``.
+        """``d y / d x`` of the last forward that finished; ``del`` it to let go of the input.
 
-        Raises ``BatchNormError`` if there was no forward (or none that can be recorded), ``InplaceError`` if its input has been
-        overwritten since.
+        Computed anew at each access, ``O(N C S)``. Raises ``BatchNormError`` if there was no forward (or none that can
+        be recorded), ``InplaceError`` if its input has been overwritten since.
         """
         if isinstance(self._recorded, str):
             raise BatchNormError(f"this {type(self).__name__} has no Jacobian to show: {self._recorded}")
@@ -93,7 +92,7 @@ class _Recording(Layer):
 
     @property
     def coupling(self) -> Tensor:
-        """``|d y_n / d x_m|_F``, ``[N, N]``, of the last forward: diagonal in evaluation mode. Raises as ``jacobian``."""
+        """``|d y_n / d x_m|_F``, ``[N, N]``, of that forward: diagonal in evaluation mode. Raises as ``jacobian``."""
         return self.jacobian.block_norms()
 
     def extra_repr(self) -> str:
@@ -105,12 +104,13 @@ class _Recording(Layer):
 
 
 class BatchNorm1d(_Recording, nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d``, input ``[N, C]`` or ``[N, C, L]``, that shows its ``jacobian`` and ``coupling`` after a forward.
+    """``torch.nn.BatchNorm1d``, input ``[N, C]`` or ``[N, C, L]``, with its ``jacobian`` and ``coupling``.
 
     All arguments are those of the torch module. ``virtual_batch_size`` (ghost batch normalisation, Hoffer et al. 2017,
-    arXiv:1705.08741) normalises chunks of about that many consecutive samples separately where batch statistics are used; chunks are
-    those of ``torch.chunk``: ``ceil(N / virtual_batch_size)`` of nearly equal size. Each updates the running statistics in turn.
-    After several forwards the last one counts; inside ``torch.compile`` and ``torch.func`` transforms nothing is recorded.
+    arXiv:1705.08741) normalises chunks of about that many consecutive samples separately where batch statistics are
+    used; chunks are those of ``torch.chunk``: ``ceil(N / virtual_batch_size)`` of nearly equal size. Each updates the
+    running statistics in turn. After several forwards the last one that finished counts; inside ``torch.compile`` and
+    ``torch.func`` transforms nothing is recorded.
     """
 
 
@@ -131,14 +131,15 @@ REVERTED: dict[type[nn.Module], type[nn.Module]] = {new: old for old, new in CON
 
 
 def convert(model: Model, virtual_batch_size: int | None = None) -> Model:
-    """Turn every ``torch.nn.BatchNorm1d/2d/3d`` in ``model`` (or ``model`` itself) into ours, in place; returns ``model``.
+    """Turn every ``torch.nn.BatchNorm1d/2d/3d`` in ``model``, or itself, into ours, in place; returns ``model``.
 
-    Only the class of those modules changes: parameters, buffers, hooks, modes and sharing are untouched, and so is what the model
-    computes, unless ``virtual_batch_size`` is given, which turns them (and those already converted) into ghost batch normalisation.
+    Only the class of those modules changes: parameters, buffers, hooks, modes and sharing are untouched, and so is what
+    the model computes, unless ``virtual_batch_size`` is given, which turns them (and those already converted) into
+    ghost batch normalisation.
 
-    Raises ``BatchNormError``, before anything is changed, for a ``SyncBatchNorm`` (its statistics span processes, of which one sees
-    only its own input) and for lazy modules (run the model once first). Subclasses of other people are left alone, with a warning:
-    what they compute is theirs to say.
+    Raises ``BatchNormError``, before anything is changed, for a ``SyncBatchNorm`` (its statistics span processes, of
+    which one sees only its own input) and for lazy modules (run the model once first). Subclasses of other people are
+    left alone, with a warning: what they compute is theirs to say.
     """
     size = None if virtual_batch_size is None else _checked(virtual_batch_size)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
@@ -186,7 +187,7 @@ def _record(bn: _Recording, input: Tensor) -> _Forward | str:
 def _refuse(name: str, module: Layer) -> None:
     if isinstance(module, nn.SyncBatchNorm):
         raise BatchNormError(
-            f"{name!r} is a SyncBatchNorm: its statistics are those of all processes, of which only one's input is here; "
+            f"{name!r} is a SyncBatchNorm: its statistics are those of all processes, and only one's input is here; "
             "convert before torch.nn.SyncBatchNorm.convert_sync_batchnorm, or analyse one process"
         )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):

@@ -1,12 +1,12 @@
-"""Scaled identity minus rank two, per channel and statistics group: the one shape every matrix of a BatchNorm layer has.
+"""Scaled identity minus rank two, per channel and group: the one shape every matrix of a BatchNorm layer has.
 
 For a channel whose values are normalised together,
 
     A = scale (I - ones 11^T / M - slope xh xh^T / M),
 
-with ``xh`` the normalised input of the channel and ``M`` the number of values that share the statistics. The Jacobian of a
-training-mode BatchNorm has ``ones = slope = 1``; that of evaluation mode ``ones = slope = 0``; the pseudo-inverse another
-``slope``. Channels never mix, and neither do groups of the batch with statistics of their own (ghost batches).
+with ``xh`` the normalised input of the channel and ``M`` the number of values that share the statistics. The Jacobian
+of a training-mode BatchNorm has ``ones = slope = 1``; that of evaluation mode ``ones = slope = 0``; the pseudo-inverse
+another ``slope``. Channels never mix, and neither do groups of the batch with statistics of their own (ghost batches).
 
 Everything costs ``O(M)`` per channel in time and memory, except ``dense`` and the ``N x N`` table of ``block_norms``.
 """
@@ -35,7 +35,9 @@ def group_sum(values: Tensor, group: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RankTwo:
-    """``scale (I - ones 11^T/M - slope xh xh^T/M)``: a symmetric operator on tensors shaped like the input, ``[N, C, *S]``."""
+    """``scale (I - ones 11^T/M - slope xh xh^T/M)``: a symmetric operator on tensors shaped like the input, ``[N, C,
+    *S]``.
+    """
 
     scale: Tensor  # [G, C]
     ones: Tensor  # [G, C]
@@ -68,7 +70,7 @@ class RankTwo:
         return self.normed[0, 0].numel()
 
     def dense(self) -> Tensor:
-        """``[C, M, M]`` with ``M = N x positions`` over the whole batch, samples outermost: the only ``O(M^2)`` method."""
+        """``[C, M, M]``, ``M = N x positions`` of the whole batch, samples outermost: the only ``O(M^2)`` method."""
         normed = self._positions_last(self.normed).movedim(1, 0).flatten(1)  # [C, M]
         scale, ones, slope = (
             self._samples(a).T.repeat_interleave(self.positions, 1)[:, :, None]
@@ -85,7 +87,9 @@ class RankTwo:
         return (self._rows(self.scale) * (1 - shared)).reshape(self.normed.shape)
 
     def block(self, n: int, m: int) -> Tensor:
-        """How sample ``m`` moves sample ``n``, ``[C, P, P]`` with ``P`` the positions of a sample (1 for inputs ``[N, C]``)."""
+        """How sample ``m`` moves sample ``n``, ``[C, P, P]`` with ``P`` the positions of a sample (1 for inputs ``[N,
+        C]``).
+        """
         n, m = range(len(self.group))[n], range(len(self.group))[m]
         normed = self._positions_last(self.normed)
         a, b = normed[n], normed[m]  # [C, P] each
@@ -100,13 +104,17 @@ class RankTwo:
     def block_norms(self, per_channel: bool = False) -> Tensor:
         """Frobenius norms of the blocks, ``[N, N]`` over all channels together, or ``[C, N, N]``.
 
-        In closed form from two numbers per sample and channel: with ``a`` the mean of ``xh`` over the positions of a sample and
-        ``r`` the sum of squares around it, ``ones 11^T + slope xh_n xh_m^T`` has the squared norm
-        ``P^2 (ones + slope a_n a_m)^2 + slope^2 (P a_n^2 r_m + P a_m^2 r_n + r_n r_m)``: no term is negative, so norms that
-        vanish come out as zero, not as the square root of the rounding error.
+        In closed form from two numbers per sample and channel. With ``a`` the mean of ``xh`` over the positions of a
+        sample and ``r`` the sum of squares around it, ``ones 11^T + slope xh_n xh_m^T`` has the squared norm
+
+            P^2 (ones + slope a_n a_m)^2 + slope^2 (P a_n^2 r_m + P a_m^2 r_n + r_n r_m):
+
+        no term is negative, so norms that vanish come out as zero, not as the square root of the rounding error.
         """
         numbers = self._block_numbers()
-        squares = (_squared_norms(self.positions, self.group, *c) for c in zip(*(t.unbind(1) for t in numbers), strict=True))
+        squares = (
+            _squared_norms(self.positions, self.group, *c) for c in zip(*(t.unbind(1) for t in numbers), strict=True)
+        )
         if per_channel:
             return torch.stack(list(squares)).sqrt()
         total = next(squares)
@@ -115,7 +123,7 @@ class RankTwo:
         return total.sqrt()
 
     def shared_energy(self) -> tuple[Tensor, Tensor]:
-        """Squared norm of ``scale (ones 11^T + slope xh xh^T) / M``, ``[C]``: of all of it, and of its diagonal blocks."""
+        """``|scale (ones 11^T + slope xh xh^T) / M|_F^2``, ``[C]``: of all of it, and of its diagonal blocks."""
         scale, count, a, r, ones, slope = self._block_numbers()
         P = self.positions
         own = P**2 * (ones + slope * a**2) ** 2 + slope**2 * (2 * P * a**2 + r) * r
@@ -123,11 +131,11 @@ class RankTwo:
         return (self.scale**2 * total).sum(0), ((scale / count) ** 2 * own).sum(0)
 
     def to_scipy(self) -> LinearOperator:
-        """The operator on flattened inputs as ``scipy.sparse.linalg.LinearOperator``, ``[N C S, N C S]``. Needs scipy."""
+        """The operator on flattened inputs, ``[N C S, N C S]``, for ``scipy.sparse.linalg``. Needs scipy."""
         try:
             from scipy.sparse.linalg import LinearOperator
         except ImportError as error:
-            raise ImportError("to_scipy() needs scipy: pip install scipy") from error
+            raise ImportError("to_scipy() needs scipy: pip install persample[scipy]") from error
 
         def product(v: object) -> object:
             vector = torch.as_tensor(v, dtype=self.normed.dtype, device=self.normed.device)
@@ -138,7 +146,7 @@ class RankTwo:
         return LinearOperator((size, size), matvec=product, rmatvec=product, dtype=dtype)
 
     def _block_numbers(self) -> tuple[Tensor, ...]:
-        """``scale``, ``M``, mean of ``xh`` over the positions and square sum around it, ``ones``, ``slope``: ``[N, C]``."""
+        """``scale``, ``M``, mean of ``xh`` over positions, square sum around it, ``ones``, ``slope``: ``[N, C]``."""
         normed = self._positions_last(self.normed)
         mean = normed.mean(-1)
         spread = (normed - mean[..., None]).square().sum(-1)

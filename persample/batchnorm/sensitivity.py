@@ -1,10 +1,10 @@
 """What becomes of a BatchNorm's statistics and outputs in another batch or mode, exactly, from ``xh`` alone.
 
-With ``m_n`` the mean of sample ``n`` over its positions and ``q_n`` its mean square distance from the batch mean (per channel), a
-sample enters the statistics of its group of ``N`` samples through these two numbers only:
+With ``m_n`` the mean of sample ``n`` over its positions and ``q_n`` its mean square distance from the batch mean (per
+channel), a sample enters the statistics of its group of ``N`` samples through these two numbers only:
 
 * without it, ``mean - (m_n - mean) / (N - 1)`` and ``(N variance - q_n) / (N - 1) - ((m_n - mean) / (N - 1))^2``;
-* with weights ``w`` in mean and variance, ``d mean / d w_n = (m_n - mean) / N`` and ``d variance / d w_n = (q_n - variance) / N``.
+* with weights ``w`` in both, ``d mean / d w_n = (m_n - mean) / N`` and ``d variance / d w_n = (q_n - variance) / N``.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ class LeaveOneOut:
 
 @dataclass(frozen=True, eq=False)
 class WeightDerivatives:
-    """Derivatives in the weight ``w_n`` of each sample, at ``w = 1``, of the statistics ``mean = sum w m / sum w``,
-    ``variance = sum w q / sum w`` of its group, ``[N, C]``. The rows of a group sum to 0: a common factor is no change.
+    """Derivatives of its group's statistics in the weight ``w_n`` of each sample, at ``w = 1``, ``[N, C]``.
+
+    ``mean = sum w m / sum w`` and ``variance = sum w q / sum w``; the rows of a group sum to 0, as a common factor of
+    all weights is no change.
     """
 
     mean: Tensor  # [N, C]
@@ -56,7 +58,7 @@ class WeightDerivatives:
     jacobian: BatchNormJacobian
 
     def outputs(self, n: int) -> Tensor:
-        """``d y / d w_n`` for the whole batch, ``[N, C, *S]``; to first order, outputs without ``n`` are ``y`` minus this."""
+        """``d y / d w_n`` for the whole batch, ``[N, C, *S]``: to first order, ``y`` minus ``outputs`` without ``n``."""
         J = self.jacobian
         member = (J.group == J.group[n])[:, None]
         shift = torch.where(member, self.mean[n], 0.0)
@@ -73,7 +75,7 @@ class TrainEvalGap(NamedTuple):
 
 
 def leave_one_out(J: BatchNormJacobian) -> LeaveOneOut:
-    """Exact in exact arithmetic; a variance that is far smaller without ``n`` than with it loses as many digits as it shrinks.
+    """The formulas at the top; a sample that carries nearly all of the variance is left out by counting again.
 
     Raises ``BatchNormError`` if a group has a single sample. In evaluation mode nothing changes.
     """
@@ -88,7 +90,13 @@ def leave_one_out(J: BatchNormJacobian) -> LeaveOneOut:
     others = samples[J.group][:, None] - 1
     offset, square = _sample_moments(J)
     without = ((others + 1) * variance - square) / others - (offset / others).square()
-    return LeaveOneOut(mean - offset / others, without.clamp(min=0), J)
+    for n, c in (
+        (without < variance / 16).nonzero().tolist()
+    ):  # cancellation; with 3 samples or more, one n per c at most
+        rest = J.group == J.group[n]
+        rest[n] = False
+        without[n, c] = J.normed[rest, c].var(correction=0) * J.deviation[J.group[n], c].square()
+    return LeaveOneOut(mean - offset / others, without, J)
 
 
 def sample_weight_derivatives(J: BatchNormJacobian) -> WeightDerivatives:
@@ -100,14 +108,16 @@ def sample_weight_derivatives(J: BatchNormJacobian) -> WeightDerivatives:
 
 
 def train_eval_gap(J: BatchNormJacobian, running_mean: Tensor | None, running_var: Tensor | None) -> TrainEvalGap:
-    """See ``BatchNormJacobian.train_eval_gap``. Raises ``BatchNormError`` in evaluation mode: there is no batch statistic."""
+    """See ``BatchNormJacobian.train_eval_gap``. Raises ``BatchNormError`` in evaluation mode: there is no batch
+    statistic.
+    """
     if not J.coupled:
         raise BatchNormError(
             "train_eval_gap() compares batch with running statistics; this Jacobian is in evaluation mode"
         )
     count = J.operator.count
     mean = J.mean if running_mean is None else running_mean.detach().to(J.mean)[None]
-    variance = J.variance * (count / (count - 1)) if running_var is None else running_var.detach().to(J.mean)[None]
+    variance = J.variance * count / (count - 1) if running_var is None else running_var.detach().to(J.mean)[None]
     deviation = (variance + J.eps).sqrt()
     scale, shift = J.deviation / deviation, (J.mean - mean) / deviation
     normed = _spread(scale[J.group], J) * J.normed + _spread(shift[J.group], J)

@@ -376,14 +376,20 @@ def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return [*args, *kwargs.values()]
 
 
+def tensors_in(out: Any) -> Iterator[Tensor]:
+    """The tensors of what a function returned; also of named results (``sort``), which pytrees take for leaves."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, (tuple, list)):
+        for item in out:
+            yield from tensors_in(item)
+
+
 def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: bool) -> Iterator[Tensor]:
     """What a call made: its outputs, or the tensor it changed."""
     if out is None and mutates:
         out = args[0]
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, (tuple, list)):
-        yield from (t for t in tree_leaves(out) if isinstance(t, Tensor))
+    yield from tensors_in(out)
     if isinstance(into := kwargs.get("out"), Tensor) and into is not out:
         yield into
 

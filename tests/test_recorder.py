@@ -248,12 +248,12 @@ def test_hundreds_of_steps_leave_memory_flat() -> None:
 
 def test_two_models_extended_in_two_threads() -> None:
     results: dict[int, Tensor] = {}
+    models = {seed: net() for seed in (1, 2)}
 
     def work(seed: int) -> None:
-        model = net()
         for _ in range(20):
-            with persample.extend(model) as recorder:
-                results[seed] = recorder.gradients(losses_of(model, *batch(seed))).flat()
+            with persample.extend(models[seed]) as recorder:
+                results[seed] = recorder.gradients(losses_of(models[seed], *batch(seed))).flat()
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
     for thread in threads:

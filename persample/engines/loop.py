@@ -54,7 +54,7 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
     bad = ignored(loss.reshape(1), alone.outputs(output), alone.targets)
     if bad is not None or not loss.requires_grad:
         return torch.zeros_like(loss) if bad is not None else loss, detached(output), (None,) * len(leaves)
-    return loss.detach(), detached(output), torch.autograd.grad(loss, leaves, allow_unused=True)
+    return loss.detach(), detached(output), torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
 
 
 def _joined(batch: Batch, outputs: list[Any]) -> Any:

@@ -56,6 +56,7 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
     except (PersampleError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
+        one_sample(problem, 0, [])  # raises where the real reason is that the batch is coupled
         raise CaptureError(f"torch.func can't follow this model: {error}\nUse engine='hooks' or engine='loop'.") from error
     outputs = _joined(spec, outputs)
     bad = ignored(losses, batch.outputs(outputs), batch.targets)

@@ -46,6 +46,8 @@ def _runner(call: Call, wanted: list[Tensor]) -> Any:
     """The call as a function of the wanted tensors and a replacement for its other arguments."""
     place = {id(t): i for i, t in enumerate(wanted)}
 
+    from ..capture import tensors_in  # capture imports the rules
+
     def run(values: Sequence[Tensor], replace: dict[int, Tensor]) -> list[Tensor]:
         def swap(t: Any) -> Any:
             if not isinstance(t, Tensor):
@@ -59,7 +61,7 @@ def _runner(call: Call, wanted: list[Tensor]) -> Any:
             out = args[0] if out is None else out
         else:
             out = call.func(*args, **kwargs)
-        return [t for t in tree_leaves(out) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+        return [t for t in tensors_in(out) if (t.is_floating_point() or t.is_complex())]
 
     return run
 

@@ -1,0 +1,312 @@
+"""Bad input, and models that an engine can't serve: a clear error of its own type, and the model as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import persample
+
+N, D = 4, 5
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (N, D)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def square(out: Tensor, _: Any = None) -> Tensor:
+    return out.square().flatten(1).sum(1)
+
+
+class Model(nn.Module):
+    """A model with one weight and a body to be given."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(D, D, dtype=torch.float64))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+LINEAR = lambda m, x: x @ m.w  # noqa: E731
+
+
+@pytest.fixture
+def unchanged() -> Any:
+    """Hand models in: afterwards they have no hooks, gradients or attributes they didn't have, and no mode is left."""
+    seen: list[tuple[nn.Module, set[str], dict[str, Tensor]]] = []
+
+    def keep(model: nn.Module) -> nn.Module:
+        seen.append((model, set(vars(model)), copy.deepcopy(model.state_dict())))
+        return model
+
+    yield keep
+    assert not torch.overrides._get_current_function_mode_stack()
+    for model, attributes, state in seen:
+        assert set(vars(model)) == attributes
+        assert all(p.grad is None for p in model.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_every_error_is_a_persample_error() -> None:
+    errors = [getattr(persample, name) for name in persample.__all__ if name.endswith("Error")]
+    assert len(errors) > 8 and all(issubclass(error, persample.PersampleError) for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "options", "error", "match"),
+    [
+        (x(0, D), None, {}, persample.EmptyBatchError, "N = 0"),
+        (torch.tensor(1.0), None, {}, persample.SampleAxisError, "sample axis"),
+        (x(), x(3), {}, persample.SampleAxisError, "targets.*size 3.*N = 4"),
+        ((x(), x(3, D)), None, {}, persample.SampleAxisError, "inputs.*size 3"),
+        (x(), None, {"batch_dim": 2}, persample.SampleAxisError, "no axis 2"),
+        (x(), None, {"batch_dim": "0"}, persample.SampleAxisError, "batch_dim must be"),
+        ({"x": x()}, None, {"batch_dim": {"y": 0}}, persample.SampleAxisError, "no entry for"),
+        (x(), None, {"params": "nope"}, persample.UnknownParameterError, "matches none.*w"),
+        (x(), None, {"params": ["w", "v"]}, persample.UnknownParameterError, "'v'"),
+        (x(), None, {"params": lambda name, p: False}, persample.UnknownParameterError, "predicate"),
+        (x(), None, {"engine": "magic"}, ValueError, "hooks"),
+        (x(), None, {"quantities": ["norms"]}, persample.QuantityError, "unknown quantity"),
+        (x(), None, {"quantities": []}, persample.QuantityError, "empty"),
+        (x(), None, {"quantities": ["clip"]}, persample.QuantityError, "max_norm"),
+        (x(), None, {"quantities": ["dot"]}, persample.QuantityError, "argument"),
+    ],
+)
+def test_bad_input(unchanged: Any, inputs: Any, targets: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:
+    model = unchanged(Model(LINEAR))
+    with pytest.raises(error, match=match):
+        persample.gradients(model, square, inputs, targets, **options)
+
+
+def test_frozen_parameters_are_said_to_be_frozen(unchanged: Any) -> None:
+    model = unchanged(nn.Linear(D, 2).double())
+    model.bias.requires_grad_(False)
+    with pytest.raises(persample.UnknownParameterError, match="does not require grad"):
+        persample.gradients(model, square, x(), params=["bias"])
+    model.requires_grad_(False)
+    with pytest.raises(persample.UnknownParameterError, match="no parameter that requires grad"):
+        persample.gradients(model, square, x())
+
+
+class Opaque(torch.autograd.Function):
+    """A function that autograd can follow and nobody else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.T, x.T @ g
+
+
+class Copies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w * 1
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def differentiates_itself(m: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    energy = (x @ m.w).tanh().sum()
+    return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def changes_an_input(m: Any, x: Tensor) -> Tensor:
+    h = x * 2
+    out = F.linear(h, m.w)
+    h.mul_(3)
+    return out
+
+
+def writes_a_slice(m: Any, x: Tensor) -> Tensor:
+    h = x * 1
+    h[:, 1].add_(m.w[0, 0])
+    return h
+
+
+UNSERVED = [
+    ("custom_function", lambda m, x: Opaque.apply(x, m.w), persample.CaptureError, "'w'.*autograd.Function"),
+    ("weight_through_custom_function", lambda m, x: x @ Copies.apply(m.w), persample.CaptureError, "'w'"),
+    ("double_backward", differentiates_itself, persample.HigherOrderError, "create_graph=True"),
+    ("input_changed_in_place", changes_an_input, persample.InplaceError, "torch.nn.functional.linear.*'w'"),
+    ("reentrant_checkpoint", lambda m, x: checkpoint(lambda h: h @ m.w, x.requires_grad_() * 1, use_reentrant=True),
+     persample.CaptureError, "use_reentrant=False"),
+    ("reduced_over_the_batch", lambda m, x: (x @ m.w).sum(0, keepdim=True) * x, persample.BatchCoupledError, "'w'"),
+    ("transposed_to_the_wrong_place", lambda m, x: F.linear(x.T, m.w[:, :N]), persample.LossError, r"\(5,\)"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("body", "error", "match"), [c[1:] for c in UNSERVED], ids=[c[0] for c in UNSERVED])
+def test_what_the_hook_engine_cannot_attribute(unchanged: Any, body: Any, error: type[Exception], match: str) -> None:
+    model = unchanged(Model(body))
+    with pytest.raises(error, match=match):
+        persample.gradients(model, square, x())
+
+
+@pytest.mark.parametrize("name", ["custom_function", "weight_through_custom_function", "double_backward"])
+def test_the_loop_engine_serves_what_the_error_points_to(name: str) -> None:
+    body = next(c[1] for c in UNSERVED if c[0] == name)
+    model, inputs = Model(body), x()
+    G = persample.gradients(model, square, inputs, engine="loop")
+    for n in range(N):
+        (g,) = torch.autograd.grad(square(model(inputs[n : n + 1])).sum(), model.w)
+        assert torch.allclose(G["w"][n], g, rtol=0, atol=1e-12)
+
+
+def test_a_partly_written_slice_is_exact_or_refused(unchanged: Any) -> None:
+    model = unchanged(Model(writes_a_slice))
+    try:
+        G = persample.gradients(model, square, x())
+    except persample.CaptureError as error:
+        assert "'w'" in str(error)
+    else:
+        assert torch.allclose(G["w"], persample.gradients(model, square, x(), engine="loop")["w"], atol=1e-12)
+
+
+def test_vmap_says_when_it_cannot_follow(unchanged: Any) -> None:
+    model = unchanged(Model(lambda m, x: (x @ m.w) * (2.0 if x.sum().item() > 0 else 1.0)))
+    with pytest.raises(persample.CaptureError, match="hooks"):
+        persample.gradients(model, square, x(), engine="vmap")
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(D), nn.BatchNorm1d(D, track_running_stats=False).eval(), nn.BatchNorm1d(D, affine=False)])
+def test_batch_norm_with_batch_statistics(unchanged: Any, norm: nn.Module, engine: str) -> None:
+    model = unchanged(nn.Sequential(nn.Linear(D, D), copy.deepcopy(norm), nn.Linear(D, 2)).double())
+    model[1].track_running_stats = False if model[1].running_mean is None else model[1].track_running_stats
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(persample.BatchCoupledError) as raised:
+        persample.gradients(model, square, x(), engine=engine)
+    model.load_state_dict(state)  # the forward pass itself updates running statistics, as it does without us
+    if engine == "hooks":
+        assert raised.value.parameters == ("0.weight", "0.bias") and "'0.weight'" in str(raised.value)
+
+
+def test_what_lies_behind_the_coupling_is_served(unchanged: Any) -> None:
+    model = unchanged(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, track_running_stats=False), nn.Linear(D, 2)).double())
+    G = persample.gradients(model, square, x(), params="[12]")
+    losses = square(model(x()))
+    for n in range(N):
+        for name in G.names:
+            (g,) = torch.autograd.grad(losses[n], model.get_parameter(name), retain_graph=True)
+            assert torch.allclose(G[name][n], g, atol=1e-12)
+
+
+COUPLED = [
+    ("softmax_over_batch", lambda m, x: (x @ m.w).softmax(0)),
+    ("centred_over_batch", lambda m, x: (h := x @ m.w) - h.mean(0)),
+    ("detached_statistics", lambda m, x: (h := x @ m.w) / (1 + h.detach().square().mean(0))),
+    ("sorted_over_batch", lambda m, x: (x @ m.w).sort(0).values),
+    ("attention_over_batch", lambda m, x: (h := x @ m.w) @ h.T @ h),
+    ("functional_batch_norm", lambda m, x: F.batch_norm(x @ m.w, None, None, training=True)),
+    ("first_sample_as_reference", lambda m, x: (h := x @ m.w) - h[:1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [c[1] for c in COUPLED], ids=[c[0] for c in COUPLED])
+def test_hidden_coupling_is_found_and_named(unchanged: Any, body: Any) -> None:
+    model = unchanged(Model(body))
+    with pytest.raises(persample.BatchCoupledError, match="torch"):
+        persample.gradients(model, square, x())
+    report = persample.check(model, square, x())
+    assert not report.ok and {row.verdict for row in report.rows} == {"coupled"}
+    with pytest.raises(persample.BatchCoupledError):
+        report.raise_if_bad()
+
+
+def test_contrastive_loss_is_coupling() -> None:
+    def info_nce(out: Tensor, _: Any) -> Tensor:
+        return F.cross_entropy(out @ out.T, torch.arange(len(out)), reduction="none")
+
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(Model(LINEAR), info_nce, x())
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(1, D), nn.LayerNorm(D), nn.RMSNorm(D), nn.BatchNorm1d(D).eval(), nn.Softmax(1), nn.Identity()], ids=lambda m: type(m).__name__
+)
+def test_no_false_alarm(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(D, D), norm, nn.Linear(D, 2)).double()
+    model[1].train(norm.training)
+    assert persample.check(model, square, x()).ok
+
+
+def test_factors_that_alias_a_changed_input_raise_at_every_read() -> None:
+    model, inputs = nn.Linear(D, 7).double(), x()
+    G = persample.gradients(model, square, inputs)
+    assert G.norm().shape == (N,)
+    inputs.mul_(2)
+    with pytest.raises(persample.InplaceError, match="'weight'.*changed in place"):
+        G.norm()
+    with pytest.raises(persample.InplaceError):
+        G.select("weight")["weight"]
+    assert G["bias"].shape == (N, 7)
+
+
+def test_a_wrong_sample_axis_is_caught_by_one_sample_alone() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn = nn.RNN(D, 3).double()  # reads [T, N, D]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0]
+
+    inputs = x(N, N, D)  # T == N: nothing but a sample alone can tell
+    with pytest.raises((persample.BatchCoupledError, persample.VerificationError, persample.SampleAxisError)):
+        persample.gradients(SequenceFirst(), square, inputs)
+    loss = lambda out, _: out.square().sum((0, 2))  # noqa: E731
+    G = persample.gradients(SequenceFirst(), loss, inputs, batch_dim=1)
+    assert torch.allclose(G.flat(), persample.gradients(SequenceFirst(), loss, inputs, batch_dim=1, engine="loop").flat(), atol=1e-10)
+
+
+def test_max_norm_and_scale_grad_by_freq() -> None:
+    ids = torch.randint(6, (N, 3), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(persample.CaptureError, match="max_norm"):
+        persample.gradients(nn.Embedding(6, D, max_norm=0.1).double(), square, ids)
+    with pytest.raises(persample.BatchCoupledError, match="scale_grad_by_freq"):
+        persample.gradients(nn.Embedding(6, D, scale_grad_by_freq=True).double(), square, ids)
+
+
+def test_distributed_tensors_and_quantities_of_no_rows() -> None:
+    S = persample.gradients(Model(LINEAR), square, x(), quantities=["norm"])
+    for ask in (S.gram, S.variance, S.mean, lambda: S.sum(torch.ones(N)), lambda: S.clip(1.0)):
+        with pytest.raises(persample.QuantityError, match="asked for|kept"):
+            ask()
+    G = persample.gradients(Model(LINEAR), square, x())
+    with pytest.raises(persample.QuantityError, match=r"\[4\]"):
+        G.sum(torch.ones(3))
+    with pytest.raises(persample.QuantityError, match="ddof=4"):
+        G.variance(ddof=4)
+    with pytest.raises(persample.QuantityError, match=r"\[25\]"):
+        G.dot(torch.ones(7))
+    with pytest.raises(persample.UnknownParameterError, match="'w'"):
+        G.dot({})
+    with pytest.raises(persample.QuantityError, match="positive"):
+        G.clip(0.0)
+    with pytest.raises(persample.UnknownParameterError, match="'v'"):
+        G["v"]
+    other = persample.gradients(nn.Linear(D, 2).double(), square, x())
+    with pytest.raises(persample.QuantityError, match="different parameters"):
+        G.gram(other)

@@ -1,0 +1,167 @@
+"""The loss of sample n is what the criterion says of sample n alone, whatever the criterion."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import persample
+from persample.losses import per_sample
+
+N, C, T = 4, 5, 3
+weights = torch.linspace(0.5, 2, C, dtype=torch.float64)
+
+
+def scores(*shape: int) -> Tensor:
+    return torch.randn(N, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def labels(*shape: int) -> Tensor:
+    return torch.randint(C, (N, *shape), generator=torch.Generator().manual_seed(1))
+
+
+CRITERIONS: list[tuple[str, Any, Tensor, Tensor]] = [
+    ("cross_entropy", nn.CrossEntropyLoss(), scores(C), labels()),
+    ("cross_entropy_sum", nn.CrossEntropyLoss(reduction="sum"), scores(C), labels()),
+    ("cross_entropy_class_weights", nn.CrossEntropyLoss(weights), scores(C), labels()),
+    ("cross_entropy_label_smoothing", nn.CrossEntropyLoss(label_smoothing=0.1), scores(C), labels()),
+    ("cross_entropy_positions", nn.CrossEntropyLoss(), scores(C, T), labels(T)),
+    ("cross_entropy_probabilities", nn.CrossEntropyLoss(), scores(C), scores(C).softmax(1)),
+    ("nll", nn.NLLLoss(), scores(C).log_softmax(1), labels()),
+    ("mse_over_features", nn.MSELoss(), scores(C), scores(C) * 2),
+    ("l1", nn.L1Loss(), scores(C), scores(C) * 2),
+    ("huber", nn.HuberLoss(), scores(C), scores(C) * 3),
+    ("smooth_l1", nn.SmoothL1Loss(), scores(C), scores(C) * 3),
+    ("bce_logits", nn.BCEWithLogitsLoss(), scores(C), scores(C).sigmoid()),
+    ("kl", nn.KLDivLoss(reduction="sum"), scores(C).log_softmax(1), scores(C).softmax(1)),
+    ("poisson", nn.PoissonNLLLoss(), scores(C), labels(C).double()),
+    ("multi_margin", nn.MultiMarginLoss(), scores(C), labels()),
+    ("soft_margin", nn.SoftMarginLoss(), scores(C), scores(C).sign()),
+    ("gaussian_nll", lambda out, y: F.gaussian_nll_loss(out, y, out.exp()), scores(C), scores(C)),
+    ("reads_a_number", lambda out, y: (out * (1.0 if y.sum().item() > 7 else 2.0)).mean(), scores(C), labels(2)),
+]
+
+
+@pytest.mark.parametrize(("criterion", "out", "y"), [c[1:] for c in CRITERIONS], ids=[c[0] for c in CRITERIONS])
+def test_scalar_criterion_is_meant_for_one_sample_alone(criterion: Callable[..., Tensor], out: Tensor, y: Tensor) -> None:
+    expected = torch.stack([criterion(out[n : n + 1], y[n : n + 1]) for n in range(N)])
+    assert torch.allclose(per_sample(criterion, out, y), expected, rtol=1e-12, atol=0)
+
+
+def test_per_sample_losses_are_taken_as_they_are() -> None:
+    out, y = scores(C), labels()
+    assert torch.equal(per_sample(nn.CrossEntropyLoss(reduction="none"), out, y), F.cross_entropy(out, y, reduction="none"))
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(C, C).double()
+
+
+def test_a_sample_whose_every_target_is_ignored_has_a_zero_row_and_a_warning() -> None:
+    model = linear()
+    x, y = scores(T, C), labels(T)
+    y[1] = -100
+    y[2, 0] = -100
+
+    def loss_fn(out: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(out.mT, target)
+
+    for engine in ("hooks", "vmap", "loop"):
+        with pytest.warns(UserWarning, match="ignored"):
+            G = persample.gradients(model, loss_fn, x, y, engine=engine)
+        assert G.losses[1] == 0 and not G["weight"][1].any() and G["weight"][[0, 2, 3]].isfinite().all()
+        alone = F.cross_entropy(model(x[2:3]).mT, y[2:3])
+        assert torch.allclose(G["weight"][2], torch.autograd.grad(alone, model.weight)[0], atol=1e-12)
+
+
+def test_nan_of_a_diverged_model_stays_nan() -> None:
+    x = scores(C)
+    x[1] = float("nan")
+    G = persample.gradients(linear(), nn.CrossEntropyLoss(), x, labels(), verify=False)
+    assert G.losses[1].isnan() and G.norm()[1].isnan() and G.norm()[0].isfinite()
+
+
+def test_a_batch_criterion_that_is_not_the_mean_is_told() -> None:
+    model, x, y = linear(), scores(C), labels()
+    with pytest.warns(UserWarning, match="class\\s+weights"):
+        persample.gradients(model, nn.CrossEntropyLoss(weights), x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+        persample.gradients(model, nn.CrossEntropyLoss(reduction="sum"), x, y)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_penalty_inside_a_scalar_criterion_belongs_to_every_row(engine: str) -> None:
+    model, x, y = linear(), scores(C), labels()
+
+    def criterion(out: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(out, target) + 0.1 * model.weight.square().sum()
+
+    G = persample.gradients(model, criterion, x, y, engine=engine)
+    plain = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    assert torch.allclose(G["weight"], plain["weight"] + 0.2 * model.weight.detach(), atol=1e-12)
+    assert torch.allclose(G["bias"], plain["bias"], atol=1e-12)
+
+
+def test_parameters_of_the_criterion_are_not_in_the_result() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, out: Tensor, y: Tensor) -> Tensor:
+            return self.scale * F.cross_entropy(out, y)
+
+    G = persample.gradients(linear(), Scaled(), scores(C), labels())
+    assert G.names == ("weight", "bias")
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "match"),
+    [
+        (lambda out, y: out, r"\(4, 5\).*must return \[N\]"),
+        (lambda out, y: (out[:, :1] - y).square(), r"squeeze the outputs"),
+        (lambda out, y: float(out.detach().sum()), "must return a tensor"),
+        (lambda out, y: y, "real numbers"),
+    ],
+)
+def test_losses_of_the_wrong_shape(loss_fn: Any, match: str) -> None:
+    with pytest.raises(persample.LossError, match=match):
+        persample.gradients(linear(), loss_fn, scores(C), labels())
+    for engine in ("vmap", "loop"):
+        with pytest.raises(persample.PersampleError):
+            persample.gradients(linear(), loss_fn, scores(C), labels(), engine=engine)
+
+
+def test_losses_of_another_batch() -> None:
+    with pytest.raises(persample.LossError, match=r"\(2,\) for N = 4"):
+        persample.gradients(linear(), lambda out, y: out[:2].sum(1), scores(C), labels())
+
+
+def test_a_loss_that_the_model_has_already_reduced() -> None:
+    class Reduces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = linear()
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(self.l(x), labels)
+
+    with pytest.raises(persample.LossError, match="already reduced"):
+        persample.gradients(Reduces(), lambda out, _: out, {"x": scores(C), "labels": labels()})
+
+
+def test_a_loss_function_that_raises_shows_its_own_error() -> None:
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        persample.gradients(linear(), loss_fn, scores(C), labels())

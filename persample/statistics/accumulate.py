@@ -1,0 +1,79 @@
+"""Statistics of a whole data set, batch by batch: every batch becomes a value, and values add up.
+
+An `Accumulator` holds one value.  ``update(G)`` adds the value of a batch, ``merge_state(other)`` that of another
+accumulator, and addition is associative and commutative: any batching, any order, any number of workers gives the same
+result up to rounding.  Means and scatters add by Chan's formula, which subtracts nothing but means, so variances don't
+cancel.  ``state_dict()`` is made of tensors and numbers; an accumulator that loads it goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
+
+from ..errors import QuantityError
+from ..quantities import Quantities
+
+V = TypeVar("V")
+
+
+class Accumulator(abc.ABC, Generic[V]):
+    """A value that batches add to; final classes say what a batch is worth."""
+
+    needs: tuple[str, ...] | None = None  # the quantities of a statistics run that suffice; None: rows
+    kind: type[Any]  # V, a dataclass
+
+    def __init__(self) -> None:
+        self.value: V | None = None
+
+    @abc.abstractmethod
+    def of(self, G: Quantities) -> V:
+        """The value of one batch."""
+
+    def update(self, G: Quantities) -> None:
+        """Add one batch."""
+        self._add(self.of(G))
+
+    def merge_state(self, other: Accumulator[V]) -> None:
+        """Add all batches that another accumulator has seen."""
+        if type(other) is not type(self) or other._settings() != self._settings():
+            raise QuantityError(f"can't merge {other!r} into {self!r}: they don't accumulate the same thing.")
+        if other.value is not None:
+            self._add(other.value)
+
+    def compute(self) -> Any:
+        """What was accumulated so far."""
+        return self._seen()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.value = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as tensors and numbers (safe for ``torch.save`` and ``weights_only=True``)."""
+        value = None if self.value is None else {f.name: getattr(self.value, f.name) for f in fields(self.value)}  # type: ignore[arg-type]
+        return {"settings": self._settings(), "value": value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another accumulator of the same settings was."""
+        if state["settings"] != self._settings():
+            raise QuantityError(
+                f"this state is of settings {state['settings']}, the accumulator has {self._settings()}."
+            )
+        self.value = None if state["value"] is None else self.kind(**state["value"])
+
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
+    def _add(self, value: V) -> None:
+        self.value = value if self.value is None else self.value + value  # type: ignore[operator]
+
+    def _seen(self) -> V:
+        if self.value is None:
+            raise QuantityError(f"{type(self).__name__} has seen no sample yet: call update(G) first.")
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._settings().items())})"

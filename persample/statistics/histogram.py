@@ -1,0 +1,108 @@
+"""Histograms of all entries ``g_{i,d}`` of the per-sample gradients, one block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantityError
+from ..factors import Factors, dense, index
+from ..gradients import Gradients
+from ..quantities import Quantities
+from .accumulate import Accumulator
+from .parts import By, add_up, group_of, named
+
+BLOCK = 1 << 21  # entries of G at a time
+
+
+def histogram(
+    G: Quantities,
+    edges: Tensor,
+    by: By = None,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    parameter_edges: Tensor | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """Counts ``[E + 1]`` of the entries of ``G`` between sorted ``edges [E]``, those below and above them included.
+
+    Bin ``b`` counts ``edges[b-1] <= g < edges[b]``, so all counts add up to ``N D`` and nothing is lost.  With
+    ``parameters`` (``{name: [*P]}``) and ``parameter_edges [F]``: ``[E + 1, F + 1]``, gradient entries against the
+    parameters they belong to (the 2-D histograms of Schneider et al. 2021, "Cockpit").  Needs rows.
+    """
+    if not isinstance(G, Gradients):
+        raise QuantityError("a histogram needs the rows: compute gradients without quantities=.")
+    edges = _sorted(edges)
+    if (parameters is None) != (parameter_edges is None):
+        raise ValueError("parameters= and parameter_edges= go together.")
+    beside = None if parameter_edges is None else _sorted(parameter_edges)
+    counts = {
+        name: _counts(G, name, edges, None if parameters is None else parameters[name].detach(), beside)
+        for name in G.names
+    }
+    if by is None:
+        return add_up(counts.values())
+    groups: dict[str, list[Tensor]] = {}
+    for name, count in counts.items():
+        groups.setdefault(group_of(name, by), []).append(count)
+    return {group: add_up(parts) for group, parts in groups.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Counts that add up, ``{group: [E + 1]}``."""
+
+    counts: dict[str, Tensor]
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts({group: c + other.counts[group] for group, c in self.counts.items()})
+
+
+class Histogram(Accumulator[Counts]):
+    """Counts ``[E + 1]`` of all entries of all rows between ``edges``; see `histogram`.  ``{group: [E + 1]}`` with
+    ``by``.
+    """
+
+    kind = Counts
+
+    def __init__(self, edges: Tensor, by: By = None) -> None:
+        super().__init__()
+        self.edges, self.by = edges, by
+
+    def of(self, G: Quantities) -> Counts:
+        found = histogram(G, self.edges, self.by)
+        return Counts(found if isinstance(found, dict) else {"": found})
+
+    def compute(self) -> Any:
+        """``[E + 1]``, or ``{group: [E + 1]}``."""
+        counts = self._seen().counts
+        return counts[""] if self.by is None else counts
+
+    def _settings(self) -> dict[str, Any]:
+        return {"by": named(self.by), "edges": self.edges.tolist()}
+
+
+def _counts(G: Gradients, name: str, edges: Tensor, parameter: Tensor | None, beside: Tensor | None) -> Tensor:
+    width = 1 if beside is None else len(beside) + 1
+    total = torch.zeros((len(edges) + 1) * width, dtype=torch.int64)
+    for rows in _blocks(G._read(name)):
+        bins = torch.bucketize(rows, edges.to(rows), right=True) * width
+        if parameter is not None and beside is not None:
+            bins += torch.bucketize(parameter, beside.to(parameter), right=True)
+        total += torch.bincount(bins.flatten(), minlength=len(total)).to(total.device)
+    return total if beside is None else total.view(-1, width)
+
+
+def _blocks(g: Factors) -> Iterator[Tensor]:
+    step = max(1, BLOCK // max(1, g.shape.numel()))
+    for start in range(0, len(g), step):
+        yield dense(index(g, slice(start, start + step)))
+
+
+def _sorted(edges: Tensor) -> Tensor:
+    if edges.ndim != 1 or not len(edges) or not bool((edges.diff() > 0).all()):
+        raise ValueError("the edges of a histogram must be one dimensional and strictly increasing.")
+    return edges

@@ -1,0 +1,109 @@
+"""Mean and scatter of all rows of a data set, exact whatever the batching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantityError
+from ..quantities import Quantities
+from .accumulate import Accumulator
+from .parts import mean_loss
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetMoments:
+    """Mean and scatter of ``count`` rows; serves every statistic of this package that needs no more than moments.
+
+    ``loss`` is the mean loss.  ``a + b`` are the moments of both data sets together, by Chan et al. 1979, "Updating
+    formulae and a pairwise algorithm for computing sample variances": means weighted by counts, scatters added with
+    ``n_a n_b / (n_a + n_b) (mean_a - mean_b)^2``.
+    """
+
+    count: int
+    average: dict[str, Tensor]  # {name: [*P]}
+    scatter: dict[str, Tensor]  # {name: [*P]}, sum_n (g_n - mean)^2
+    loss: Tensor
+
+    def __add__(self, other: DatasetMoments) -> DatasetMoments:
+        _same_shapes(self.average, other.average)
+        n = self.count + other.count
+        share = other.count / n
+        average, scatter = {}, {}
+        for name, mean in self.average.items():
+            gap = other.average[name] - mean
+            average[name] = mean + share * gap
+            scatter[name] = self.scatter[name] + other.scatter[name] + (self.count * share) * gap.square()
+        return DatasetMoments(n, average, scatter, self.loss + share * (other.loss - self.loss))
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def losses(self) -> Tensor:
+        """``[1]``: the mean loss, for statistics that average losses."""
+        return self.loss.reshape(1)
+
+    def mean(self) -> dict[str, Tensor]:
+        """``(1/n) sum_i g_i``, ``{name: [*P]}``."""
+        return self.average
+
+    def second_moment(self) -> dict[str, Tensor]:
+        """``(1/n) sum_i g_i^2``, ``{name: [*P]}``, not centred."""
+        return {name: self.scatter[name] / self.count + mean.square() for name, mean in self.average.items()}
+
+    def variance(self, ddof: int = 0) -> dict[str, Tensor]:
+        """``1/(n - ddof) sum_i (g_i - mean)^2``, ``{name: [*P]}``."""
+        if self.count <= ddof:
+            raise QuantityError(f"a variance with ddof={ddof} needs more than {ddof} sample(s), but n = {self.count}.")
+        return {name: s / (self.count - ddof) for name, s in self.scatter.items()}
+
+    def std(self, ddof: int = 0) -> dict[str, Tensor]:
+        """The square root of `variance`."""
+        return {name: v.sqrt() for name, v in self.variance(ddof).items()}
+
+
+class Moments(Accumulator[DatasetMoments]):
+    """Mean, variance and second moment of all rows of a data set, ``{name: [*P]}`` each; computes `DatasetMoments`.
+
+    What it computes can be given to `noise_scale`, `diversity`, `norm_test`, `signal_to_noise`, `cabs`, ... like one
+    large batch.  It keeps two tensors of the size of the parameters.
+    """
+
+    needs = ("variance",)
+    kind = DatasetMoments
+
+    def of(self, G: Quantities) -> DatasetMoments:
+        n = len(G)
+        return DatasetMoments(n, G.mean(), {name: n * v for name, v in G.variance().items()}, mean_loss(G))
+
+
+class Average(Accumulator[DatasetMoments]):
+    """Mean and spread *over batches* of any statistic, such as ``Average(norm_test)``; computes `DatasetMoments`.
+
+    ``statistic(G)`` returns a number or ``{group: number}`` (a number goes by the name ``""``).  Every batch counts
+    once, whatever its size.  ``needs`` names the quantities of a statistics run that suffice.
+    """
+
+    kind = DatasetMoments
+
+    def __init__(self, statistic: Callable[[Quantities], Any], needs: tuple[str, ...] | None = None) -> None:
+        super().__init__()
+        self.statistic, self.needs = statistic, needs
+
+    def of(self, G: Quantities) -> DatasetMoments:
+        found = self.statistic(G)
+        groups = found if isinstance(found, Mapping) else {"": found}
+        values = {name: torch.as_tensor(v) for name, v in groups.items()}
+        return DatasetMoments(1, values, {name: torch.zeros_like(v) for name, v in values.items()}, mean_loss(G))
+
+
+def _same_shapes(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    if {name: v.shape for name, v in a.items()} != {name: v.shape for name, v in b.items()}:
+        raise QuantityError(
+            "these are moments of different parameters or shapes; accumulate the same parameters in every batch."
+        )

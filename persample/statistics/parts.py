@@ -1,0 +1,149 @@
+"""What the statistics are made of: numbers that add up over parameters, so that every statistic exists per layer too.
+
+A statistic is a *formula* of a few parts, each ``{parameter name: tensor}``; parts of one group of parameters are added
+before the formula is applied.  ``by=None`` means one group (the whole model), ``by="layer"`` groups parameters by the
+module that owns them, ``by="parameter"`` takes each alone, and any function from a name to a group's name will do.
+
+Parts can be had from `Gradients` (rows), from `Statistics` (a run with ``quantities=``, if what is needed was asked
+for; a Gram matrix serves for norms and for the norm of the mean), and, but for Grams, from `DatasetMoments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantityError
+from ..gradients import Gradients
+from ..quantities import NEEDS, Quantities
+from ..statistics_run import Statistics
+
+By = Callable[[str], str] | str | None
+Part = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class HasMoments(Protocol):
+    """Mean and variance per parameter of ``len()`` samples: one batch, or a data set."""
+
+    def __len__(self) -> int: ...
+    def mean(self) -> dict[str, Tensor]: ...
+    def second_moment(self) -> dict[str, Tensor]: ...
+    def variance(self, ddof: int = 0) -> dict[str, Tensor]: ...
+
+
+def per_group(by: By, formula: Callable[..., Any], *parts: Part) -> Any:
+    """``formula`` of the parts added up: its value for the whole model, or ``{group: value}``."""
+    if by is None:
+        return formula(*(add_up(part.values()) for part in parts))
+    groups: dict[str, list[str]] = {}
+    for name in parts[0]:
+        groups.setdefault(group_of(name, by), []).append(name)
+    return {
+        group: formula(*(add_up(part[name] for name in names) for part in parts)) for group, names in groups.items()
+    }
+
+
+def group_of(name: str, by: By) -> str:
+    """The name of the group that a parameter belongs to."""
+    if callable(by):
+        return by(name)
+    if by in ("parameter", None):
+        return name
+    if by == "layer":
+        return name.rpartition(".")[0] or name
+    raise ValueError(f"by must be None, 'layer', 'parameter' or a function of the parameter's name, got {by!r}.")
+
+
+def add_up(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors of one shape."""
+    first, *rest = tensors
+    return sum(rest, first)
+
+
+def named(by: By) -> str | None:
+    """What stands for ``by`` in a state."""
+    return getattr(by, "__qualname__", repr(by)) if callable(by) else by
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------
+
+
+def squares(G: Quantities) -> Part:
+    """``{name: |g_n|^2}``, ``[N]`` each."""
+    if _lacks(G, "squares") and not _lacks(G, "gram"):
+        return {name: K.diagonal() for name, K in G.gram(per_parameter=True).items()}
+    return G.squared_norm(per_parameter=True)  # type: ignore[no-any-return]
+
+
+def square_total(G: HasMoments) -> Part:
+    """``{name: sum_n |g_n|^2}``."""
+    if not isinstance(G, Quantities) or (_lacks(G, "squares") and not _lacks(G, "square_sum")):
+        return {name: len(G) * m.sum() for name, m in G.second_moment().items()}
+    if _lacks(G, "squares") and _lacks(G, "gram") and not _lacks(G, "moments"):
+        means = mean_square(G)
+        return {name: len(G) * (v.sum() + means[name]) for name, v in G.variance().items()}
+    return {name: s.sum() for name, s in squares(G).items()}
+
+
+def mean_square(G: HasMoments) -> Part:
+    """``{name: |gbar|^2}``, of the mean gradient ``gbar``."""
+    if _lacks(G, "sum") and _lacks(G, "moments") and not _lacks(G, "gram"):
+        assert isinstance(G, Quantities)
+        return {name: K.mean() for name, K in G.gram(per_parameter=True).items()}
+    return {name: m.square().sum() for name, m in G.mean().items()}
+
+
+def centred_total(G: HasMoments, mean_squares: Part) -> Part:
+    """``{name: sum_n |g_n - gbar|^2}``, the trace of the scatter matrix.
+
+    From norms it is the difference ``sum |g|^2 - N |gbar|^2``, which loses digits where the noise is tiny against the
+    gradient; where half of them are gone and the rows are there, they are centred before squaring instead.
+    """
+    if not isinstance(G, Quantities) or (isinstance(G, Statistics) and not _lacks(G, "moments")):
+        return {name: len(G) * v.sum() for name, v in G.variance().items()}
+    totals = square_total(G)
+    differences = {name: total - len(G) * mean_squares[name] for name, total in totals.items()}
+    if isinstance(G, Gradients):
+        for name, difference in differences.items():
+            if cancelled(difference, totals[name]):
+                differences[name] = len(G) * G.select([name]).variance()[name].sum()
+    return differences
+
+
+def cancelled(difference: Tensor, total: Tensor) -> bool:
+    """Whether a difference has lost half of the digits of what it was taken from."""
+    return bool(difference < torch.finfo(total.dtype).eps ** 0.5 * total)
+
+
+def products(G: Quantities) -> Part:
+    """``{name: K}``, the Gram matrix ``[N, N]`` of every parameter's rows."""
+    return G.gram(per_parameter=True)  # type: ignore[no-any-return]
+
+
+def along_mean(G: Quantities) -> Part:
+    """``{name: g_n . gbar}``, ``[N]``: without the Gram matrix where the rows are there."""
+    if isinstance(G, Gradients):
+        mean = G.mean()
+        return {name: G.select([name]).dot(mean) for name in G.names}
+    return {name: K.mean(1) for name, K in products(G).items()}
+
+
+def _lacks(G: object, kind: str) -> bool:
+    return isinstance(G, Statistics) and all(NEEDS[name] != kind for name in G.requests)
+
+
+def mean_loss(G: HasMoments) -> Tensor:
+    """The mean of the losses; NaN where somebody else owns them."""
+    losses: Tensor | None = getattr(G, "losses", None)
+    return torch.tensor(torch.nan) if losses is None else losses.mean()
+
+
+def several(G: HasMoments, what: str) -> int:
+    """``N``, which must be at least two."""
+    if len(G) < 2:
+        raise QuantityError(f"{what} compares samples with each other: it needs at least 2 of them, but N = {len(G)}.")
+    return len(G)

@@ -1,0 +1,317 @@
+"""Statistics of one batch against direct formulas on the rows of the loop engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import persample
+from persample import statistics
+from persample.errors import QuantityError
+
+B = 7
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 4), nn.LayerNorm(4)).double()
+
+
+def batch(n: int = B) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 2, 4, dtype=torch.float64), torch.randint(0, 4, (n,))
+
+
+class Case:
+    """The rows ``J`` of a batch from the loop engine, and the same batch through the default engine."""
+
+    def __init__(self, n: int = B) -> None:
+        self.model, (self.x, self.y) = model(), batch(n)
+        self.G = self.run()
+        self.loop = self.run(engine="loop")
+        self.J = self.loop.flat()
+
+    def run(self, **options: Any) -> Any:
+        return persample.gradients(self.model, nn.CrossEntropyLoss(), self.x, self.y, **options)
+
+    def moments(self) -> Any:
+        accumulator = statistics.Moments()
+        accumulator.update(self.G)
+        return accumulator.compute()
+
+    def layers(self) -> dict[str, Tensor]:
+        """The rows of every layer's parameters, side by side."""
+        found: dict[str, list[Tensor]] = {}
+        for name, rows in self.loop.dense().items():
+            found.setdefault(name.split(".")[0], []).append(rows.flatten(1))
+        return {layer: torch.cat(parts, 1) for layer, parts in found.items()}
+
+
+def trace(J: Tensor, ddof: int) -> Tensor:
+    return J.var(0, correction=ddof).sum()
+
+
+def along(J: Tensor) -> Tensor:
+    return J @ J.mean(0)
+
+
+def off_diagonal(K: Tensor) -> Tensor:
+    return torch.cat([K[i, [j for j in range(len(K)) if j != i]] for i in range(len(K))])
+
+
+def noise(J: Tensor) -> list[Tensor]:
+    mean_of_squares, mean = J.square().sum(1).mean(), J.mean(0).square().sum()
+    square = (len(J) * mean - mean_of_squares) / (len(J) - 1)
+    return [trace(J, 1), square, trace(J, 1) / square if square > 0 else torch.tensor(torch.inf).double()]
+
+
+def cosines(J: Tensor) -> Tensor:
+    unit = J / J.norm(dim=1, keepdim=True)
+    return unit @ unit.T
+
+
+LR = 0.3
+# name -> (function, formula on rows J and losses, quantities of a statistics run, moments suffice)
+FORMULAS: dict[str, tuple[Callable[..., Any], Callable[[Tensor, Tensor], Any], list[str], bool]] = {
+    "noise_scale": (
+        lambda G, by=None: listed(statistics.noise_scale(G, by), lambda e: [e.trace, e.square, e.scale]),
+        lambda J, _: noise(J),
+        ["norm", "mean"],
+        True,
+    ),
+    "diversity": (
+        statistics.diversity,
+        lambda J, _: J.square().sum() / J.sum(0).square().sum(),
+        ["norm", "mean"],
+        True,
+    ),
+    "norm_test": (
+        statistics.norm_test,
+        lambda J, _: (trace(J, 1) / len(J) / J.mean(0).square().sum()).sqrt(),
+        ["norm", "mean"],
+        True,
+    ),
+    "inner_product_test": (
+        statistics.inner_product_test,
+        lambda J, _: (along(J).var() / len(J) / J.mean(0).norm() ** 4).sqrt(),
+        ["gram"],
+        False,
+    ),
+    "orthogonality_test": (
+        statistics.orthogonality_test,
+        lambda J, _: (
+            (J - along(J)[:, None] * J.mean(0) / J.mean(0).square().sum()).square().sum()
+            / (len(J) - 1)
+            / (len(J) * J.mean(0).square().sum())
+        ).sqrt(),
+        ["gram"],
+        False,
+    ),
+    "cabs": (
+        lambda G, by=None: statistics.cabs(G, LR, by),
+        lambda J, losses: LR * trace(J, 0) / losses.mean(),
+        ["norm", "mean"],
+        True,
+    ),
+    "confusion": (
+        statistics.confusion,
+        lambda J, _: off_diagonal(J @ J.T).min(),
+        ["gram"],
+        False,
+    ),
+    "stiffness": (
+        lambda G, by=None: listed(statistics.stiffness(G, by), list),
+        lambda J, _: [off_diagonal(J @ J.T).sign().mean(), off_diagonal(cosines(J)).mean()],
+        ["gram"],
+        False,
+    ),
+    "signal_to_noise": (
+        lambda G, by=None: statistics.signal_to_noise(G, eps=1e-3, ddof=1, by=by),
+        lambda J, _: (J.mean(0).square() / (J.var(0) + 1e-3)).mean(),
+        ["variance"],
+        True,
+    ),
+    "evidence_based_stopping": (
+        lambda G, by=None: statistics.evidence_based_stopping(G, eps=1e-6, by=by),
+        lambda J, _: 1 - len(J) * (J.mean(0).square() / (J.var(0) + 1e-6)).mean(),
+        ["variance"],
+        True,
+    ),
+}  # fmt: skip
+
+
+def listed(found: Any, take: Callable[[Any], Any]) -> Any:
+    return {group: take(v) for group, v in found.items()} if isinstance(found, dict) else take(found)
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula(name: str) -> None:
+    function, formula, needs, moments = FORMULAS[name]
+    case = Case()
+    expected = formula(case.J, case.loop.losses)
+    close(function(case.G), expected)
+    close(function(case.run(quantities=needs)), expected)
+    close(function(case.run(quantities=["gram", "variance"])), expected)
+    if moments:
+        close(function(case.moments()), expected)
+        close(function(case.run(quantities=["variance"])), expected)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula_per_layer(name: str) -> None:
+    function, formula, needs, moments = FORMULAS[name]
+    case = Case()
+    expected = {layer: formula(J, case.loop.losses) for layer, J in case.layers().items()}
+    close(function(case.G, by="layer"), expected)
+    close(function(case.run(quantities=needs), by="layer"), expected)
+    if moments:
+        close(function(case.moments(), by="layer"), expected)
+    close(function(case.G, by=lambda name: "all"), {"all": formula(case.J, case.loop.losses)})
+    assert list(function(case.G, by="parameter")) == list(case.G.names)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_one_sample_is_refused_where_two_are_compared(name: str) -> None:
+    function = FORMULAS[name][0]
+    G = Case(1).G
+    if name in ("diversity", "cabs"):
+        assert function(G).isfinite()
+    else:
+        with pytest.raises(QuantityError, match=r"2 of them|ddof"):
+            function(G)
+
+
+def test_statistics_run_says_what_to_ask_for() -> None:
+    run = Case().run(quantities=["norm"])
+    with pytest.raises(QuantityError, match="quantities="):
+        statistics.noise_scale(run)
+    with pytest.raises(QuantityError, match="quantities="):
+        statistics.confusion(run)
+    with pytest.raises(QuantityError, match="rows"):
+        statistics.histogram(run, torch.tensor([0.0]))
+
+
+def test_by_is_checked() -> None:
+    with pytest.raises(ValueError, match="'layer'"):
+        statistics.norm_test(Case().G, by="module")
+
+
+def test_negative_denominator_is_flagged() -> None:
+    J = torch.tensor([[1.0, 0.0], [-1.0, 0.1]], dtype=torch.float64)  # opposite: the mean can't be told from zero
+    estimate = statistics.noise_scale(rows(J))
+    assert estimate.negative and estimate.scale == torch.inf
+    close(estimate.square, (2 * J.mean(0).square().sum() - J.square().sum(1).mean()) / 1)
+    assert not statistics.noise_scale(rows(J + 10)).negative
+
+
+def rows(J: Tensor) -> persample.Gradients:
+    return persample.Gradients({"w": persample.factors.Dense(J)}, torch.zeros(len(J), dtype=J.dtype))
+
+
+def test_noise_scale_of_two_batch_sizes() -> None:
+    """With the mean squared norm of single samples for the small batch, it is the estimate from per-sample norms."""
+    case = Case()
+    estimate = statistics.noise_scale_of_two(case.J.square().sum(1).mean(), 1, case.J.mean(0).square().sum(), B)
+    close([estimate.trace, estimate.square], noise(case.J)[:2])
+    with pytest.raises(ValueError, match="small < big"):
+        statistics.noise_scale_of_two(torch.ones(()), 4, torch.ones(()), 4)
+
+
+def test_tiny_noise_does_not_cancel() -> None:
+    """float32 rows that agree to five digits: from norms alone, nothing of the variance would be left."""
+    torch.manual_seed(3)
+    J = 1 + 1e-5 * torch.randn(50, 20)
+    exact = J.double().var(0).sum()
+    got = statistics.noise_scale(rows(J)).trace.double()
+    assert abs(got / exact - 1) < 1e-3
+    naive = (J.square().sum(1).mean() - J.mean(0).square().sum()) * 50 / 49
+    assert abs(naive.double() / exact - 1) > 0.1
+
+
+def test_tests_add_up() -> None:
+    G = Case().G
+    parts = statistics.inner_product_test(G).square() + statistics.orthogonality_test(G).square()
+    close(parts, statistics.norm_test(G).square())
+
+
+def test_signal_of_every_entry() -> None:
+    case = Case()
+    got = statistics.signal_to_noise(case.G)
+    for name, J in case.loop.dense().items():
+        close(got[name], J.mean(0).square() / J.var(0, correction=0))
+    dead = statistics.signal_to_noise(rows(torch.zeros(4, 3).double()))
+    assert dead["w"].tolist() == [0, 0, 0]
+
+
+def test_cabs_needs_a_positive_loss() -> None:
+    case = Case()
+    with pytest.raises(QuantityError, match="infimum 0"):
+        statistics.cabs(persample.Gradients(case.G.factors, -case.G.losses), 0.1)
+
+
+# ---- importance, histograms -------------------------------------------------------------------------------------
+
+
+def test_importance_weights_are_unbiased_and_least_variable() -> None:
+    case = Case()
+    found = statistics.importance_weights(case.G)
+    norms = case.J.norm(dim=1)
+    close(found.probability, norms / norms.sum())
+    close((found.probability * found.weight) @ case.J, case.J.mean(0))
+    second = (found.probability * found.weight.square()) @ norms.square()
+    for smoothing in (0.1, 0.5, 1.0):
+        other = statistics.importance_weights(case.G, smoothing)
+        close((other.probability * other.weight) @ case.J, case.J.mean(0))
+        assert (other.probability * other.weight.square()) @ norms.square() > second
+        assert other.weight.max() <= 1 / smoothing + 1e-12
+    drawn = found.draw(1000, torch.Generator().manual_seed(0))
+    assert abs(found.weight[drawn].mean() - 1) < 0.1
+
+
+def test_importance_weights_at_the_edges() -> None:
+    found = statistics.importance_weights(torch.tensor([0.0, 3.0, 1.0]))
+    assert found.probability.tolist() == [0, 0.75, 0.25] and found.weight[0] == 0
+    assert statistics.importance_weights(torch.zeros(4)).weight.tolist() == [1, 1, 1, 1]
+    with pytest.raises(QuantityError, match="not negative"):
+        statistics.importance_weights(torch.tensor([-1.0, 1.0]))
+    with pytest.raises(ValueError, match="smoothing"):
+        statistics.importance_weights(torch.ones(2), 2.0)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(-0.2, 0.2), min_size=1, max_size=5, unique=True))
+def test_histogram_counts_every_entry(points: list[float]) -> None:
+    torch.manual_seed(1)
+    case, edges = Case(4), torch.tensor(sorted(points), dtype=torch.float64)
+    counts = statistics.histogram(case.loop, edges)
+    flat = case.J.flatten()
+    expected = [(flat < edges[0]).sum()]
+    expected += [((a <= flat) & (flat < b)).sum() for a, b in pairwise(edges)]
+    expected += [(flat >= edges[-1]).sum()]
+    assert counts.tolist() == [int(c) for c in expected]
+    layers = statistics.histogram(case.loop, edges, by="layer")
+    assert isinstance(layers, dict) and sum(layers.values()).tolist() == counts.tolist()  # type: ignore[union-attr]
+
+
+def test_histogram_against_parameters() -> None:
+    case = Case()
+    edges, beside = torch.tensor([-0.1, 0.0, 0.1]).double(), torch.tensor([-0.2, 0.2]).double()
+    parameters = dict(case.model.named_parameters())
+    counts = statistics.histogram(case.loop, edges, parameters=parameters, parameter_edges=beside)
+    assert isinstance(counts, Tensor) and counts.shape == (4, 3) and counts.sum() == case.J.numel()
+    theta = torch.cat([p.detach().flatten() for p in parameters.values()]).expand_as(case.J)
+    assert counts[1, 2] == ((case.J >= -0.1) & (case.J < 0) & (theta >= 0.2)).sum()
+    assert counts.sum(1).tolist() == statistics.histogram(case.loop, edges).tolist()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="go together"):
+        statistics.histogram(case.loop, edges, parameters=parameters)
+    with pytest.raises(ValueError, match="increasing"):
+        statistics.histogram(case.loop, torch.tensor([1.0, 0.0]))

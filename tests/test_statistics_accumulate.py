@@ -1,0 +1,227 @@
+"""Accumulators: the same result for any batching, any order of merging, and after a resume."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import persample
+from persample import statistics
+from persample.errors import QuantityError
+from persample.factors import index
+from persample.statistics import Accumulator, Average, Histogram, Moments, NoiseScale, Norms
+
+N = 12
+EDGES = torch.tensor([-0.05, 0.0, 0.05], dtype=torch.float64)
+
+
+class Data:
+    """All rows at once from the loop engine, and any part of them through the default engine."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        self.x, self.y = torch.randn(N, 3).double(), torch.randint(0, 2, (N,))
+        self.all = persample.gradients(self.model, nn.CrossEntropyLoss(), self.x, self.y, engine="loop")
+        self.J = self.all.flat()
+        self.G = persample.gradients(self.model, nn.CrossEntropyLoss(), self.x, self.y)
+
+    def part(self, samples: Tensor) -> persample.Gradients:
+        """Samples are independent, so their rows are those of a run of theirs."""
+        factors = {name: index(g, samples) for name, g in self.G.factors.items()}
+        return persample.Gradients(factors, self.G.losses[samples])
+
+
+DATA = Data()
+MAKE: dict[str, Callable[[], Accumulator[Any]]] = {
+    "moments": Moments,
+    "norms": Norms,
+    "norms per layer": lambda: Norms(by="layer"),
+    "noise": NoiseScale,
+    "noise per layer": lambda: NoiseScale(by="layer"),
+    "histogram": lambda: Histogram(EDGES),
+    "histogram per layer": lambda: Histogram(EDGES, by="layer"),
+    "average": lambda: Average(statistics.diversity),
+}
+
+
+def plain(result: Any) -> Any:
+    """Results as nested dictionaries of tensors."""
+    if isinstance(result, statistics.DatasetMoments):
+        return {"n": len(result), "mean": result.mean(), "variance": result.variance(), "loss": result.loss}
+    if isinstance(result, statistics.NoiseEstimate):
+        return {"trace": result.trace, "square": result.square}
+    return {group: plain(v) for group, v in result.items()} if isinstance(result, dict) else result
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(plain(a), plain(b), rtol=1e-9, atol=1e-12)
+
+
+def feed(accumulator: Accumulator[Any], *parts: Tensor) -> Accumulator[Any]:
+    for part in parts:
+        G = DATA.part(part)
+        accumulator.update(G, part) if isinstance(accumulator, Norms) else accumulator.update(G)
+    return accumulator
+
+
+splits = st.lists(st.integers(1, N - 1), max_size=4, unique=True)
+
+
+@settings(max_examples=30)
+@given(splits, st.permutations(range(N)))
+def test_moments_whatever_the_batching(cuts: list[int], order: list[int]) -> None:
+    parts = torch.tensor(order).tensor_split(sorted(cuts))
+    moments = feed(Moments(), *parts).compute()
+    flat = lambda d: torch.cat([v.flatten() for v in d.values()])  # noqa: E731
+    J = DATA.J
+    torch.testing.assert_close(flat(moments.mean()), J.mean(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat(moments.variance(1)), J.var(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat(moments.std()), J.std(0, correction=0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat(moments.second_moment()), J.square().mean(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(moments.loss, DATA.all.losses.mean(), rtol=1e-9, atol=1e-12)
+    norms = feed(Norms(), *parts).compute()
+    torch.testing.assert_close(norms, J.norm(dim=1), rtol=1e-9, atol=1e-12)
+    counts = feed(Histogram(EDGES), *parts).compute()
+    assert counts.tolist() == statistics.histogram(DATA.all, EDGES).tolist()  # type: ignore[union-attr]
+    for function in (statistics.noise_scale, statistics.norm_test, statistics.diversity):
+        close(function(moments), function(DATA.all))
+
+
+@pytest.mark.parametrize("name", MAKE)
+@settings(max_examples=20)
+@given(splits, st.randoms(use_true_random=False))
+def test_merging_in_any_order(name: str, cuts: list[int], random: Any) -> None:
+    parts = list(torch.arange(N).tensor_split(sorted(cuts)))
+    expected = feed(MAKE[name](), *parts).compute()
+    workers = [feed(MAKE[name](), part) for part in parts] + [MAKE[name]()]  # one that has seen nothing
+    while len(workers) > 1:
+        random.shuffle(workers)
+        other = workers.pop()
+        workers[0].merge_state(other)
+    close(workers[0].compute(), expected)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_resume(name: str) -> None:
+    parts = torch.arange(N).split(5)
+    expected = feed(MAKE[name](), *parts).compute()
+    first = feed(MAKE[name](), *parts[:2])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = MAKE[name]()
+    second.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(plain(feed(second, *parts[2:]).compute()), plain(expected), rtol=0, atol=0)
+    empty = MAKE[name]()
+    empty.load_state_dict(MAKE[name]().state_dict())
+    with pytest.raises(QuantityError, match="no sample"):
+        empty.compute()
+    second.reset()
+    with pytest.raises(QuantityError, match="no sample"):
+        second.compute()
+
+
+def test_noise_scale_is_pooled() -> None:
+    """Numerator: the variance within batches, pooled.  Both numbers are averages weighted by B - 1."""
+    parts = torch.arange(N).split([5, 4, 2, 1])
+    estimate = feed(NoiseScale(), *parts).compute()
+    single = [statistics.noise_scale(DATA.part(part)) for part in parts[:3]]
+    weights = [4, 3, 1]
+    torch.testing.assert_close(estimate.trace, sum(w * e.trace for w, e in zip(weights, single, strict=True)) / 8)
+    torch.testing.assert_close(estimate.square, sum(w * e.square for w, e in zip(weights, single, strict=True)) / 8)
+    within = sum((DATA.J[p] - DATA.J[p].mean(0)).square().sum() for p in parts) / 8
+    torch.testing.assert_close(estimate.trace, within, rtol=1e-9, atol=1e-12)
+    with pytest.raises(QuantityError, match="at least 2"):
+        feed(NoiseScale(), torch.tensor([3])).compute()
+
+
+def test_noise_scale_fades() -> None:
+    parts = torch.arange(N).split(4)
+    estimate = feed(NoiseScale(decay=0.5), *parts).compute()
+    single = [statistics.noise_scale(DATA.part(part)) for part in parts]
+    expected = sum(0.5 ** (2 - i) * e.trace for i, e in enumerate(single)) / (1 + 0.5 + 0.25)
+    torch.testing.assert_close(estimate.trace, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="decay"):
+        NoiseScale(decay=0)
+
+
+def test_float32_variance_does_not_cancel() -> None:
+    """Rows of mean 1 and spread 1e-4 in 40 batches: differences of squares would leave nothing."""
+    J = 1 + 1e-4 * torch.randn(400, 3)
+    moments = Moments()
+    for rows in J.split(10):
+        moments.update(persample.Gradients({"w": persample.factors.Dense(rows)}, torch.zeros(10)))
+    exact = J.double().var(0)
+    assert ((moments.compute().variance(1)["w"].double() / exact - 1).abs() < 1e-2).all()
+    naive = (J.square().mean(0) - J.mean(0).square()).double()
+    assert ((naive / exact - 1).abs() > 0.5).any()
+
+
+def test_a_sample_counted_twice_is_noticed() -> None:
+    norms = Norms()
+    norms.update(DATA.part(torch.tensor([1, 2])), torch.tensor([1, 2]))
+    norms.update(DATA.part(torch.tensor([2])), torch.tensor([2]))
+    with pytest.raises(QuantityError, match="sample 2"):
+        norms.compute()
+    with pytest.raises(QuantityError, match="ids"):
+        norms.update(DATA.part(torch.tensor([3])))
+    with pytest.raises(QuantityError, match="shape"):
+        Norms().update(DATA.part(torch.tensor([1, 2])), torch.tensor([1]))
+
+
+def test_without_ids_norms_come_in_order_of_arrival() -> None:
+    norms = Norms()
+    for part in torch.arange(N).split(5):
+        norms.update(DATA.part(part))
+    torch.testing.assert_close(norms.compute(), DATA.J.norm(dim=1), rtol=1e-9, atol=1e-12)
+
+
+def test_only_the_same_merge() -> None:
+    with pytest.raises(QuantityError, match="can't merge"):
+        NoiseScale().merge_state(NoiseScale(by="layer"))
+    with pytest.raises(QuantityError, match="can't merge"):
+        Moments().merge_state(Norms())  # type: ignore[arg-type]
+    with pytest.raises(QuantityError, match="settings"):
+        NoiseScale().load_state_dict(NoiseScale(decay=0.9).state_dict())
+    other = Moments()
+    other.update(persample.Gradients({"w": persample.factors.Dense(torch.ones(3, 2))}, torch.zeros(3)))
+    with pytest.raises(QuantityError, match="different parameters"):
+        feed(Moments(), torch.arange(3)).merge_state(other)
+
+
+def test_average_over_batches() -> None:
+    parts = torch.arange(N).split(4)
+    tests = torch.stack([statistics.norm_test(DATA.part(part)) for part in parts])
+    found = feed(Average(statistics.norm_test), *parts).compute()
+    torch.testing.assert_close(found.mean()[""], tests.mean())
+    torch.testing.assert_close(found.std(ddof=1)[""], tests.std())
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_over_a_loader(progress: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    if progress:
+        pytest.importorskip("tqdm")
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(DATA.x, DATA.y), batch_size=5)
+    moments, norms, noise = Moments(), Norms(), NoiseScale(by="layer")
+    statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), loader, moments, norms, noise, progress=progress)
+    parts = torch.arange(N).split(5)
+    close(moments.compute(), feed(Moments(), *parts).compute())
+    close(noise.compute(), feed(NoiseScale(by="layer"), *parts).compute())
+    torch.testing.assert_close(norms.compute(), DATA.J.norm(dim=1), rtol=1e-9, atol=1e-12)
+    assert ("accumulate" in capfd.readouterr().err) is progress
+
+
+def test_over_a_loader_of_other_batches() -> None:
+    loader = [{"x": DATA.x[:6], "y": DATA.y[:6]}, {"x": DATA.x[6:], "y": DATA.y[6:]}]
+    counts = Histogram(EDGES)
+    unpack = lambda batch: (batch["x"], batch["y"])  # noqa: E731
+    statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), loader, counts, unpack=unpack)
+    assert counts.compute().tolist() == statistics.histogram(DATA.all, EDGES).tolist()  # type: ignore[union-attr]

@@ -180,6 +180,7 @@ class _Trace(Capture):
                     if isinstance(kind, _Sampled) and not torch._C._functorch.is_functorch_wrapped_tensor(t):
                         value = None if kind.layout is None else part_of(t, kind.layout, self.sample).detach().clone()
                         self.log.append((function_name(func), ordinal, value))
+        return out
 
 
 def find_coupling(problem: Problem, n: int) -> tuple[str, int]:

@@ -6,9 +6,11 @@ batch (unless they say so), run the same way twice, and every parameter has a gr
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
-from zoo import Case, call, cases, problem, size
+from zoo import Case, Problem, call, cases, problem, size
 from zoo.oracle import floats, lone, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # PyTorch's, not ours
@@ -16,9 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 independent = [case for case in cases if not case.coupled]
 
 
-def require(case: Case) -> None:
+@cache
+def built(case: Case) -> Problem:
     if case.missing:
         pytest.skip(f"needs {case.needs}")
+    return problem(case)
 
 
 def test_names_are_unique() -> None:
@@ -28,8 +32,7 @@ def test_names_are_unique() -> None:
 
 @pytest.mark.parametrize("case", cases, ids=str)
 def test_runs_the_same_twice(case: Case) -> None:
-    require(case)
-    first, second = problem(case), problem(case)
+    first, second = built(case), problem(case)
     a, b = call(first.model, first.inputs), call(second.model, second.inputs)
     again = call(first.model, first.inputs)
     for x, y, z in zip(floats(a), floats(b), floats(again), strict=True):
@@ -41,8 +44,7 @@ def test_runs_the_same_twice(case: Case) -> None:
 
 @pytest.mark.parametrize("case", independent, ids=str)
 def test_a_sample_alone_gives_its_row_of_the_batch(case: Case) -> None:
-    require(case)
-    p, dim = problem(case), case.batch_dim
+    p, dim = built(case), case.batch_dim
     n = size(p.inputs, dim)
     outputs = call(p.model, p.inputs)
     losses = p.loss_fn(outputs, p.targets)
@@ -61,8 +63,7 @@ def test_a_sample_alone_gives_its_row_of_the_batch(case: Case) -> None:
 
 @pytest.mark.parametrize("case", independent, ids=str)
 def test_every_parameter_has_a_gradient_or_is_listed(case: Case) -> None:
-    require(case)
-    p = problem(case)
+    p = built(case)
     truth = rows(p, case.batch_dim)
     assert truth.rows and truth.losses.isfinite().all() and truth.flat.isfinite().all()
     assert truth.unused == case.unused

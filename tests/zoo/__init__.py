@@ -5,10 +5,12 @@ A new layer or difficulty is one line in the list of its family's file; every en
 
 from __future__ import annotations
 
-from . import conv, embedding, interface, linear, losses, nets, norm, sharing
+from . import attention, conv, embedding, huggingface, interface, linear, losses, nets, norm, recurrent, rest, sharing
 from .case import Case, Problem, call, problem, sample, size, take
 
-_families = (linear, conv, norm, embedding, sharing, interface, losses, nets)
+_families = (
+    linear, conv, norm, embedding, sharing, interface, losses, nets, attention, recurrent, rest, huggingface,
+)  # fmt: skip
 cases: list[Case] = [case for family in _families for case in family.cases]
 
 __all__ = ["Case", "Problem", "call", "cases", "problem", "sample", "size", "take"]

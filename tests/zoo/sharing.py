@@ -174,7 +174,7 @@ def _spectral(make: Callable[[], nn.Module], train: bool) -> Callable[[], nn.Mod
 
     def build() -> nn.Module:
         layer = parametrizations.spectral_norm(make())
-        for _ in range(3000 if train else 3):
+        for _ in range(400 if train else 3):
             _ = layer.weight  # one power iteration
         return layer.train(train)
 

@@ -1,0 +1,204 @@
+"""Passes through a model at one point: the same parameters, batch and random masks every time, and no trace left behind.
+
+Everything about a coupled batch is made of two kinds of passes: ordinary autograd through the whole batch, with BatchNorm's
+statistics as explicit tensors (`Point.forward`), and the hook engine, which gives the factors of all samples' rows
+(`Point.recorded`).  Every forward pass and every vector-Jacobian product is counted.  Dropout draws the same masks in every
+pass; buffers (running statistics, counters), ``.grad`` and the random state stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..batch import Batch, Tree, call_model, detached
+from ..capture import Capture, Reached, reached
+from ..collect import Collect, check_complete
+from ..curvature.objective import (
+    Objective, RandomState, random_state, set_random_state, twice_differentiable, untouched,
+)  # fmt: skip
+from ..engines.hooks import Seeds, along, forward
+from ..problem import Emit, Problem
+from .statistics import Explicit, Node, Pool, Replace, Replacement
+
+CHUNK = 1 << 21  # numbers that several vector-Jacobian products may hold together: with more, one by one is faster
+
+Grads = list[Tensor | None]  # None: nothing depends on that input
+
+
+@dataclass
+class Passes:
+    """What was run so far: forward passes of the batch, and vector-Jacobian products (one of ``k`` rows at once counts ``k``)."""
+
+    forward: int = 0
+    backward: int = 0
+    drawn: RandomState | None = field(default=None, repr=False)  # the random state that a forward pass leaves
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """A forward pass with its graph."""
+
+    inputs: Tree
+    outputs: Any
+    losses: Tensor  # [N]
+    nodes: list[Node]
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A model, a criterion and a batch, with the random state in which every forward pass begins."""
+
+    problem: Problem
+    random: RandomState
+    passes: Passes = field(default_factory=Passes)
+
+    @staticmethod
+    def of(problem: Problem) -> Point:
+        return Point(problem, random_state(problem.model))
+
+    @property
+    def n(self) -> int:
+        return self.problem.batch.n
+
+    @contextmanager
+    def forward(
+        self, pool: Pool | None = None, batch: Batch | None = None, *, inputs: bool = False
+    ) -> Iterator[Forward]:
+        """The losses with their graph, statistics pooled by ``pool`` (``None``: the model as it is).
+
+        ``batch``: another one; ``inputs``: whether to differentiate with respect to them too.
+        """
+        problem = self.problem if batch is None else replace(self.problem, batch=batch)
+        given = problem.batch.inputs.map(lambda x, _: x.detach().requires_grad_(inputs and x.is_floating_point()))
+        tree = replace(problem.batch.inputs, leaves=tree_leaves(given))
+        explicit = Explicit(pool) if pool is not None else None
+        capture = Capture(problem.model, set())
+        with self._same(), twice_differentiable(), ExitStack() as modes:
+            if explicit is not None:
+                modes.enter_context(capture)
+                modes.enter_context(Replace(problem.model, capture, explicit))
+                capture.start(problem.batch.n, tree.tensors())
+            try:
+                outputs = call_model(problem.model, given)
+            finally:
+                capture.stop()
+            losses = Objective(problem, 1.0, self.random).losses(outputs)
+            modes.close()
+            self.passes.drawn = random_state(problem.model)
+            yield Forward(tree, outputs, losses, [] if explicit is None else explicit.nodes)
+
+    @contextmanager
+    def recorded(self, by: Replacement | None = None) -> Iterator[Recorded]:
+        """A forward pass of the hook engine, coupled calls replaced by ``by`` (``None``: as they are)."""
+        problem = self.problem
+        capture = Capture(problem.model, {id(p) for p in problem.parameters.values()})
+        if by is not None:
+            mode = Replace(problem.model, capture, by)
+            model = cast(nn.Module, _under(mode, problem.model))
+            problem = replace(problem, model=model, loss_fn=_under(mode, problem.loss_fn))
+        with self._same():
+            outputs, losses, seeds, criterion = forward(problem, capture)
+            self.passes.drawn = random_state(self.problem.model)
+            yield Recorded(self, detached(outputs), losses.detach(), seeds, criterion)
+
+    @contextmanager
+    def _same(self) -> Iterator[None]:
+        """Once more from the same state, and back to the one before."""
+        with untouched(self.problem.model), torch.enable_grad():
+            set_random_state(self.random)
+            self.passes.forward += 1
+            yield
+
+    def rows(self, out: Tensor, inputs: Sequence[Tensor], step: int) -> Iterator[tuple[slice, Grads]]:
+        """``d out / d inputs`` for ``out [R]``, ``step`` rows at a time: which rows, and ``[r, *shape]`` for each input."""
+        for start in range(0, len(out), step):
+            at = slice(start, min(len(out), start + step))
+            self.passes.backward += at.stop - at.start
+            if out.requires_grad and inputs:
+                yield at, _pull(out, inputs, at)
+            else:
+                yield at, [None] * len(inputs)
+
+    def gradient(
+        self, outs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor], *, again: bool = False
+    ) -> Grads:
+        """One vector-Jacobian product; ``again``: one that can be differentiated again."""
+        self.passes.backward += 1
+        live = [(y, s) for y, s in zip(outs, seeds, strict=True) if y.requires_grad]
+        if not live or not inputs:
+            return [None] * len(inputs)
+        ends, starts = zip(*live, strict=True)
+        return list(torch.autograd.grad(ends, inputs, starts, retain_graph=True, create_graph=again, allow_unused=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A recorded forward pass: the rows of all samples, for any weights of the losses, by one backward pass each."""
+
+    point: Point
+    outputs: Any
+    losses: Tensor  # [N], detached
+    seeds: Seeds
+    criterion: Tensor | None
+
+    def rows(
+        self, emit: Emit, weight: Tensor | None = None, *, extra: Sequence[tuple[Tensor, Tensor]] = (),
+        wrt: Sequence[Tensor] = (),
+    ) -> tuple[tuple[str, ...], Grads]:  # fmt: skip
+        """Emit the factors for ``sum_n weight[n] l_n``, row ``m`` with respect to the parameters that sample ``m`` uses.
+
+        ``extra`` are pairs ``(tensor, its gradient)`` to start from besides the losses.  Returns the names of unused parameters, and
+        the gradients of ``wrt``.
+        """
+        self.point.passes.backward += 1
+        extra = [(t, g) for t, g in extra if t.requires_grad]
+        ends = [t for t, *_ in self.seeds] + [t for t, _ in extra]
+        starts = [g if weight is None else along(g, weight.to(g.dtype), axis) for _, g, axis in self.seeds]
+        found = reached(t.grad_fn for t in ends)
+        check_complete(found, self.point.problem.parameters)
+        collect = Collect(found, self.point.problem.parameters, emit, self.point.n, release=False)
+        try:
+            if self.criterion is not None:
+                collect.direct(self.criterion if weight is None else self.criterion * weight.to(self.criterion.dtype))
+            grads = _towards(ends, starts + [g for _, g in extra], found, wrt)
+            return collect.finish(), grads
+        finally:
+            collect.detach()
+
+
+def _towards(ends: list[Tensor], starts: list[Tensor], found: Reached, wrt: Sequence[Tensor]) -> Grads:
+    """Differentiate past all recorded calls, whose gradients are listened to; those of ``wrt`` are returned."""
+    targets: list[Any] = [*wrt, *found.roots]
+    if not ends or not targets:
+        return [None] * len(wrt)
+    return list(torch.autograd.grad(ends, targets, starts, allow_unused=True, retain_graph=True)[: len(wrt)])
+
+
+def _under(mode: Replace, f: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return f(*args, **kwargs)
+
+    return call
+
+
+def _pull(out: Tensor, inputs: Sequence[Tensor], at: slice) -> Grads:
+    """Some rows of a Jacobian, at once where that is possible."""
+    seeds = out.detach().new_zeros(at.stop - at.start, len(out))
+    seeds[:, at].fill_diagonal_(1)
+    if len(seeds) > 1:
+        try:
+            return list(
+                torch.autograd.grad(out, inputs, seeds, is_grads_batched=True, retain_graph=True, allow_unused=True)
+            )
+        except RuntimeError:  # a backward that vmap doesn't support
+            pass
+    found = [torch.autograd.grad(out, inputs, seed, retain_graph=True, allow_unused=True) for seed in seeds]
+    return [None if rows[0] is None else torch.stack(rows) for rows in zip(*found, strict=True)]

@@ -1,0 +1,294 @@
+"""The statistics of BatchNorm as explicit variables of a forward pass.
+
+Every BatchNorm call that uses the statistics of the batch is replaced by its definition.  With ``z_m [C, P]`` what it
+gets of sample ``m``:
+
+    h_m = (mean z_m,  mean (z_m - mu)^2)                         what sample m contributes: [C] each, over its positions
+    s   = (mu, v) = pool(h)                                      the statistics
+    y_m = weight (z_m - mu) / sqrt(v + eps) + bias
+
+Given ``s`` the samples are independent, as under GroupNorm; all coupling flows through ``s``.  So what is
+differentiated is decided by the pool alone, and nothing else in the package knows how BatchNorm normalises:
+
+===================  ==================================
+===================================================================== `live`               ``mean_m h_m``
+the batch as it is `Copies`             constants, one copy per sample      no coupling: ``d_n = dl_n/dtheta`` and ``u_n
+= dl_n/ds`` in one pass `weighted` (w)       ``sum_m w_m h_m / sum_m w_m``       re-weighted batches, a sample left out
+`given` (values)     known constants                     a part of the batch as it was within the whole
+===================  ==================================
+=====================================================================
+
+The second moment is centred: ``dv/dmu = 0`` at the batch, so a layer's two statistics don't act on each other (to first
+order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .. import rules
+from ..capture import Capture, function_name
+from ..errors import BatchCoupledError, BatchNormError
+from ..layout import Layout
+
+Layer = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """The two statistics of one coupled call, and what they are pooled from."""
+
+    name: str  # the module's path; "#2" for its second call
+    members: Tensor | None  # [M], the samples that take part; None for all of them
+    positions: int  # P
+    moments: tuple[Tensor, Tensor]  # h, [M, C] each: mean and centred second moment of every sample
+    pooled: tuple[Tensor, Tensor]  # s, mean and (biased) variance, [C] each, or [M, C] for copies
+
+    @property
+    def channels(self) -> int:
+        return self.moments[0].shape[1]
+
+    def spread(self, values: Tensor, n: int) -> Tensor:
+        """``[M, C]`` of the samples that take part as ``[N, C]``; the others have 0."""
+        return values if self.members is None else values.new_zeros(n, self.channels).index_copy(0, self.members, values)
+
+    def detached(self) -> Node:
+        """The same without its graph."""
+        (first, second), (mean, variance) = self.moments, self.pooled
+        moments, statistics = (first.detach(), second.detach()), (mean.detach(), variance.detach())
+        return replace(self, moments=moments, pooled=statistics)
+
+
+# ---- pools: from the moments h [M, C] of the samples to a statistic -----------------------------------------------
+
+Pool = Callable[[Tensor, Tensor | None], Tensor]  # (h, members) -> s, [C] or [M, C]; called twice for every node
+
+
+def live(h: Tensor, members: Tensor | None) -> Tensor:
+    """The statistics of the batch."""
+    return h.mean(0)
+
+
+class Copies:
+    """The statistics of the batch as constants, with a leaf ``[M, C]`` for every statistic: row ``m`` is the copy that
+    sample ``m`` uses.
+    """
+
+    def __init__(self) -> None:
+        self.leaves: list[Tensor] = []
+
+    def __call__(self, h: Tensor, members: Tensor | None) -> Tensor:
+        self.leaves.append(h.detach().mean(0).repeat(len(h), 1).requires_grad_())
+        return self.leaves[-1]
+
+
+def constant(h: Tensor, members: Tensor | None) -> Tensor:
+    """The statistics of the batch, held fixed."""
+    return h.detach().mean(0)
+
+
+def weighted(w: Tensor) -> Pool:
+    """Sample ``m`` counts ``w[m]`` in every statistic; weights are normalised."""
+
+    def pool(h: Tensor, members: Tensor | None) -> Tensor:
+        own = w if members is None else w[members]
+        return own.to(h.dtype) @ h / own.sum()
+
+    return pool
+
+
+def given(values: Sequence[Tensor]) -> Pool:
+    """Known statistics, in the order of the calls."""
+    known = iter(values)
+    return lambda h, members: next(known)
+
+
+# ---- the calls ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """A BatchNorm call, however it was spelled."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.running_mean, self.running_var, self.weight, self.bias
+
+
+def _functional(
+    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Arguments:  # fmt: skip
+    return Arguments(input, running_mean, running_var, weight, bias, eps)
+
+
+def _native(
+    input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+    training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Arguments:  # fmt: skip
+    return Arguments(input, running_mean, running_var, weight, bias, eps)
+
+
+READ: dict[Callable[..., Any], Callable[..., Arguments]] = {F.batch_norm: _functional, torch.batch_norm: _native}
+
+
+Replacement = Callable[[str, Arguments, Callable[[], Layout]], Tensor]  # (name, call, where its samples are) -> output
+
+
+class Explicit:
+    """A coupled call by its definition; the statistics are in ``nodes``, in the order of the calls."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.nodes: list[Node] = []
+
+    def __call__(self, name: str, call: Arguments, where: Callable[[], Layout]) -> Tensor:
+        x, layout = call.input, where()
+        z, members = to_samples(name, x, layout)
+        if z.dtype.itemsize < 4:
+            z = z.float()  # as BatchNorm itself does in half precision
+        first = z.mean(2)
+        mean = self.pool(first, members)
+        centred = z - mean.unsqueeze(-1)
+        second = centred.square().mean(2)
+        variance = self.pool(second, members)
+        self.nodes.append(Node(name, members, z.shape[2], (first, second), (mean, variance)))
+        y = centred * (variance + call.eps).rsqrt().unsqueeze(-1)
+        if call.weight is not None:
+            y = y * call.weight.view(-1, 1)
+        if call.bias is not None:
+            y = y + call.bias.view(-1, 1)
+        return from_samples(y, x, layout).to(x.dtype)
+
+
+def running(name: str, call: Arguments, where: Callable[[], Layout]) -> Tensor:
+    """A coupled call with its running statistics instead: evaluation mode for this layer only."""
+    if call.running_mean is None or call.running_var is None:
+        raise BatchNormError(
+            f"'{name}' has no running statistics (track_running_stats=False), so there is no evaluation mode to switch it to. "
+            "Use one of the other notions: 'frozen', 'copy', 'loss' or 'influence'."
+        )
+    mean, variance = call.running_mean.clone(), call.running_var.clone()
+    return F.batch_norm(call.input, mean, variance, call.weight, call.bias, False, 0.0, call.eps)
+
+
+class Replace(TorchFunctionMode):
+    """Runs a model with every coupled BatchNorm call replaced by ``by(name, arguments, where the samples are)``."""
+
+    def __init__(self, model: nn.Module, capture: Capture, by: Replacement) -> None:
+        """``capture`` is active around this mode: it knows where the samples are in a tensor, and the names of
+        parameters and buffers.
+        """
+        super().__init__()
+        self.model, self.capture, self.by = model, capture, by
+        self.calls: dict[str, int] = {}
+        self.announced = ""  # the BatchNorm module that is about to make a call
+        self.hooks = ExitStack()
+
+    def __enter__(self) -> Replace:
+        for path, module in self.model.named_modules():
+            if isinstance(module, Layer):
+                announce = lambda *_, path=path: setattr(self, "announced", path)  # noqa: E731
+                self.hooks.callback(module.register_forward_pre_hook(announce).remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self.hooks.close()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        reason = rules.coupling(func, args, kwargs)
+        if func in READ:
+            call = READ[func](*args, **kwargs)
+            name = self._name(call)
+            if reason:
+                return self.by(name, call, lambda: self._layout(name, call.input))
+        elif reason:
+            raise BatchCoupledError(
+                f"{function_name(func)} {reason}, in a way that has no known statistics: only calls of torch.nn.functional.batch_norm "
+                "(and torch.batch_norm) can be taken apart."
+            )
+        return func(*args, **kwargs)
+
+    def _name(self, call: Arguments) -> str:
+        """The path of the module; for functional calls that of the module which owns a tensor of the call."""
+        owned = (self.capture.names[id(t)].rpartition(".")[0] for t in call.tensors if id(t) in self.capture.names)
+        name, self.announced = self.announced or next(owned, "") or "batch_norm", ""
+        self.calls[name] = count = self.calls.get(name, 0) + 1
+        return name if count == 1 else f"{name}#{count}"
+
+    def _layout(self, name: str, x: Tensor) -> Layout:
+        layout = getattr(self.capture._kind(x), "layout", None)
+        if layout is None and not self.capture.active and x.shape[0] == self.capture.n:
+            layout = Layout(self.capture.n)  # inside a criterion
+        if layout is None or layout.axis == 1 or x.ndim < 2:
+            raise BatchNormError(
+                f"'{name}': can't tell where the samples are in an input of shape {tuple(x.shape)}. Its statistics must be over samples: keep them "
+                "on one axis of their own (not the channel axis), or say where they are with batch_dim=."
+            )
+        return layout
+
+
+# ---- samples first --------------------------------------------------------------------------------------------------
+
+
+def to_samples(name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """``z [M, C, P]``: the positions of every sample that takes part, and which samples these are (``None``: all)."""
+    if layout.plain and layout.axis == 0:
+        return (x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)), None
+    members, order = _order(name, layout)
+    rows = x.movedim(layout.axis, 0)
+    rows = rows if order is None else rows[order.to(x.device)]
+    count = layout.n if members is None else len(members)
+    rows = rows.unflatten(0, (count, -1))  # [M, k, *rest], C behind the axes that stood before it
+    return rows.movedim(2 if layout.axis == 0 else 3, 1).flatten(2), members
+
+
+def from_samples(z: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """``z [M, C, P]`` as the output for an input ``x``."""
+    if layout.plain and layout.axis == 0:
+        return z.reshape(x.shape)
+    _, order = _order("", layout)
+    rest = x.movedim(layout.axis, 0).shape[1:]
+    place = 0 if layout.axis == 0 else 1  # of the channels in rest
+    rows = z.reshape(*z.shape[:2], -1, *rest[:place], *rest[place + 1 :]).movedim(1, 2 + place).flatten(0, 1)
+    rows = rows if order is None else rows[order.argsort().to(x.device)]
+    return rows.movedim(0, layout.axis)
+
+
+def _order(name: str, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+    """The samples that take part, and the entries of the layout's axis sample by sample (``None``: as they are)."""
+    if layout.owner is None and layout.outer == 1:
+        return None, None
+    owners = layout.owners()
+    members, count = owners.unique(return_counts=True)
+    if int(count.min()) != int(count.max()):
+        raise BatchNormError(
+            f"'{name}' normalises samples of different sizes (packed or masked), which is not supported here."
+        )
+    order = owners.argsort(stable=True)
+    return None if len(members) == layout.n else members, order
+
+
+def pooled(nodes: Sequence[Node]) -> list[Tensor]:
+    """The ``K`` statistics, two tensors for every node: mean and variance of one after the other."""
+    return [s for node in nodes for s in node.pooled]

@@ -6,6 +6,7 @@ C channels: the alphabet of shapes used in every docstring.
 
 from . import factors
 from .api import gradients
+from .batchnorm.coupling import Coupling, coupling
 from .check import check, explain
 from .errors import (
     BatchCoupledError,
@@ -29,6 +30,7 @@ from .statistics_run import Statistics
 __all__ = [
     "BatchCoupledError",
     "CaptureError",
+    "Coupling",
     "EmptyBatchError",
     "Gradients",
     "HigherOrderError",
@@ -42,6 +44,7 @@ __all__ = [
     "UnknownParameterError",
     "VerificationError",
     "check",
+    "coupling",
     "explain",
     "extend",
     "factors",

@@ -65,21 +65,27 @@ def gradients(
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {list(ENGINES)}, got {engine!r}.")
+    if coupled is not None and engine != "hooks":
+        raise ValueError(f"coupled={coupled!r} needs engine='hooks': {engine!r} runs samples alone, which is another function.")
     with _seeded(generator):
         if quantities is not None:
             statistics = Statistics(quantities, {name: p.shape for name, p in problem.parameters.items()})
-            run, note = _verified(problem, engine, statistics.emit, verify, again=statistics.again, max_bytes=max_bytes)
+            run, note = _verified(problem, engine, statistics.emit, verify, again=statistics.again, max_bytes=max_bytes, coupled=coupled)
             return statistics.finish(run)
         kept: dict[str, Factors] = {}
-        run, note = _verified(problem, engine, lambda name, g: kept.__setitem__(name, compact(g)), verify, max_bytes=max_bytes)
+        run, note = _verified(problem, engine, lambda name, g: kept.__setitem__(name, compact(g)), verify, max_bytes=max_bytes, coupled=coupled)
     return Gradients(
         {name: kept[name] for name in problem.parameters}, run.losses, run.outputs,
         unused=run.unused, aliases=problem.aliases, parameters=problem.parameters, note=note,
     )  # fmt: skip
 
 
-def _verified(problem: Problem, engine: str, emit: Emit, verify: bool | None, again: bool = False, max_bytes: int | None = None) -> tuple[Pass, str]:
+def _verified(problem: Problem, engine: str, emit: Emit, verify: bool | None, again: bool = False, max_bytes: int | None = None, coupled: str | None = None) -> tuple[Pass, str]:
     """Run the engine; at the first call of its kind, hold one row against the definition."""
+    if coupled is not None:
+        from .batchnorm.notions import coupled_pass
+
+        return coupled_pass(problem, coupled, emit, verify)
 
     def run(emit: Emit, couplers: tuple[int, ...]) -> Pass:
         if engine == "hooks":

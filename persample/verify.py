@@ -139,7 +139,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         result = run(probe.listen(emit), couplers)  # raises for what is upstream of that call, serves what is behind it
         verdicts, note = probe.verdicts(result, engine)
     raise_if_wrong(verdicts, engine)
-    _VERIFIED.setdefault(problem.model, {})[signature(problem, engine)] = couplers
+    remember(problem, engine, couplers)
     return result, note
 
 
@@ -275,3 +275,8 @@ def signature(problem: Problem, engine: str) -> Any:
 def verified(problem: Problem, engine: str) -> tuple[int, ...] | None:
     """The couplers that an earlier verification found; ``None`` if there was none."""
     return _VERIFIED.get(problem.model, {}).get(signature(problem, engine))
+
+
+def remember(problem: Problem, engine: str, couplers: tuple[int, ...] = ()) -> None:
+    """The model was verified, with these couplers."""
+    _VERIFIED.setdefault(problem.model, {})[signature(problem, engine)] = couplers

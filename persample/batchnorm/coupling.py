@@ -1,7 +1,7 @@
 """`coupling`: what is left of per-sample gradients when BatchNorm couples the batch, by name, with the coupling itself.
 
-The mathematics is in `persample.batchnorm.network`, the five notions in `notions`, the table of all cross-sample derivatives in `table`.
-Here they get their names, their indices, and a face.
+The mathematics is in `persample.batchnorm.network`, the five notions in `notions`, the table of all cross-sample
+derivatives in `table`. Here they get their names, their indices, and a face.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ def coupling(
 
     Args:
         model, loss_fn, inputs, targets, params, batch_dim: as for `persample.gradients`.
-        route: how to compute what takes many passes: "samples" (``N`` backward passes), "statistics" (``K``, two for each
+        route: how to compute what takes many passes: "samples" (``N`` backward passes), "statistics" (``K``, two for
+        each
             channel of each BatchNorm call), or by default the cheaper one.  Results are the same.
         verify: check on two samples that nothing but BatchNorm's statistics couples the batch; costs about one pass.
 
-    Nothing is left behind: running statistics, ``num_batches_tracked``, ``.grad`` and the random state stay as they are.
-    Random masks (dropout) are those that a forward pass would draw now, the same ones in everything the result computes.  The model,
-    its parameters and the batch must not change while the result is in use: it runs passes when something is asked for.
+    Nothing is left behind: running statistics, ``num_batches_tracked``, ``.grad`` and the random state stay as they
+    are. Random masks (dropout) are those that a forward pass would draw now, the same ones in everything the result
+    computes.  The model, its parameters and the batch must not change while the result is in use: it runs passes when
+    something is asked for.
 
     Raises:
         BatchCoupledError: something else than BatchNorm couples the batch.
@@ -78,8 +80,8 @@ class Coupling:
     """One batch, coupled by BatchNorm: ``N`` samples, ``K`` statistics, ``l_n`` the unscaled losses.
 
     ``coupling @ v`` is ``[N]``, the derivatives of all losses along ``v``: ``{name: [*P]}`` or flat ``[D]``; with
-    ``{name: [N, *P]}``, one direction for every sample's copy of the parameters.  ``coupling.T @ w``, for ``w [N]``, are
-    `Gradients` with the rows ``sum_n w[n] G[n, m]``.
+    ``{name: [N, *P]}``, one direction for every sample's copy of the parameters.  ``coupling.T @ w``, for ``w [N]``,
+    are `Gradients` with the rows ``sum_n w[n] G[n, m]``.
     """
 
     network: Network
@@ -111,20 +113,24 @@ class Coupling:
 
     @property
     def layers(self) -> dict[str, int]:
-        """The BatchNorm calls that couple the losses, in the order of the forward pass, with their channels; ``"bn#2"`` is
-        the second call of the module ``"bn"``."""
+        """The BatchNorm calls that couple the losses, in the order of the forward pass, with their channels;
+        ``"bn#2"`` is the second call of the module ``"bn"``.
+        """
         return {node.name: node.channels for node in self.network.structure.nodes}
 
     @property
     def coupled(self) -> dict[str, list[str]]:
-        """``{name: [layers]}``: the parameters on which statistics depend that reach a loss, and whose statistics these are."""
+        """``{name: [layers]}``: the parameters on which statistics depend that reach a loss, and whose statistics
+        these are.
+        """
         structure = self.network.structure
         on = {name: [structure.nodes[i].name for i in self.network.nodes_of([name])] for name in self.names}
         return {name: layers for name, layers in on.items() if layers}
 
     @property
     def uncoupled(self) -> list[str]:
-        """The other parameters: the last BatchNorm's own, and what follows.  They have ordinary per-sample gradients."""
+        """The other parameters: the last BatchNorm's own, and what follows.  They have ordinary per-sample gradients.
+        """
         return [name for name in self.names if name not in self.coupled]
 
     def costs(self) -> dict[str, int]:
@@ -135,7 +141,8 @@ class Coupling:
     # ---- gradients ----------------------------------------------------------------------------------------------
 
     def gradients(self, notion: str, samples: Iterable[int] | None = None) -> Gradients:
-        """One of the five per-sample gradients, as `Gradients`: ``"eval"``, ``"frozen"``, ``"copy"``, ``"loss"`` or ``"influence"``.
+        """One of the five per-sample gradients, as `Gradients`: ``"eval"``, ``"frozen"``, ``"copy"``, ``"loss"`` or
+        ``"influence"``.
 
         ==========  ==================================================================  ============  ==============
         eval        BatchNorm layers with their running statistics                                    1 pass
@@ -157,8 +164,9 @@ class Coupling:
         return self._collected(notion, lambda emit: NOTIONS[notion](self.network, emit, some))
 
     def via_statistics(self, layer: str | None = None) -> Gradients:
-        """The part of ``dl_n/dtheta`` that flows through the statistics: of all layers (``loss`` minus ``frozen``), or what flows
-        from the parameters into those of one ``layer`` directly; the layers add up."""
+        """The part of ``dl_n/dtheta`` that flows through the statistics: of all layers (``loss`` minus ``frozen``), or
+        what flows from the parameters into those of one ``layer`` directly; the layers add up.
+        """
         layers = list(self.layers) if layer is None else [layer]
         if unknown := set(layers) - set(self.layers):
             raise UnknownParameterError(f"no coupling BatchNorm call {unknown.pop()!r}; there are {list(self.layers)}.")
@@ -184,7 +192,8 @@ class Coupling:
     # ---- the table ----------------------------------------------------------------------------------------------
 
     def norms(self, per_parameter: bool = False) -> Any:
-        """``|G[n, m]|``, ``[N, N]``: how much loss ``n`` depends on the parameters through sample ``m``; ``{name: [N, N]}`` per parameter.
+        """``|G[n, m]|``, ``[N, N]``: how much loss ``n`` depends on the parameters through sample ``m``; ``{name: [N,
+        N]}`` per parameter.
 
         ``N`` backward passes, each reduced on arrival.  Exactly diagonal where nothing couples.
         """
@@ -196,11 +205,14 @@ class Coupling:
         return table.squared_norms(self.network)
 
     def row(self, n: int) -> Gradients:
-        """``G[n, :]``: the `Gradients` whose row ``m`` is ``dl_n/dtheta^(m)``; they sum to ``dl_n/dtheta``.  One pass."""
+        """``G[n, :]``: the `Gradients` whose row ``m`` is ``dl_n/dtheta^(m)``; they sum to ``dl_n/dtheta``.  One pass.
+        """
         return self._gradients(table.row(self.network, range(len(self))[n]), f"row {n}", self.losses)
 
     def column(self, m: int) -> Gradients:
-        """``G[:, m]``: the `Gradients` whose row ``n`` is ``dl_n/dtheta^(m)``; they sum to row ``m`` of "copy".  ``min(N, 2 K)`` passes."""
+        """``G[:, m]``: the `Gradients` whose row ``n`` is ``dl_n/dtheta^(m)``; they sum to row ``m`` of "copy".
+        ``min(N, 2 K)`` passes.
+        """
         rows = {name: Dense(value) for name, value in table.column(self.network, m).items()}
         return self._gradients(rows, f"column {m}", self.losses)
 
@@ -227,13 +239,16 @@ class Coupling:
         return table.input_squares(self.network).sqrt()
 
     def output_input_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``|df_n/dx_m|_F``, ``[N, N]``: the Jacobian of the network between samples.  A pass for every output of every sample;
-        with ``probes`` random sign vectors only ``N * probes``, for an unbiased estimate of the squares."""
+        """``|df_n/dx_m|_F``, ``[N, N]``: the Jacobian of the network between samples.  A pass for every output of
+        every sample; with ``probes`` random sign vectors only ``N * probes``, for an unbiased estimate of the squares.
+        """
         return table.output_input_squares(self.network, probes, generator).sqrt()
 
     def loss_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``|dl_n/dtheta|``, ``[N]``; with ``probes`` estimated from that many Gaussian directional derivatives (three passes
-        each, whatever ``N`` and ``K``): the squares are unbiased, with a relative standard deviation of ``sqrt(2 / probes)``."""
+        """``|dl_n/dtheta|``, ``[N]``; with ``probes`` estimated from that many Gaussian directional derivatives (three
+        passes each, whatever ``N`` and ``K``): the squares are unbiased, with a relative standard deviation of
+        ``sqrt(2 / probes)``.
+        """
         if probes is None:
             return self.gradients("loss").norm()
         squares = torch.zeros_like(self.losses)
@@ -243,8 +258,9 @@ class Coupling:
         return (squares / probes).sqrt()
 
     def outgoing_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``sqrt(sum_n |G[n, m]|^2)``, ``[N]``: how much all losses depend on sample ``m``; with ``probes`` estimated from that many
-        random signs of the losses (one pass each): the squares are unbiased."""
+        """``sqrt(sum_n |G[n, m]|^2)``, ``[N]``: how much all losses depend on sample ``m``; with ``probes`` estimated
+        from that many random signs of the losses (one pass each): the squares are unbiased.
+        """
         if probes is None:
             return _total(self._squares).sum(0).sqrt()
         squares = torch.zeros_like(self.losses)
@@ -256,29 +272,34 @@ class Coupling:
     # ---- statistics ---------------------------------------------------------------------------------------------
 
     def adjoints(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """``{layer: (mean [N, C], variance [N, C])}``: ``lambda_n``, the derivative of every loss with respect to the statistics of every
-        channel, later layers included: which channel couples.  For the last layer one pass would do; for all ``min(N, K)``."""
+        """``{layer: (mean [N, C], variance [N, C])}``: ``lambda_n``, the derivative of every loss with respect to the
+        statistics of every channel, later layers included: which channel couples.  For the last layer one pass would
+        do; for all ``min(N, K)``.
+        """
         parts = self.network.by_node(self.network.adjoints)
         return {name: tuple(part.chunk(2, -1)) for name, part in zip(self.layers, parts, strict=True)}  # type: ignore[misc]
 
     def statistic_influence(self) -> Tensor:
-        """``T[n, m] = dl_n/dw_m``, ``[N, N]``: the derivative of loss ``n`` in the weight of sample ``m`` in all statistics.
+        """``T[n, m] = dl_n/dw_m``, ``[N, N]``: the derivative of loss ``n`` in the weight of sample ``m`` in all
+        statistics.
 
-        Weights are normalised, so rows sum to 0; rank at most ``K``.  ``-T[n, m]`` is to first order what leaving ``m`` out of the statistics
-        does to loss ``n``.
+        Weights are normalised, so rows sum to 0; rank at most ``K``.  ``-T[n, m]`` is to first order what leaving
+        ``m`` out of the statistics does to loss ``n``.
         """
         return self.network.adjoints @ self.network.deviation.mT
 
     def effective_losses(self) -> Tensor:
         """``phi_m = l_m + sum_n T[n, m]``, ``[N]``: the loss of sample ``m`` with what its presence does to all losses.
 
-        Its mean is the mean loss; it is the jackknife pseudo-value of the batch loss to first order, and its gradients are those of
-        "influence".  One backward pass for all.
+        Its mean is the mean loss; it is the jackknife pseudo-value of the batch loss to first order, and its gradients
+        are those of "influence".  One backward pass for all.
         """
         return self.losses + self.network.deviation @ self.network.structure.total
 
     def leave_one_out(self, exact: bool = False) -> Tensor:
-        """``[N, N]``: loss ``n`` without sample ``m`` in the statistics, minus loss ``n``; to first order ``-T[n, m]``, or exactly by ``N`` forward passes."""
+        """``[N, N]``: loss ``n`` without sample ``m`` in the statistics, minus loss ``n``; to first order ``-T[n,
+        m]``, or exactly by ``N`` forward passes.
+        """
         if not exact:
             return -self.statistic_influence()
         if len(self) < 2:
@@ -294,13 +315,17 @@ class Coupling:
     # ---- indices ------------------------------------------------------------------------------------------------
 
     def data_coupling(self) -> Tensor:
-        """``|G[n, != n]| / |G[n, :]|``, ``[N]``: the share of other samples in what loss ``n`` depends on.  Falls as ``1/sqrt(N)`` to ``1/N``."""
+        """``|G[n, != n]| / |G[n, :]|``, ``[N]``: the share of other samples in what loss ``n`` depends on.  Falls as
+        ``1/sqrt(N)`` to ``1/N``.
+        """
         squares = _total(self._squares)
         others = squares.clone().fill_diagonal_(0)
         return _ratio(others.sum(1).sqrt(), squares.sum(1).sqrt())
 
     def theta_coupling(self) -> Tensor:
-        """``|dl_n/dtheta - d_n| / |dl_n/dtheta|``, ``[N]``: the share that flows through the statistics.  Does not vanish as ``N`` grows."""
+        """``|dl_n/dtheta - d_n| / |dl_n/dtheta|``, ``[N]``: the share that flows through the statistics.  Does not
+        vanish as ``N`` grows.
+        """
         G = self.gradients("loss")
         through = torch.zeros_like(self.losses)
         for name in self.coupled:
@@ -308,13 +333,17 @@ class Coupling:
         return _ratio(through.sqrt(), G.norm())
 
     def participation(self) -> Tensor:
-        """``(sum_m a_m)^2 / sum_m a_m^2`` with ``a_m = |G[n, m]|^2``, ``[N]``: on how many samples loss ``n`` depends, 1 to ``N``."""
+        """``(sum_m a_m)^2 / sum_m a_m^2`` with ``a_m = |G[n, m]|^2``, ``[N]``: on how many samples loss ``n`` depends,
+        1 to ``N``.
+        """
         squares = _total(self._squares)
         return torch.where(squares.sum(1) > 0, _ratio(squares.sum(1).square(), squares.square().sum(1)), 1.0)
 
     def noise(self, kinds: Iterable[str] = ("influence", "loss", "copy", "frozen")) -> dict[str, Noise]:
-        """Gradient noise by notion.  Only "influence" predicts the covariance of mini-batch gradients (``trace / N``): the others leave
-        out that a sample also moves the statistics, and their estimates, given for comparison, are biased."""
+        """Gradient noise by notion.  Only "influence" predicts the covariance of mini-batch gradients (``trace / N``):
+        the others leave out that a sample also moves the statistics, and their estimates, given for comparison, are
+        biased.
+        """
         found = {}
         for kind in kinds:
             G = self.gradients(kind)

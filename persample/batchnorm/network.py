@@ -1,18 +1,20 @@
 """A network with BatchNorm at one batch: its statistics ``s [K]``, and what flows through them.
 
-With ``d_n = dl_n/dtheta`` and ``u_n = dl_n/ds`` at fixed statistics (`Network.direct`), and with ``S = ds/dtheta [K, D]`` the
-Jacobian of the statistics themselves, those of the layers before included, the gradient of a loss of the batch is
+With ``d_n = dl_n/dtheta`` and ``u_n = dl_n/ds`` at fixed statistics (`Network.direct`), and with ``S = ds/dtheta [K,
+D]`` the Jacobian of the statistics themselves, those of the layers before included, the gradient of a loss of the
+batch is
 
     dl_n/dtheta = d_n + S^T u_n.
 
-How a change of one statistic alone spreads to the later ones is the resolvent ``R = (I - B)^{-1} [K, K]``, unit lower triangular;
-``lambda_n = R^T u_n`` is the total derivative of ``l_n`` with respect to the statistics (`Network.adjoints`).  With
-``a_m = dh_m/dtheta [K, D]``, the table of all derivatives of losses with respect to the samples' copies of the parameters is
+How a change of one statistic alone spreads to the later ones is the resolvent ``R = (I - B)^{-1} [K, K]``, unit lower
+triangular; ``lambda_n = R^T u_n`` is the total derivative of ``l_n`` with respect to the statistics
+(`Network.adjoints`).  With ``a_m = dh_m/dtheta [K, D]``, the table of all derivatives of losses with respect to the
+samples' copies of the parameters is
 
     G[n, m] = delta_nm d_n + (1/N) lambda_n^T a_m:         row sums dl_n/dtheta, column sums what hooks return.
 
-So there are two exact routes to what depends on ``n`` through the statistics: ``N`` vector-Jacobian products, one for each
-loss, or ``K``, one for each statistic.  `cheaper` chooses.
+So there are two exact routes to what depends on ``n`` through the statistics: ``N`` vector-Jacobian products, one for
+each loss, or ``K``, one for each statistic.  `cheaper` chooses.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ Route = Literal["samples", "statistics"]
 def costs(rows: int, statistics: int) -> dict[str, int]:
     """Backward passes of the batch that ``rows`` rows take by either route.
 
-    "samples": one for every row.  "statistics": one for each statistic, and one with fixed statistics.  (Those of an early layer are
-    shorter than a whole pass, which about pays for the explicit statistics and the product at the end.)
+    "samples": one for every row.  "statistics": one for each statistic, and one with fixed statistics.  (Those of an
+    early layer are shorter than a whole pass, which about pays for the explicit statistics and the product at the
+    end.)
     """
     return {"samples": rows, "statistics": 1 + statistics if statistics else 0}
 
@@ -125,7 +128,9 @@ class Network:
 
     @cached_property
     def deviation(self) -> Tensor:
-        """``ds/dw_m = (h_m - s) / N``, ``[N, K]``: how the weight of a sample moves the statistics; sums to 0 over samples."""
+        """``ds/dw_m = (h_m - s) / N``, ``[N, K]``: how the weight of a sample moves the statistics; sums to 0 over
+        samples.
+        """
         parts = [self.structure.losses.new_empty(self.n, 0)]
         for node in self.structure.nodes:
             for h, s in zip(node.moments, node.pooled, strict=True):
@@ -210,7 +215,9 @@ class Network:
     # ---- is that all? -------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Given the statistics, samples must be independent: raise if two alone have other losses than within the batch."""
+        """Given the statistics, samples must be independent: raise if two alone have other losses than within the
+        batch.
+        """
         for node in self.structure.nodes:
             if len(node.moments[0]) * node.positions == 1:
                 raise BatchNormError(f"'{node.name}' normalises a single value per channel. Use more than one sample.")

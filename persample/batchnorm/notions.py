@@ -1,4 +1,5 @@
-"""The five per-sample gradients of a coupled network.  Each is an engine: it emits the rows of every parameter, and says how.
+"""The five per-sample gradients of a coupled network.  Each is an engine: it emits the rows of every parameter, and
+says how.
 
 =========  ==========================================================  =====================  ========================================
 notion     row ``n``                                                   rows sum to the        passes
@@ -21,13 +22,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .. import reductions
+from ..curvature.objective import set_random_state
 from ..factors import Dense, Factors, compact, dense, index
-from ..problem import Emit, Pass
+from ..problem import Emit, Pass, Problem
+from ..verify import remember, verified
 from .network import Network, cheaper
+from .passes import Point
 from .statistics import Copies, Explicit, constant, live, pooled, running, weighted
 
 Notion = Callable[[Network, Emit, Tensor | None], Pass]  # (network, emit, which samples; None: all)
@@ -81,14 +87,16 @@ def loss(network: Network, emit: Emit, samples: Tensor | None = None) -> Pass:
 
 
 def influence(network: Network, emit: Emit, samples: Tensor | None = None) -> Pass:
-    """``psi_n = grad L + N d2L/(dtheta dw_n)``, with ``L(w) = sum w l(s(w)) / sum w`` and the statistics weighted alike.
+    """``psi_n = grad L + N d2L/(dtheta dw_n)``, with ``L(w) = sum w l(s(w)) / sum w`` and the statistics weighted
+    alike.
 
-    It is the gradient of the effective loss ``phi_n = l_n + Lambda^T ds/dw_n`` (`Coupling.effective_losses`), in which ``s`` and
-    ``Lambda`` are themselves functions of the parameters:
+    It is the gradient of the effective loss ``phi_n = l_n + Lambda^T ds/dw_n`` (`Coupling.effective_losses`), in which
+    ``s`` and ``Lambda`` are themselves functions of the parameters:
 
         psi_n = dphi_n/dtheta|_(s, Lambda) + S^T dphi_n/ds + (dLambda/dtheta)^T ds/dw_n,
 
-    where the first term is ``c_n``.  So it takes ``S`` and ``dLambda/dtheta``, one and three passes for each statistic, or three for each sample.
+    where the first term is ``c_n``.  So it takes ``S`` and ``dLambda/dtheta``, one and three passes for each
+    statistic, or three for each sample.
     """
     if not network.structure.size:
         return frozen(network, emit, samples)
@@ -110,7 +118,9 @@ def influence(network: Network, emit: Emit, samples: Tensor | None = None) -> Pa
 
 
 def _phi(network: Network) -> tuple[Tensor, dict[str, Factors]]:
-    """``dphi_m/ds [N, K]`` and ``dphi_m/dtheta`` (factors), both at fixed ``s`` and ``Lambda``: one pass with fixed statistics."""
+    """``dphi_m/ds [N, K]`` and ``dphi_m/dtheta`` (factors), both at fixed ``s`` and ``Lambda``: one pass with fixed
+    statistics.
+    """
     factors: dict[str, Factors] = {}
     explicit = Explicit(copies := Copies())
     with network.point.recorded(explicit) as run:
@@ -140,10 +150,36 @@ def _influence_by_samples(network: Network, emit: Emit, samples: Tensor | None) 
 NOTIONS: dict[str, Notion] = {"eval": evaluation, "frozen": frozen, "copy": copy, "loss": loss, "influence": influence}
 
 
-def through(network: Network, layers: Sequence[str], emit: Emit) -> None:
-    """``A^T lambda_n``: what flows from the parameters into the statistics of some nodes directly, and from there into loss ``n``.
+def coupled_pass(problem: Problem, notion: str, emit: Emit, verify: bool | None) -> tuple[Pass, str]:
+    """``persample.gradients(coupled=notion)``: the pass, and a note on the result.
 
-    ``A`` is the Jacobian of these statistics at fixed statistics of all other layers; over all nodes this is ``S^T u_n``.
+    Random numbers are drawn as by one forward pass; buffers (running statistics) stay as they are.
+    """
+    if notion not in NOTIONS:
+        raise ValueError(f"coupled must be one of {list(NOTIONS)}, got {notion!r}.")
+    network = Network(Point.of(problem))
+    if verify or (verify is None and verified(problem, "coupled") is None):
+        network.verify()
+        remember(problem, "coupled")
+    run = NOTIONS[notion](network, emit, None)
+
+    def weighted_sum(weight: Tensor) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        NOTIONS[notion](network, lambda name, g: sums.__setitem__(name, reductions.weighted_sum(g, weight)), None)
+        return sums
+
+    if network.point.passes.drawn is not None:
+        set_random_state(network.point.passes.drawn)
+    note = f"coupled={notion!r}" + (", verify=False" if verify is False else "")
+    return replace(run, weighted=weighted_sum), note
+
+
+def through(network: Network, layers: Sequence[str], emit: Emit) -> None:
+    """``A^T lambda_n``: what flows from the parameters into the statistics of some nodes directly, and from there into
+    loss ``n``.
+
+    ``A`` is the Jacobian of these statistics at fixed statistics of all other layers; over all nodes this is ``S^T
+    u_n``.
     """
     which = [i for i, node in enumerate(network.structure.nodes) if node.name in layers]
     names = [name for name in network.coupled if set(network.nodes_of([name])) & set(which)]

@@ -1,9 +1,10 @@
-"""Passes through a model at one point: the same parameters, batch and random masks every time, and no trace left behind.
+"""Passes through a model at one point: the same parameters, batch and random masks every time, and no trace left
+behind.
 
-Everything about a coupled batch is made of two kinds of passes: ordinary autograd through the whole batch, with BatchNorm's
-statistics as explicit tensors (`Point.forward`), and the hook engine, which gives the factors of all samples' rows
-(`Point.recorded`).  Every forward pass and every vector-Jacobian product is counted.  Dropout draws the same masks in every
-pass; buffers (running statistics, counters), ``.grad`` and the random state stay as they are.
+Everything about a coupled batch is made of two kinds of passes: ordinary autograd through the whole batch, with
+BatchNorm's statistics as explicit tensors (`Point.forward`), and the hook engine, which gives the factors of all
+samples' rows (`Point.recorded`).  Every forward pass and every vector-Jacobian product is counted.  Dropout draws the
+same masks in every pass; buffers (running statistics, counters), ``.grad`` and the random state stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from ..batch import Batch, Tree, call_model, detached
 from ..capture import Capture, Reached, reached
 from ..collect import Collect, check_complete
 from ..curvature.objective import (
-    Objective, RandomState, random_state, set_random_state, twice_differentiable, untouched,
+    Objective,
+    RandomState,
+    random_state,
+    set_random_state,
+    twice_differentiable,
+    untouched,
 )  # fmt: skip
 from ..engines.hooks import Seeds, along, forward
 from ..problem import Emit, Problem
@@ -34,7 +40,9 @@ Grads = list[Tensor | None]  # None: nothing depends on that input
 
 @dataclass
 class Passes:
-    """What was run so far: forward passes of the batch, and vector-Jacobian products (one of ``k`` rows at once counts ``k``)."""
+    """What was run so far: forward passes of the batch, and vector-Jacobian products (one of ``k`` rows at once counts
+    ``k``).
+    """
 
     forward: int = 0
     backward: int = 0
@@ -117,7 +125,9 @@ class Point:
             yield
 
     def rows(self, out: Tensor, inputs: Sequence[Tensor], step: int) -> Iterator[tuple[slice, Grads]]:
-        """``d out / d inputs`` for ``out [R]``, ``step`` rows at a time: which rows, and ``[r, *shape]`` for each input."""
+        """``d out / d inputs`` for ``out [R]``, ``step`` rows at a time: which rows, and ``[r, *shape]`` for each
+        input.
+        """
         for start in range(0, len(out), step):
             at = slice(start, min(len(out), start + step))
             self.passes.backward += at.stop - at.start
@@ -152,10 +162,11 @@ class Recorded:
         self, emit: Emit, weight: Tensor | None = None, *, extra: Sequence[tuple[Tensor, Tensor]] = (),
         wrt: Sequence[Tensor] = (),
     ) -> tuple[tuple[str, ...], Grads]:  # fmt: skip
-        """Emit the factors for ``sum_n weight[n] l_n``, row ``m`` with respect to the parameters that sample ``m`` uses.
+        """Emit the factors for ``sum_n weight[n] l_n``, row ``m`` with respect to the parameters that sample ``m``
+        uses.
 
-        ``extra`` are pairs ``(tensor, its gradient)`` to start from besides the losses.  Returns the names of unused parameters, and
-        the gradients of ``wrt``.
+        ``extra`` are pairs ``(tensor, its gradient)`` to start from besides the losses.  Returns the names of unused
+        parameters, and the gradients of ``wrt``.
         """
         self.point.passes.backward += 1
         extra = [(t, g) for t, g in extra if t.requires_grad]

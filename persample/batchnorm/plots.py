@@ -1,4 +1,6 @@
-"""How a `Coupling` shows itself: one line, a table, pictures (with matplotlib, which is only imported here and only when drawing)."""
+"""How a `Coupling` shows itself: one line, a table, pictures (with matplotlib, which is only imported here and only
+when drawing).
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def heat_map(values: Tensor, ax: Axes | None, x: str, y: str, title: str) -> Axe
 
 
 def plot_layers(coupling: Coupling, ax: Axes | None = None) -> Axes:
-    """Coupling by layer and channel: ``|T|`` of every channel's statistics alone, ``sqrt(sum_nm T[n, m]^2)``, sorted within each layer."""
+    """Coupling by layer and channel: ``|T|`` of every channel's statistics alone, ``sqrt(sum_nm T[n, m]^2)``, sorted
+    within each layer.
+    """
     ax = ax or _axes()
     network = coupling.network
     start = 0
@@ -110,8 +114,9 @@ def plot_notions(coupling: Coupling, notions: Sequence[str] = ("eval", "frozen",
 
 
 def plot_decay(couplings: Iterable[Coupling], ax: Axes | None = None) -> Axes:
-    """Batches of several sizes ``N``: the mean of ``|dl_n/dx_m|`` over other samples, which falls as ``1/N``, next to the
-    share of ``dl_n/dtheta`` that flows through the statistics, which does not."""
+    """Batches of several sizes ``N``: the mean of ``|dl_n/dx_m|`` over other samples, which falls as ``1/N``, next to
+    the share of ``dl_n/dtheta`` that flows through the statistics, which does not.
+    """
     ax = ax or _axes()
     sizes, data, theta = [], [], []
     for coupling in couplings:

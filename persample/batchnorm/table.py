@@ -1,8 +1,9 @@
-"""The table ``G [N, N, D]``: ``G[n, m] = dl_n/dtheta^(m)``, with ``theta^(m)`` the copy of the parameters that sample ``m`` uses.
+"""The table ``G [N, N, D]``: ``G[n, m] = dl_n/dtheta^(m)``, with ``theta^(m)`` the copy of the parameters that sample
+``m`` uses.
 
-Row sums are the gradients of the losses, column sums what hooks return.  The table is never formed: the hook engine, started with
-loss ``n`` alone, gives row ``n`` as factors, ``N`` rows of which each is reduced on arrival.  The same for the derivatives with respect
-to the inputs, ``dl_n/dx_m``, and of the outputs, ``df_n/dx_m``.
+Row sums are the gradients of the losses, column sums what hooks return.  The table is never formed: the hook engine,
+started with loss ``n`` alone, gives row ``n`` as factors, ``N`` rows of which each is reduced on arrival.  The same
+for the derivatives with respect to the inputs, ``dl_n/dx_m``, and of the outputs, ``df_n/dx_m``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def row(network: Network, n: int) -> dict[str, Factors]:
 
 
 def rows(network: Network, reduce: Callable[[str, Factors], R]) -> Iterator[dict[str, R]]:
-    """Every row of the table in turn, each parameter's factors reduced on arrival: ``N`` backward passes, one forward pass."""
+    """Every row of the table in turn, each parameter's factors reduced on arrival: ``N`` backward passes, one forward
+    pass.
+    """
     with network.point.recorded() as run:
         for n in range(network.n):
             parts: dict[str, R] = {}
@@ -85,8 +88,9 @@ def transposed(network: Network, weight: Tensor) -> dict[str, Factors]:
 
 
 def directional(network: Network, v: Mapping[str, Tensor]) -> Tensor:
-    """``[N]``: derivatives of all losses along ``v {name: [*P]}``, the same for all copies (one forward derivative, as two
-    reverse ones), or ``{name: [N, *P]}``, one direction for every copy (``N`` passes)."""
+    """``[N]``: derivatives of all losses along ``v {name: [*P]}``, the same for all copies (one forward derivative, as
+    two reverse ones), or ``{name: [N, *P]}``, one direction for every copy (``N`` passes).
+    """
     parameters = network.problem.parameters
     if v.keys() != parameters.keys():
         raise DirectionError(f"the direction must have one tensor for each of {list(parameters)[:8]}; see {sorted(v.keys() ^ parameters.keys())[:4]}.")
@@ -117,7 +121,8 @@ def input_squares(network: Network) -> Tensor:
 
 def output_input_squares(network: Network, probes: int | None, generator: torch.Generator | None) -> Tensor:
     """``|df_n/dx_m|_F^2``, ``[N, N]``: a backward pass for every output of every sample; or estimated without bias from
-    ``probes`` random signs over each sample's outputs, ``N`` passes each."""
+    ``probes`` random signs over each sample's outputs, ``N`` passes each.
+    """
     with network.point.forward(inputs=True) as run:
         tree = network.problem.batch.outputs(run.outputs)
         outs = [x.movedim(axis, 0).flatten(1) if x.ndim > 1 else x[:, None] for x, axis in tree.tensors() if axis is not None and x.requires_grad]

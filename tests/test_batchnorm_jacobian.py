@@ -185,6 +185,15 @@ def test_norms_that_vanish_are_zero() -> None:
     assert float(alone.block_norms()) < 1e-15  # two values and no eps: J = 0
 
 
+@pytest.mark.parametrize("cached", [1, 13, 40])
+def test_block_norms_do_not_depend_on_how_they_are_blocked(monkeypatch: pytest.MonkeyPatch, cached: int) -> None:
+    J = make((5, 2, 3), groups=2).J
+    expected = J.block_norms(), J.block_norms(per_channel=True)
+    monkeypatch.setattr("persample.batchnorm.operator.CACHED", cached)
+    close(J.block_norms(), expected[0], 1e-15)
+    close(J.block_norms(per_channel=True), expected[1], 1e-15)
+
+
 def test_scipy(case: Case) -> None:
     linalg = pytest.importorskip("scipy.sparse.linalg")
     operator, size = case.J.to_scipy(), case.x.numel()

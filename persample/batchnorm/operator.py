@@ -24,6 +24,8 @@ from persample.errors import BatchNormError
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+CACHED = 2**17  # elements of a temporary that stays in the cache
+
 
 def group_sum(values: Tensor, group: Tensor, groups: int) -> Tensor:
     """Sum over the samples of each group, ``[..., N, C] -> [..., G, C]``."""
@@ -50,8 +52,8 @@ class RankTwo:
         rows, normed = self._positions_last(v), self._positions_last(self.normed)
         mean = self.ones / self.count * self._sum(rows.sum(-1))
         slope = self.slope / self.count * self._sum((rows * normed).sum(-1))
-        product = self._rows(self.scale) * (rows - self._rows(mean) - self._rows(slope) * normed)
-        return product.reshape(v.shape)
+        product = torch.addcmul(-self._rows(self.scale * mean), rows, self._rows(self.scale))
+        return torch.addcmul(product, self._rows(self.scale * slope), normed, value=-1).reshape(v.shape)
 
     @property
     def T(self) -> RankTwo:
@@ -112,15 +114,10 @@ class RankTwo:
         no term is negative, so norms that vanish come out as zero, not as the square root of the rounding error.
         """
         numbers = self._block_numbers()
-        squares = (
-            _squared_norms(self.positions, self.group, *c) for c in zip(*(t.unbind(1) for t in numbers), strict=True)
-        )
-        if per_channel:
-            return torch.stack(list(squares)).sqrt()
-        total = next(squares)
-        for square in squares:
-            total += square
-        return total.sqrt()
+        if not per_channel:
+            return _squared_norms(self.positions, self.group, *numbers).sqrt()
+        single = zip(*(t.split(1, dim=1) for t in numbers), strict=True)
+        return torch.stack([_squared_norms(self.positions, self.group, *channel) for channel in single]).sqrt()
 
     def shared_energy(self) -> tuple[Tensor, Tensor]:
         """``|scale (ones 11^T + slope xh xh^T) / M|_F^2``, ``[C]``: of all of it, and of its diagonal blocks."""
@@ -180,13 +177,21 @@ class RankTwo:
 def _squared_norms(
     P: int, group: Tensor, scale: Tensor, count: Tensor, a: Tensor, r: Tensor, ones: Tensor, slope: Tensor
 ) -> Tensor:
-    """Squared norms of the blocks of one channel, ``[N, N]``, from its ``_block_numbers``, ``[N]`` each."""
-    an, rn = a[:, None], r[:, None]
-    norms = P**2 * (ones + slope * an * a) ** 2 + slope**2 * (P * (an**2 * r + a**2 * rn) + rn * r)
-    norms *= (scale / count) ** 2 * (group[:, None] == group)
+    """Squared norms of the blocks, ``[N, N]``, summed over channels, from their ``_block_numbers``, ``[N, C]`` each."""
+    weight = scale / count
+    level, tilt = P * weight * ones, P * weight * slope * a
+    norms = weight.new_empty(len(group), len(group))
+    size = max(1, CACHED // a.numel())
+    for n in range(0, len(group), size):  # expanding the square would make it one matrix product, and cancel
+        rows = slice(n, n + size)
+        norms[rows] = torch.addcmul(level[rows, None], tilt[rows, None], a).square_().sum(2)
+    if P > 1:
+        r_n, a_n = r * (weight * slope) ** 2, P * (weight * slope * a) ** 2
+        norms += r_n @ (P * a**2 + r).T + a_n @ r.T
+    norms *= group[:, None] == group
     # a sample's own block: I minus the shared part, in the basis (1, xh around its mean, the rest of the positions)
     own = (1 - P * (ones + slope * a**2) / count) ** 2
     if P > 1:
         own += 2 * P * r * (slope * a / count) ** 2 + (1 - slope * r / count) ** 2 + (P - 2)
-    norms.diagonal().copy_(scale**2 * own)
+    norms.diagonal().copy_((scale**2 * own).sum(1))
     return norms

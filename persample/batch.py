@@ -9,12 +9,12 @@ in the shape of (a prefix of) that argument, as for ``torch.vmap``'s ``in_dims``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import EmptyBatchError, SampleAxisError
 
@@ -30,14 +30,14 @@ class Tree:
     axes: list[Axis]
 
     def whole(self) -> Any:
-        return tree_unflatten(self.leaves, self.spec)
+        return unflatten(self.leaves, self.spec)
 
     def tensors(self) -> list[tuple[Tensor, Axis]]:
         return [(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True) if isinstance(x, Tensor)]
 
     def map(self, f: Callable[[Tensor, int], Tensor]) -> Any:
         """The structure with ``f(tensor, axis)`` for every tensor that has samples."""
-        return tree_unflatten([x if axis is None else f(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True)], self.spec)
+        return unflatten([x if axis is None else f(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True)], self.spec)
 
     def sample(self, n: int) -> Any:
         """Sample ``n`` alone, as a batch of one."""
@@ -77,9 +77,9 @@ class Batch:
 
     def outputs(self, outputs: Any) -> Tree:
         """The sample axes of what the model returned."""
-        leaves, spec = tree_flatten(outputs)
+        leaves, spec = flatten(outputs)
         try:
-            dims = _prefix(self.output_dim, outputs)
+            dims = [self.output_dim] * len(leaves) if isinstance(self.output_dim, int) else _prefix(self.output_dim, outputs)
         except ValueError as error:
             raise SampleAxisError(f"batch_dim for the outputs does not fit what the model returned: {error}") from None
         axes: list[Axis] = []
@@ -160,7 +160,35 @@ def _tree(leaves: list[Any], spec: Any, axes: list[Axis], default: bool, n: int,
 
 def detached(tree: Any) -> Any:
     """The same structure, cut off from autograd."""
-    return tree_map_only(Tensor, torch.Tensor.detach, tree)
+    leaves, spec = flatten(tree)
+    return unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The structure of a dataclass that pytrees don't know: an instance to copy, and the structure of its fields."""
+
+    like: Any
+    spec: Any
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of a structure of tuples, lists, dicts, and (at the top) any dataclass; and the structure."""
+    leaves, spec = tree_flatten(tree)
+    if len(leaves) == 1 and leaves[0] is tree and is_dataclass(tree) and not isinstance(tree, type):
+        leaves, spec = tree_flatten({f.name: getattr(tree, f.name) for f in fields(tree)})
+        return leaves, _Fields(tree, spec)
+    return leaves, spec
+
+
+def unflatten(leaves: list[Any], spec: Any) -> Any:
+    """Back from `flatten`."""
+    if not isinstance(spec, _Fields):
+        return tree_unflatten(leaves, spec)
+    made = copy(spec.like)
+    for name, value in tree_unflatten(leaves, spec.spec).items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:

@@ -106,6 +106,16 @@ def propagate(
     sampled: Sequence[tuple[Tensor, Layout]], tensors: Sequence[Tensor], out: Tensor,
 ) -> Layout | None:  # fmt: skip
     """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on samples."""
+    found = _followed(func, args, kwargs, sampled, tensors, out)
+    if found is None and sampled[0][1].n == 1 and out.ndim and len(out):
+        return Layout(1, inner=len(out))  # wherever it is, all belongs to the one sample
+    return found
+
+
+def _followed(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+    sampled: Sequence[tuple[Tensor, Layout]], tensors: Sequence[Tensor], out: Tensor,
+) -> Layout | None:  # fmt: skip
     first, layout = sampled[0]
     if args and first is args[0]:
         if func in _RESHAPES and out.numel() == first.numel():
@@ -178,9 +188,9 @@ def _kept(layout: Layout, ndim: int, shape: Sequence[int], broadcast: bool = Fal
 def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout | None:
     """Reshaping keeps the order of all entries: follow the sample's place in the flat index."""
     behind = prod(old[layout.axis + 1 :])
-    if layout.owner is not None:
-        places = [a for a in range(len(new)) if new[a] == layout.size and prod(new[a + 1 :]) == behind]
-        return replace(layout, axis=places[0]) if places else None
+    same = [a for a in range(len(new)) if new[a] == layout.size and prod(new[a + 1 :]) == behind]
+    if same or layout.owner is not None:
+        return replace(layout, axis=same[0]) if same else None
     stride = layout.inner * behind
     for axis in range(len(new)):
         below = prod(new[axis + 1 :])

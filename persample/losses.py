@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_unflatten
 
-from .batch import Batch, Tree
+from .batch import Batch, Tree, unflatten
 from .errors import LossError
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -56,7 +55,7 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
         alone = []
         for tree, given in zip(trees, pieces, strict=True):
             it = iter(given)
-            alone.append(tree_unflatten([x if axis is None else next(it).unsqueeze(axis) for x, axis in zip(tree.leaves, tree.axes, strict=True)], tree.spec))
+            alone.append(unflatten([x if axis is None else next(it).unsqueeze(axis) for x, axis in zip(tree.leaves, tree.axes, strict=True)], tree.spec))
         return _scalar(loss_fn(*alone))
 
     try:

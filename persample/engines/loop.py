@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..batch import Batch, call_model, detached
+from ..batch import Batch, call_model, detached, flatten, unflatten
 from ..capture import Watch
 from ..errors import LossError
 from ..factors import Dense
@@ -58,11 +57,12 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
 
 
 def _joined(batch: Batch, outputs: list[Any]) -> Any:
-    """The outputs of single samples put together along their sample axes."""
-    flat = [tree_flatten(output)[0] for output in outputs]
-    spec = tree_flatten(outputs[0])[1]
-    alone = Batch(1, batch.inputs, batch.targets, batch.output_dim).outputs(outputs[0])
+    """The outputs of single samples put together along their sample axes; what all samples share stays as it is."""
+    flat = [flatten(output)[0] for output in outputs]
+    spec = flatten(outputs[0])[1]
+    axes = batch.select(torch.tensor([0])).outputs(outputs[0]).axes
     joined = []
-    for column, axis in zip(zip(*flat, strict=True), alone.axes, strict=True):
-        joined.append(column[0] if axis is None else torch.cat(column, axis))
-    return tree_unflatten(joined, spec)
+    for column, axis in zip(zip(*flat, strict=True), axes, strict=True):
+        shared = not isinstance(column[0], Tensor) or column[0].ndim == 0 or (axis is None and all(torch.equal(x, column[0]) for x in column))
+        joined.append(column[0] if shared else torch.cat(column, axis or 0))
+    return unflatten(joined, spec)

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.func import grad_and_value
 from torch.func import vmap as vectorise
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..batch import Batch, call_model
+from ..batch import Batch, call_model, flatten, unflatten
 from ..capture import Watch
 from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
@@ -43,12 +42,12 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
             loss = problem.loss_fn(outputs, targets)
         if not is_per_sample(loss, 1) and loss.ndim:
             raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")
-        leaves, structure = tree_flatten(outputs)
+        leaves, structure = flatten(outputs)
         spec[:] = [structure, Batch(1, batch.inputs, batch.targets, batch.output_dim).outputs(outputs).axes, leaves]
         return loss.reshape(()), [x for x in leaves if isinstance(x, Tensor)]
 
     trees = [[(x, a) for x, a in zip(t.leaves, t.axes, strict=True) if a is not None] for t in (batch.inputs, batch.targets)]
-    samples, dims = [[x for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
+    samples, dims = [[x.detach() for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
     run = vectorise(grad_and_value(one, has_aux=True), in_dims=(None, dims), randomness="different", chunk_size=chunk)
     try:
         with Watch({id(p): name for name, p in problem.parameters.items()}):
@@ -77,7 +76,7 @@ def _unused(problem: Problem, rows: dict[str, Tensor]) -> tuple[str, ...]:
 def _alone(tree: Any, given: list[Tensor]) -> Any:
     """One sample as a batch of one."""
     it = iter(given)
-    return tree_unflatten([x if a is None else next(it).unsqueeze(a) for x, a in zip(tree.leaves, tree.axes, strict=True)], tree.spec)
+    return unflatten([x if a is None else next(it).unsqueeze(a) for x, a in zip(tree.leaves, tree.axes, strict=True)], tree.spec)
 
 
 def _joined(spec: list[Any], outputs: list[Tensor]) -> Any:
@@ -90,5 +89,8 @@ def _joined(spec: list[Any], outputs: list[Tensor]) -> Any:
             joined.append(leaf)
         else:
             x = next(it)
-            joined.append(x[0] if axis is None else x.squeeze(axis + 1).movedim(0, axis))
-    return tree_unflatten(joined, structure)
+            if axis is not None:
+                joined.append(x.squeeze(axis + 1).movedim(0, axis))
+            else:
+                joined.append(x[0] if x.ndim == 1 or bool((x == x[:1]).all()) else x.flatten(0, 1))
+    return unflatten(joined, structure)

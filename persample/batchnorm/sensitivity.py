@@ -58,7 +58,7 @@ class WeightDerivatives:
     jacobian: BatchNormJacobian
 
     def outputs(self, n: int) -> Tensor:
-        """``d y / d w_n`` of the whole batch, ``[N, C, *S]``: to first order, outputs without ``n`` are ``y`` less it."""
+        """``d y / d w_n`` of the batch, ``[N, C, *S]``: to first order, outputs without ``n`` are ``y`` less it."""
         J = self.jacobian
         member = (J.group == J.group[n])[:, None]
         shift = torch.where(member, self.mean[n], 0.0)

@@ -1,0 +1,67 @@
+"""Adam whose second moment is taken over samples, or over groups of ``k`` of them, instead of over steps only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import QuantityError
+from ..factors import fold
+from ..gradients import Gradients
+from ..quantities import Quantities
+from ..reductions import square_sum
+from .updates import adapt, check_at_least, check_named
+
+
+def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
+    """``mean_j (ghat_j)^2``, ``{name: [*P]}``: ``ghat_j`` is the mean of the ``j``-th ``size`` consecutive rows.
+
+    ``size=1`` is `Gradients.second_moment`, ``size=N`` the square of the mean.  No rows are written, groups are folded
+    into the factors.
+    """
+    n = len(G)
+    if size == 1:
+        return G.second_moment()
+    if n % size:
+        raise QuantityError(f"group_size={size} must divide the batch, but N = {n}.")
+    if size == n:
+        return {name: m.square() for name, m in G.mean().items()}
+    if not isinstance(G, Gradients):
+        raise QuantityError("second moments of groups need the rows: compute gradients without quantities=.")
+    return {name: square_sum(fold(G._read(name), size)) / (size * n) for name in G.names}
+
+
+class PerSampleAdam(Optimizer):
+    """Adam with ``v <- b2 v + (1 - b2) mean_j (ghat_j)^2`` over groups of ``group_size`` samples; otherwise AdamW.
+
+    Wang and Aitchison 2024, "Batch size invariant Adam" (arXiv 2402.18824): with the second moment of micro-batches
+    of a fixed size, its expectation no longer depends on the batch size, so that training does not either when the
+    learning rate (``lr ~ B``) and the betas (``b ~ b^B``) scale with it.  ``group_size=1`` is the per-sample second
+    moment ``mean g_i^2``, ``group_size=N`` ordinary Adam, ``(mean g)^2``.  The per-sample one contains the noise of
+    single samples: steps are shorter by up to ``sqrt(N)``, so it wants a larger learning rate than Adam.
+
+    ``step(G)`` takes `Gradients`, or for ``group_size=1`` `Statistics` of ``quantities=["mean", "second_moment"]``.
+
+    Args:
+        params: ``model.named_parameters()``. lr, betas, eps, weight_decay: as in `torch.optim.AdamW` (weight decay 0
+        by default). group_size: consecutive samples per group; it must divide every batch.  ``None``: the whole
+        batch, ordinary Adam.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, *, group_size: int | None = 1, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
+        if group_size is not None:
+            check_at_least(1, group_size=group_size)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.group_size = group_size
+        super().__init__(params, defaults)
+        check_named(self)
+
+    def step(self, G: Quantities) -> None:  # type: ignore[override]
+        """Take a step along the mean gradient, scaled by the second moment of groups."""
+        adapt(self, G.mean(), group_second_moment(G, self.group_size or len(G)))

@@ -1,0 +1,132 @@
+"""Steps along clipped and noised gradients, as in differentially private training.
+
+Every row is scaled to an L2 norm over all parameters of at most ``max_norm = C``, the rows are summed, Gaussian noise
+is added to the sum, and the result is divided by a fixed number (Abadi et al. 2016, "Deep learning with differential
+privacy", algorithm 1):
+
+    ``g = (sum_n min(1, C / |g_n|) g_n + sigma C xi) / expected_batch_size``,  ``xi ~ N(0, I)``.
+
+``C`` is a bound on gradients of *unscaled* losses: the same number whatever the batch size or the criterion's
+reduction.
+
+**This is the mechanism, not a privacy guarantee.**  Accounting is the user's: how batches are drawn (Poisson sampling,
+with ``expected_batch_size = q N``, where a batch may be empty), how many steps, the epsilon that follows, and a source
+of noise fit for the purpose (`torch.Generator` is no cryptographic one).  What is checked is that samples are
+independent: in a batch-coupled model (BatchNorm in training mode) one sample changes the gradients of all others,
+clipping bounds nothing, and the step is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import BatchCoupledError
+from ..quantities import Quantities
+from .updates import adapt, check_at_least, check_named, descend, named
+
+Batches = Quantities | Sequence[Quantities]
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """``sum_n min(1, C / |g_n|) g_n``, noised and divided."""
+
+    max_norm: float
+    noise_multiplier: float = 0.0
+    expected_batch_size: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise ValueError(f"max_norm must be positive, got {self.max_norm}.")
+        check_at_least(0, noise_multiplier=self.noise_multiplier)
+        if self.expected_batch_size is not None and not self.expected_batch_size > 0:
+            raise ValueError(f"expected_batch_size must be positive, got {self.expected_batch_size}.")
+
+    def gradient(self, G: Batches, optimizer: Optimizer) -> dict[str, Tensor]:
+        """``{name: [*P]}``: the clipped sum over a batch (in pieces), noised once, per expected sample."""
+        batches = [G] if isinstance(G, Quantities) else list(G)
+        for batch in batches:
+            check_independent(batch)
+        size = self.expected_batch_size or sum(len(batch) for batch in batches)
+        if not size:
+            raise ValueError("an empty batch needs expected_batch_size=, the number that its noise is divided by.")
+        clipped = [batch.clip(self.max_norm) for batch in batches]
+        totals = clipped[0] if clipped else {name: torch.zeros_like(slot.p) for name, slot in named(optimizer).items()}
+        return {name: self._noised(sum((c[name] for c in clipped[1:]), t)) / size for name, t in totals.items()}
+
+    def _noised(self, total: Tensor) -> Tensor:
+        if not self.noise_multiplier:
+            return total
+        xi = torch.empty_like(total).normal_(generator=self.generator)
+        return total.add(xi, alpha=self.noise_multiplier * self.max_norm)
+
+
+def check_independent(G: Quantities) -> None:
+    """Raise unless the rows are those of independent samples (``coupled="eval"`` included)."""
+    note = getattr(G, "note", "")
+    if note not in ("", "eval") and not note.startswith("verif"):
+        raise BatchCoupledError(
+            f"these gradients are of a batch-coupled model (coupled={note!r}): every sample moves the rows of all "
+            "others, so clipping its own row bounds nothing. Use a model without batch statistics (GroupNorm, "
+            "LayerNorm), or model.eval() for frozen ones."
+        )
+
+
+class ClippedSGD(Optimizer):
+    """SGD on clipped and noised per-sample gradients; the formula, and what it doesn't promise, are at the top of
+    this file.
+
+    ``step(G)`` takes the `Gradients` of the optimizer's parameters, or cheaper, `Statistics` of a run with
+    ``quantities=[("clip", {"max_norm": C})]`` of the same ``C``, which never keeps rows.  A list of them is one batch
+    in pieces (gradient accumulation: noise is added once), and the empty list an empty batch.  The rest is
+    `torch.optim.SGD`, to which it is equal for ``C`` large and no noise.  State (``state_dict``) is the momentum; the
+    generator's is yours.
+
+    Args:
+        params: ``model.named_parameters()``.
+        lr: the learning rate, for the gradient *per expected sample*.
+        max_norm: the bound ``C`` on the norm of every row.
+        noise_multiplier: ``sigma``: the noise on the sum has standard deviation ``sigma C``.
+        expected_batch_size: what the sum is divided by; the number of samples by default, which is not private.
+        generator: of the noise.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-2, *, max_norm: float, noise_multiplier: float = 0.0,
+        expected_batch_size: float | None = None, momentum: float = 0.0, nesterov: bool = False,
+        weight_decay: float = 0.0, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
+        check_named(self)
+
+    def step(self, G: Batches) -> None:  # type: ignore[override]
+        """Take a step along the clipped and noised gradient of a batch, or of a batch in pieces."""
+        descend(self, self.clipping.gradient(G, self))
+
+
+class ClippedAdam(Optimizer):
+    """Adam (with decoupled weight decay: AdamW) on clipped and noised per-sample gradients; see `ClippedSGD`."""
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, *, max_norm: float, noise_multiplier: float = 0.0,
+        expected_batch_size: float | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        check_at_least(0, lr=lr, weight_decay=weight_decay, eps=eps)
+        self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        check_named(self)
+
+    def step(self, G: Batches) -> None:  # type: ignore[override]
+        """Take a step along the clipped and noised gradient of a batch, or of a batch in pieces."""
+        gradient = self.clipping.gradient(G, self)
+        adapt(self, gradient, {name: g.square() for name, g in gradient.items()})

@@ -1,0 +1,103 @@
+"""From gradients by name to parameters: how an optimizer finds its parameters, and the two update rules all share.
+
+An optimizer here is an ordinary `torch.optim.Optimizer` built from ``model.named_parameters()``, whose ``step(G)``
+takes per-sample gradients.  Names connect the two; ``.grad`` is neither read nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import UnknownParameterError
+
+
+class Slot(NamedTuple):
+    """A parameter, what is kept for it, and the options of its group."""
+
+    p: nn.Parameter
+    state: dict[str, Any]
+    group: dict[str, Any]
+
+
+def check_named(optimizer: Optimizer) -> None:
+    """Raise unless the optimizer was made of named parameters."""
+    if any("param_names" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} finds the rows of a parameter by its name: pass model.named_parameters() (or "
+            "groups whose 'params' are pairs of name and parameter), not model.parameters()."
+        )
+
+
+def check_at_least(minimum: float, **options: float) -> None:
+    """Raise for an option below its minimum (or NaN)."""
+    for name, value in options.items():
+        if not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum:g}, got {value}.")
+
+
+def named(optimizer: Optimizer) -> dict[str, Slot]:
+    """The optimizer's parameters that require grad, by name."""
+    return {
+        name: Slot(p, optimizer.state[p], group)
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+        if p.requires_grad
+    }
+
+
+def slots(optimizer: Optimizer, gradient: Mapping[str, Tensor]) -> Iterator[tuple[str, Slot]]:
+    """The optimizer's parameters by name, which must be those of the gradient."""
+    found = named(optimizer)
+    if different := set(found) ^ set(gradient):
+        name = min(different)
+        where = "the gradients don't have it" if name in found else "the optimizer doesn't hold it"
+        raise UnknownParameterError(
+            f"parameter '{name}': {where}. Give step() the rows of the optimizer's parameters: params=, select()."
+        )
+    for name, slot in found.items():
+        if slot.p.shape != gradient[name].shape:
+            shapes = f"{list(slot.p.shape)} in the optimizer, {list(gradient[name].shape)} in the gradients"
+            raise UnknownParameterError(f"parameter '{name}' has shape {shapes}: they belong to different models.")
+    return iter(found.items())
+
+
+@torch.no_grad()
+def descend(optimizer: Optimizer, direction: Mapping[str, Tensor]) -> None:
+    """One step of SGD along minus ``direction``, as `torch.optim.SGD` would with it for gradient.
+
+    ``d <- d + weight_decay p``;  ``m <- momentum m + d``;  ``p <- p - lr m`` (with ``nesterov``: ``d + momentum m``).
+    """
+    for name, (p, state, group) in slots(optimizer, direction):
+        d = direction[name].to(p).add(p, alpha=group["weight_decay"])
+        if group["momentum"]:
+            if "momentum_buffer" in state:
+                state["momentum_buffer"].mul_(group["momentum"]).add_(d)
+            else:
+                state["momentum_buffer"] = d.clone()
+            m = state["momentum_buffer"]
+            d = d.add(m, alpha=group["momentum"]) if group["nesterov"] else m
+        p.add_(d, alpha=-group["lr"])
+
+
+@torch.no_grad()
+def adapt(optimizer: Optimizer, gradient: Mapping[str, Tensor], square: Mapping[str, Tensor]) -> None:
+    """One step of `torch.optim.AdamW`, with ``square`` in the place of ``gradient^2``.
+
+    ``m <- b1 m + (1 - b1) gradient``;  ``v <- b2 v + (1 - b2) square``;  ``p <- (1 - lr weight_decay) p``;
+    ``p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)``.
+    """
+    for name, (p, state, group) in slots(optimizer, gradient):
+        b1, b2 = group["betas"]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        state["exp_avg"].lerp_(gradient[name].to(p), 1 - b1)
+        state["exp_avg_sq"].lerp_(square[name].to(p), 1 - b2)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        scale = (state["exp_avg_sq"] / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
+        p.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - b1 ** state["step"]))

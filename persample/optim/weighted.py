@@ -1,0 +1,138 @@
+"""Steps along ``w^T G`` where the weights ``w [N]`` come from the Gram matrix ``K = G G^T``: one Gram, one weighted
+sum.
+
+Natural gradients, gradient surgery and the aggregators of multi-objective optimization have this form.  Any function
+from ``[N, N]`` to ``[N]`` is a weighting.  With another optimizer, write the direction into ``.grad``:
+``G.backward(w)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import QuantityError
+from ..quantities import Quantities
+from .updates import check_at_least, check_named, descend
+
+Weighting = Callable[[Tensor], Tensor]
+
+
+# ---- natural gradient -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def natural_weights(K: Tensor, damping: float) -> Tensor:
+    """``w = (K/N + damping I)^-1 1/N``, ``[N]``: then ``w^T G = (G^T G/N + damping I)^-1 gbar``.
+
+    The Woodbury identity: the ``[D, D]`` system of the empirical Fisher matrix ``G^T G/N`` (gradients of unscaled
+    losses) is solved as an ``[N, N]`` one, in float64 by Cholesky.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping}.")
+    n = len(K)
+    system = K.double() / n
+    system = (system + system.mT) / 2
+    system.diagonal().add_(damping)
+    ones = torch.full((n, 1), 1 / n, dtype=system.dtype, device=K.device)
+    return torch.cholesky_solve(ones, torch.linalg.cholesky(system)).squeeze(1).to(K.dtype)
+
+
+class NaturalGradient(Optimizer):
+    """SGD along the natural gradient of the empirical Fisher matrix of the batch, ``(G^T G/N + damping I)^-1 gbar``.
+
+    Amari 1998; in this form for batches, Ren and Goldfarb 2019, "Efficient subsampled Gauss-Newton and natural
+    gradient methods for training neural networks".  It costs one Gram matrix and an ``[N, N]`` solve.  The empirical
+    Fisher is not the Fisher (Kunstner et al. 2019): as training losses go to zero it vanishes with the gradients, and
+    steps grow until ``damping`` holds them.
+
+    ``step(G)`` takes `Gradients`.
+
+    Args:
+        params: ``model.named_parameters()``.
+        lr: the length along the natural gradient.
+        damping: added to the eigenvalues of ``G^T G/N``; large damping is SGD with learning rate ``lr/damping``.
+        momentum, nesterov, weight_decay: as in `torch.optim.SGD`, of the natural gradient.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-1, *, damping: float = 1e-1, momentum: float = 0.0, nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.damping = damping
+        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
+        check_named(self)
+
+    def step(self, G: Quantities) -> None:  # type: ignore[override]
+        """Take a step along the damped natural gradient of a batch."""
+        descend(self, G.sum(natural_weights(G.gram(), self.damping)))
+
+
+# ---- gradient surgery -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pcgrad_weights(K: Tensor) -> Tensor:
+    """``w [N]`` of projected conflicting gradients: ``w^T G`` is the mean of the rows after surgery.
+
+    Yu et al. 2020, "Gradient surgery for multi-task learning", algorithm 1: row ``i`` loses its component along every
+    other row ``j`` that it conflicts with (``g_i . g_j < 0``), one after the other.  The order is that of the rows (the
+    paper draws it at random), and the result is their mean (the paper's is the sum).
+    """
+    n = len(K)
+    C = torch.eye(n, dtype=K.dtype, device=K.device)  # row i is C[i] @ G
+    for j in range(n):
+        along = C @ K[:, j]
+        conflict = (along < 0) & (K[j, j] > 0)
+        conflict[j] = False
+        C[:, j] -= torch.where(conflict, along / K[j, j], 0.0)
+    return C.mean(0)
+
+
+class GradientSurgery(Optimizer):
+    """SGD along ``w^T G`` for weights ``w = weighting(K)`` of the Gram matrix ``K`` of samples, or of groups of
+    samples.
+
+    ``weighting`` is any function ``[M, M] -> [M]``: `pcgrad_weights`, or a ``Weighting`` of TorchJD such as
+    ``UPGradWeighting()``.  ``step(G)`` weighs samples (``M = N``); ``step(G, groups)`` with an integer ``[N]`` per
+    sample weighs groups (tasks, classes), of which each counts as the mean of its rows: ``K`` is then ``A G G^T A^T``
+    with ``A`` the averages, and ``A^T w`` the weights of samples.
+
+    Args:
+        params: ``model.named_parameters()``. weighting: from a Gram matrix to weights; the step is ``lr`` times the
+        weighted sum, so ``1/M`` each is the mean. lr, momentum, nesterov, weight_decay: as in `torch.optim.SGD`.
+    """
+
+    def __init__(
+        self, params: Any, weighting: Weighting = pcgrad_weights, lr: float = 1e-2, *, momentum: float = 0.0,
+        nesterov: bool = False, weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.weighting = weighting
+        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
+        check_named(self)
+
+    def step(self, G: Quantities, groups: Tensor | None = None) -> None:  # type: ignore[override]
+        """Take a step along the weighted gradients of samples, or of groups of samples."""
+        descend(self, G.sum(surgery_weights(G.gram(), self.weighting, groups)))
+
+
+def surgery_weights(K: Tensor, weighting: Weighting, groups: Tensor | None = None) -> Tensor:
+    """``[N]``: what a weighting of samples, or of groups of samples, makes of every sample's weight."""
+    if groups is None:
+        weights = weighting(K)
+    else:
+        if groups.shape != (len(K),):
+            raise QuantityError(f"groups must have shape [{len(K)}], one integer per sample, got {list(groups.shape)}.")
+        members, which = groups.unique(return_inverse=True)
+        A = torch.nn.functional.one_hot(which, len(members)).to(K).T
+        A = A / A.sum(1, keepdim=True)
+        weights = A.T @ weighting(A @ K @ A.T)
+    if weights.shape != (len(K),):
+        raise QuantityError(f"the weighting returned shape {list(weights.shape)} for a Gram matrix of {len(K)} rows.")
+    return weights

@@ -1,0 +1,370 @@
+"""Optimizers against torch's own, and against direct formulas on the rows of the loop engine."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import persample
+from persample import optim, statistics
+from persample.batchnorm.coupling import coupling
+from persample.errors import BatchCoupledError, QuantityError, UnknownParameterError
+from persample.factors import Dense
+
+N = 6
+HUGE = 1e6
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3)).double()
+
+
+def batch(seed: int = 0, n: int = N) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 1, 4, generator=generator).double(), torch.randint(0, 3, (n,), generator=generator)
+
+
+def grads(net: nn.Module, seed: int = 0, n: int = N, **options: Any) -> Any:
+    return persample.gradients(net, nn.CrossEntropyLoss(), *batch(seed, n), **options)
+
+
+def flat(values: Iterable[Tensor]) -> Tensor:
+    return torch.cat([v.detach().flatten() for v in values])
+
+
+def moved(net: nn.Module, make: Callable[..., Optimizer], **options: Any) -> tuple[Tensor, Tensor]:
+    """The rows ``J`` of the loop engine before one step, and minus the change that it makes."""
+    J = grads(net, engine="loop").flat()
+    before = flat(net.parameters())
+    make(net.named_parameters(), **options).step(grads(net))  # type: ignore[arg-type]
+    return J, before - flat(net.parameters())
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+ADAM = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+PLAIN: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
+    "ClippedSGD": (optim.ClippedSGD, torch.optim.SGD, SGD, {"max_norm": HUGE}),
+    "ClippedSGD nesterov": (optim.ClippedSGD, torch.optim.SGD, {**SGD, "nesterov": True}, {"max_norm": HUGE}),
+    "ClippedSGD without momentum": (optim.ClippedSGD, torch.optim.SGD, {"lr": 0.1}, {"max_norm": HUGE}),
+    "ClippedAdam": (optim.ClippedAdam, torch.optim.AdamW, ADAM, {"max_norm": HUGE}),
+    "PerSampleAdam": (optim.PerSampleAdam, torch.optim.AdamW, ADAM, {"group_size": None}),
+    "GradientSurgery": (
+        optim.GradientSurgery,
+        torch.optim.SGD,
+        SGD,
+        {"weighting": lambda K: torch.full_like(K[0], 1 / len(K))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_like_its_plain_counterpart(name: str) -> None:
+    """Without clipping, noise, grouping or surgery, ten steps are those of torch's optimizer; under a schedule too."""
+    ours, theirs, options, extra = PLAIN[name]
+    a, b = model(), model()
+    mine, plain = ours(a.named_parameters(), **options, **extra), theirs(b.parameters(), **options)
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 3, 0.5) for o in (mine, plain)]
+    for step in range(10):
+        mine.step(grads(a, step))
+        plain.zero_grad()
+        nn.CrossEntropyLoss()(b(batch(step)[0]), batch(step)[1]).backward()
+        plain.step()
+        for schedule in schedules:
+            schedule.step()
+    close(flat(a.parameters()), flat(b.parameters()))
+    assert all(p.grad is None for p in a.parameters())
+
+
+EVERY: dict[str, Callable[[nn.Module], Any]] = {
+    "ClippedSGD": lambda m: optim.ClippedSGD(m.named_parameters(), max_norm=0.1, momentum=0.9),
+    "ClippedAdam": lambda m: optim.ClippedAdam(m.named_parameters(), max_norm=0.1),
+    "PerSampleAdam": lambda m: optim.PerSampleAdam(m.named_parameters(), group_size=2),
+    "NaturalGradient": lambda m: optim.NaturalGradient(m.named_parameters(), momentum=0.5, nesterov=True),
+    "GradientSurgery": lambda m: optim.GradientSurgery(m.named_parameters(), momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_state_dict(name: str) -> None:
+    """Stopped after three steps, saved, loaded and continued: exactly the same."""
+    a = model()
+    opt = EVERY[name](a)
+    for step in range(3):
+        opt.step(grads(a, step))
+    b, file = copy.deepcopy(a), io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    again = EVERY[name](b)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(3, 6):
+        opt.step(grads(a, step))
+        again.step(grads(b, step))
+    close(flat(a.parameters()), flat(b.parameters()), 0)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_groups_hooks_and_frozen_parameters(name: str) -> None:
+    """Options per group, a frozen parameter that stays, hooks that fire once per step."""
+    net = model()
+    net[0].requires_grad_(False)
+    opt = EVERY[name](net)
+    head = [pair for pair in net.named_parameters() if pair[0].startswith("3")]
+    assert opt.param_groups[0]["param_names"][-1] == "3.bias"
+    opt.param_groups[0]["params"], opt.param_groups[0]["param_names"] = [head[0][1]], [head[0][0]]
+    opt.add_param_group({"params": [head[1]], "lr": 0.0})
+    fired: list[int] = []
+    opt.register_step_pre_hook(lambda *_: fired.append(1))
+    before = copy.deepcopy(net)
+    opt.step(grads(net))
+    assert fired == [1]
+    close(flat(before[0].parameters()), flat(net[0].parameters()), 0)
+    close(before[3].bias, net[3].bias, 0)
+    assert not torch.equal(before[3].weight, net[3].weight)
+
+
+def test_parameters_need_names_and_must_agree() -> None:
+    net = model()
+    with pytest.raises(ValueError, match="named_parameters"):
+        optim.ClippedSGD(net.parameters(), max_norm=1)
+    opt = optim.ClippedSGD(net.named_parameters(), max_norm=1)
+    with pytest.raises(UnknownParameterError, match=r"'0\.bias': the gradients don't have it"):
+        opt.step(grads(net, params="3"))
+    head = optim.ClippedSGD([p for p in net.named_parameters() if p[0].startswith("3")], max_norm=1)
+    with pytest.raises(UnknownParameterError, match=r"'0\.bias': the optimizer doesn't hold it"):
+        head.step(grads(net))
+    head.step(grads(net).select("3"))
+    other = persample.Gradients(
+        {name: Dense(torch.zeros(2, 1)) for name in opt.param_groups[0]["param_names"]}, torch.zeros(2)
+    )
+    with pytest.raises(UnknownParameterError, match="different models"):
+        opt.step(other)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: optim.ClippedSGD(p, max_norm=0.0),
+        lambda p: optim.ClippedSGD(p, max_norm=1.0, lr=-1.0),
+        lambda p: optim.ClippedAdam(p, max_norm=1.0, noise_multiplier=-1.0),
+        lambda p: optim.ClippedAdam(p, max_norm=1.0, expected_batch_size=0),
+        lambda p: optim.PerSampleAdam(p, group_size=0),
+    ],
+)
+def test_options_are_checked(make: Callable[[Any], Optimizer]) -> None:
+    with pytest.raises(ValueError, match=r"must be"):
+        make(model().named_parameters())
+
+
+# ---- clipping ---------------------------------------------------------------------------------------------------
+
+
+def clipped(J: Tensor, bound: float) -> Tensor:
+    return (J * (bound / J.norm(dim=1)).clamp(max=1)[:, None]).sum(0)
+
+
+def test_clipped_step() -> None:
+    net = model()
+    bound = float(grads(net).norm().median())
+    J, step = moved(net, optim.ClippedSGD, lr=0.1, max_norm=bound, expected_batch_size=4)
+    close(step, 0.1 * clipped(J, bound) / 4)
+
+
+def test_clipped_step_of_a_statistics_run_and_of_pieces() -> None:
+    nets = [model() for _ in range(3)]
+    bound = float(grads(nets[0]).norm().median())
+    whole, lean, pieces = (optim.ClippedSGD(net.named_parameters(), lr=0.1, max_norm=bound) for net in nets)
+    whole.step(grads(nets[0]))
+    lean.step(grads(nets[1], quantities=[("clip", {"max_norm": bound})]))
+    x, y = batch()
+    parts = [persample.gradients(nets[2], nn.CrossEntropyLoss(), x[i], y[i]) for i in (slice(2), slice(2, None))]
+    pieces.step(parts)
+    close(flat(nets[0].parameters()), flat(nets[1].parameters()))
+    close(flat(nets[0].parameters()), flat(nets[2].parameters()))
+    with pytest.raises(QuantityError, match="clipped at"):
+        lean.step(grads(nets[1], quantities=[("clip", {"max_norm": 2 * bound})]))
+
+
+@pytest.mark.parametrize("make", [optim.ClippedSGD, optim.ClippedAdam])
+def test_noise(make: Callable[..., Any]) -> None:
+    """Standard deviation sigma C on the sum, reproducible from the generator, drawn once for a batch in pieces."""
+    net = nn.Linear(40, 50, bias=False)
+    x, y = torch.randn(3, 40), torch.randint(0, 50, (3,))
+    G = persample.gradients(net, nn.CrossEntropyLoss(), x, y)
+    seeds = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    options = {"max_norm": 0.5, "noise_multiplier": 2.0, "expected_batch_size": 10}
+    opts = [make(copy.deepcopy(net).named_parameters(), **options, generator=seeds()) for _ in range(2)]
+    found = [opt.clipping.gradient(G, opt)["weight"] for opt in opts]
+    close(found[0], found[1], 0)
+    noise = found[0] * 10 - G.clip(0.5)["weight"]
+    assert abs(noise.std() / (2 * 0.5) - 1) < 0.05 and abs(noise.mean()) < 0.1
+    empty = opts[0].clipping.gradient([], opts[0])["weight"]  # an empty Poisson batch is noise
+    assert abs(10 * empty.std() - 1) < 0.05 and not torch.equal(empty, noise / 10)
+    pieces = opts[0].clipping.gradient([G, G], opts[0])["weight"] * 10 - 2 * G.clip(0.5)["weight"]
+    assert abs(pieces.std() - 1) < 0.05
+    with pytest.raises(ValueError, match="expected_batch_size"):
+        make(net.named_parameters(), max_norm=1.0).step([])
+
+
+def test_coupled_samples_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    x, y = torch.randn(5, 4).double(), torch.randint(0, 2, (5,))
+    opts = [make(net.named_parameters(), max_norm=1.0) for make in (optim.ClippedSGD, optim.ClippedAdam)]
+    before = flat(net.parameters())
+    with pytest.raises(BatchCoupledError):
+        persample.gradients(net, nn.CrossEntropyLoss(), x, y)
+    for notion in ("influence", "loss", "copy", "frozen"):
+        rows = coupling(net, nn.CrossEntropyLoss(), x, y).gradients(notion)
+        for opt in opts:
+            with pytest.raises(BatchCoupledError, match="clipping its own row bounds nothing"):
+                opt.step(rows)  # type: ignore[arg-type]
+    close(flat(net.parameters()), before, 0)
+    net.eval()
+    for opt in opts:
+        opt.step(persample.gradients(net, nn.CrossEntropyLoss(), x, y))  # type: ignore[arg-type]
+    assert not torch.equal(flat(net.parameters()), before)
+
+
+# ---- second moments ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_second_moment_of_groups(size: int) -> None:
+    net = model()
+    J = grads(net, engine="loop").flat()
+    expected = J.view(N // size, size, -1).mean(1).square().mean(0)
+    close(flat(optim.group_second_moment(grads(net), size).values()), expected)
+    b1, b2, lr, eps = 0.9, 0.99, 0.01, 1e-3
+    J, step = moved(net, optim.PerSampleAdam, lr=lr, betas=(b1, b2), eps=eps, group_size=size)
+    close(step, lr * J.mean(0) / (expected.sqrt() + eps))
+
+
+def test_second_moment_of_groups_that_do_not_fit() -> None:
+    net = model()
+    with pytest.raises(QuantityError, match="must divide"):
+        optim.group_second_moment(grads(net), 4)
+    lean = grads(net, quantities=["mean", "second_moment"])
+    close(flat(optim.group_second_moment(lean, 1).values()), flat(grads(net).second_moment().values()))
+    with pytest.raises(QuantityError, match="rows"):
+        optim.group_second_moment(lean, 2)
+
+
+# ---- weights from the Gram matrix -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1.0])
+def test_natural_gradient(damping: float) -> None:
+    J, step = moved(model(), optim.NaturalGradient, lr=1.0, damping=damping)
+    F = J.T @ J / N + damping * torch.eye(J.shape[1]).double()
+    close(step, torch.linalg.solve(F, J.mean(0)), 1e-9)
+    with pytest.raises(ValueError, match="damping"):
+        optim.natural_weights(torch.eye(2), 0.0)
+
+
+def pcgrad(J: Tensor) -> Tensor:
+    """Rows after surgery, one after the other as in the paper, averaged."""
+    rows = []
+    for i, row in enumerate(J):
+        for j, other in enumerate(J):
+            if i != j and row @ other < 0:
+                row = row - (row @ other) / other.square().sum() * other
+        rows.append(row)
+    return torch.stack(rows).mean(0)
+
+
+def test_gradient_surgery() -> None:
+    J, step = moved(model(), optim.GradientSurgery, lr=1.0)
+    assert (J @ J.T).min() < 0
+    close(step, pcgrad(J), 1e-9)
+    zero = torch.tensor([[0.0, 0.0], [0.0, 1.0]])  # a row of zeros conflicts with nobody
+    assert optim.pcgrad_weights(zero).tolist() == [0.5, 0.5]
+
+
+def test_gradient_surgery_of_groups() -> None:
+    net, groups = model(), torch.tensor([4, 7, 4, 9, 9, 4])
+    J = grads(net, engine="loop").flat()
+    means = torch.stack([J[groups == g].mean(0) for g in (4, 7, 9)])
+    before = flat(net.parameters())
+    optim.GradientSurgery(net.named_parameters(), lr=1.0).step(grads(net), groups)
+    close(before - flat(net.parameters()), pcgrad(means), 1e-9)
+    with pytest.raises(QuantityError, match="groups"):
+        optim.surgery_weights(torch.eye(3), optim.pcgrad_weights, groups)
+    with pytest.raises(QuantityError, match="weighting returned"):
+        optim.surgery_weights(torch.eye(3), lambda K: K)
+
+
+def test_a_weighting_of_torchjd_plugs_in() -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    J, step = moved(model(), optim.GradientSurgery, weighting=aggregation.UPGradWeighting(), lr=1.0)
+    close(step, aggregation.UPGrad()(J), 1e-9)
+    assert (J @ step).min() > -1e-3 * step.square().sum() > (J @ J.mean(0)).min()  # it conflicts with nobody
+
+
+# ---- batch size -------------------------------------------------------------------------------------------------
+
+
+def test_rules() -> None:
+    net = model()
+    G, J = grads(net), grads(net, engine="loop").flat()
+    estimate = statistics.noise_scale(G)
+    for rule, expected in (
+        (optim.by_norm_test(0.5), (J.var(0).sum(), 0.25 * J.mean(0).square().sum())),
+        (optim.by_noise_scale(2.0), (2 * estimate.trace, estimate.square)),
+        (optim.by_cabs(0.1), (0.1 * J.var(0, correction=0).sum(), G.losses.mean())),
+    ):
+        for source in (G, grads(net, quantities=["norm", "mean"])):
+            for a, b in zip(rule(source), expected, strict=True):
+                close(a, b, 1e-9)
+
+
+def ratio(above: float, below: float) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    return lambda G: (torch.tensor(above), torch.tensor(below))
+
+
+def test_controller() -> None:
+    G = grads(model())
+    one = grads(model(), n=1)
+    grow = optim.AdaptiveBatchSize(8, ratio(100.2, 1.0), maximum=150)
+    assert [grow.update(G) for _ in range(5)] == [16, 32, 64, 101, 101]
+    assert grow.update(one) == 101
+    keep = optim.AdaptiveBatchSize(64, ratio(10.0, 1.0), maximum=150)
+    assert keep.update(G) == 64
+    shrink = optim.AdaptiveBatchSize(64, ratio(10.0, 1.0), maximum=150, shrink=True)
+    assert [shrink.update(G) for _ in range(4)] == [32, 16, 10, 10]
+    unknown = optim.AdaptiveBatchSize(64, ratio(10.0, -1.0), maximum=150)
+    assert [unknown.update(G) for _ in range(3)] == [128, 150, 150]
+    averaged = optim.AdaptiveBatchSize(4, optim.by_norm_test(0.1), maximum=10**6, growth=1e6, decay=0.5)
+    values = [optim.by_norm_test(0.1)(grads(model(), step)) for step in (0, 1)]
+    for step in (0, 1):
+        averaged.update(grads(model(), step))
+    again = optim.AdaptiveBatchSize(4, optim.by_norm_test(0.1), maximum=10**6)
+    again.load_state_dict(averaged.state_dict())
+    assert again.size == averaged.size
+    expected = (0.5 * values[0][0] + values[1][0]) / (0.5 * values[0][1] + values[1][1])
+    assert averaged.numerator / averaged.denominator == pytest.approx(float(expected), rel=1e-12)
+    with pytest.raises(ValueError, match="minimum"):
+        optim.AdaptiveBatchSize(1, ratio(1.0, 1.0), maximum=4)
+    with pytest.raises(ValueError, match="growth"):
+        optim.AdaptiveBatchSize(4, ratio(1.0, 1.0), maximum=4, growth=1.0)
+
+
+def test_controller_feeds_a_loader() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(30))
+    controller = optim.AdaptiveBatchSize(4, ratio(100.0, 1.0), maximum=11)
+    G, seen = grads(model()), []
+    for (x,) in torch.utils.data.DataLoader(data, batch_sampler=controller.batches(range(30))):  # type: ignore[arg-type]
+        seen.append(x)
+        controller.update(G)
+    assert [len(x) for x in seen] == [4, 8, 11, 7]
+    assert torch.cat(seen).tolist() == list(range(30))

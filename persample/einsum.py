@@ -270,7 +270,7 @@ def einsum(expression: str, *operands: Tensor, **sizes: int) -> Tensor:
 
 def _contract(expression: str, operands: list[Tensor]) -> Tensor:
     try:
-        import opt_einsum  # type: ignore[import-untyped]
+        import opt_einsum
     except ImportError as error:
         raise ImportError(
             "persample.einsum chooses the order of three and more operands with the package opt_einsum: "

@@ -98,7 +98,7 @@ def ekfac(
     gradient of sample ``n`` for column ``j``: of all matrices with these eigenvectors the nearest to the block
     (Frobenius norm).
 
-    Arguments and errors as in `kfac`; costs a second backward pass per column.
+    Arguments and errors as in `kfac`; costs a second backward pass per column, and the eigenvectors of all factors.
     """
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
     with recorded(objective, type, samples, generator, bias, strict=params is not None) as run:
@@ -107,7 +107,7 @@ def ekfac(
 
         def receive(layer: Layer, inputs: Tensor, grads: Tensor) -> None:
             g, a = plain.blocks[layer.weight].bases
-            rows = outer(grads @ g, inputs @ a, moments[layer.weight].shape)
+            rows = outer(grads.to(g.dtype) @ g, inputs.to(a.dtype) @ a, moments[layer.weight].shape)
             moments[layer.weight].add_(square_sum(rows), alpha=objective.scale)
 
         run.sweep(receive)
@@ -144,7 +144,7 @@ class Run:
         parameters = {name: self.objective.parameters[name] for name in self.layers}
         calls = [call for call in self.found.calls if any(map(call.wants, parameters.values()))]
         layers = replace(self.found, calls=calls)
-        for column in self.columns:
+        for column in self.columns if self.layers else ():
             ends, seeds = zip(*column, strict=True)
             collect = Collect(layers, parameters, emit, self.objective.problem.batch.n, release=False)
             try:
@@ -261,6 +261,7 @@ def _factors(run: Run, approximation: str, title: str) -> Kronecker:
 
 
 def _gram(tokens: Tensor) -> Tensor:
-    """``[K, D, D]`` from ``[N, K, T, D]``."""
+    """``[K, D, D]`` from ``[N, K, T, D]``; half precision is accumulated in float32."""
     x = tokens.transpose(0, 1).flatten(1, 2)
+    x = x.float() if x.dtype.itemsize < 4 else x
     return x.mT @ x

@@ -48,7 +48,8 @@ def per_sample_hvp(
         RandomnessError: if the model draws random numbers (dropout): a lone sample would get another mask.
         DirectionError: if ``v`` doesn't have the entries of the parameters.
 
-    Cost: about two forward and backward passes of the batch, vectorised.
+    Cost: a double backward of the batch as ``torch.func.vmap`` runs it (convolutions are slow there), and the memory of
+    ``[N, D]``.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")

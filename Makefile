@@ -42,8 +42,8 @@ test: $(READY)  ## the whole test suite, documentation and examples included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 check: $(READY)  ## format, lint, types, and the site without a warning
-	@echo "==> ruff format"; $(BIN)/ruff format --check --quiet .
-	@echo "==> ruff check"; $(BIN)/ruff check --quiet .
+	@echo "==> ruff format"; $(BIN)/ruff format --check --output-format concise .
+	@echo "==> ruff check"; $(BIN)/ruff check --output-format concise .
 	@echo "==> mypy --strict"; $(BIN)/mypy
 	@echo "==> sphinx"; $(BIN)/sphinx-build -W --keep-going -q -j auto -D nb_execution_mode=off docs build/docs-check
 	@echo "all checks passed"

@@ -42,9 +42,14 @@ def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32 * 16, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 10),
+    )
 
 
 # %% [markdown]
@@ -76,16 +81,28 @@ def train(images: Tensor, labels: Tensor) -> tuple[nn.Sequential, list[dict[str,
         trace = 0.95 * trace + 0.05 * float(n / (n - 1) * (squared.mean() - mean_squared))
         signal = 0.95 * signal + 0.05 * float((n * mean_squared - squared.mean()) / (n - 1))
         assert G.losses is not None
-        history.append({"loss": float(G.losses.mean()), "median norm": float(squared.sqrt().median()), "noise scale": trace / signal})
+        history.append(
+            {
+                "loss": float(G.losses.mean()),
+                "median norm": float(squared.sqrt().median()),
+                "noise scale": trace / signal,
+            }
+        )
         if step % max(1, STEPS // 6) == 0 or step == STEPS - 1:
-            print(f"  step {step:4d}   loss {history[-1]['loss']:.3f}   median norm {history[-1]['median norm']:7.3f}"
-                  f"   noise scale {history[-1]['noise scale']:8.1f}", flush=True)  # fmt: skip
+            print(
+                f"  step {step:4d}   loss {history[-1]['loss']:.3f}   median norm {history[-1]['median norm']:7.3f}"
+                f"   noise scale {history[-1]['noise scale']:8.1f}",
+                flush=True,
+            )
     return model, history
 
 
 # %%
 images, labels, wrong = digits()
-print(f"digits: {len(labels)} samples, {int(wrong.sum())} of them with a wrong label\n\ntraining a conv net with batches of {BATCH}")
+print(
+    f"digits: {len(labels)} samples, {int(wrong.sum())} of them with a wrong label\n\ntraining a conv net with "
+    f"batches of {BATCH}"
+)
 model, history = train(images, labels)
 
 # %% [markdown]
@@ -119,9 +136,13 @@ flipped = int(wrong.sum())
 found = int(wrong[order[:flipped]].sum())
 print("\nthe most unusual samples")
 for i in order[:8].tolist():
-    print(f"  sample {i:4d}   norm {float(norm[i]):8.3f}   label {int(labels[i])}   {'wrong label' if wrong[i] else ''}")
-print(f"\n{found} of the {flipped} flipped labels are among the top {flipped} by gradient norm "
-      f"(chance: {flipped**2 / len(labels):.1f})")  # fmt: skip
+    print(
+        f"  sample {i:4d}   norm {float(norm[i]):8.3f}   label {int(labels[i])}   {'wrong label' if wrong[i] else ''}"
+    )
+print(
+    f"\n{found} of the {flipped} flipped labels are among the top {flipped} by gradient norm "
+    f"(chance: {flipped**2 / len(labels):.1f})"
+)
 
 # %% [markdown]
 # The rows are exact: those of three samples agree with running each of them alone.
@@ -148,19 +169,36 @@ def picture(path: Path) -> None:
     above, below = figure.subfigures(2, 1, height_ratios=[3, 1.5])
     ax, middle, right = above.subplots(1, 3)
     bins = np.geomspace(max(float(norm.min()), 1e-6), float(norm.max()), 40)
-    ax.hist([norm[~wrong].numpy(), norm[wrong].numpy()], bins=bins, histtype="step", linewidth=2, color=[blue, orange], label=["label as given", "label flipped"])
+    ax.hist(
+        [norm[~wrong].numpy(), norm[wrong].numpy()],
+        bins=bins,
+        histtype="step",
+        linewidth=2,
+        color=[blue, orange],
+        label=["label as given", "label flipped"],
+    )
     ax.set(xscale="log", xlabel="gradient norm of a sample", ylabel="samples", title="Gradient norms at the end")
     ax.legend(frameon=False, loc="upper left")
     middle.plot([h["noise scale"] for h in history], color=blue)
     middle.axhline(BATCH, color=grey, linestyle="--", linewidth=1)
-    middle.annotate("batch size used", (1, BATCH), xycoords=("axes fraction", "data"), xytext=(-4, -12), textcoords="offset points", ha="right", color=grey)
+    middle.annotate(
+        "batch size used",
+        (1, BATCH),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, -12),
+        textcoords="offset points",
+        ha="right",
+        color=grey,
+    )
     middle.set(yscale="log", xlabel="step", ylabel="samples", title="Gradient noise scale")
     right.barh(list(snr)[::-1], [1e3 * value for value in snr.values()][::-1], color=blue)
     right.set(xlabel="mean² / variance, in thousandths", title="Signal-to-noise by parameter")
     for i, ax in zip(order[:12].tolist(), below.subplots(1, 12), strict=True):
-        ax.imshow(images[i, 0], cmap="gray_r")
+        ax.imshow(images[i, 0].numpy(), cmap="gray_r")
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f"“{int(labels[i])}”\n|g| = {float(norm[i]):.1f}", fontsize=9, color=orange if wrong[i] else "black")
+        ax.set_title(
+            f"“{int(labels[i])}”\n|g| = {float(norm[i]):.1f}", fontsize=9, color=orange if wrong[i] else "black"
+        )
         for spine in ax.spines.values():
             spine.set(color=orange if wrong[i] else grey, linewidth=2 if wrong[i] else 0.5)
     below.suptitle("The most unusual samples: labels as given, in orange those flipped beforehand", fontsize=11)

@@ -1,0 +1,26 @@
+"""Every example runs to its end as it is, its own assertions included, without a warning, and leaves a picture."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot as plt
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plt.close("all")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+        assert plt.get_fignums() or list(tmp_path.rglob("*.png"))
+    finally:
+        plt.close("all")

@@ -85,16 +85,61 @@ def _named(*names: str) -> set[Callable[..., Any]]:
 
 _RESHAPES = _named("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "squeeze", "unsqueeze")
 _MOVES = _named(
-    "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "select", "narrow", "chunk",
-    "split", "unbind", "tensor_split", "split_with_sizes", "diagonal", "unfold", "hsplit", "vsplit", "dsplit",
+    "transpose",
+    "swapaxes",
+    "swapdims",
+    "permute",
+    "movedim",
+    "moveaxis",
+    "t",
+    "adjoint",
+    "select",
+    "narrow",
+    "chunk",
+    "split",
+    "unbind",
+    "tensor_split",
+    "split_with_sizes",
+    "diagonal",
+    "unfold",
+    "hsplit",
+    "vsplit",
+    "dsplit",
 ) | {
-    Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__  # type: ignore[attr-defined]
-}  # fmt: skip
+    Tensor.T.__get__,
+    Tensor.mT.__get__,
+    Tensor.H.__get__,
+    Tensor.mH.__get__,  # type: ignore[attr-defined]
+}
 _SPREADS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
 _REDUCES = _named(
-    "sum", "nansum", "mean", "nanmean", "prod", "amax", "amin", "aminmax", "max", "min", "median", "nanmedian", "mode", "quantile", "var", "std",
-    "var_mean", "std_mean", "norm", "logsumexp", "any", "all", "argmax", "argmin", "count_nonzero", "kthvalue",
-) | {torch.linalg.vector_norm, torch.linalg.norm}  # fmt: skip
+    "sum",
+    "nansum",
+    "mean",
+    "nanmean",
+    "prod",
+    "amax",
+    "amin",
+    "aminmax",
+    "max",
+    "min",
+    "median",
+    "nanmedian",
+    "mode",
+    "quantile",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "logsumexp",
+    "any",
+    "all",
+    "argmax",
+    "argmin",
+    "count_nonzero",
+    "kthvalue",
+) | {torch.linalg.vector_norm, torch.linalg.norm}
 _SORTS = _named("sort", "argsort", "msort")
 _RECURRENCES = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _PACK = torch._C._VariableFunctions._pack_padded_sequence
@@ -102,10 +147,15 @@ _UNPACK = torch._C._VariableFunctions._pad_packed_sequence
 
 
 def propagate(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-    sampled: Sequence[tuple[Tensor, Layout]], tensors: Sequence[Tensor], out: Tensor,
-) -> Layout | None:  # fmt: skip
-    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on samples."""
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sampled: Sequence[tuple[Tensor, Layout]],
+    tensors: Sequence[Tensor],
+    out: Tensor,
+) -> Layout | None:
+    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on
+    samples."""
     found = _followed(func, args, kwargs, sampled, tensors, out)
     if found is None and sampled[0][1].n == 1 and out.ndim and len(out):
         return Layout(1, inner=len(out))  # wherever it is, all belongs to the one sample
@@ -113,9 +163,13 @@ def propagate(
 
 
 def _followed(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-    sampled: Sequence[tuple[Tensor, Layout]], tensors: Sequence[Tensor], out: Tensor,
-) -> Layout | None:  # fmt: skip
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sampled: Sequence[tuple[Tensor, Layout]],
+    tensors: Sequence[Tensor],
+    out: Tensor,
+) -> Layout | None:
     first, layout = sampled[0]
     if args and first is args[0]:
         if func in _RESHAPES and out.numel() == first.numel():
@@ -149,9 +203,13 @@ def _followed(
 
 
 def _probed(
-    layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-    sampled: Sequence[tuple[Tensor, Layout]], out: Tensor,
-) -> Layout | None:  # fmt: skip
+    layout: Layout,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sampled: Sequence[tuple[Tensor, Layout]],
+    out: Tensor,
+) -> Layout | None:
     """Several axes have the right size: call the function once more for its shapes only, with more samples."""
     axis_of = {id(t): at.axis for t, at in sampled if at.size == layout.size}
 
@@ -192,22 +250,29 @@ def _reshaped(layout: Layout, old: Sequence[int], new: Sequence[int]) -> Layout 
     if same or layout.owner is not None:
         return replace(layout, axis=same[0]) if same else None
     stride = layout.inner * behind
+    found = []
     for axis in range(len(new)):
         below = prod(new[axis + 1 :])
         if below and stride % below == 0 and new[axis] % (layout.n * (stride // below)) == 0 and new[axis]:
             inner = stride // below
-            return Layout(layout.n, axis, new[axis] // (layout.n * inner), inner)
-    return None
+            found.append(Layout(layout.n, axis, new[axis] // (layout.n * inner), inner))
+    return min(found, key=lambda at: (at.axis == len(new) - 1, at.outer), default=None)  # a choice for N = 1 only
 
 
-def _moved(layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Layout | None:
+def _moved(
+    layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> Layout | None:
     """Views: do the same to a shadow in which only the sample axis has a stride."""
     x = args[0]
     size = max(2, x.shape[layout.axis])  # strides say nothing about an axis of length one
     shape = [size if a == layout.axis else s for a, s in enumerate(x.shape)]
     shadow = torch.empty(size, dtype=torch.uint8).as_strided(shape, [int(a == layout.axis) for a in range(x.ndim)])
     moved = func(shadow, *args[1:], **kwargs)
-    parts = [moved] if isinstance(moved, Tensor) else [m for m in moved if m.numel() == out.numel() // x.shape[layout.axis] * size]
+    parts = (
+        [moved]
+        if isinstance(moved, Tensor)
+        else [m for m in moved if m.numel() == out.numel() // x.shape[layout.axis] * size]
+    )
     if not parts or not x.shape[layout.axis]:
         return None
     places = [a for a in range(out.ndim) if parts[0].stride(a) and parts[0].shape[a] == size]
@@ -216,7 +281,7 @@ def _moved(layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwar
 
 def _is_basic(index: Any) -> bool:
     index = index if isinstance(index, tuple) else (index,)
-    return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index)
+    return all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index)
 
 
 def _assigned(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:
@@ -235,9 +300,11 @@ def _assigned(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout]], o
 _SELECTS = _named("index_select", "take_along_dim", "masked_select")
 
 
-def _picked(layout: Layout, func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Layout | None:
+def _picked(
+    layout: Layout, func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> Layout | None:
     """Rows picked by an index: pick their owners by the same index."""
-    if func is Tensor.__getitem__ and layout.axis == 0 or x.ndim == 1:
+    if (func is Tensor.__getitem__ and layout.axis == 0) or x.ndim == 1:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         if layout.axis == 0 and isinstance(index[0], slice) and index[0] == slice(None):
             return _kept(layout, x.ndim, out.shape)
@@ -284,10 +351,16 @@ def _unpacked(layout: Layout, args: tuple[Any, ...], out: Tensor) -> Layout | No
     return _owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
 
 
-def _sorted(layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Layout | None:
+def _sorted(
+    layout: Layout, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> Layout | None:
     """A list of samples in another order; a table sorted over the samples mixes them."""
     x = args[0]
-    dim = 0 if func in _named("msort") else next((a for a in (*args[1:2], kwargs.get("dim")) if isinstance(a, int) and not isinstance(a, bool)), -1)
+    dim = (
+        0
+        if func in _named("msort")
+        else next((a for a in (*args[1:2], kwargs.get("dim")) if isinstance(a, int) and not isinstance(a, bool)), -1)
+    )
     if dim % max(1, x.ndim) != layout.axis:
         return layout
     if x.ndim > 1:

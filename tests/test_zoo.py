@@ -6,6 +6,7 @@ batch (unless they say so), run the same way twice, and every parameter has a gr
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
 
 import pytest
@@ -16,6 +17,7 @@ from zoo.oracle import floats, lone, rows
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # PyTorch's, not ours
 
 independent = [case for case in cases if not case.coupled]
+coupled = [case for case in cases if case.coupled]
 
 
 @cache
@@ -59,6 +61,18 @@ def test_a_sample_alone_gives_its_row_of_the_batch(case: Case) -> None:
             else:
                 k = whole.shape[0] // n
                 torch.testing.assert_close(one, whole[i * k : (i + 1) * k], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", coupled, ids=str)
+def test_a_coupled_case_depends_on_the_other_samples(case: Case) -> None:
+    """The sum of the lone losses' gradients is not the gradient of the batch's summed losses."""
+    p = built(case)
+    losses = p.loss_fn(call(p.model, p.inputs), p.targets)
+    parameters = {k: v for k, v in p.model.named_parameters() if v.requires_grad}
+    whole = torch.autograd.grad(losses.sum(), list(parameters.values()))
+    with contextlib.suppress(ValueError):  # BatchNorm refuses a single value per channel
+        lone_sum = [r.sum(0) for r in rows(p).rows.values()]
+        assert any(not torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(whole, lone_sum, strict=True))
 
 
 @pytest.mark.parametrize("case", independent, ids=str)

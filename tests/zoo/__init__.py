@@ -5,11 +5,25 @@ A new layer or difficulty is one line in the list of its family's file; every en
 
 from __future__ import annotations
 
-from . import attention, conv, embedding, huggingface, interface, linear, losses, nets, norm, recurrent, rest, sharing
+from . import (
+    attention,
+    conv,
+    coupled,
+    embedding,
+    huggingface,
+    interface,
+    linear,
+    losses,
+    nets,
+    norm,
+    recurrent,
+    rest,
+    sharing,
+)
 from .case import Case, Problem, call, problem, sample, size, take
 
 _families = (
-    linear, conv, norm, embedding, sharing, interface, losses, nets, attention, recurrent, rest, huggingface,
+    linear, conv, norm, embedding, sharing, interface, losses, nets, attention, recurrent, rest, huggingface, coupled,
 )  # fmt: skip
 cases: list[Case] = [case for family in _families for case in family.cases]
 

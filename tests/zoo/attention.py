@@ -95,7 +95,7 @@ def _causal(x: Tensor, *_: Tensor, dim: int = 1) -> Tensor:
     return nn.Transformer.generate_square_subsequent_mask(x.size(dim), dtype=x.dtype)
 
 
-ENCODER = {"d_model": D, "nhead": 2, "dim_feedforward": 7, "dropout": 0.0, "batch_first": True}
+ENCODER: dict[str, Any] = {"d_model": D, "nhead": 2, "dim_feedforward": 7, "dropout": 0.0, "batch_first": True}
 
 
 def _encoder(n: int = 2, norm: bool = False, **options: Any) -> nn.Module:

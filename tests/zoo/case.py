@@ -40,6 +40,7 @@ class Case:
     batch_dim: int = 0
     unused: tuple[str, ...] = ()  # parameters no loss depends on
     raises: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    single: bool = False  # the model computes some of its parts in single precision, whatever its dtype
     coupled: bool = False  # the outputs of a sample depend on the other samples
     samples_in_outputs: bool = True  # outputs have the samples where inputs have them
     needs: str | None = None  # a package that may be missing
@@ -52,6 +53,7 @@ class Case:
         return self.needs is not None and importlib.util.find_spec(self.needs) is None
 
 
+# Limits of torch.func that several cases meet.
 VMAP_NUMBERS = {"vmap": ("CaptureError", "values are read as Python numbers, which torch.func cannot do")}
 
 

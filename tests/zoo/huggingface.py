@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .case import Case, N, Problem, readout
+from .case import VMAP_NUMBERS, Case, N, Problem, readout
 
 V, T = 11, 3  # vocabulary, tokens
-ONES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-TEXT = {"vocab_size": V, "max_position_embeddings": 8, **ONES}
-LLAMA = {**TEXT, "num_key_value_heads": 1, "use_cache": False}
-BOS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 2, **ONES}
-BART = {
+ONES: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+TEXT: dict[str, Any] = {"vocab_size": V, "max_position_embeddings": 8, **ONES}
+LLAMA: dict[str, Any] = {**TEXT, "num_key_value_heads": 1, "use_cache": False}
+BOS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IMAGE: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_channels": 2, **ONES}
+BART: dict[str, Any] = {
     "vocab_size": V, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_position_embeddings": 8,
     "use_cache": False, **BOS,
@@ -109,9 +109,11 @@ def _lora(model: nn.Module) -> nn.Module:
     return adapted.eval()
 
 
-GPT2 = {"vocab_size": V, "n_positions": 6, "n_embd": 8, "n_layer": 2, "n_head": 2, "use_cache": False, **BOS}
+GPT2: dict[str, Any] = {
+    "vocab_size": V, "n_positions": 6, "n_embd": 8, "n_layer": 2, "n_head": 2, "use_cache": False, **BOS,
+}  # fmt: skip
 
-_SPEECH = {k: v for k, v in BART.items() if k != "max_position_embeddings"}
+_SPEECH: dict[str, Any] = {k: v for k, v in BART.items() if k != "max_position_embeddings"}
 
 _gpt = [
     ("gpt2", _hf("GPT2LMHeadModel", _text, **GPT2)),
@@ -195,9 +197,17 @@ _clip = _hf(
     text_config={**TEXT, **BOS}, vision_config=IMAGE,
 )  # fmt: skip
 
+_RAISES: dict[str, dict[str, tuple[str, str]]] = {
+    "bloom": {"vmap": ("CaptureError", "an autograd.Function without setup_context")},
+    "mixtral": {**VMAP_NUMBERS, "hooks": ("SampleAxisError", "experts see tokens chosen by value, of several samples")},
+    **dict.fromkeys(("gpt2", "gpt2_sdpa", "gpt2_mask", "gpt2_caches", "llama_sdpa_mask"), VMAP_NUMBERS),
+    **dict.fromkeys(("bert", "distilbert", "deberta_relative"), VMAP_NUMBERS),
+}
+
 cases = [
-    *(Case(f"hf_{name}", build, needs="transformers")
+    *(Case(f"hf_{name}", build, needs="transformers", single=True, raises=_RAISES.get(name, {}))
       for name, build in _gpt + _decoders + _encoder_decoders + _encoders + _vision),
-    Case("hf_clip", _clip, needs="transformers", unused=("body.logit_scale",)),
-    Case("peft_lora_gpt2", _hf("GPT2LMHeadModel", _text, change=_lora, **GPT2), needs="peft"),
+    Case("hf_clip", _clip, needs="transformers", single=True, unused=("body.logit_scale",)),
+    Case("peft_lora_gpt2", _hf("GPT2LMHeadModel", _text, change=_lora, **GPT2), needs="peft", single=True,
+         raises=VMAP_NUMBERS),
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from persample.batchnorm.jacobian import BatchNormJacobian, Spectrum
 from persample.batchnorm.linearize import jacobian, linearize, uses_batch_statistics
 from persample.batchnorm.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert, revert
 from persample.batchnorm.operator import RankTwo
+from persample.batchnorm.plots import plot_decay, plot_layers, plot_notions, plot_spectrum
 from persample.batchnorm.sensitivity import LeaveOneOut, TrainEvalGap, WeightDerivatives
 
 __all__ = [
@@ -23,6 +24,10 @@ __all__ = [
     "convert",
     "jacobian",
     "linearize",
+    "plot_decay",
+    "plot_layers",
+    "plot_notions",
+    "plot_spectrum",
     "revert",
     "uses_batch_statistics",
 ]

@@ -251,11 +251,7 @@ class Coupling:
         """
         if probes is None:
             return self.gradients("loss").norm()
-        squares = torch.zeros_like(self.losses)
-        for _ in range(probes):
-            v = {name: _normal(p, generator) for name, p in self.network.problem.parameters.items()}
-            squares += (self @ v).square()
-        return (squares / probes).sqrt()
+        return table.loss_squares(self.network, probes, generator).sqrt()
 
     def outgoing_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """``sqrt(sum_n |G[n, m]|^2)``, ``[N]``: how much all losses depend on sample ``m``; with ``probes`` estimated
@@ -263,11 +259,7 @@ class Coupling:
         """
         if probes is None:
             return _total(self._squares).sum(0).sqrt()
-        squares = torch.zeros_like(self.losses)
-        for _ in range(probes):
-            signs = torch.randint(0, 2, self.losses.shape, generator=generator, device=self.losses.device)
-            squares += (self.T @ (2 * signs - 1).to(self.losses.dtype)).squared_norm()
-        return (squares / probes).sqrt()
+        return table.outgoing_squares(self.network, probes, generator).sqrt()
 
     # ---- statistics ---------------------------------------------------------------------------------------------
 
@@ -378,10 +370,6 @@ class Transposed:
 
 def _total(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(parts.values())).sum(0)
-
-
-def _normal(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

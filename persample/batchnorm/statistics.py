@@ -73,8 +73,9 @@ Pool = Callable[[Tensor, Tensor | None], Tensor]  # (h, members) -> s, [C] or [M
 
 
 def live(h: Tensor, members: Tensor | None) -> Tensor:
-    """The statistics of the batch."""
-    return h.mean(0)
+    """The statistics of the batch; a leaf where they depend on no parameter."""
+    s = h.mean(0)
+    return s if s.requires_grad else s.requires_grad_()
 
 
 class Copies:
@@ -255,38 +256,30 @@ def to_samples(name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | N
     """``z [M, C, P]``: the positions of every sample that takes part, and which samples these are (``None``: all)."""
     if layout.plain and layout.axis == 0:
         return (x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)), None
-    members, order = _order(name, layout)
-    rows = x.movedim(layout.axis, 0)
-    rows = rows if order is None else rows[order.to(x.device)]
-    count = layout.n if members is None else len(members)
-    rows = rows.unflatten(0, (count, -1))  # [M, k, *rest], C behind the axes that stood before it
-    return rows.movedim(2 if layout.axis == 0 else 3, 1).flatten(2), members
+    rows, members = x.movedim(layout.axis, 0), None
+    if layout.owner is None:
+        rows = rows.unflatten(0, (layout.outer, layout.n, layout.inner)).transpose(0, 1).flatten(1, 2)
+    else:
+        members, count = layout.owner.unique(return_counts=True)
+        if int(count.min()) != int(count.max()):
+            raise BatchNormError(f"'{name}' normalises samples of different sizes (packed or masked): not supported here.")
+        rows = rows[layout.owner.argsort(stable=True).to(x.device)].unflatten(0, (len(members), -1))
+    z = rows.movedim(2 if layout.axis == 0 else 3, 1).flatten(2)  # C was the first, or behind the first, of the other axes
+    return z, None if members is None or len(members) == layout.n else members
 
 
 def from_samples(z: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """``z [M, C, P]`` as the output for an input ``x``."""
     if layout.plain and layout.axis == 0:
         return z.reshape(x.shape)
-    _, order = _order("", layout)
     rest = x.movedim(layout.axis, 0).shape[1:]
     place = 0 if layout.axis == 0 else 1  # of the channels in rest
-    rows = z.reshape(*z.shape[:2], -1, *rest[:place], *rest[place + 1 :]).movedim(1, 2 + place).flatten(0, 1)
-    rows = rows if order is None else rows[order.argsort().to(x.device)]
+    rows = z.reshape(*z.shape[:2], -1, *rest[:place], *rest[place + 1 :]).movedim(1, 2 + place)
+    if layout.owner is None:
+        rows = rows.unflatten(1, (layout.outer, layout.inner)).transpose(0, 1).flatten(0, 2)
+    else:
+        rows = rows.flatten(0, 1)[layout.owner.argsort(stable=True).argsort().to(x.device)]
     return rows.movedim(0, layout.axis)
-
-
-def _order(name: str, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
-    """The samples that take part, and the entries of the layout's axis sample by sample (``None``: as they are)."""
-    if layout.owner is None and layout.outer == 1:
-        return None, None
-    owners = layout.owners()
-    members, count = owners.unique(return_counts=True)
-    if int(count.min()) != int(count.max()):
-        raise BatchNormError(
-            f"'{name}' normalises samples of different sizes (packed or masked), which is not supported here."
-        )
-    order = owners.argsort(stable=True)
-    return None if len(members) == layout.n else members, order
 
 
 def pooled(nodes: Sequence[Node]) -> list[Tensor]:

@@ -8,7 +8,7 @@ for the derivatives with respect to the inputs, ``dl_n/dx_m``, and of the output
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from ..batch import Tree
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
 from .network import Network, cheaper
-from .passes import Recorded
+from .passes import Forward, Recorded
 from .statistics import constant, live
 
 R = TypeVar("R")
@@ -88,26 +88,61 @@ def transposed(network: Network, weight: Tensor) -> dict[str, Factors]:
 
 
 def directional(network: Network, v: Mapping[str, Tensor]) -> Tensor:
-    """``[N]``: derivatives of all losses along ``v {name: [*P]}``, the same for all copies (one forward derivative, as
-    two reverse ones), or ``{name: [N, *P]}``, one direction for every copy (``N`` passes).
+    """``[N]``: derivatives of all losses along ``v {name: [*P]}``, or ``{name: [N, *P]}`` with a direction for every copy.
+
+    The former is one derivative forward, as two in reverse; the latter takes ``N`` passes.
     """
     parameters = network.problem.parameters
-    if v.keys() != parameters.keys():
-        raise DirectionError(f"the direction must have one tensor for each of {list(parameters)[:8]}; see {sorted(v.keys() ^ parameters.keys())[:4]}.")
+    if odd := v.keys() ^ parameters.keys():
+        raise DirectionError(f"the direction must have one tensor for each of {list(parameters)[:8]}; see {sorted(odd)[:4]}.")
     if all(v[name].shape == p.shape for name, p in parameters.items()):
         with network.point.forward(live) as run:
-            w = torch.zeros_like(run.losses, requires_grad=True)
-            pulled = network.point.gradient([run.losses], list(parameters.values()), [w], again=True)
-            pairs = [(g, v[name].detach().to(p.dtype)) for g, (name, p) in zip(pulled, parameters.items(), strict=True) if g is not None]
-            (pushed,) = network.point.gradient([g for g, _ in pairs], [w], [x for _, x in pairs])
-            return torch.zeros_like(run.losses) if pushed is None else pushed.detach()
+            return next(_pushed(network, run, [v]))
     for name, p in parameters.items():
         if v[name].shape != (network.n, *p.shape):
             raise DirectionError(
-                f"the direction for '{name}' must have shape {list(p.shape)}, or {[network.n, *p.shape]} with one for every copy, got {list(v[name].shape)}."
+                f"the direction for '{name}' must have shape {list(p.shape)}, or {[network.n, *p.shape]} with one for "
+                f"every copy, got {list(v[name].shape)}."
             )
-    directions = {name: Dense(x.detach()) for name, x in v.items()}
-    return torch.stack([sum(parts.values()).sum() for parts in rows(network, lambda name, g: reductions.row_dot(g, directions[name]))])
+    each = {name: Dense(x.detach()) for name, x in v.items()}
+    return torch.stack([_sum(parts).sum() for parts in rows(network, lambda name, g: reductions.row_dot(g, each[name]))])
+
+
+def _pushed(network: Network, run: Forward, directions: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
+    """Directional derivatives of all losses, ``[N]`` each: the derivative in ``w`` of the gradient of ``w^T l``."""
+    parameters = network.problem.parameters
+    w = torch.zeros_like(run.losses, requires_grad=True)
+    found = network.point.gradient([run.losses], list(parameters.values()), [w], again=True)
+    pulled = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    for v in directions:
+        (pushed,) = network.point.gradient(
+            list(pulled.values()), [w], [v[name].detach().to(g.dtype) for name, g in pulled.items()]
+        )
+        yield torch.zeros_like(run.losses) if pushed is None else pushed.detach()
+
+
+def loss_squares(network: Network, probes: int, generator: torch.Generator | None) -> Tensor:
+    """``|dl_n/dtheta|^2``, ``[N]``, estimated without bias from Gaussian directional derivatives: a pass for each."""
+
+    def normal(p: Tensor) -> Tensor:
+        return torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
+
+    parameters = network.problem.parameters
+    directions = ({name: normal(p) for name, p in parameters.items()} for _ in range(probes))
+    with network.point.forward(live) as run:
+        return _mean(x.square() for x in _pushed(network, run, directions))
+
+
+def outgoing_squares(network: Network, probes: int, generator: torch.Generator | None) -> Tensor:
+    """``sum_n |G[n, m]|^2``, ``[N]``, estimated without bias from random signs of the losses: a pass for each."""
+
+    def squares(run: Recorded) -> Tensor:
+        parts: dict[str, Tensor] = {}
+        run.rows(lambda name, g: parts.__setitem__(name, reductions.row_dot(g, g)), signs(run.losses, generator))
+        return _sum(parts)
+
+    with network.point.recorded() as run:
+        return _mean(squares(run) for _ in range(probes))
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -132,11 +167,7 @@ def output_input_squares(network: Network, probes: int | None, generator: torch.
         if probes is None:
             squares = _input_squares(network, run.inputs, f.reshape(-1))
             return squares.view(network.n, f.shape[1], network.n).sum(1)
-        total = f.new_zeros(network.n, network.n)
-        for _ in range(probes):
-            signs = torch.randint(0, 2, f.shape, generator=generator, device=f.device).mul_(2).sub_(1).to(f.dtype)
-            total += _input_squares(network, run.inputs, (f * signs).sum(1))
-        return total / probes
+        return _mean(_input_squares(network, run.inputs, (f * signs(f, generator)).sum(1)) for _ in range(probes))
 
 
 def _input_squares(network: Network, inputs: Tree, out: Tensor) -> Tensor:
@@ -162,3 +193,20 @@ def _one(network: Network, n: int) -> Tensor:
     weight = torch.zeros_like(network.structure.losses)
     weight[n] = 1
     return weight
+
+
+def signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random signs."""
+    bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
+    return (2 * bits - 1).to(like.dtype)
+
+
+def _sum(parts: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(parts.values())).sum(0)
+
+
+def _mean(values: Iterable[Tensor]) -> Tensor:
+    first, *rest = values
+    for value in rest:
+        first = first + value
+    return first / (1 + len(rest))

@@ -1,0 +1,447 @@
+"""What may couple and how: kinds of layers, of inputs, of modes; what does not; what can't be told, with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from coupled_nets import setups
+from torch import Tensor, nn
+
+import persample
+from persample import batchnorm
+from persample.batchnorm.coupling import Coupling
+from persample.batchnorm.network import cheaper, costs
+
+CE = nn.CrossEntropyLoss()
+
+
+class Fn(nn.Module):
+    """Modules and a function of them."""
+
+    def __init__(self, function: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+def data(*shape: int, classes: int = 3, at: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return x, torch.randint(classes, (shape[at],), generator=generator)
+
+
+def seeded(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / max(1, p.shape[-1]) ** 0.5)
+    return model.double()
+
+
+def agrees_with_autograd(C: Coupling, model: nn.Module, x: Any, y: Tensor, atol: float = 1e-10) -> None:
+    """Rows of the losses and their statistics, against autograd on the model as it is; both routes; the derivative in the weights."""
+    state = deepcopy(model.state_dict())
+    torch.random.manual_seed(5)
+    losses = F.cross_entropy(model(*x) if isinstance(x, tuple) else model(x), y, reduction="none")
+    parameters = {name: p for name, p in model.named_parameters() if name in C.names}
+    rows = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in losses]
+    model.load_state_dict(state)
+    expected = {name: torch.stack(r) for name, r in zip(parameters, zip(*rows, strict=True), strict=True)}
+    for route in ("samples", "statistics"):
+        other = Coupling(type(C.network)(C.network.point, route))
+        G = other.gradients("loss")
+        copies = other.gradients("copy").sum()
+        psi = other.gradients("influence").sum()
+        for name, value in expected.items():
+            torch.testing.assert_close(G[name], value, rtol=0, atol=atol)
+            torch.testing.assert_close(copies[name], value.sum(0), rtol=0, atol=atol)
+            torch.testing.assert_close(psi[name], value.sum(0), rtol=0, atol=10 * atol)
+        torch.testing.assert_close(other.statistic_influence().sum(0) + C.losses, C.effective_losses(), rtol=0, atol=atol)
+
+
+# ---- kinds of coupling ----------------------------------------------------------------------------------------------
+
+
+def bn1(**options: Any) -> nn.Module:
+    return nn.BatchNorm1d(4, **options)
+
+
+def layered(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), norm, nn.ReLU(inplace=True), nn.Linear(4, 3))
+
+
+def functional(m: Any, x: Tensor) -> Tensor:
+    h = F.batch_norm(m.fc(x), None, None, training=True)
+    return m.out(torch.tanh(torch.batch_norm(h, m.bn.weight, m.bn.bias, None, None, True, 0.1, 1e-3, False)))
+
+
+def tokens(m: Any, x: Tensor) -> Tensor:
+    """BatchNorm over all tokens of all samples: [N T, D]."""
+    n, t, _ = x.shape
+    h = m.bn(m.fc(x).reshape(n * t, -1)).reshape(n, t, -1)
+    return m.out(torch.relu(h).mean(1))
+
+
+def sequence_first(m: Any, x: Tensor) -> Tensor:
+    t, n, _ = x.shape
+    h = m.bn(m.fc(x).reshape(t * n, -1)).reshape(t, n, -1)
+    return m.out(torch.relu(h).mean(0))
+
+
+def positions(m: Any, x: Tensor) -> Tensor:
+    """Samples on a spatial axis: [1, C, N]."""
+    return m.out(torch.relu(m.bn(m.fc(x).T.unsqueeze(0))).squeeze(0).T)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "plain": (lambda: layered(bn1()), (6, 5)),
+    "no affine": (lambda: layered(bn1(affine=False)), (6, 5)),
+    "no running statistics": (lambda: layered(bn1(track_running_stats=False)), (6, 5)),
+    "no running statistics in eval": (lambda: layered(bn1(track_running_stats=False)).eval(), (6, 5)),
+    "nothing to know it by": (lambda: layered(bn1(track_running_stats=False, affine=False)).eval(), (6, 5)),
+    "cumulative average": (lambda: layered(bn1(momentum=None)), (6, 5)),
+    "functional": (lambda: Fn(functional, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)), (6, 5)),
+    "tokens": (lambda: Fn(tokens, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)), (4, 3, 5)),
+    "positions": (lambda: Fn(positions, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)), (6, 5)),
+    "lengths": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), bn1(), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)), (5, 2, 6)),
+    "volumes": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.Flatten(), nn.Linear(16, 3)), (5, 1, 3, 3, 3)),
+    "dropout": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), bn1(), nn.Dropout(0.3), nn.Linear(4, 3)), (6, 5)),
+    "on the input": (lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), (6, 5)),
+    "at the end": (lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), (6, 5)),
+    "two samples": (lambda: layered(bn1(eps=0.1)), (2, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_coupling(kind: str) -> None:
+    build, shape = KINDS[kind]
+    model = seeded(build())
+    x, y = data(*shape)
+    torch.random.manual_seed(5)
+    C = persample.coupling(model, CE, x, y)
+    assert C.coupled or kind == "on the input"
+    agrees_with_autograd(C, model, x, y)
+
+
+def test_sequence_first() -> None:
+    model = seeded(Fn(sequence_first, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)))
+    x, y = data(3, 4, 5, at=1)
+    C = persample.coupling(model, CE, x, y, batch_dim=(1, 0, 0))
+    agrees_with_autograd(C, model, x, y)
+    first = persample.coupling(
+        Fn(lambda m, x: model(x.transpose(0, 1)), inner=model), CE, x.transpose(0, 1).contiguous(), y
+    )
+    torch.testing.assert_close(C.norms(), first.norms(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(C.input_norms(), first.input_norms(), rtol=0, atol=1e-12)
+
+
+def test_names_of_layers_and_what_they_couple() -> None:
+    C = persample.coupling(*_arguments("reused"))
+    assert C.layers == {"bn": 5, "bn#2": 5}
+    assert C.coupled == {
+        "fc1.weight": ["bn", "bn#2"], "fc1.bias": ["bn", "bn#2"], "bn.weight": ["bn#2"], "bn.bias": ["bn#2"],
+        "fc2.weight": ["bn#2"], "fc2.bias": ["bn#2"],
+    }  # fmt: skip
+    assert C.uncoupled == ["out.weight", "out.bias"]
+    C = persample.coupling(*_arguments("branches"))
+    assert C.layers == {"bn0": 4, "a": 3, "b": 3}
+    assert C.coupled["bn0.weight"] == ["a", "b"] and C.coupled["fc2.weight"] == ["b"]
+    model = seeded(KINDS["nothing to know it by"][0]())
+    assert list(persample.coupling(model, CE, *data(6, 5)).layers) == ["1"]
+    model = seeded(KINDS["functional"][0]())
+    assert list(persample.coupling(model, CE, *data(6, 5)).layers) == ["batch_norm", "bn"]
+
+
+def _arguments(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    setup = setups[name]()
+    return setup.net, CE, setup.x, setup.y
+
+
+def test_uncoupled_parameters_keep_ordinary_gradients() -> None:
+    net, loss, x, y = _arguments("mlp")
+    C = persample.coupling(net, loss, x, y)
+    assert C.uncoupled == ["bn2.weight", "bn2.bias", "out.weight", "out.bias"]
+    ordinary = persample.gradients(net, loss, x, y, params=C.uncoupled)
+    for notion in ("frozen", "copy", "loss"):
+        G = C.gradients(notion)
+        for name in C.uncoupled:
+            torch.testing.assert_close(G[name], ordinary[name], rtol=0, atol=1e-12)
+    with pytest.raises(persample.BatchCoupledError, match="fc1.weight"):
+        persample.gradients(net, loss, x, y)
+
+
+def test_a_layer_that_no_loss_depends_on_does_not_count() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.bn(m.fc(x))
+        return m.out(m.fc(x))
+
+    C = persample.coupling(seeded(Fn(run, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3))), CE, *data(6, 5))
+    assert C.layers == {} and C.coupled == {} and C.gradients("loss").unused == ("bn.weight", "bn.bias")
+
+
+@pytest.mark.parametrize("norm", ["group", "layer", "instance", "eval", "none"])
+def test_without_coupling_every_index_is_exactly_zero(norm: str) -> None:
+    layers = {
+        "group": nn.GroupNorm(2, 4), "layer": nn.LayerNorm([4, 3, 3]), "instance": nn.InstanceNorm2d(4, affine=True),
+        "eval": nn.BatchNorm2d(4).eval(), "none": nn.Identity(),
+    }  # fmt: skip
+    model = seeded(nn.Sequential(nn.Conv2d(2, 4, 3), layers[norm], nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)))
+    C = persample.coupling(model, CE, *data(5, 2, 5, 5))
+    n = len(C)
+    diagonal = ~torch.eye(n, dtype=torch.bool)
+    for table in (C.norms(), C.input_norms(), C.output_input_norms(), C.statistic_influence(), C.leave_one_out(True)):
+        assert table.shape == (n, n) and torch.equal(table[diagonal], torch.zeros(n * n - n, dtype=table.dtype))
+    assert torch.equal(C.statistic_influence().diagonal(), torch.zeros(n, dtype=torch.float64))
+    for index in (C.data_coupling(), C.theta_coupling(), C.participation() - 1, C.effective_losses() - C.losses):
+        assert torch.equal(index, torch.zeros(n, dtype=torch.float64))
+    assert C.adjoints() == {} and C.coupled == {} and C.layers == {} and C.uncoupled == list(C.names)
+    ordinary = persample.gradients(model, CE, *data(5, 2, 5, 5))
+    for notion in ("eval", "frozen", "copy", "loss", "influence"):
+        for name, value in C.gradients(notion).dense().items():
+            torch.testing.assert_close(value, ordinary[name], rtol=0, atol=1e-12)
+    torch.testing.assert_close(C.norms().diagonal(), ordinary.norm(), rtol=0, atol=1e-12)
+
+
+# ---- nothing is left behind -----------------------------------------------------------------------------------------
+
+
+def everything(C: Coupling) -> None:
+    for notion in ("eval", "frozen", "copy", "loss", "influence"):
+        C.gradients(notion)
+    C.norms(), C.column(0), C.input_norms(), C.leave_one_out(True), C.via_statistics(), C.adjoints()
+    C @ {name: p.detach() for name, p in C.network.problem.parameters.items()}
+
+
+def test_nothing_is_left_behind() -> None:
+    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(momentum=None), nn.Dropout(0.5), nn.Linear(4, 4), bn1(), nn.Linear(4, 3)))
+    x, y = data(6, 5)
+    x.requires_grad_()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before, random = deepcopy(model.state_dict()), torch.get_rng_state()
+    everything(persample.coupling(model, CE, x, y))
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and x.grad is None
+    assert all(p.grad is None for p in list(model.parameters())[1:])
+    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("notion", ["eval", "frozen", "copy", "loss", "influence"])
+def test_gradients_draw_as_one_forward_pass_and_move_no_statistics(notion: str) -> None:
+    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Dropout(0.5), nn.Linear(4, 3)))
+    x, y = data(6, 5)
+    before = deepcopy(model.state_dict())
+    torch.manual_seed(2)
+    G = persample.gradients(model, CE, x, y, coupled=notion)
+    drawn = torch.rand(3)
+    assert all(torch.equal(value, before[k]) for k, value in model.state_dict().items())
+    if notion == "eval":
+        model[1].eval()
+    torch.manual_seed(2)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    torch.testing.assert_close(G.losses, losses.detach())
+    assert torch.equal(drawn, torch.rand(3))
+    assert f"coupled='{notion}'" in repr(G)
+    model.load_state_dict(before)
+    state = torch.get_rng_state()
+    a, b = (persample.gradients(model, CE, x, y, coupled=notion, generator=torch.Generator().manual_seed(7)) for _ in "ab")
+    torch.testing.assert_close(a.flat(), b.flat())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_statistics_runs() -> None:
+    arguments = _arguments("mlp")
+    for notion in ("frozen", "copy", "loss", "influence"):
+        G = persample.gradients(*arguments, coupled=notion)
+        S = persample.gradients(*arguments, coupled=notion, quantities=["norm", "variance", ("clip", {"max_norm": 0.1})])
+        torch.testing.assert_close(S.norm(), G.norm())
+        for name, value in G.clip(0.1).items():
+            torch.testing.assert_close(S.clip()[name], value)
+            torch.testing.assert_close(S.variance()[name], G.variance()[name])
+
+
+# ---- costs ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_cheaper_route_is_taken_on_both_sides_of_the_crossover() -> None:
+    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)))
+    K = 12
+    for n in (5, K, K + 2, 40):
+        x, y = data(n, 5)
+        C = persample.coupling(model, CE, x, y, verify=False)
+        before = C.passes.backward
+        C.gradients("loss")
+        expected = min(n, 1 + K) + (n < 1 + K)  # uncoupled parameters take one frozen pass in either route
+        assert C.passes.backward - before == 1 + expected  # and the structure one
+        assert C.costs() == {"samples": n, "statistics": 1 + K}
+        assert C.costs()[cheaper(n, K)] == min(C.costs().values())
+        by = {}
+        for route in ("samples", "statistics"):
+            other = persample.coupling(model, CE, x, y, verify=False, route=route)
+            other.gradients("loss")
+            by[route] = other.passes.backward
+        assert C.passes.backward == min(by.values())
+    assert costs(10, 0)["statistics"] == 0
+
+
+def test_passes_of_everything_else() -> None:
+    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)))
+    C = persample.coupling(model, CE, *data(9, 5), verify=False)
+    _ = C.layers
+
+    def cost(run: Callable[[], Any]) -> tuple[int, int]:
+        before = C.passes.forward, C.passes.backward
+        run()
+        return C.passes.forward - before[0], C.passes.backward - before[1]
+
+    assert cost(lambda: C.effective_losses()) == (0, 0)
+    assert cost(lambda: C.gradients("frozen")) == (1, 1)
+    assert cost(lambda: C.gradients("frozen")) == (0, 0)
+    assert cost(lambda: C.gradients("copy")) == (1, 1)
+    assert cost(lambda: C.gradients("eval")) == (1, 1)
+    assert cost(lambda: C.row(0)) == (1, 1)
+    assert cost(lambda: C.gradients("loss", samples=[0, 5])) == (1, 2)
+    assert cost(lambda: C.norms()) == (1, 9)
+    assert cost(lambda: C.norms()) == (0, 0)
+    assert cost(lambda: C.statistic_influence()) == (1, 9)
+    assert cost(lambda: C.adjoints()) == (0, 0)
+    assert cost(lambda: C @ {name: p.detach() for name, p in C.network.problem.parameters.items()}) == (1, 2)
+    assert cost(lambda: C.outgoing_norms(probes=3)) == (1, 3)
+    assert cost(lambda: C.loss_norms(probes=3)) == (1, 4)
+    assert cost(lambda: C.leave_one_out(exact=True)) == (9, 0)
+
+
+def test_only_the_statistics_before_the_chosen_parameters_are_paid_for() -> None:
+    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)))
+    C = persample.coupling(model, CE, *data(50, 5), params=r"3\.|4\.|5\.", verify=False)
+    assert C.costs() == {"samples": 50, "statistics": 5} and C.coupled == {"3.weight": ["4"], "3.bias": ["4"]}
+    whole = persample.coupling(model, CE, *data(50, 5)).gradients("loss")
+    torch.testing.assert_close(C.gradients("loss")["3.weight"], whole["3.weight"], rtol=0, atol=1e-12)
+
+
+def conv_net(c: int = 16) -> nn.Module:
+    """64 BatchNorm channels with c = 16."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = torch.relu(m.b0(m.c0(x)))
+        x = torch.relu(x + m.b2(m.c2(torch.relu(m.b1(m.c1(x))))))
+        return m.out(torch.relu(m.b3(m.c3(x))).mean((2, 3)))
+
+    def conv(i: int) -> nn.Module:
+        return nn.Conv2d(i, c, 3, padding=1)
+
+    return Fn(
+        run, c0=conv(3), c1=conv(c), c2=conv(c), c3=conv(c), b0=nn.BatchNorm2d(c), b1=nn.BatchNorm2d(c),
+        b2=nn.BatchNorm2d(c), b3=nn.BatchNorm2d(c), out=nn.Linear(c, 10),
+    )  # fmt: skip
+
+
+def test_all_losses_of_a_convolutional_net() -> None:
+    """N = 512 images of 8 x 8, 64 BatchNorm channels: 129 passes instead of 512."""
+    torch.manual_seed(0)
+    model, x, y = conv_net(), torch.randn(512, 3, 8, 8), torch.randint(10, (512,))
+    C = persample.coupling(model, CE, x, y, verify=False)
+    G = C.gradients("loss")
+    assert C.passes.backward == 1 + 1 + 128 and sum(C.layers.values()) == 64
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    for n in (0, 300):
+        grads = torch.autograd.grad(losses[n], list(model.parameters()), retain_graph=True)
+        for name, g in zip(C.names, grads, strict=True):
+            assert float((G[name][n] - g).norm()) < 1e-3 * float(g.norm()) + 1e-5, name
+
+
+# ---- what can't be told -----------------------------------------------------------------------------------------------
+
+
+def test_other_coupling_is_noticed() -> None:
+    model = seeded(Fn(lambda m, x: m.out(m.bn(m.fc(x)) - m.fc(x).mean(0)), fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)))
+    with pytest.raises(persample.BatchCoupledError, match="something else"):
+        persample.coupling(model, CE, *data(6, 5))
+    with pytest.raises(persample.BatchCoupledError, match="something else"):
+        persample.gradients(model, CE, *data(6, 5), coupled="loss")
+
+
+def test_a_single_value_has_no_variance() -> None:
+    with pytest.raises(persample.PersampleError, match="single value"):
+        persample.coupling(layered(bn1()).double(), CE, *data(1, 5))
+
+
+def test_samples_of_unknown_place() -> None:
+    model = seeded(Fn(lambda m, x: m.out(m.bn(m.fc(x).T).T), fc=nn.Linear(5, 4), bn=nn.BatchNorm1d(6), out=nn.Linear(4, 3)))
+    with pytest.raises(persample.PersampleError, match="'bn': can't tell where the samples are"):
+        persample.coupling(model, CE, *data(6, 5))
+
+
+def test_arguments() -> None:
+    arguments = _arguments("mlp")
+    C = persample.coupling(*arguments)
+    with pytest.raises(ValueError, match="not one thing"):
+        C.gradients("true")
+    with pytest.raises(ValueError, match="route"):
+        persample.coupling(*arguments, route="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="coupled must be one of"):
+        persample.gradients(*arguments, coupled="true")
+    with pytest.raises(ValueError, match="needs engine='hooks'"):
+        persample.gradients(*arguments, coupled="loss", engine="vmap")
+    with pytest.raises(persample.PersampleError, match="direction"):
+        C @ {"fc1.weight": torch.zeros(6, 5)}
+    with pytest.raises(persample.PersampleError, match=r"\[6, 5\]"):
+        C @ {name: torch.zeros(3) for name in C.names}
+    with pytest.raises(persample.PersampleError, match="one weight per loss"):
+        C.T @ torch.ones(3)
+    with pytest.raises(persample.PersampleError, match="no coupling BatchNorm call 'bn9'"):
+        C.via_statistics("bn9")
+
+
+def test_inputs_that_have_no_derivative() -> None:
+    model = seeded(Fn(lambda m, x: m.out(m.bn(m.e(x))), e=nn.Embedding(7, 4), bn=bn1(), out=nn.Linear(4, 3)))
+    x, y = torch.randint(7, (6,)), torch.randint(3, (6,))
+    C = persample.coupling(model, CE, x, y)
+    agrees_with_autograd(C, model, x, y)
+    with pytest.raises(persample.PersampleError, match="floating"):
+        C.input_norms()
+
+
+def test_half_precision_and_criteria_per_sample() -> None:
+    model = layered(bn1()).bfloat16()
+    x, y = torch.randn(8, 5).bfloat16(), torch.randint(3, (8,))
+    G = persample.coupling(model, lambda f, t: F.cross_entropy(f.float(), t, reduction="none"), x, y).gradients("loss")
+    exact = persample.coupling(deepcopy(model).float(), CE, x.float(), y).gradients("loss")
+    assert float((G.flat().float() - exact.flat()).norm() / exact.flat().norm()) < 0.1
+
+
+# ---- to be looked at ------------------------------------------------------------------------------------------------
+
+
+def test_repr_and_html() -> None:
+    C = persample.coupling(*_arguments("mlp"))
+    assert repr(C).startswith("Coupling(samples: 7, statistics: 18 of 2 BatchNorm calls")
+    page = C._repr_html_()
+    assert "bn1" in page and "fc1.weight" in page and page.count("<tr>") == page.count("</tr>")
+    plain = persample.coupling(seeded(nn.Linear(5, 3)), CE, *data(6, 5))
+    assert "no BatchNorm" in repr(plain) and "<table>" in plain._repr_html_()
+
+
+def test_plots() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    C = persample.coupling(*_arguments("mlp"))
+    for draw in (Coupling.plot, batchnorm.plot_layers, batchnorm.plot_spectrum, batchnorm.plot_notions):
+        figure, ax = plt.subplots()
+        assert draw(C, ax=ax) is ax and ax.has_data()
+        plt.close(figure)
+    ax = batchnorm.plot_decay([C, persample.coupling(*_arguments("mlp"))])
+    assert len(ax.lines) == 2
+    plt.close("all")

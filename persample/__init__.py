@@ -1,6 +1,7 @@
 """Per-sample quantities of any PyTorch model: individual gradients, norms, inner products, moments, projections.
 
-N, M samples; T, S tokens or positions; K blocks; O, I out and in features; P a parameter's shape; V, D vocabulary and width;
+N, M samples; T, S tokens or positions; K blocks; O, I out and in features; P a parameter's shape; V, D vocabulary and
+width;
 C channels: the alphabet of shapes used in every docstring.
 """
 

@@ -36,22 +36,30 @@ def gradients(
 ) -> Any:
     """Per-sample gradients ``G [N, D]``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``.
 
-    The loss of sample ``n`` is what ``loss_fn(outputs, targets)`` says of that sample alone: an ``[N]`` result is taken as it is, a scalar
-    criterion (any ``nn.*Loss()``) is applied to batches of one.  Class weights then cancel in a mean over one sample, and there is no ``1/N``.
+    The loss of sample ``n`` is what ``loss_fn(outputs, targets)`` says of that sample alone: an ``[N]`` result is
+    taken as it is, a scalar
+    criterion (any ``nn.*Loss()``) is applied to batches of one.  Class weights then cancel in a mean over one sample,
+    and there is no ``1/N``.
 
     Args:
         model: any module; its ``.grad``, buffers beyond an ordinary forward pass, and hooks stay as they are.
         loss_fn: ``loss_fn(outputs, targets) ->`` ``[N]`` or a scalar.
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; nested as you like.
         targets: as ``inputs``, or ``None``; passed to ``loss_fn``.
-        engine: ``"hooks"`` (one forward and backward pass, any model), ``"vmap"`` (``torch.func``), ``"loop"`` (one sample at a time: the definition).
-        params: which parameters: a regular expression for ``re.match``, names, or a predicate ``(name, parameter)``; all that require grad by default.
-        batch_dim: where the samples are: an int for all tensors, or ``(inputs, targets[, outputs])`` with an int, ``None`` (shared) or a pytree each.
-        coupled: for models whose batch is coupled (BatchNorm in training mode), which of five notions to return: ``"eval"``, ``"frozen"``, ``"copy"``,
+        engine: ``"hooks"`` (one forward and backward pass, any model), ``"vmap"`` (``torch.func``), ``"loop"`` (one
+            sample at a time: the definition).
+        params: which parameters: a regular expression for ``re.match``, names, or a predicate ``(name, parameter)``;
+            all that require grad by default.
+        batch_dim: where the samples are: an int for all tensors, or ``(inputs, targets[, outputs])`` with an int,
+            ``None`` (shared) or a pytree each.
+        coupled: for models whose batch is coupled (BatchNorm in training mode), which of five notions to return:
+            ``"eval"``, ``"frozen"``, ``"copy"``,
             ``"loss"`` or ``"influence"``; see `persample.coupling`.
-        quantities: names of `Gradients` methods or ``(name, options)`` pairs; the run then reduces on arrival and returns `Statistics`.
+        quantities: names of `Gradients` methods or ``(name, options)`` pairs; the run then reduces on arrival and
+            returns `Statistics`.
         max_bytes: a bound for what is computed at a time; results don't depend on it.
-        verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine. Costs about one sample.
+        verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine.
+            Costs about one sample.
         generator: its next draw seeds the forward pass (dropout), which leaves the global random state as it was.
 
     Returns:
@@ -60,27 +68,52 @@ def gradients(
     Raises:
         LossError, SampleAxisError, EmptyBatchError, UnknownParameterError: what was given doesn't fit.
         BatchCoupledError: samples depend on each other, and ``coupled`` doesn't say which notion is meant.
-        CaptureError, InplaceError, HigherOrderError, RandomnessError, VerificationError: the engine can't serve this model, and says why.
+        CaptureError, InplaceError, HigherOrderError, RandomnessError, VerificationError: the engine can't serve this
+        model, and says why.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {list(ENGINES)}, got {engine!r}.")
     if coupled is not None and engine != "hooks":
-        raise ValueError(f"coupled={coupled!r} needs engine='hooks': {engine!r} runs samples alone, which is another function.")
+        raise ValueError(
+            f"coupled={coupled!r} needs engine='hooks': {engine!r} runs samples alone, which is another function."
+        )
     with _seeded(generator):
         if quantities is not None:
             statistics = Statistics(quantities, {name: p.shape for name, p in problem.parameters.items()})
-            run, note = _verified(problem, engine, statistics.emit, verify, again=statistics.again, max_bytes=max_bytes, coupled=coupled)
+            run, note = _verified(
+                problem, engine, statistics.emit, verify, again=statistics.again, max_bytes=max_bytes, coupled=coupled
+            )
             return statistics.finish(run)
         kept: dict[str, Factors] = {}
-        run, note = _verified(problem, engine, lambda name, g: kept.__setitem__(name, compact(g)), verify, max_bytes=max_bytes, coupled=coupled)
+        run, note = _verified(
+            problem,
+            engine,
+            lambda name, g: kept.__setitem__(name, compact(g)),
+            verify,
+            max_bytes=max_bytes,
+            coupled=coupled,
+        )
     return Gradients(
-        {name: kept[name] for name in problem.parameters}, run.losses, run.outputs,
-        unused=run.unused, aliases=problem.aliases, parameters=problem.parameters, note=note,
-    )  # fmt: skip
+        {name: kept[name] for name in problem.parameters},
+        run.losses,
+        run.outputs,
+        unused=run.unused,
+        aliases=problem.aliases,
+        parameters=problem.parameters,
+        note=note,
+    )
 
 
-def _verified(problem: Problem, engine: str, emit: Emit, verify: bool | None, again: bool = False, max_bytes: int | None = None, coupled: str | None = None) -> tuple[Pass, str]:
+def _verified(
+    problem: Problem,
+    engine: str,
+    emit: Emit,
+    verify: bool | None,
+    again: bool = False,
+    max_bytes: int | None = None,
+    coupled: str | None = None,
+) -> tuple[Pass, str]:
     """Run the engine; at the first call of its kind, hold one row against the definition."""
     if coupled is not None:
         from .batchnorm.notions import coupled_pass

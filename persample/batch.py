@@ -37,7 +37,9 @@ class Tree:
 
     def map(self, f: Callable[[Tensor, int], Tensor]) -> Any:
         """The structure with ``f(tensor, axis)`` for every tensor that has samples."""
-        return unflatten([x if axis is None else f(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True)], self.spec)
+        return unflatten(
+            [x if axis is None else f(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True)], self.spec
+        )
 
     def sample(self, n: int) -> Any:
         """Sample ``n`` alone, as a batch of one."""
@@ -45,7 +47,10 @@ class Tree:
 
     def select(self, index: Tensor) -> Tree:
         """The samples of ``index``."""
-        leaves = [x if axis is None else x.index_select(axis, index.to(x.device)) for x, axis in zip(self.leaves, self.axes, strict=True)]
+        leaves = [
+            x if axis is None else x.index_select(axis, index.to(x.device))
+            for x, axis in zip(self.leaves, self.axes, strict=True)
+        ]
         return Tree(leaves, self.spec, self.axes)
 
 
@@ -61,39 +66,56 @@ class Batch:
     @staticmethod
     def of(inputs: Any, targets: Any, batch_dim: PyTree = 0) -> Batch:
         dims = _three(batch_dim)
-        given = [_axes(tree, dim, what) for tree, dim, what in zip((inputs, targets), dims[:2], ("inputs", "targets"), strict=True)]
+        given = [
+            _axes(tree, dim, what)
+            for tree, dim, what in zip((inputs, targets), dims[:2], ("inputs", "targets"), strict=True)
+        ]
         sizes = [
-            x.shape[axis] for leaves, _, axes, _ in given for x, axis in zip(leaves, axes, strict=True) if axis is not None
+            x.shape[axis]
+            for leaves, _, axes, _ in given
+            for x, axis in zip(leaves, axes, strict=True)
+            if axis is not None
         ]
         n = next((size for size in sizes if size != 1), 1) if sizes else 1
         if not sizes:
-            raise SampleAxisError("no tensor among the inputs and targets has a sample axis. Give batched tensors, or say where the samples are with batch_dim=.")
+            raise SampleAxisError(
+                "no tensor among the inputs and targets has a sample axis. Give batched tensors, or say where the "
+                "samples are with batch_dim=."
+            )
         if n == 0:
-            raise EmptyBatchError("the batch has no sample (N = 0), so there is nothing to differentiate. Skip empty batches.")
+            raise EmptyBatchError(
+                "the batch has no sample (N = 0), so there is nothing to differentiate. Skip empty batches."
+            )
         trees = [_tree(*tree, n, what) for tree, what in zip(given, ("inputs", "targets"), strict=True)]
         if not any(axis is not None for axis in trees[0].axes):
-            raise SampleAxisError(f"none of the inputs has a sample axis of size N = {n}. Say where it is with batch_dim=.")
+            raise SampleAxisError(
+                f"none of the inputs has a sample axis of size N = {n}. Say where it is with batch_dim=."
+            )
         return Batch(n, trees[0], trees[1], dims[2])
 
     def outputs(self, outputs: Any) -> Tree:
         """The sample axes of what the model returned."""
         leaves, spec = flatten(outputs)
         try:
-            dims = [self.output_dim] * len(leaves) if isinstance(self.output_dim, int) else _prefix(self.output_dim, outputs)
+            dims = (
+                [self.output_dim] * len(leaves)
+                if isinstance(self.output_dim, int)
+                else _prefix(self.output_dim, outputs)
+            )
         except ValueError as error:
             raise SampleAxisError(f"batch_dim for the outputs does not fit what the model returned: {error}") from None
         axes: list[Axis] = []
         for x, dim in zip(leaves, dims, strict=True):
             places = [dim, 0] if isinstance(self.output_dim, int) else [dim]  # a sequence-first model may return [N, C]
-            axes.append(next((d % x.ndim for d in places if isinstance(x, Tensor) and _has(x, d, self.n)), None))
+            axes.append(next((d % x.ndim for d in places if d is not None and _has(x, d, self.n)), None))
         return Tree(leaves, spec, axes)
 
     def select(self, index: Tensor) -> Batch:
         return Batch(len(index), self.inputs.select(index), self.targets.select(index), self.output_dim)
 
 
-def _has(x: Tensor, dim: Axis, n: int) -> bool:
-    return dim is not None and -x.ndim <= dim < x.ndim and x.shape[dim] == n
+def _has(x: Any, dim: int, n: int) -> bool:
+    return isinstance(x, Tensor) and -x.ndim <= dim < x.ndim and x.shape[dim] == n
 
 
 def _three(batch_dim: PyTree) -> tuple[PyTree, PyTree, PyTree]:
@@ -103,9 +125,10 @@ def _three(batch_dim: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         return batch_dim[0], batch_dim[1], batch_dim[2] if len(batch_dim) == 3 else 0
     if isinstance(batch_dim, (dict, list)):
         return batch_dim, 0, 0
-    raise SampleAxisError(f"batch_dim must be an int, a pytree for the inputs, or a tuple (inputs, targets[, outputs]), got {batch_dim!r}.")
-
-
+    raise SampleAxisError(
+        "batch_dim must be an int, a pytree for the inputs, or a tuple (inputs, targets[, outputs]), got "
+        f"{batch_dim!r}."
+    )
 
 
 def _prefix(dims: PyTree, tree: Any) -> list[Axis]:
@@ -152,7 +175,8 @@ def _tree(leaves: list[Any], spec: Any, axes: list[Axis], default: bool, n: int,
             final.append(None)
         else:
             raise SampleAxisError(
-                f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but others have N = {n} samples. "
+                f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but others "
+                f"have N = {n} samples. "
                 "Say where its samples are with batch_dim= (None: shared by all samples)."
             )
     return Tree(leaves, spec, final)

@@ -3,7 +3,8 @@
 While a forward runs under `Capture` (a ``TorchFunctionMode``), every tensor is one of three things:
 
 * **shared**: it depends on no sample.  Parameters, buffers, and what is computed from shared tensors only
-  (``weight.t()``, ``wpe(arange(T))``, a normalised weight); the latter are `Derivation` objects, to be pulled back later.
+  (``weight.t()``, ``wpe(arange(T))``, a normalised weight); the latter are `Derivation` objects, to be pulled back
+  later.
 * **sampled**: it depends on the model's inputs.  Its `Layout` says where the samples are.
 * neither: a constant made on the way.  It counts as shared.
 
@@ -57,7 +58,9 @@ class Derivation:
     def read(self, x: Tensor) -> Tensor:
         """An argument, if it still is what the derivation saw."""
         if x._version != self.versions.get(id(x), x._version):
-            raise InplaceError(f"{function_name(self.func)}: an argument of shape {tuple(x.shape)} was changed in place afterwards.")
+            raise InplaceError(
+                f"{function_name(self.func)}: an argument of shape {tuple(x.shape)} was changed in place afterwards."
+            )
         return x
 
 
@@ -132,9 +135,11 @@ class Call:
 
     def samples(self, x: Tensor) -> Tensor:
         """``[N, k, *rest]``: an argument or output gradient, sample by sample (``k`` entries each)."""
-        layout = self.layouts[id(x)] if id(x) in self.layouts else self.layout
+        layout = self.layouts.get(id(x)) if id(x) in self.layouts else self.layout
         if layout is None:
-            raise SampleAxisError(f"{self.name}: can't tell where the samples are in an argument of shape {tuple(x.shape)}.")
+            raise SampleAxisError(
+                f"{self.name}: can't tell where the samples are in an argument of shape {tuple(x.shape)}."
+            )
         return samples_first(self.read(x), layout)
 
     def tokens(self, x: Tensor, features: int = 1) -> Tensor:
@@ -159,14 +164,20 @@ Listener = Callable[[Call, Sequence[Tensor | None]], None]
 class Capture(TorchFunctionMode):
     """Records the calls of a forward pass between `start` and `stop`."""
 
-    def __init__(self, model: nn.Module, wanted: set[int], listener: Listener | None = None, couplers: Collection[int] = ()) -> None:
-        """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start; ``couplers``: which calls, counted
-        from the start, are known to couple the batch although their function needn't."""
+    def __init__(
+        self, model: nn.Module, wanted: set[int], listener: Listener | None = None, couplers: Collection[int] = ()
+    ) -> None:
+        """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start;
+        ``couplers``: which calls, counted
+        from the start, are known to couple the batch although their function needn't.
+        """
         super().__init__()
         self.active = False
         self.wanted = wanted
         self.listener = listener
-        self.roots = dict(reversed([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]))
+        self.roots = dict(
+            reversed([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+        )
         self.names = {id(t): name for name, t in self.roots.items()}
         self.known: dict[int, tuple[weakref.ref[Tensor], _Sampled | _Derived]] = {}
         self.couplers = couplers
@@ -225,7 +236,11 @@ class Capture(TorchFunctionMode):
             if any(isinstance(k, _Derived) for k in kinds):
                 self._derive(func, args, kwargs, tensors, before, out)
             return out
-        couples = "makes a sample's values depend on the other samples" if self.ordinal in self.couplers else rules.coupling(func, args, kwargs)
+        couples = (
+            "makes a sample's values depend on the other samples"
+            if self.ordinal in self.couplers
+            else rules.coupling(func, args, kwargs)
+        )
         live = [] if func in rules.INERT else self._live(tensors, kinds)
         if not (live or couples) or not torch.is_grad_enabled() or _is_wrapped(tensors):
             out = func(*args, **kwargs)
@@ -262,11 +277,18 @@ class Capture(TorchFunctionMode):
                 saved[id(t)] = t.detach().clone() if mutates and t is args[0] else t.detach()
         swap = lambda t: saved.get(id(t), t) if isinstance(t, Tensor) else t  # noqa: E731
         call = Call(
-            func, tree_map(swap, args), tree_map(swap, kwargs), live,
-            {id(saved[i]): layout for i, layout in layouts.items()}, [], inputs,
+            func,
+            tree_map(swap, args),
+            tree_map(swap, kwargs),
+            live,
+            {id(saved[i]): layout for i, layout in layouts.items()},
+            [],
+            inputs,
             {id(t): t._version for t in [*saved.values(), *(s.tensor for s in live)]},
-            next((self.names[id(t)] for t in tensors if id(t) in self.names), ""), couples, self.listener,
-        )  # fmt: skip
+            next((self.names[id(t)] for t in tensors if id(t) in self.names), ""),
+            couples,
+            self.listener,
+        )
         out = func(*args, **kwargs)
         if func in rules.NESTED:
             out = tuple(t.clone() for t in out)
@@ -287,11 +309,14 @@ class Capture(TorchFunctionMode):
         shapes = [t.shape for t in outputs]
         for end in ends:
             assert end.grad_fn is not None
-            end.grad_fn.metadata.setdefault(_KEY, []).append((call, end.output_nr))
+            _metadata(end.grad_fn).setdefault(_KEY, []).append((call, end.output_nr))
         if len(ends) == 1:
             ends[0].register_hook(lambda g: call.arrive((g.reshape(shapes[0]),)))
         elif ends:
-            register_multi_grad_hook(ends, lambda gs: call.arrive([g if g is None else g.reshape(s) for g, s in zip(gs, shapes, strict=True)]))
+            register_multi_grad_hook(
+                ends,
+                lambda gs: call.arrive([g if g is None else g.reshape(s) for g, s in zip(gs, shapes, strict=True)]),
+            )
 
     # ---- what the outputs are -----------------------------------------------------------------------------------
 
@@ -315,9 +340,14 @@ class Capture(TorchFunctionMode):
                 self._mark(t._base, _Sampled(None))
 
     def _derive(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor],
-        before: dict[int, int], out: Any,
-    ) -> None:  # fmt: skip
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        before: dict[int, int],
+        out: Any,
+    ) -> None:
         for t in _results(args, kwargs, out, rules.mutates(func)):
             if not t.requires_grad or t.grad_fn is None:
                 if self._kind(t) is None:
@@ -335,7 +365,8 @@ class Capture(TorchFunctionMode):
         if kwargs.get("create_graph", len(args) > position and args[position]):
             raise HigherOrderError(
                 f"torch.autograd.{func.__name__} with create_graph=True inside the model's forward: it "
-                "differentiates itself, and its parameters act through a gradient. Use engine='loop' (or 'vmap' with torch.func)."
+                "differentiates itself, and its parameters act through a gradient. Use engine='loop' (or 'vmap' with "
+                "torch.func)."
             )
 
 
@@ -343,7 +374,9 @@ class Watch(TorchFunctionMode):
     """For engines that run samples alone: raises where that would be another function, or miss a parameter."""
 
     def __init__(self, hidden: Mapping[int, str] | None = None) -> None:
-        """``hidden``: parameters (by id) that must not be used as they are, because functional copies stand for them."""
+        """``hidden``: parameters (by id) that must not be used as they are, because functional copies stand for
+        them.
+        """
         super().__init__()
         self.hidden = hidden or {}
 
@@ -353,14 +386,16 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if reason := rules.coupling(func, args, kwargs):
             raise BatchCoupledError(
-                f"{function_name(func)} {reason}, so a sample alone is another function than a sample of this batch. Use "
+                f"{function_name(func)} {reason}, so a sample alone is another function than a sample of this batch. "
+                "Use "
                 "engine='hooks' with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', or call model.eval()."
             )
         if self.hidden:
             for t in _flat(args, kwargs):
                 if isinstance(t, Tensor) and id(t) in self.hidden:
                     raise CaptureError(
-                        f"parameter '{self.hidden[id(t)]}' is used through a reference of its own, not through the model's attribute, so torch.func does "
+                        f"parameter '{self.hidden[id(t)]}' is used through a reference of its own, not through the "
+                        "model's attribute, so torch.func does "
                         "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='hooks'."
                     )
         return func(*args, **kwargs)
@@ -371,7 +406,9 @@ _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The leaves of the arguments; the common flat case without a pytree."""
-    if any(isinstance(a, (tuple, list, dict)) for a in args) or any(isinstance(v, (tuple, list, dict)) for v in kwargs.values()):
+    if any(isinstance(a, (tuple, list, dict)) for a in args) or any(
+        isinstance(v, (tuple, list, dict)) for v in kwargs.values()
+    ):
         return tree_leaves((args, kwargs))
     return [*args, *kwargs.values()]
 
@@ -394,13 +431,25 @@ def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: b
         yield into
 
 
-def _end(t: Tensor, arguments: list[Tensor]) -> Tensor:
-    """The tensor whose gradient is that of ``t``: its base where a function returns a view of what it has just computed.
+def _metadata(node: Node) -> dict[str, Any]:
+    """What may be kept with an autograd node, for as long as its graph lives."""
+    return node.metadata  # type: ignore[return-value]
 
-    (``F.linear`` of sequences does.)  An in-place operation on such a view rewrites the graph around the view's own node.
+
+def _end(t: Tensor, arguments: list[Tensor]) -> Tensor:
+    """The tensor whose gradient is that of ``t``: its base where a function returns a view of what it has just
+    computed.
+
+    (``F.linear`` of sequences does.)  An in-place operation on such a view rewrites the graph around the view's own
+    node.
     """
     base = t._base
-    if base is None or base.grad_fn is None or base.numel() != t.numel() or not (base.is_contiguous() and t.is_contiguous()):
+    if (
+        base is None
+        or base.grad_fn is None
+        or base.numel() != t.numel()
+        or not (base.is_contiguous() and t.is_contiguous())
+    ):
         return t
     known = {id(a) for x in arguments for a in (x, x._base) if a is not None}
     return t if id(base) in known else base
@@ -434,12 +483,16 @@ def reached(start: Iterable[Node | None]) -> Reached:
     stack: list[tuple[Node, list[Node] | None]] = [(node, None) for node in start if node is not None]
     while stack:
         node, visited = stack.pop()
-        found = node.metadata.get(_KEY, ())
+        found = _metadata(node).get(_KEY, ())
         if visited is None:
             if node in below:
                 continue
             below[node] = bool(found)
-            follow = [n for call, _ in found for n in call.inputs] if found else [n for n, _ in node.next_functions if n is not None]
+            follow = (
+                [n for call, _ in found for n in call.inputs]
+                if found
+                else [n for n, _ in node.next_functions if n is not None]
+            )
             stack.append((node, follow))
             stack.extend((n, None) for n in follow)
             if not found and (variable := getattr(node, "variable", None)) is not None:

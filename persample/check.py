@@ -1,4 +1,6 @@
-"""`check`: is it right for this model, parameter by parameter?  `explain`: what would serve each parameter, and at what cost?"""
+"""`check`: is it right for this model, parameter by parameter?  `explain`: what would serve each parameter, and at
+what cost?
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class CheckReport:
             raise self.failure
         if bad := [row for row in self.rows if row.verdict not in ("exact", "unused")]:
             worst = max(bad, key=lambda row: max(row.error, row.sum_error))
-            raise VerificationError(f"parameter '{worst.name}' (and {len(bad) - 1} more): {worst.reason} {worst.way_out}")
+            raise VerificationError(
+                f"parameter '{worst.name}' (and {len(bad) - 1} more): {worst.reason} {worst.way_out}"
+            )
 
     def _title(self) -> str:
         alone = f"samples {', '.join(map(str, self.samples))} run alone" if self.samples else "no sample run alone"
@@ -69,7 +73,10 @@ class CheckReport:
         return f"persample.check: {'ok' if self.ok else 'NOT ok'} (engine={self.engine}, N={self.n}, {alone}{note})"
 
     def _cells(self) -> list[list[str]]:
-        return [[r.name, r.served, f"{r.error:.1e}", f"{r.sum_error:.1e}", r.verdict, f"{r.reason} {r.way_out}".strip()] for r in self.rows]
+        return [
+            [r.name, r.served, f"{r.error:.1e}", f"{r.sum_error:.1e}", r.verdict, f"{r.reason} {r.way_out}".strip()]
+            for r in self.rows
+        ]
 
     def __str__(self) -> str:
         table = text_table(_CHECK, self._cells(), self._title())
@@ -79,26 +86,49 @@ class CheckReport:
 
     def _repr_html_(self) -> str:
         colour = {"exact": "#009E73", "unused": "#999999"}
-        below = "" if self.failure is None else f"<p><b>{type(self.failure).__name__}</b>: {escape(str(self.failure))}</p>"
-        return below + html_table(_CHECK, self._cells(), self._title(), [1.0] * len(self.rows), [colour.get(r.verdict, "#D55E00") for r in self.rows])
+        below = (
+            "" if self.failure is None else f"<p><b>{type(self.failure).__name__}</b>: {escape(str(self.failure))}</p>"
+        )
+        return below + html_table(
+            _CHECK,
+            self._cells(),
+            self._title(),
+            [1.0] * len(self.rows),
+            [colour.get(r.verdict, "#D55E00") for r in self.rows],
+        )
 
 
 _CHECK = ("parameter", "served by", "row error", "sum error", "verdict", "reason and way out")
 
 
 def check(
-    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, engine: str = "hooks", params: Selection = None,
-    batch_dim: Any = 0, samples: int = 3, generator: torch.Generator | None = None,
-) -> CheckReport:  # fmt: skip
+    model: nn.Module,
+    loss_fn: LossFunction,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    engine: str = "hooks",
+    params: Selection = None,
+    batch_dim: Any = 0,
+    samples: int = 3,
+    generator: torch.Generator | None = None,
+) -> CheckReport:
     """Whether per-sample gradients of this model are right: a report with one line per parameter.
 
-    ``samples`` random samples are run alone, through the definition, and compared with their rows; the sum of all rows is compared with the
-    ordinary gradient of the summed losses; completeness, the sample axis and batch coupling are checked on the way.  With random draws
-    (dropout) all of it is done with dropout off.  Random state and buffers are restored.  It costs about ``samples + 3 N`` sample passes.
+    ``samples`` random samples are run alone, through the definition, and compared with their rows; the sum of all rows
+    is compared with the
+    ordinary gradient of the summed losses; completeness, the sample axis and batch coupling are checked on the way.
+    With random draws
+    (dropout) all of it is done with dropout off.  Random state and buffers are restored.  It costs about ``samples + 3
+    N`` sample passes.
     Whatever the engine raises becomes part of the report; ``report.raise_if_bad()`` raises it.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
-    chosen = torch.randperm(problem.batch.n, generator=generator or torch.Generator().manual_seed(0))[:samples].sort().values.tolist()
+    chosen = (
+        torch.randperm(problem.batch.n, generator=generator or torch.Generator().manual_seed(0))[:samples]
+        .sort()
+        .values.tolist()
+    )
     return check_problem(problem, engine, chosen)
 
 
@@ -111,16 +141,26 @@ def check_problem(problem: Problem, engine: str, chosen: list[int], couplers: tu
         return _failed(problem, engine, chosen, error, couplers)
 
 
-def _failed(problem: Problem, engine: str, chosen: list[int], error: PersampleError, couplers: tuple[int, ...]) -> CheckReport:
+def _failed(
+    problem: Problem, engine: str, chosen: list[int], error: PersampleError, couplers: tuple[int, ...]
+) -> CheckReport:
     """The run raised.  Where only some parameters are coupled, the others are checked all the same."""
-    blamed = error.parameters if isinstance(error, BatchCoupledError) and error.parameters else tuple(problem.parameters)
+    blamed = (
+        error.parameters if isinstance(error, BatchCoupledError) and error.parameters else tuple(problem.parameters)
+    )
     verdict = "coupled" if isinstance(error, BatchCoupledError) else "error"
     rows = {name: Checked(name, "-", float("nan"), float("nan"), verdict, "see below") for name in blamed}
     free = {name: p for name, p in problem.parameters.items() if name not in rows}
     if free and engine == "hooks":
         report = check_problem(replace(problem, parameters=free), engine, chosen, couplers)
         rows.update({row.name: row for row in report.rows})
-    return CheckReport(engine, problem.batch.n, tuple(chosen) if free else (), tuple(rows[name] for name in problem.parameters), failure=error)
+    return CheckReport(
+        engine,
+        problem.batch.n,
+        tuple(chosen) if free else (),
+        tuple(rows[name] for name in problem.parameters),
+        failure=error,
+    )
 
 
 def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...]) -> CheckReport:
@@ -152,7 +192,9 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
         off, size = (sums[name].double() - g.double()).norm(), g.double().norm()
         summed_wrong = bool(off > tolerance(g.dtype) * (size + 1e-2 * total))
         verdict = "wrong" if name in bad or summed_wrong else "unused" if name in run.unused else "exact"
-        rows.append(_row(name, run, max(errors[name]), float(off / size) if size > 0 else float(off), verdict, summed_wrong))
+        rows.append(
+            _row(name, run, max(errors[name]), float(off / size) if size > 0 else float(off), verdict, summed_wrong)
+        )
     return CheckReport(engine, problem.batch.n, tuple(chosen), tuple(rows), note)
 
 
@@ -172,9 +214,15 @@ def _row(name: str, run: Pass, error: float, sum_error: float, verdict: str, sum
     if verdict == "unused":
         reason = "no loss depends on it; its rows are zeros"
     elif verdict == "wrong" and summed_wrong:
-        reason, way = "the rows don't add up to the ordinary gradient: a use was missed, or a rule is wrong.", "Use engine='loop', and report the functions named here."
+        reason, way = (
+            "the rows don't add up to the ordinary gradient: a use was missed, or a rule is wrong.",
+            "Use engine='loop', and report the functions named here.",
+        )
     elif verdict == "wrong":
-        reason, way = "the sum is right, single rows are not: the samples are on another axis than assumed.", "Say where with batch_dim=, or use engine='loop'."
+        reason, way = (
+            "the sum is right, single rows are not: the samples are on another axis than assumed.",
+            "Say where with batch_dim=, or use engine='loop'.",
+        )
     return Checked(name, served_text(run.served.get(name, [])), error, sum_error, verdict, reason, way)
 
 
@@ -188,13 +236,15 @@ def _summed(problem: Problem) -> dict[str, Tensor]:
     """Ordinary autograd: the gradient of the summed losses."""
     capture = Capture(problem.model, set())
     with torch.enable_grad():
-        _, losses, seeds, criterion = forward(problem, capture)
+        _, _, seeds, criterion = forward(problem, capture)
         tensors, grads = [t for t, *_ in seeds], [g for _, g, _ in seeds]
         if criterion is not None and criterion.requires_grad:
             tensors, grads = [*tensors, criterion], [*grads, torch.ones_like(criterion)]
     if not tensors:
         return {name: torch.zeros_like(p) for name, p in problem.parameters.items()}
-    found = torch.autograd.grad(tensors, list(problem.parameters.values()), grads, materialize_grads=True, allow_unused=True)
+    found = torch.autograd.grad(
+        tensors, list(problem.parameters.values()), grads, materialize_grads=True, allow_unused=True
+    )
     return dict(zip(problem.parameters, found, strict=True))
 
 
@@ -233,10 +283,13 @@ class Explanation:
         return sum(row.dense for row in self.rows)
 
     def _title(self) -> str:
-        return f"persample.explain: engine={self.engine}, N={self.n}, factors {bytes_text(self.kept)}, individual gradients {bytes_text(self.dense)}"
+        sizes = f"factors {bytes_text(self.kept)}, individual gradients {bytes_text(self.dense)}"
+        return f"persample.explain: engine={self.engine}, N={self.n}, {sizes}"
 
     def _cells(self) -> list[list[str]]:
-        return [[r.name, str(r.shape), r.served, r.form, bytes_text(r.kept), bytes_text(r.dense), r.why] for r in self.rows]
+        return [
+            [r.name, str(r.shape), r.served, r.form, bytes_text(r.kept), bytes_text(r.dense), r.why] for r in self.rows
+        ]
 
     def __str__(self) -> str:
         return text_table(_EXPLAIN, self._cells(), self._title())
@@ -251,19 +304,31 @@ _EXPLAIN = ("parameter", "shape", "served by", "form", "kept", "[N, *P]", "why")
 
 
 def explain(
-    model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, engine: str = "hooks", params: Selection = None,
-    batch_dim: Any = 0, quantities: Iterable[Any] | None = None,
-) -> Explanation:  # fmt: skip
-    """What a run of `persample.gradients` with these arguments would do, before it is done: a report with one line per parameter.
+    model: nn.Module,
+    loss_fn: LossFunction,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    engine: str = "hooks",
+    params: Selection = None,
+    batch_dim: Any = 0,
+    quantities: Iterable[Any] | None = None,
+) -> Explanation:
+    """What a run of `persample.gradients` with these arguments would do, before it is done: a report with one line per
+    parameter.
 
-    It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients of zeros.  ``kept`` is what
-    `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A statistics run keeps neither.  Raises what the run would raise.
+    It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients of
+    zeros.  ``kept`` is what
+    `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A statistics run keeps neither.  Raises
+    what the run would raise.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     n = problem.batch.n
     if engine != "hooks":
         why = "torch.func, all samples at once" if engine == "vmap" else "one sample at a time: the definition"
-        rows = [_explained(name, p, n, f"engine='{engine}'", "Dense", None, why) for name, p in problem.parameters.items()]
+        rows = [
+            _explained(name, p, n, f"engine='{engine}'", "Dense", None, why) for name, p in problem.parameters.items()
+        ]
         return Explanation(engine, n, tuple(rows))
     capture = Capture(model, {id(p) for p in problem.parameters.values()})
     with restored(model), torch.enable_grad():
@@ -278,7 +343,9 @@ def explain(
     return Explanation(engine, n, tuple(rows))
 
 
-Use = tuple[Call, str, Factors | None, bool]  # the call, how it is served, its factors (None: not tried), whether the tensor is derived
+Use = tuple[
+    Call, str, Factors | None, bool
+]  # the call, how it is served, its factors (None: not tried), whether the tensor is derived
 
 
 def _uses(found: Reached, problem: Problem) -> dict[str, list[Use]]:
@@ -287,7 +354,11 @@ def _uses(found: Reached, problem: Problem) -> dict[str, list[Use]]:
     for call in found.calls:
         factors: dict[int, tuple[str, Factors | None]] = {id(s.tensor): ("fallback", None) for s in call.shared}
         if call.func in RULES:
-            zeros = [torch.zeros((), dtype=call.shared[0].tensor.dtype).expand(shape) for shape, _ in call.outputs] if call.shared else []
+            zeros = (
+                [torch.zeros((), dtype=call.shared[0].tensor.dtype).expand(shape) for shape, _ in call.outputs]
+                if call.shared
+                else []
+            )
             with torch.no_grad():
                 for shared, rows, how in factors_of(call, zeros):
                     factors[id(shared.tensor)] = (how, Dense(rows.value) if isinstance(rows, Diagonal) else rows)
@@ -302,7 +373,9 @@ def _uses(found: Reached, problem: Problem) -> dict[str, list[Use]]:
 def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool, clipped: bool) -> Explained:
     if not uses:
         return _explained(name, p, n, "-", "Dense", 0, "no loss depends on it, or only the criterion itself")
-    served = served_text((call.func, how + (" of a derived tensor" if derived else "")) for call, how, _, derived in uses)
+    served = served_text(
+        (call.func, how + (" of a derived tensor" if derived else "")) for call, how, _, derived in uses
+    )
     known = [g for *_, g, _ in uses if g is not None]
     full = n * p.numel() * p.element_size()
     size = sum(nbytes(g) for g in known)
@@ -313,8 +386,11 @@ def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool, 
         return _explained(name, p, n, served, form, 0, f"reduced on arrival, then dropped{how_clipped}")
     if factored and form != "Dense":
         return _explained(name, p, n, served, form, size, "factors are smaller than the gradients")
-    why = "no rule: vmap of vjp over this call" if any(how == "fallback" for _, how, *_ in uses) else (
-        "pulled back to the parameter" if any(derived for *_, derived in uses) else "gradients are no larger than factors")  # fmt: skip
+    why = "gradients are no larger than factors"
+    if any(how == "fallback" for _, how, *_ in uses):
+        why = "no rule: vmap of vjp over this call"
+    elif any(derived for *_, derived in uses):
+        why = "pulled back to the parameter"
     return _explained(name, p, n, served, "Dense", full, why)
 
 

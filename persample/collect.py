@@ -1,6 +1,7 @@
 """From output gradients to the complete factors of every parameter.
 
-`Collect` is told which calls the losses depend on.  It listens to them, turns each arriving output gradient into factors,
+`Collect` is told which calls the losses depend on.  It listens to them, turns each arriving output gradient into
+factors,
 adds up the uses of a parameter (tied weights, reused modules, derived tensors pulled back), and hands the factors of a
 parameter to the sink as soon as its last use has arrived.
 """
@@ -30,9 +31,21 @@ Served = tuple[Callable[..., Any], str]  # the function a parameter was used by,
 class Collect:
     """Listens to the calls in ``found`` during one backward pass."""
 
-    def __init__(self, found: Reached, parameters: Mapping[str, Tensor], emit: Emit, n: int, *, release: bool, scale: float = 1.0, listen: bool = True) -> None:
-        """``release``: let go of each call's tensors once its gradient has arrived; ``scale``: what undoes a reduction; ``listen``: else
-        somebody else listens, and passes on what arrives."""
+    def __init__(
+        self,
+        found: Reached,
+        parameters: Mapping[str, Tensor],
+        emit: Emit,
+        n: int,
+        *,
+        release: bool,
+        scale: float = 1.0,
+        listen: bool = True,
+    ) -> None:
+        """``release``: let go of each call's tensors once its gradient has arrived; ``scale``: what undoes a
+        reduction; ``listen``: else
+        somebody else listens, and passes on what arrives.
+        """
         self.found, self.parameters, self.emit, self.n = found, parameters, emit, n
         self.release, self.scale, self.listen = release, scale, listen
         self.names = {id(p): name for name, p in parameters.items()}
@@ -43,7 +56,9 @@ class Collect:
         self.leaves: dict[Derivation, list[Tensor]] = {}
         for call in found.calls:
             if call.shared and call.layout.n != n:
-                raise SampleAxisError(f"{call.name} saw {call.layout.n} samples, but there are {n} losses: record one batch at a time.")
+                raise SampleAxisError(
+                    f"{call.name} saw {call.layout.n} samples, but there are {n} losses: record one batch at a time."
+                )
             for shared in call.shared:
                 self._expect(shared)
             if listen:
@@ -105,7 +120,8 @@ class Collect:
         rows = Dense(rows.dense()) if isinstance(rows, Diagonal) else rows
         if len(rows) != self.n or rows.shape != self.parameters[name].shape:
             raise CaptureError(
-                f"parameter '{name}': a rule gave rows of shape {(len(rows), *rows.shape)} instead of {(self.n, *self.parameters[name].shape)}."
+                f"parameter '{name}': a rule gave rows of shape {(len(rows), *rows.shape)} instead of "
+                f"{(self.n, *self.parameters[name].shape)}."
             )
         self.emitted.add(name)
         self.emit(name, rows)
@@ -117,12 +133,19 @@ class Collect:
         found = reached([losses.grad_fn])
         if found.calls:
             raise CaptureError(
-                "loss_fn uses intermediate results of the model besides its outputs, which a criterion of one sample alone "
+                "loss_fn uses intermediate results of the model besides its outputs, which a criterion of one sample "
+                "alone "
                 "can't: return them from the model, or let loss_fn return [N] losses."
             )
         used = [p for p in self.parameters.values() if id(p) in found.leaves]
         if used:
-            rows = torch.autograd.grad(losses, used, torch.eye(self.n, dtype=losses.dtype, device=losses.device), retain_graph=True, is_grads_batched=True)
+            rows = torch.autograd.grad(
+                losses,
+                used,
+                torch.eye(self.n, dtype=losses.dtype, device=losses.device),
+                retain_graph=True,
+                is_grads_batched=True,
+            )
             for p, row in zip(used, rows, strict=True):
                 self.terms.setdefault(id(p), []).append(Dense(row))
 
@@ -147,7 +170,9 @@ class Collect:
         found: dict[str, list[Served]] = {name: list(self.served.get(id(p), [])) for name, p in self.parameters.items()}
         for d, leaves in self.leaves.items():
             for p in leaves:
-                found[self.names[id(p)]] += [(func, f"{how} of a derived tensor") for func, how in self.served.get(d, [])]
+                found[self.names[id(p)]] += [
+                    (func, f"{how} of a derived tensor") for func, how in self.served.get(d, [])
+                ]
         return found
 
 
@@ -177,7 +202,7 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
         inspect.signature(rule).bind(call, g, *call.args, **call.kwargs)
     except TypeError:
         return []
-    found = []
+    found: list[tuple[Tensor, Rowlike]] = []
     for tensor, factor in rule(call, g, *call.args, **call.kwargs):
         if call.wants(tensor):
             try:
@@ -204,15 +229,15 @@ def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tu
             yield from pull_back(source.derivation, factor(), leaves)
 
 
-def _by_autograd(d: Derivation, rows: Factors, leaves: list[Tensor], max_bytes: int = 1 << 26) -> Iterator[tuple[Tensor, Dense]]:
+def _by_autograd(
+    d: Derivation, rows: Factors, leaves: list[Tensor], max_bytes: int = 1 << 26
+) -> Iterator[tuple[Tensor, Dense]]:
     """Row by row through the graph of the derivation, some rows at a time."""
     value = dense(rows)
     reach = [p for p in leaves if any(p is leaf for leaf in leaves_of(d))]
     step = max(1, max_bytes // max(1, value[:1].numel() * value.element_size()))
-    parts: list[tuple[Tensor | None, ...]] = []
     with torch.enable_grad():
-        for piece in value.split(step):
-            parts.append(_rows_of(d, piece, reach))
+        parts = [_rows_of(d, piece, reach) for piece in value.split(step)]
     for p, column in zip(reach, zip(*parts, strict=True), strict=True):
         if column[0] is not None:
             yield p, Dense(torch.cat([c for c in column if c is not None]))
@@ -266,12 +291,15 @@ def check_complete(found: Reached, parameters: Mapping[str, Tensor]) -> None:
     missed = [name for name, p in parameters.items() if id(p) in found.leaves]
     if missed:
         raise CaptureError(
-            f"parameter '{missed[0]}'{_and_more(missed)} is used where the recorded calls can't account for it: inside a custom autograd.Function, a "
-            "compiled, scripted or data-parallel region, or an in-place write into a slice. Use the original module there, or engine='loop'."
+            f"parameter '{missed[0]}'{_and_more(missed)} is used where the recorded calls can't account for it: "
+            "inside a custom autograd.Function, a "
+            "compiled, scripted or data-parallel region, or an in-place write into a slice. Use the original module "
+            "there, or engine='loop'."
         )
     if found.opaque:
         raise CaptureError(
-            "torch.utils.checkpoint with use_reentrant=True hides the calls inside it from autograd's graph. Use use_reentrant=False, or engine='loop'."
+            "torch.utils.checkpoint with use_reentrant=True hides the calls inside it from autograd's graph. Use "
+            "use_reentrant=False, or engine='loop'."
         )
 
 
@@ -281,23 +309,29 @@ def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
     coupled: dict[str, Call] = {}
     for call in found.calls:
         if call.couples:
-            for p in parameters_of(reached(call.inputs)):
-                if id(p) in names:
-                    coupled.setdefault(names[id(p)], call)
+            upstream = (names[id(p)] for p in parameters_of(reached(call.inputs)) if id(p) in names)
+            coupled.update((name, call) for name in upstream if name not in coupled)
     if coupled:
         listed = [name for name in parameters if name in coupled]
         call = coupled[listed[0]]
         free = [name for name in parameters if name not in coupled]
         way = f" Parameters behind it are not coupled: params={free!r} serves them." if free else ""
         raise BatchCoupledError(
-            f"parameter '{listed[0]}'{_and_more(listed)}: {call.name} {call.couples}, so every loss depends on all samples and 'the gradient of sample n' is "
+            f"parameter '{listed[0]}'{_and_more(listed)}: {call.name} {call.couples}, so every loss depends on all "
+            "samples and 'the gradient of sample n' is "
             f"not one thing. {_WAY_OUT if call.func in rules.COUPLES else _OTHER_WAY_OUT}{way}",
             tuple(listed),
         )
 
 
-_WAY_OUT = "Say which one with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', see persample.coupling, or call model.eval()."
-_OTHER_WAY_OUT = "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples are with batch_dim=."
+_WAY_OUT = (
+    "Say which one with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', see persample.coupling, "
+    "or call model.eval()."
+)
+_OTHER_WAY_OUT = (
+    "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples are "
+    "with batch_dim=."
+)
 
 
 def parameters_of(found: Reached) -> Iterator[Tensor]:

@@ -78,3 +78,7 @@ class KroneckerError(PersampleError, ValueError):
 
 class BatchNormError(PersampleError, ValueError):
     """A BatchNorm layer, input or argument for which the structure asked for does not exist."""
+
+
+class StoreError(PersampleError, ValueError):
+    """Rows on disk that are of another model, layout, scale or projection, or that can't be gone on with."""

@@ -20,11 +20,15 @@ from .report import bytes_text
 
 
 class Gradients(Quantities):
-    """Per-sample gradients ``G``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``, one block per parameter.
+    """Per-sample gradients ``G``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``, one block per
+    parameter.
 
-    ``names`` are those of ``model.named_parameters()`` (a tied parameter once; it answers to all its names); ``unused`` lists
-    the parameters that no loss depends on, whose rows are zeros.  ``losses [N]`` and ``outputs`` are those of the same pass,
-    detached; rows are not differentiable.  Factors may alias tensors of the model's forward pass: if one of them has been
+    ``names`` are those of ``model.named_parameters()`` (a tied parameter once; it answers to all its names);
+    ``unused`` lists
+    the parameters that no loss depends on, whose rows are zeros.  ``losses [N]`` and ``outputs`` are those of the same
+    pass,
+    detached; rows are not differentiable.  Factors may alias tensors of the model's forward pass: if one of them has
+    been
     changed in place since, reading raises `InplaceError` instead of returning a wrong number.
     """
 
@@ -58,7 +62,8 @@ class Gradients(Quantities):
         g = self.factors[name]
         if [t._version for t in tensors(g)] != self._versions[name]:
             raise InplaceError(
-                f"the factors of parameter '{name}' alias a tensor of the forward pass that was changed in place since. "
+                f"the factors of parameter '{name}' alias a tensor of the forward pass that was changed in place "
+                "since. "
                 "Read what you need before changing inputs or activations in place, or call dense() first."
             )
         return g
@@ -69,14 +74,22 @@ class Gradients(Quantities):
 
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
         if weight is not None and weight.shape != (len(self),):
-            raise QuantityError(f"weight must have shape [{len(self)}], one number per sample, got {list(weight.shape)}.")
-        return {name: reductions.weighted_sum(self._read(name), weight).to(dtype(self.factors[name])) for name in self.names}
+            raise QuantityError(
+                f"weight must have shape [{len(self)}], one number per sample, got {list(weight.shape)}."
+            )
+        return {
+            name: reductions.weighted_sum(self._read(name), weight).to(dtype(self.factors[name])) for name in self.names
+        }
 
     def _cross(self, other: Quantities) -> Parts:
         if not isinstance(other, Gradients):
-            raise QuantityError("the inner products with another batch need the rows of both: compute gradients without quantities=.")
+            raise QuantityError(
+                "the inner products with another batch need the rows of both: compute gradients without quantities=."
+            )
         if self.shapes != other.shapes:
-            raise QuantityError(f"the two have different parameters: {_difference(self.shapes, other.shapes)}. Use select() on both.")
+            raise QuantityError(
+                f"the two have different parameters: {_difference(self.shapes, other.shapes)}. Use select() on both."
+            )
         return {name: reductions.gram(self._read(name), other._read(name)) for name in self.names}
 
     # ---- the rows themselves ------------------------------------------------------------------------------------
@@ -95,7 +108,9 @@ class Gradients(Quantities):
         return iter(self.names)
 
     def dense(self, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """``{name: [N, *P]}``: all individual gradients, written into ``out`` where given (much faster than fresh memory)."""
+        """``{name: [N, *P]}``: all individual gradients, written into ``out`` where given (much faster than fresh
+        memory).
+        """
         return {name: dense(self._read(name), None if out is None else out[name]) for name in self.names}
 
     def flat(self, out: Tensor | None = None) -> Tensor:
@@ -106,24 +121,38 @@ class Gradients(Quantities):
             out = torch.empty(len(self), size, dtype=dtype(kind), device=tensors(kind)[-1].device)
         elif out.shape != (len(self), size):
             raise QuantityError(f"out must have shape [{len(self)}, {size}], got {list(out.shape)}.")
-        for (name, shape), column in zip(self.shapes.items(), out.split([s.numel() for s in self.shapes.values()], 1), strict=True):
+        for (name, shape), column in zip(
+            self.shapes.items(), out.split([s.numel() for s in self.shapes.values()], 1), strict=True
+        ):
             column.copy_(dense(self._read(name)).reshape(len(self), shape.numel()))
         return out
 
     def select(self, params: Selection) -> Gradients:
-        """The gradients of some parameters: a regular expression (``re.match``), names, or a predicate ``(name, parameter)``."""
+        """The gradients of some parameters: a regular expression (``re.match``), names, or a predicate ``(name,
+        parameter)``.
+        """
         values = {name: self._parameters.get(name, g) for name, g in self.factors.items()}
         names = select(values, self._aliases, params)
-        keep = lambda source: {name: source[name] for name in names if name in source}  # noqa: E731
+
+        def keep(source: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: source[name] for name in names if name in source}
+
         chosen = Gradients(
-            keep(self.factors), self.losses, self.outputs, unused=tuple(n for n in self.unused if n in names),
-            aliases={a: n for a, n in self._aliases.items() if n in names}, parameters=keep(self._parameters), note=self.note,
-        )  # fmt: skip
+            keep(self.factors),
+            self.losses,
+            self.outputs,
+            unused=tuple(n for n in self.unused if n in names),
+            aliases={a: n for a, n in self._aliases.items() if n in names},
+            parameters=keep(self._parameters),
+            note=self.note,
+        )
         chosen._versions = keep(self._versions)
         return chosen
 
     def backward(self, weight: Tensor | None = None) -> None:
-        """Add ``sum_n weight[n] G_n`` to ``.grad`` of the parameters in ``names``; ``None`` means 1/N each, the mean loss."""
+        """Add ``sum_n weight[n] G_n`` to ``.grad`` of the parameters in ``names``; ``None`` means 1/N each, the mean
+        loss.
+        """
         if missing := [name for name in self.names if name not in self._parameters]:
             raise QuantityError(f"these gradients don't know the parameter '{missing[0]}' of a model to write to.")
         sums = self.mean() if weight is None else self.sum(weight)
@@ -136,9 +165,13 @@ class Gradients(Quantities):
         kinds = sorted({type(g).__name__ for g in self.factors.values()})
         size = sum(nbytes(g) for g in self.factors.values())
         note = f", {self.note}" if self.note else ""
-        return f"Gradients(N={len(self)}, parameters={len(self.names)}, forms={'/'.join(kinds)}, memory={bytes_text(size)}{note})"
+        what = f"parameters={len(self.names)}, forms={'/'.join(kinds)}, memory={bytes_text(size)}"
+        return f"Gradients(N={len(self)}, {what}{note})"
 
 
 def _difference(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> str:
     wrong = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return ", ".join(f"'{name}' {tuple(a[name]) if name in a else 'absent'} against {tuple(b[name]) if name in b else 'absent'}" for name in wrong[:3])
+    return ", ".join(
+        f"'{name}' {tuple(a[name]) if name in a else 'absent'} against {tuple(b[name]) if name in b else 'absent'}"
+        for name in wrong[:3]
+    )

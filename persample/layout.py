@@ -105,12 +105,7 @@ _MOVES = _named(
     "hsplit",
     "vsplit",
     "dsplit",
-) | {
-    Tensor.T.__get__,
-    Tensor.mT.__get__,
-    Tensor.H.__get__,
-    Tensor.mH.__get__,  # type: ignore[attr-defined]
-}
+) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 _SPREADS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
 _REDUCES = _named(
     "sum",
@@ -155,7 +150,8 @@ def propagate(
     out: Tensor,
 ) -> Layout | None:
     """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on
-    samples."""
+    samples.
+    """
     found = _followed(func, args, kwargs, sampled, tensors, out)
     if found is None and sampled[0][1].n == 1 and out.ndim and len(out):
         return Layout(1, inner=len(out))  # wherever it is, all belongs to the one sample
@@ -186,7 +182,7 @@ def _followed(
         return _unpacked(layout, args, out)
     if func in _RECURRENCES:
         return _recurred(layout, first, args, out)
-    if func in (torch.einsum,):
+    if func is torch.einsum:
         return _einsum(args, sampled, out)
     if func in _SORTS and first is args[0]:
         return _sorted(layout, func, args, kwargs, out)
@@ -194,10 +190,9 @@ def _followed(
         return _probed(layout, func, args, kwargs, sampled, out)
     broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
     for x, candidate in sorted(sampled, key=lambda pair: -pair[0].numel()):
-        if x.shape != out.shape and sum(size == candidate.size for size in out.shape) > 1:
-            if (found := _probed(candidate, func, args, kwargs, sampled, out)) is not None:
-                return found
-        if (found := _kept(candidate, x.ndim, out.shape, broadcast)) is not None:
+        ambiguous = x.shape != out.shape and sum(size == candidate.size for size in out.shape) > 1
+        found = _probed(candidate, func, args, kwargs, sampled, out) if ambiguous else None
+        if (found := found or _kept(candidate, x.ndim, out.shape, broadcast)) is not None:
             return found
     return None
 
@@ -336,7 +331,7 @@ def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[An
 
 def _packed(layout: Layout, args: tuple[Any, ...], out: Tensor) -> Layout | None:
     """``_pack_padded_sequence(input, lengths, batch_first)``: time-major, the longest sample first."""
-    x, lengths, batch_first = args[:3]
+    _, lengths, batch_first = args[:3]
     if layout.axis != (0 if batch_first else 1) or out.shape[:1] != (int(lengths.sum()),):
         return None
     owners = layout.owners()

@@ -1,6 +1,7 @@
 """One loss per sample, from any criterion: the loss of sample ``n`` is what the criterion says of sample ``n`` alone.
 
-``loss_fn(outputs, targets)`` that returns ``[N]`` is taken as it is.  One that returns a scalar (any ``nn.*Loss()`` with its
+``loss_fn(outputs, targets)`` that returns ``[N]`` is taken as it is.  One that returns a scalar (any ``nn.*Loss()``
+with its
 default reduction) is called with batches of one, ``loss_fn(outputs[n:n+1], targets[n:n+1])``, vectorised by ``vmap``,
 or in a loop where ``vmap`` can't follow (``.item()``).  So there is no ``1/N`` to configure.  Note what follows: class
 weights cancel in a (weighted) mean over one sample, and a mean over positions is one over that sample's positions.
@@ -32,7 +33,11 @@ def is_per_sample(losses: Any, n: int) -> bool:
         return True
     if losses.ndim == 0:
         return False
-    hint = " Outputs [N, 1] against targets [N] broadcast to [N, N]: squeeze the outputs." if losses.shape == (n, n) else ""
+    hint = (
+        " Outputs [N, 1] against targets [N] broadcast to [N, N]: squeeze the outputs."
+        if losses.shape == (n, n)
+        else ""
+    )
     raise LossError(
         f"loss_fn returned shape {tuple(losses.shape)} for N = {n} samples; it must return [N] (reduction='none', then "
         f"reduced over everything but the samples) or a scalar (meant for one sample alone).{hint}"
@@ -44,8 +49,10 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
     if not any(axis is not None for axis in outputs.axes):
         shapes = [tuple(x.shape) for x in outputs.leaves if isinstance(x, Tensor)]
         raise LossError(
-            f"the model returned shape(s) {shapes}, none with N = {n} samples: a loss that the model has already reduced can't be taken apart. "
-            "Let the model return its predictions (for transformers: leave out labels=, use outputs.logits), and give loss_fn."
+            f"the model returned shape(s) {shapes}, none with N = {n} samples: a loss that the model has already "
+            "reduced can't be taken apart. "
+            "Let the model return its predictions (for transformers: leave out labels=, use outputs.logits), and "
+            "give loss_fn."
         )
     trees = (outputs, targets)
     samples = [[x for x, axis in zip(t.leaves, t.axes, strict=True) if axis is not None] for t in trees]
@@ -55,7 +62,15 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
         alone = []
         for tree, given in zip(trees, pieces, strict=True):
             it = iter(given)
-            alone.append(unflatten([x if axis is None else next(it).unsqueeze(axis) for x, axis in zip(tree.leaves, tree.axes, strict=True)], tree.spec))
+            alone.append(
+                unflatten(
+                    [
+                        x if axis is None else next(it).unsqueeze(axis)
+                        for x, axis in zip(tree.leaves, tree.axes, strict=True)
+                    ],
+                    tree.spec,
+                )
+            )
         return _scalar(loss_fn(*alone))
 
     try:
@@ -73,7 +88,9 @@ def _scalar(loss: Tensor) -> Tensor:
 
 
 def ignored(losses: Tensor, outputs: Tree, targets: Tree) -> Tensor | None:
-    """Samples whose every target is ignored (a mean over nothing is NaN): their rows are zero.  ``None`` if there are none."""
+    """Samples whose every target is ignored (a mean over nothing is NaN): their rows are zero.  ``None`` if there are
+    none.
+    """
     bad = losses.detach().isnan()
     if not bool(bad.any()):
         return None
@@ -87,7 +104,10 @@ def ignored(losses: Tensor, outputs: Tree, targets: Tree) -> Tensor | None:
     if not bool(bad.any()):
         return None
     warnings.warn(
-        f"every target of sample(s) {bad.nonzero().flatten().tolist()} is ignored: their losses and gradients are set to zero.", UserWarning, stacklevel=3
+        f"every target of sample(s) {bad.nonzero().flatten().tolist()} is ignored: their losses and gradients are "
+        "set to zero.",
+        UserWarning,
+        stacklevel=3,
     )
     return bad
 
@@ -98,8 +118,10 @@ def warn_if_not_mean(whole: Tensor, losses: Tensor) -> None:
     tolerance = 1e-3 * (mean.abs() + whole.abs()) + 1e-6
     if bool(((mean - whole).abs() > tolerance) & ((mean * n - whole).abs() > tolerance * n)):
         warnings.warn(
-            f"the criterion of the whole batch is {float(whole):.6g}, the mean of the samples' own losses {float(mean):.6g}. Legitimate causes: class "
-            "weights, ignore_index or masks with unequal counts per sample. Otherwise the criterion looks at several samples at once (contrastive "
+            f"the criterion of the whole batch is {float(whole):.6g}, the mean of the samples' own losses "
+            f"{float(mean):.6g}. Legitimate causes: class "
+            "weights, ignore_index or masks with unequal counts per sample. Otherwise the criterion looks at several "
+            "samples at once (contrastive "
             "losses), and return [N] losses or use coupled quantities instead.",
             UserWarning,
             stacklevel=3,

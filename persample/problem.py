@@ -39,7 +39,9 @@ class Pass:
     unused: tuple[str, ...] = ()  # parameters that no loss depends on
     weighted: Weighted | None = None  # weights [N] -> weighted sums of rows, by one more backward pass
     coupled: bool = False  # some call couples the batch, though not for these parameters
-    served: dict[str, list[tuple[Callable[..., Any], str]]] = field(default_factory=dict)  # the functions that used a parameter, and how
+    served: dict[str, list[tuple[Callable[..., Any], str]]] = field(
+        default_factory=dict
+    )  # the functions that used a parameter, and how
 
 
 def named_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
@@ -57,8 +59,12 @@ def named_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     return found, {alias: name for alias, name in aliases.items() if name in found}
 
 
-def select(available: dict[str, Any], aliases: dict[str, str], params: Selection, frozen: Iterable[str] = ()) -> list[str]:
-    """The names that a selection means: a regular expression (``re.match``), names, or a predicate ``(name, parameter)``."""
+def select(
+    available: dict[str, Any], aliases: dict[str, str], params: Selection, frozen: Iterable[str] = ()
+) -> list[str]:
+    """The names that a selection means: a regular expression (``re.match``), names, or a predicate ``(name,
+    parameter)``.
+    """
     if params is None:
         return list(available)
     if isinstance(params, str):
@@ -81,15 +87,28 @@ def select(available: dict[str, Any], aliases: dict[str, str], params: Selection
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "") or "(none that require grad)"
+    return (
+        ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "") or "(none that require grad)"
+    )
 
 
-def pose(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, params: Selection = None, batch_dim: Any = 0) -> Problem:
-    """Check and gather what the user gave."""
+def pose(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    params: Selection = None,
+    batch_dim: Any = 0,
+) -> Problem:
+    """Check and gather what the user gave; of a compiled model, the original."""
+    model = getattr(model, "_orig_mod", model)
     found, aliases = named_parameters(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     names = select(found, aliases, params, frozen)
     if not names:
         raise UnknownParameterError("the model has no parameter that requires grad, so there is no gradient to take.")
     chosen = {name: found[name] for name in names}
-    return Problem(model, loss_fn, Batch.of(inputs, targets, batch_dim), chosen, {a: n for a, n in aliases.items() if n in chosen})
+    return Problem(
+        model, loss_fn, Batch.of(inputs, targets, batch_dim), chosen, {a: n for a, n in aliases.items() if n in chosen}
+    )

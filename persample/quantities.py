@@ -1,7 +1,9 @@
 """The named quantities: what `Gradients` and `Statistics` answer, each a line or two over parts.
 
-A *part* is what one parameter contributes: a primitive of `persample.reductions` applied to its factors.  In *sample space*
-(``[N]``, ``[N, M]``) the parts of all parameters add up; in *parameter space* (``[*P]``) they stay apart, in a dictionary.
+A *part* is what one parameter contributes: a primitive of `persample.reductions` applied to its factors.  In *sample
+space*
+(``[N]``, ``[N, M]``) the parts of all parameters add up; in *parameter space* (``[*P]``) they stay apart, in a
+dictionary.
 A new quantity is a method of `Quantities`, and a line in `NEEDS` if a statistics run shall offer it.
 
 Rows are gradients of *unscaled* per-sample losses, and ``mean`` is over the ``N`` samples of the batch.
@@ -97,7 +99,9 @@ class Quantities(abc.ABC):
         return parts if per_parameter else _total(parts)
 
     def _cross(self, other: Quantities) -> Parts:
-        raise QuantityError("the inner products with another batch need the rows of both: compute gradients without quantities=.")
+        raise QuantityError(
+            "the inner products with another batch need the rows of both: compute gradients without quantities=."
+        )
 
     def cosine(self, other: Quantities | None = None) -> Tensor:
         """``[N, M]``: cosines between all rows; 0 where a row is 0."""
@@ -110,11 +114,15 @@ class Quantities(abc.ABC):
         return torch.where(scale > 0, products / scale, 0.0)
 
     def dot(self, direction: Direction) -> Tensor:
-        """``G v``, ``[N]``: the derivative of every sample's loss along ``direction``, ``{name: [*P]}`` or flat ``[D]``."""
+        """``G v``, ``[N]``: the derivative of every sample's loss along ``direction``, ``{name: [*P]}`` or flat
+        ``[D]``.
+        """
         return _total(self._parts("dot", direction))
 
     def project(self, projection: Mapping[str, Tensor] | Tensor | Projects) -> Tensor:
-        """``G R``, ``[N, k]``: rows times ``{name: [*P, k]}``, a flat ``[D, k]``, or a `persample.attribution.Projection`."""
+        """``G R``, ``[N, k]``: rows times ``{name: [*P, k]}``, a flat ``[D, k]``, or a
+        `persample.attribution.Projection`.
+        """
         return _total(self._parts("project", projection))
 
     # ---- parameter space: parameters stay apart -----------------------------------------------------------------
@@ -128,8 +136,10 @@ class Quantities(abc.ABC):
         return {name: total / len(self) for name, total in self._weighted(None).items()}
 
     def clip(self, max_norm: float) -> dict[str, Tensor]:
-        """``sum_n min(1, max_norm / |G_n|) G_n``, ``{name: [*P]}``: the sum of rows, each clipped to an L2 norm over all
-        parameters of at most ``max_norm`` (Abadi et al. 2016, algorithm 1, without noise and not divided by N)."""
+        """``sum_n min(1, max_norm / |G_n|) G_n``, ``{name: [*P]}``: the sum of rows, each clipped to an L2 norm over
+        all
+        parameters of at most ``max_norm`` (Abadi et al. 2016, algorithm 1, without noise and not divided by N).
+        """
         if not max_norm > 0:
             raise QuantityError(f"max_norm must be positive, got {max_norm}.")
         norm = self.norm()
@@ -160,20 +170,31 @@ class Quantities(abc.ABC):
         if isinstance(argument, Tensor):
             size = sum(shape.numel() for shape in self.shapes.values())
             if argument.ndim != 1 + behind or len(argument) != size:
-                raise QuantityError(f"a flat {what} must have shape [{size}{', k' * behind}] for these parameters, got {list(argument.shape)}.")
+                raise QuantityError(
+                    f"a flat {what} must have shape [{size}{', k' * behind}] for these parameters, got "
+                    f"{list(argument.shape)}."
+                )
             pieces = argument.split([shape.numel() for shape in self.shapes.values()])
-            return {name: x.reshape((*shape, *x.shape[1:])) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
+            return {
+                name: x.reshape((*shape, *x.shape[1:]))
+                for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)
+            }
         if missing := [name for name in self.names if name not in argument]:
-            raise UnknownParameterError(f"the {what} has no entry for parameter '{missing[0]}'; it needs all of {list(self.names)[:8]}.")
+            raise UnknownParameterError(
+                f"the {what} has no entry for parameter '{missing[0]}'; it needs all of {list(self.names)[:8]}."
+            )
         for name, shape in self.shapes.items():
             got = argument[name].shape
             if got[: len(shape)] != shape or len(got) != len(shape) + behind:
-                raise QuantityError(f"the {what} for '{name}' must have shape {[*shape, *['k'] * behind]}, got {list(got)}.")
+                raise QuantityError(
+                    f"the {what} for '{name}' must have shape {[*shape, *['k'] * behind]}, got {list(got)}."
+                )
         return {name: argument[name] for name in self.names}
 
 
 def _total(parts: Parts) -> Tensor:
-    first, *rest = parts.values()
+    total, *rest = parts.values()
     for part in rest:
-        first = first + part
-    return first
+        total = total + part
+    assert isinstance(total, Tensor)
+    return total

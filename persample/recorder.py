@@ -1,10 +1,13 @@
 """`extend`: per-sample gradients in code that owns its own forward and backward.
 
-As a context manager around any training code, ``recorder.gradients(losses)`` takes the ``[N]`` losses and does one backward of
-its own, leaving the graph, every ``.grad`` and the user's own ``backward()`` as they are.  As a persistent handle it only
+As a context manager around any training code, ``recorder.gradients(losses)`` takes the ``[N]`` losses and does one
+backward of
+its own, leaving the graph, every ``.grad`` and the user's own ``backward()`` as they are.  As a persistent handle it
+only
 listens: whoever calls ``backward()``, the callback gets the per-sample gradients of that backward.
 
-On the model there are one forward pre-hook and one forward hook of the root module, until ``remove()``; nothing else is touched.
+On the model there are one forward pre-hook and one forward hook of the root module, until ``remove()``; nothing else
+is touched.
 """
 
 from __future__ import annotations
@@ -15,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .batch import Batch, detached
+from .batch import Batch, detached, flatten
 from .capture import Call, Capture, Reached, reached
 from .collect import Collect, check_complete, check_uncoupled
 from .errors import CaptureError, LossError
@@ -53,34 +55,48 @@ def extend(
         ...
         handle.remove()
 
-    ``reduction`` says how that loss was made of the per-sample losses, so that rows come out unscaled: ``"sum"``, ``"mean"`` (a row is N
-    times the sample's contribution; for a mean over tokens, N times the sample's share), a number ``c`` (the loss is ``c`` times the sum),
-    or a function that returns ``c`` at every backward (gradient scalers, accumulation).  ``callback`` gets one `Gradients` (or `Statistics`, with
-    ``quantities=``) per backward.  Parameters that act in the loss outside the model's forward (penalties) are not part of those rows.
+    ``reduction`` says how that loss was made of the per-sample losses, so that rows come out unscaled: ``"sum"``,
+    ``"mean"`` (a row is N
+    times the sample's contribution; for a mean over tokens, N times the sample's share), a number ``c`` (the loss is
+    ``c`` times the sum),
+    or a function that returns ``c`` at every backward (gradient scalers, accumulation).  ``callback`` gets one
+    `Gradients` (or `Statistics`, with
+    ``quantities=``) per backward.  Parameters that act in the loss outside the model's forward (penalties) are not
+    part of those rows.
 
-    ``params``, ``batch_dim`` (an int, or a dict for keyword arguments) and ``quantities`` are as for `persample.gradients`.
+    ``params``, ``batch_dim`` (an int, or a dict for keyword arguments) and ``quantities`` are as for
+    `persample.gradients`.
     The handle does not go along when the model is copied or pickled.  Batch-coupled models raise `BatchCoupledError`.
     """
-    return Recorder(model, reduction=reduction, on_backward=on_backward, quantities=quantities, params=params, batch_dim=batch_dim)
+    return Recorder(
+        model, reduction=reduction, on_backward=on_backward, quantities=quantities, params=params, batch_dim=batch_dim
+    )
 
 
 class Recorder:
     """The handle of `extend`."""
 
     def __init__(
-        self, model: nn.Module, *, reduction: Reduction, on_backward: Callable[[Any], None] | None,
-        quantities: Iterable[Request] | None, params: Selection, batch_dim: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        *,
+        reduction: Reduction,
+        on_backward: Callable[[Any], None] | None,
+        quantities: Iterable[Request] | None,
+        params: Selection,
+        batch_dim: Any,
+    ) -> None:
         if (reduction is None) != (on_backward is None):
             raise ValueError(
-                "on_backward= and reduction= go together: whoever calls backward() on a reduced loss must say how it was reduced ('sum', 'mean', a number "
+                "on_backward= and reduction= go together: whoever calls backward() on a reduced loss must say how it "
+                "was reduced ('sum', 'mean', a number "
                 "or a function). To give the [N] losses yourself, use neither, and call gradients(losses)."
             )
         if isinstance(reduction, str) and reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum', 'mean', a number or a function, got {reduction!r}.")
         self.model = model
         self.reduction, self.on_backward = reduction, on_backward
-        self.quantities = None if quantities is None else ([quantities] if isinstance(quantities, str) else list(quantities))
+        self.quantities = None if quantities is None else _listed(quantities)
         self.batch_dim = batch_dim
         found, aliases = named_parameters(model)
         self.names = select(found, aliases, params)
@@ -96,13 +112,15 @@ class Recorder:
             model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
         ]
         if self.quantities is not None:
-            Statistics(self.quantities, {name: found[name].shape for name in self.names})  # complain now, not in a backward
+            Statistics(
+                self.quantities, {name: found[name].shape for name in self.names}
+            )  # complain now, not in a backward
 
     # ---- around forwards ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Recorder:
         self._capture = self._new_capture()
-        self._capture.__enter__()
+        self._capture.__enter__()  # type: ignore[no-untyped-call]
         self._entered = True
         return self
 
@@ -111,7 +129,7 @@ class Recorder:
         self.remove()
         if capture is not None:
             capture.stop()
-            capture.__exit__(*exc)
+            capture.__exit__(*exc)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Take the hooks off the model, and forget what was recorded."""
@@ -126,7 +144,9 @@ class Recorder:
         found, aliases = named_parameters(self.model)  # requires_grad may have changed
         self._aliases = aliases
         self._parameters = {name: found[name] for name in select(found, aliases, self._params)}
-        return Capture(self.model, {id(p) for p in self._parameters.values()}, self._listen if self.on_backward else None)
+        return Capture(
+            self.model, {id(p) for p in self._parameters.values()}, self._listen if self.on_backward else None
+        )
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
@@ -136,7 +156,7 @@ class Recorder:
         batch = Batch.of([list(args), kwargs], None, [dims[0], dims[1]] if isinstance(dims, tuple) else dims)
         if not self._entered:
             self._capture = self._new_capture()
-            self._capture.__enter__()
+            self._capture.__enter__()  # type: ignore[no-untyped-call]
         assert self._capture is not None
         self._capture.start(batch.n, batch.inputs.tensors())
 
@@ -149,13 +169,15 @@ class Recorder:
         if self._entered:
             return  # the loss may use parameters too: go on listening
         capture.stop()
-        capture.__exit__(None, None, None)
+        capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._capture = None
         if self.on_backward is not None and output is not None:
-            found = reached(t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor))
+            found = reached(t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor))
             check_complete(found, self._parameters)
             check_uncoupled(found, self._parameters)
-            self._calls = [ref for ref in self._calls if ref() is not None] + [weakref.ref(call) for call in found.calls]
+            self._calls = [ref for ref in self._calls if ref() is not None] + [
+                weakref.ref(call) for call in found.calls
+            ]
 
     def _live(self) -> list[Call]:
         return [call for ref in self._calls if (call := ref()) is not None]
@@ -165,12 +187,15 @@ class Recorder:
     def gradients(self, losses: Tensor) -> Result:
         """Per-sample gradients of ``losses [N]``, by one backward pass that keeps the graph and touches no ``.grad``.
 
-        With ``quantities=`` the result is a `Statistics`.  Raises `LossError` for losses that are not ``[N]``, `CaptureError` for losses that
+        With ``quantities=`` the result is a `Statistics`.  Raises `LossError` for losses that are not ``[N]``,
+        `CaptureError` for losses that
         no recorded forward leads to.
         """
         if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise LossError(f"gradients() needs the losses of all samples, [N] and not reduced (reduction='none'), got {shape}.")
+            raise LossError(
+                f"gradients() needs the losses of all samples, [N] and not reduced (reduction='none'), got {shape}."
+            )
         capture, active = self._capture, False
         if capture is not None:
             active, capture.active = capture.active, False
@@ -178,7 +203,8 @@ class Recorder:
             found = reached([losses.grad_fn])
             if not found.calls and not any(id(p) in found.leaves for p in self._known_parameters().values()):
                 raise CaptureError(
-                    "no recorded forward of the model leads to these losses. Run the model inside the with-block (or after extend()), with gradients "
+                    "no recorded forward of the model leads to these losses. Run the model inside the with-block (or "
+                    "after extend()), with gradients "
                     "enabled, and don't detach its outputs."
                 )
             check_complete(found, self._parameters)
@@ -204,7 +230,13 @@ class Recorder:
             collect.detach()
 
         def weighted(weight: Tensor) -> dict[str, Tensor]:
-            grads = torch.autograd.grad(losses, list(self._parameters.values()), weight.to(losses.dtype), retain_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                losses,
+                list(self._parameters.values()),
+                weight.to(losses.dtype),
+                retain_graph=True,
+                materialize_grads=True,
+            )
             return dict(zip(self._parameters, grads, strict=True))
 
         return sink.result(Pass(losses.detach(), self._outputs, unused, weighted))
@@ -217,8 +249,10 @@ class Recorder:
             n = call.layout.n
             calls = [c for c in self._live() if not c.shared or c.layout.n == n]
             self._sink = _Sink(self._parameters, self._aliases, self.quantities)
-            self._collect = Collect(Reached(calls), self._parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False)
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            self._collect = Collect(
+                Reached(calls), self._parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False
+            )
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self._collect.arrive(call, grads)
 
     def _scale(self, n: int) -> float:
@@ -237,13 +271,21 @@ class Recorder:
         self.on_backward(self._sink.result(Pass(None, self._outputs, unused)))
 
 
+def _listed(quantities: Iterable[Request]) -> list[Request]:
+    return [quantities] if isinstance(quantities, str) else list(quantities)
+
+
 class _Sink:
     """Where complete factors go: kept as `Gradients`, or reduced as `Statistics`."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], aliases: dict[str, str], quantities: list[Request] | None) -> None:
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], aliases: dict[str, str], quantities: list[Request] | None
+    ) -> None:
         self.parameters, self.aliases = parameters, aliases
         self.kept: dict[str, Factors] = {}
-        self.statistics = None if quantities is None else Statistics(quantities, {name: p.shape for name, p in parameters.items()})
+        self.statistics = (
+            None if quantities is None else Statistics(quantities, {name: p.shape for name, p in parameters.items()})
+        )
 
     def emit(self, name: str, g: Factors) -> None:
         if self.statistics is not None:
@@ -255,7 +297,9 @@ class _Sink:
         if self.statistics is not None:
             return self.statistics.finish(run)
         kept = {name: self.kept[name] for name in self.parameters}
-        return Gradients(kept, run.losses, run.outputs, unused=run.unused, aliases=self.aliases, parameters=self.parameters)
+        return Gradients(
+            kept, run.losses, run.outputs, unused=run.unused, aliases=self.aliases, parameters=self.parameters
+        )
 
 
 class _Hook:

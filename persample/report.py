@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-Cell = str
 
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
     """Columns aligned by spaces."""
     lines = [list(map(str, row)) for row in (header, *rows)]
     width = [max(len(row[i]) for row in lines) for i in range(len(header))]
@@ -18,18 +16,25 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], title: str
 
 
 def html_table(
-    header: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "", bars: Sequence[float] | None = None, colours: Sequence[str] | None = None
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str = "",
+    bars: Sequence[float] | None = None,
+    colours: Sequence[str] | None = None,
 ) -> str:
     """The same as HTML; ``bars`` (0 to 1) adds a small bar to every row, ``colours`` one for its mark."""
-    style = "text-align:left;padding:2px 8px;border:none"
-    cells = lambda row, tag: "".join(f"<{tag} style='{style}'>{escape(str(c))}</{tag}>" for c in row)  # noqa: E731
     body = []
     for i, row in enumerate(rows):
-        bar = "" if bars is None else f"<td style='{style};min-width:84px'>{_bar(bars[i], colours[i] if colours else '#0072B2')}</td>"
-        body.append(f"<tr>{cells(row, 'td')}{bar}</tr>")
-    head = cells(header, "th") + ("" if bars is None else f"<th style='{style}'></th>")
+        bar = "" if bars is None else _td(_bar(bars[i], colours[i] if colours else "#0072B2"), "td")
+        body.append(f"<tr>{''.join(_td(escape(str(c)), 'td') for c in row)}{bar}</tr>")
+    head = "".join(_td(escape(c), "th") for c in header) + ("" if bars is None else _td("", "th"))
     caption = f"<caption style='text-align:left;caption-side:top'>{escape(title)}</caption>" if title else ""
-    return f"<div style='overflow-x:auto'><table style='border-collapse:collapse'>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    table = "<div style='overflow-x:auto'><table style='border-collapse:collapse'>"
+    return f"{table}{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+
+
+def _td(content: str, tag: str) -> str:
+    return f"<{tag} style='text-align:left;padding:2px 8px;border:none'>{content}</{tag}>"
 
 
 def _bar(share: float, colour: str) -> str:

@@ -1,7 +1,8 @@
 """The result of a run that reduces on arrival: some quantities, and no rows.
 
 The factors of a parameter are reduced the moment they are complete, and dropped, so that peak memory stays near that of
-the plain backward pass.  What is asked for shares parts: norms, variance and Gram read each parameter's factors once each.
+the plain backward pass.  What is asked for shares parts: norms, variance and Gram read each parameter's factors once
+each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Request = str | tuple[str, dict[str, Any]]
 
 
 class Statistics(Quantities):
-    """The quantities that were asked for by ``quantities=``, with the methods of `Gradients`; others raise `QuantityError`."""
+    """The quantities that were asked for by ``quantities=``, with the methods of `Gradients`; others raise
+    `QuantityError`.
+    """
 
     def __init__(self, requests: Iterable[Request], shapes: dict[str, torch.Size]) -> None:
         self.requests = dict(_normal(r) for r in ([requests] if isinstance(requests, str) else requests))
@@ -32,13 +35,19 @@ class Statistics(Quantities):
         self._n = 0
         kinds = dict.fromkeys(NEEDS[name] for name in self.requests)
         self._stored: dict[str, Parts] = {kind: {} for kind in kinds}
-        self._pieces = {kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names) for kind in kinds}
+        self._pieces = {
+            kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names)
+            for kind in kinds
+        }
         self._clipped: dict[str, Tensor] | None = None
 
     def _argument(self, kind: str) -> Any:
         options = self.requests[kind]
         if len(options) != 1:
-            raise QuantityError(f"ask for {kind} with its argument: ('{kind}', {{'{'direction' if kind == 'dot' else 'projection'}': ...}}).")
+            raise QuantityError(
+                f"ask for {kind} with its argument: ('{kind}', "
+                f"{{'{'direction' if kind == 'dot' else 'projection'}': ...}})."
+            )
         return next(iter(options.values()))
 
     def emit(self, name: str, g: Factors) -> None:
@@ -64,7 +73,9 @@ class Statistics(Quantities):
             parts.update(ordered)
         if self.again:
             if run.weighted is None:
-                raise QuantityError("clip in a statistics run needs engine='hooks'; with other engines call .clip() on the gradients.")
+                raise QuantityError(
+                    "clip in a statistics run needs engine='hooks'; with other engines call .clip() on the gradients."
+                )
             self._run_weighted = run.weighted
             try:
                 self._clipped = super().clip(**self.requests["clip"])
@@ -87,7 +98,9 @@ class Statistics(Quantities):
                 return {name: total for name, (total, _) in self._stored["moments"].items()}
             return self._parts("sum")
         if not hasattr(self, "_run_weighted"):
-            raise QuantityError("a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=.")
+            raise QuantityError(
+                "a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=."
+            )
         return self._run_weighted(weight)
 
     def clip(self, max_norm: float | None = None) -> dict[str, Tensor]:
@@ -120,4 +133,7 @@ def _normal(request: Request) -> tuple[str, dict[str, Any]]:
 
 
 def _not_asked(kind: str, requests: dict[str, Any]) -> QuantityError:
-    return QuantityError(f"this run was asked for {list(requests)} only, and has not kept the rows for '{kind}'. Add it to quantities=, or leave quantities= out.")
+    return QuantityError(
+        f"this run was asked for {list(requests)} only, and has not kept the rows for '{kind}'. Add it to "
+        "quantities=, or leave quantities= out."
+    )

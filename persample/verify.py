@@ -1,8 +1,10 @@
 """Is it right?  One sample alone, through the definition, against what an engine computed for the batch.
 
 A sample run alone is the only check that catches a wrong sample axis, a missed use, and coupling that no one declared.
-`Probe` listens to a run and keeps one row; `Probe.verdicts` runs that sample alone and compares.  It restores the random state and
-the model's buffers.  Random draws (dropout) belong to one pass, so where the run drew any, both sides are run once more with
+`Probe` listens to a run and keeps one row; `Probe.verdicts` runs that sample alone and compares.  It restores the
+random state and
+the model's buffers.  Random draws (dropout) belong to one pass, so where the run drew any, both sides are run once
+more with
 dropout off.  It costs about one sample, and with random draws one more pass of the batch.
 """
 
@@ -69,7 +71,9 @@ class Probe:
         self.rows[name] = dense(index(g, torch.tensor([self.n], device=device(g))))[0].clone()
 
     def verdicts(self, run: Pass, engine: str) -> tuple[list[Verdict], str]:
-        """Row ``n`` against sample ``n`` alone; and a note on how that was done.  Raises where the loss itself differs."""
+        """Row ``n`` against sample ``n`` alone; and a note on how that was done.  Raises where the loss itself
+        differs.
+        """
         drew = not _same_state(self.before, random_state())
         if not drew:
             return self._compare(run), ""
@@ -88,7 +92,9 @@ class Probe:
         mine, tol = run.losses[self.n].double(), tolerance(loss.dtype)
         if loss.isfinite() and not (mine - loss).abs() <= tol * (loss.abs() + mine.abs()) + 1e-3 * tol:
             raise LossDiffers(self.n, float(mine), float(loss))
-        rows = {name: torch.zeros_like(self.rows[name]) if g is None else g for name, g in zip(names, grads, strict=True)}
+        rows = {
+            name: torch.zeros_like(self.rows[name]) if g is None else g for name, g in zip(names, grads, strict=True)
+        }
         scale = torch.stack([g.double().norm() for g in rows.values()]).norm()
         verdicts = []
         for name, g in rows.items():
@@ -118,8 +124,10 @@ class LossDiffers(BatchCoupledError):
     def __init__(self, n: int, batch: float, alone: float, call: str = "") -> None:
         what = f": {call} makes a sample's values depend on the other samples" if call else ""
         super().__init__(
-            f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone{what}. Either the model (or the loss) couples the samples, and 'the "
-            "gradient of sample n' is not one thing; let it act on every sample alone. Or the samples are not where batch_dim= says."
+            f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone{what}. Either the model (or the "
+            "loss) couples the samples, and 'the "
+            "gradient of sample n' is not one thing; let it act on every sample alone. Or the samples are not where "
+            "batch_dim= says."
         )
         self.n, self.batch, self.alone = n, batch, alone
 
@@ -151,9 +159,12 @@ def raise_if_wrong(verdicts: list[Verdict], engine: str) -> None:
     if wrong := [v for v in verdicts if not v.ok]:
         worst = max(wrong, key=lambda v: v.error)
         raise VerificationError(
-            f"parameter '{worst.name}' (and {len(wrong) - 1} more): the row of sample {worst.sample} by engine='{engine}' is off by {worst.error:.2g} "
-            "(relative) from the gradient of that sample alone. Usual causes: samples on another axis than assumed where sizes coincide, a rule that is "
-            "wrong, or values that are discontinuous in single precision. Use engine='loop', or persample.check for a report per parameter."
+            f"parameter '{worst.name}' (and {len(wrong) - 1} more): the row of sample {worst.sample} by "
+            f"engine='{engine}' is off by {worst.error:.2g} "
+            "(relative) from the gradient of that sample alone. Usual causes: samples on another axis than assumed "
+            "where sizes coincide, a rule that is "
+            "wrong, or values that are discontinuous in single precision. Use engine='loop', or persample.check for "
+            "a report per parameter."
         )
 
 
@@ -184,8 +195,10 @@ class _Trace(Capture):
 
 
 def find_coupling(problem: Problem, n: int) -> tuple[str, int]:
-    """The first call (its name, and its place among all calls) whose value for sample ``n`` changes when all other samples are replaced by
-    copies of it; ``("", 0)`` if there is none."""
+    """The first call (its name, and its place among all calls) whose value for sample ``n`` changes when all other
+    samples are replaced by
+    copies of it; ``("", 0)`` if there is none.
+    """
     logs = []
     for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n))):
         trace = _Trace(problem.model, n)
@@ -206,8 +219,10 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 # ---- state ----------------------------------------------------------------------------------------------------------
 
-_DROPS = {*spellings("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_dropout"), *(
-    getattr(nn.functional, f"dropout{d}d") for d in (1, 2, 3))}  # fmt: skip
+_DROPS = {
+    *spellings("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_dropout"),
+    *(getattr(nn.functional, f"dropout{d}d") for d in (1, 2, 3)),
+}
 
 
 class NoDropout(TorchFunctionMode):
@@ -219,16 +234,19 @@ class NoDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _DROPS:
             return args[0] if args else kwargs["input"]
-        if func is nn.functional.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            kwargs.pop("dropout_p", None)
+        if (place := _DROPOUT_ARGUMENT.get(func)) is not None:
+            args = args if len(args) <= place else (*args[:place], 0.0, *args[place + 1 :])
+            kwargs.update({"dropout_p": 0.0} if len(args) <= place else {})
         if func in _RECURRENT:
             args = tuple(0.0 if isinstance(a, float) else a for a in args)  # the one float among them is the dropout
         return func(*args, **kwargs)
 
 
-_RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}  # type: ignore[attr-defined]
+_DROPOUT_ARGUMENT = {
+    nn.functional.scaled_dot_product_attention: 4,
+    nn.functional.multi_head_attention_forward: 10,
+}  # dropout_p
+_RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 
 
 def random_state() -> list[Tensor]:
@@ -267,9 +285,20 @@ _VERIFIED: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...]]] = we
 
 def signature(problem: Problem, engine: str) -> Any:
     """What a verification is good for: shapes, types, training modes, parameters, engine, criterion."""
-    shapes = tuple((tuple(x.shape), x.dtype) for x in tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves)) if isinstance(x, Tensor))
+    shapes = tuple(
+        (tuple(x.shape), x.dtype)
+        for x in tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves))
+        if isinstance(x, Tensor)
+    )
     modes = tuple(m.training for m in problem.model.modules())
-    return engine, shapes, modes, tuple(problem.parameters), type(problem.loss_fn), getattr(problem.loss_fn, "__qualname__", "")
+    return (
+        engine,
+        shapes,
+        modes,
+        tuple(problem.parameters),
+        type(problem.loss_fn),
+        getattr(problem.loss_fn, "__qualname__", ""),
+    )
 
 
 def verified(problem: Problem, engine: str) -> tuple[int, ...] | None:

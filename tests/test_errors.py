@@ -84,7 +84,9 @@ def test_every_error_is_a_persample_error() -> None:
         (x(), None, {"quantities": ["dot"]}, persample.QuantityError, "argument"),
     ],
 )
-def test_bad_input(unchanged: Any, inputs: Any, targets: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_bad_input(
+    unchanged: Any, inputs: Any, targets: Any, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
     model = unchanged(Model(LINEAR))
     with pytest.raises(error, match=match):
         persample.gradients(model, square, inputs, targets, **options)
@@ -148,11 +150,15 @@ UNSERVED = [
     ("weight_through_custom_function", lambda m, x: x @ Copies.apply(m.w), persample.CaptureError, "'w'"),
     ("double_backward", differentiates_itself, persample.HigherOrderError, "create_graph=True"),
     ("input_changed_in_place", changes_an_input, persample.InplaceError, "torch.nn.functional.linear.*'w'"),
-    ("reentrant_checkpoint", lambda m, x: checkpoint(lambda h: h @ m.w, x.requires_grad_() * 1, use_reentrant=True),
-     persample.CaptureError, "use_reentrant=False"),
+    (
+        "reentrant_checkpoint",
+        lambda m, x: checkpoint(lambda h: h @ m.w, x.requires_grad_() * 1, use_reentrant=True),
+        persample.CaptureError,
+        "use_reentrant=False",
+    ),
     ("reduced_over_the_batch", lambda m, x: (x @ m.w).sum(0, keepdim=True) * x, persample.BatchCoupledError, "'w'"),
     ("transposed_to_the_wrong_place", lambda m, x: F.linear(x.T, m.w[:, :N]), persample.LossError, r"\(5,\)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -173,14 +179,10 @@ def test_the_loop_engine_serves_what_the_error_points_to(name: str) -> None:
         assert torch.allclose(G["w"][n], g, rtol=0, atol=1e-12)
 
 
-def test_a_partly_written_slice_is_exact_or_refused(unchanged: Any) -> None:
+def test_a_partly_written_slice_is_refused(unchanged: Any) -> None:
     model = unchanged(Model(writes_a_slice))
-    try:
-        G = persample.gradients(model, square, x())
-    except persample.CaptureError as error:
-        assert "'w'" in str(error)
-    else:
-        assert torch.allclose(G["w"], persample.gradients(model, square, x(), engine="loop")["w"], atol=1e-12)
+    with pytest.raises(persample.CaptureError, match=r"'w'.*in-place write into a slice"):
+        persample.gradients(model, square, x())
 
 
 def test_vmap_says_when_it_cannot_follow(unchanged: Any) -> None:
@@ -190,7 +192,9 @@ def test_vmap_says_when_it_cannot_follow(unchanged: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(D), nn.BatchNorm1d(D, track_running_stats=False).eval(), nn.BatchNorm1d(D, affine=False)])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(D), nn.BatchNorm1d(D, track_running_stats=False).eval(), nn.BatchNorm1d(D, affine=False)]
+)
 def test_batch_norm_with_batch_statistics(unchanged: Any, norm: nn.Module, engine: str) -> None:
     model = unchanged(nn.Sequential(nn.Linear(D, D), copy.deepcopy(norm), nn.Linear(D, 2)).double())
     model[1].track_running_stats = False if model[1].running_mean is None else model[1].track_running_stats
@@ -203,7 +207,9 @@ def test_batch_norm_with_batch_statistics(unchanged: Any, norm: nn.Module, engin
 
 
 def test_what_lies_behind_the_coupling_is_served(unchanged: Any) -> None:
-    model = unchanged(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, track_running_stats=False), nn.Linear(D, 2)).double())
+    model = unchanged(
+        nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, track_running_stats=False), nn.Linear(D, 2)).double()
+    )
     G = persample.gradients(model, square, x(), params="[12]")
     losses = square(model(x()))
     for n in range(N):
@@ -220,7 +226,7 @@ COUPLED = [
     ("attention_over_batch", lambda m, x: (h := x @ m.w) @ h.T @ h),
     ("functional_batch_norm", lambda m, x: F.batch_norm(x @ m.w, None, None, training=True)),
     ("first_sample_as_reference", lambda m, x: (h := x @ m.w) - h[:1]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("body", [c[1] for c in COUPLED], ids=[c[0] for c in COUPLED])
@@ -243,7 +249,9 @@ def test_contrastive_loss_is_coupling() -> None:
 
 
 @pytest.mark.parametrize(
-    "norm", [nn.GroupNorm(1, D), nn.LayerNorm(D), nn.RMSNorm(D), nn.BatchNorm1d(D).eval(), nn.Softmax(1), nn.Identity()], ids=lambda m: type(m).__name__
+    "norm",
+    [nn.GroupNorm(1, D), nn.LayerNorm(D), nn.RMSNorm(D), nn.BatchNorm1d(D).eval(), nn.Softmax(1), nn.Identity()],
+    ids=lambda m: type(m).__name__,
 )
 def test_no_false_alarm(norm: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(D, D), norm, nn.Linear(D, 2)).double()
@@ -256,7 +264,7 @@ def test_factors_that_alias_a_changed_input_raise_at_every_read() -> None:
     G = persample.gradients(model, square, inputs)
     assert G.norm().shape == (N,)
     inputs.mul_(2)
-    with pytest.raises(persample.InplaceError, match="'weight'.*changed in place"):
+    with pytest.raises(persample.InplaceError, match=r"'weight'.*changed in place"):
         G.norm()
     with pytest.raises(persample.InplaceError):
         G.select("weight")["weight"]
@@ -278,7 +286,9 @@ def test_a_wrong_sample_axis_is_caught_by_one_sample_alone() -> None:
         persample.gradients(SequenceFirst(), square, inputs)
     loss = lambda out, _: out.square().sum((0, 2))  # noqa: E731
     G = persample.gradients(SequenceFirst(), loss, inputs, batch_dim=1)
-    assert torch.allclose(G.flat(), persample.gradients(SequenceFirst(), loss, inputs, batch_dim=1, engine="loop").flat(), atol=1e-10)
+    assert torch.allclose(
+        G.flat(), persample.gradients(SequenceFirst(), loss, inputs, batch_dim=1, engine="loop").flat(), atol=1e-10
+    )
 
 
 def test_max_norm_and_scale_grad_by_freq() -> None:
@@ -292,7 +302,7 @@ def test_max_norm_and_scale_grad_by_freq() -> None:
 def test_distributed_tensors_and_quantities_of_no_rows() -> None:
     S = persample.gradients(Model(LINEAR), square, x(), quantities=["norm"])
     for ask in (S.gram, S.variance, S.mean, lambda: S.sum(torch.ones(N)), lambda: S.clip(1.0)):
-        with pytest.raises(persample.QuantityError, match="asked for|kept"):
+        with pytest.raises(persample.QuantityError, match=r"asked for|kept"):
             ask()
     G = persample.gradients(Model(LINEAR), square, x())
     with pytest.raises(persample.QuantityError, match=r"\[4\]"):

@@ -49,14 +49,18 @@ CRITERIONS: list[tuple[str, Any, Tensor, Tensor]] = [
 
 
 @pytest.mark.parametrize(("criterion", "out", "y"), [c[1:] for c in CRITERIONS], ids=[c[0] for c in CRITERIONS])
-def test_scalar_criterion_is_meant_for_one_sample_alone(criterion: Callable[..., Tensor], out: Tensor, y: Tensor) -> None:
+def test_scalar_criterion_is_meant_for_one_sample_alone(
+    criterion: Callable[..., Tensor], out: Tensor, y: Tensor
+) -> None:
     expected = torch.stack([criterion(out[n : n + 1], y[n : n + 1]) for n in range(N)])
     assert torch.allclose(per_sample(criterion, out, y), expected, rtol=1e-12, atol=0)
 
 
 def test_per_sample_losses_are_taken_as_they_are() -> None:
     out, y = scores(C), labels()
-    assert torch.equal(per_sample(nn.CrossEntropyLoss(reduction="none"), out, y), F.cross_entropy(out, y, reduction="none"))
+    assert torch.equal(
+        per_sample(nn.CrossEntropyLoss(reduction="none"), out, y), F.cross_entropy(out, y, reduction="none")
+    )
 
 
 def linear() -> nn.Linear:

@@ -205,9 +205,14 @@ def test_a_copy_of_an_extended_model_is_a_plain_model(copied: Any) -> None:
 def test_nothing_is_left_after_an_exception() -> None:
     model, (x, y) = net(), batch()
     attributes = [set(vars(m)) for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), persample.extend(model) as recorder:
-        recorder.gradients(losses_of(model, x, y))
-        raise ZeroDivisionError
+
+    def fails() -> None:
+        with persample.extend(model) as recorder:
+            recorder.gradients(losses_of(model, x, y))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     handle = persample.extend(model)
     with pytest.raises(RuntimeError):
         model(torch.zeros(N, 99, dtype=torch.float64))  # raises half way

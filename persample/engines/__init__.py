@@ -1,4 +1,5 @@
-"""Where the factors come from.  One contract: ``engine(problem, emit)`` calls ``emit(name, factors)`` once per parameter
+"""Where the factors come from.  One contract: ``engine(problem, emit)`` calls ``emit(name, factors)`` once per
+parameter
 that is asked for, complete, and returns the losses and outputs of the very same pass.
 
 ======  ===================================================================================================
@@ -10,9 +11,12 @@ loop    one sample at a time with plain autograd: the definition where samples a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from ..problem import Emit, Pass, Problem
 from .hooks import hooks
 from .loop import loop
 from .vmap import vmap
 
-ENGINES = {"hooks": hooks, "vmap": vmap, "loop": loop}
+ENGINES: dict[str, Callable[[Problem, Emit], Pass]] = {"hooks": hooks, "vmap": vmap, "loop": loop}
 __all__ = ["ENGINES", "hooks", "loop", "vmap"]

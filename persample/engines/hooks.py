@@ -6,6 +6,8 @@ call's output gradient becomes factors as it arrives (`persample.collect`).
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -21,7 +23,9 @@ from ..problem import Emit, Pass, Problem, Weighted
 
 
 def hooks(problem: Problem, emit: Emit, *, again: bool = False, couplers: Collection[int] = ()) -> Pass:
-    """One forward and one backward pass of the whole batch; ``again``: keep the graph for `Pass.weighted`; ``couplers``: see `Capture`."""
+    """One forward and one backward pass of the whole batch; ``again``: keep the graph for `Pass.weighted`;
+    ``couplers``: see `Capture`.
+    """
     capture = Capture(problem.model, {id(p) for p in problem.parameters.values()}, couplers=couplers)
     with torch.enable_grad():
         outputs, losses, seeds, criterion = forward(problem, capture)
@@ -39,20 +43,31 @@ def hooks(problem: Problem, emit: Emit, *, again: bool = False, couplers: Collec
     finally:
         collect.detach()
     weighted = _weighted(problem, seeds, criterion) if again else None
-    return Pass(losses.detach(), detached(outputs), unused, weighted, any(call.couples for call in found.calls), collect.served_by())
+    return Pass(
+        losses.detach(),
+        detached(outputs),
+        unused,
+        weighted,
+        any(call.couples for call in found.calls),
+        collect.served_by(),
+    )
 
 
 Seeds = list[tuple[Tensor, Tensor, int | None]]  # where the backward starts, with which gradient, and its sample axis
 
 
 def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Tensor | None]:
-    """Outputs, losses ``[N]``, the seeds of the backward pass, and the criterion's own graph where it is a separate one."""
+    """Outputs, losses ``[N]``, the seeds of the backward pass, and the criterion's own graph where it is a separate
+    one.
+    """
     batch = problem.batch
     inputs = batch.inputs.map(lambda x, _: x.detach())  # nobody's gradient, the inputs' included, is touched
     leaves = zip(tree_leaves(inputs), batch.inputs.axes, strict=True)
     try:
-        with capture:
-            capture.start(batch.n, [*((x, axis) for x, axis in leaves if isinstance(x, Tensor)), *batch.targets.tensors()])
+        with capture, eager():
+            capture.start(
+                batch.n, [*((x, axis) for x, axis in leaves if isinstance(x, Tensor)), *batch.targets.tensors()]
+            )
             outputs = call_model(problem.model, inputs)
             whole = problem.loss_fn(outputs, batch.targets.whole())
     finally:
@@ -71,11 +86,23 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
         losses = losses.masked_fill(bad, 0)
     seeds = []
     if cut and losses.requires_grad:
-        grads = torch.autograd.grad(losses, list(cut.values()), torch.ones_like(losses), allow_unused=True, retain_graph=True)
+        grads = torch.autograd.grad(
+            losses, list(cut.values()), torch.ones_like(losses), allow_unused=True, retain_graph=True
+        )
         for i, g in zip(cut, grads, strict=True):
             if g is not None:
                 seeds.append((ends[i], g if bad is None else along(g, ~bad, tree.axes[i]), tree.axes[i]))
     return outputs, losses, seeds, losses
+
+
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Runs compiled submodules as they were written, if there may be any: calls inside compiled regions can't be
+    seen.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def along(g: Tensor, weight: Tensor, axis: int | None) -> Tensor:
@@ -98,6 +125,14 @@ def _weighted(problem: Problem, seeds: Seeds, criterion: Tensor | None) -> Weigh
             tensors, grads = [*tensors, criterion], [*grads, weight.to(criterion.dtype)]
         if not tensors:
             return {name: torch.zeros_like(p) for name, p in parameters.items()}
-        return dict(zip(parameters, torch.autograd.grad(tensors, list(parameters.values()), grads, materialize_grads=True, retain_graph=True), strict=True))
+        return dict(
+            zip(
+                parameters,
+                torch.autograd.grad(
+                    tensors, list(parameters.values()), grads, materialize_grads=True, retain_graph=True
+                ),
+                strict=True,
+            )
+        )
 
     return weighted

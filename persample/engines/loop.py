@@ -1,6 +1,7 @@
 """The loop engine: the definition.  One sample at a time, as a batch of one, with plain autograd.
 
-It costs N forward and backward passes.  Random draws (dropout) belong to each sample's own pass, whose losses and outputs are the ones reported.
+It costs N forward and backward passes.  Random draws (dropout) belong to each sample's own pass, whose losses and
+outputs are the ones reported.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ def _joined(batch: Batch, outputs: list[Any]) -> Any:
     axes = batch.select(torch.tensor([0])).outputs(outputs[0]).axes
     joined = []
     for column, axis in zip(zip(*flat, strict=True), axes, strict=True):
-        shared = not isinstance(column[0], Tensor) or column[0].ndim == 0 or (axis is None and all(torch.equal(x, column[0]) for x in column))
+        shared = (
+            not isinstance(column[0], Tensor)
+            or column[0].ndim == 0
+            or (axis is None and all(torch.equal(x, column[0]) for x in column))
+        )
         joined.append(column[0] if shared else torch.cat(column, axis or 0))
     return unflatten(joined, spec)

@@ -1,7 +1,8 @@
 """The vmap engine: ``torch.func``, the model on single samples, vectorised over the batch, a chunk at a time.
 
 It returns `Dense` rows, and the losses and outputs of the same pass.  Random draws are each sample's own
-(``randomness="different"``) and belong to those losses.  It needs a model that ``torch.func`` can follow: no ``.item()``, no
+(``randomness="different"``) and belong to those losses.  It needs a model that ``torch.func`` can follow: no
+``.item()``, no
 in-place change of buffers (BatchNorm in training mode is refused, never replaced by a norm over single samples).
 """
 
@@ -36,8 +37,12 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
     spec: list[Any] = []
 
     def one(values: dict[str, Tensor], pieces: list[list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        inputs, targets = (_alone(tree, given) for tree, given in zip((batch.inputs, batch.targets), pieces, strict=True))
-        with _reparametrize_module(model, {**fixed, **values}, tie_weights=True, stack_weights=True):  # around loss_fn too (penalties)
+        inputs, targets = (
+            _alone(tree, given) for tree, given in zip((batch.inputs, batch.targets), pieces, strict=True)
+        )
+        with _reparametrize_module(
+            model, {**fixed, **values}, tie_weights=True, stack_weights=True
+        ):  # around loss_fn too (penalties)
             outputs = call_model(model, inputs)
             loss = problem.loss_fn(outputs, targets)
         if not is_per_sample(loss, 1) and loss.ndim:
@@ -46,7 +51,9 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
         spec[:] = [structure, Batch(1, batch.inputs, batch.targets, batch.output_dim).outputs(outputs).axes, leaves]
         return loss.reshape(()), [x for x in leaves if isinstance(x, Tensor)]
 
-    trees = [[(x, a) for x, a in zip(t.leaves, t.axes, strict=True) if a is not None] for t in (batch.inputs, batch.targets)]
+    trees = [
+        [(x, a) for x, a in zip(t.leaves, t.axes, strict=True) if a is not None] for t in (batch.inputs, batch.targets)
+    ]
     samples, dims = [[x.detach() for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
     run = vectorise(grad_and_value(one, has_aux=True), in_dims=(None, dims), randomness="different", chunk_size=chunk)
     try:
@@ -56,7 +63,9 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
         raise
     except RuntimeError as error:
         one_sample(problem, 0, [])  # raises where the real reason is that the batch is coupled
-        raise CaptureError(f"torch.func can't follow this model: {error}\nUse engine='hooks' or engine='loop'.") from error
+        raise CaptureError(
+            f"torch.func can't follow this model: {error}\nUse engine='hooks' or engine='loop'."
+        ) from error
     outputs = _joined(spec, outputs)
     bad = ignored(losses, batch.outputs(outputs), batch.targets)
     for name, value in rows.items():
@@ -76,7 +85,9 @@ def _unused(problem: Problem, rows: dict[str, Tensor]) -> tuple[str, ...]:
 def _alone(tree: Any, given: list[Tensor]) -> Any:
     """One sample as a batch of one."""
     it = iter(given)
-    return unflatten([x if a is None else next(it).unsqueeze(a) for x, a in zip(tree.leaves, tree.axes, strict=True)], tree.spec)
+    return unflatten(
+        [x if a is None else next(it).unsqueeze(a) for x, a in zip(tree.leaves, tree.axes, strict=True)], tree.spec
+    )
 
 
 def _joined(spec: list[Any], outputs: list[Tensor]) -> Any:

@@ -1,7 +1,8 @@
 """How one function's gradient factors: the table of rules, and what else is known about functions.
 
 A **rule** belongs to a function and has that function's own signature after ``(call, g)``, with ``g`` the gradient of
-the output.  For each argument that may be shared it yields ``(argument, lambda: factors)``; the lambda runs only if that
+the output.  For each argument that may be shared it yields ``(argument, lambda: factors)``; the lambda runs only if
+that
 argument's gradient is asked for.  ``call.samples(x)`` and ``call.tokens(x)`` bring an argument or ``g`` into the
 sample-first shapes ``[N, k, *rest]`` and ``[N, T, D]``, whatever the layout was.
 
@@ -22,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from ..factors import Factors
+    from .derived import Rowlike
 
 Function = Callable[..., Any]
-Yields = Iterator[tuple[Any, "Callable[[], Factors]"]]
+Yields = Iterator[tuple[Any, "Callable[[], Rowlike]"]]
 R = TypeVar("R", bound=Callable[..., Any])
 
 RULES: dict[Function, Callable[..., Yields]] = {}
@@ -87,7 +88,7 @@ def mutates(func: Function) -> bool:
     """Whether the function changes its first argument: ``add_``, ``__iadd__``, ``__setitem__``."""
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
-        return name.startswith("__i") and name not in _NOT_INPLACE or name == "__setitem__"
+        return (name.startswith("__i") and name not in _NOT_INPLACE) or name == "__setitem__"
     return name.endswith("_")
 
 
@@ -97,13 +98,18 @@ _NOT_INPLACE = {"__init__", "__invert__", "__index__", "__int__", "__iter__", "_
 def opened(func: Function) -> Function:
     """A Python function of torch as it is, except that it doesn't hand itself over to an active mode as one call."""
     assert isinstance(func, FunctionType)
-    unguarded = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False)
-    copy = FunctionType(func.__code__, {**func.__globals__, **unguarded}, func.__name__, func.__defaults__, func.__closure__)
+    unguarded = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
+    )
+    copy = FunctionType(
+        func.__code__, {**func.__globals__, **unguarded}, func.__name__, func.__defaults__, func.__closure__
+    )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
 
 
-# What runs instead of a function that hides several calls; a function of torch that returns ``NotImplemented`` has none to show.
+# What runs instead of a function that hides several calls; a function of torch that returns ``NotImplemented`` has
+# none to show.
 OPEN: dict[Function, Function] = {f: opened(f) for f in (F.multi_head_attention_forward,)}
 
 # Whose outputs are computed from each other: copied, so that the gradient of one doesn't come through another.
@@ -116,7 +122,22 @@ KEEPS: set[Function] = set()
 INERT: set[Function] = {
     *spellings("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *spellings("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "result_type", "is_same_size"),
-    *spellings("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "argmax", "argmin", "argsort", "sign", "detach"),
+    *spellings(
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "isnan",
+        "isinf",
+        "isfinite",
+        "argmax",
+        "argmin",
+        "argsort",
+        "sign",
+        "detach",
+    ),
 }
 
 # What takes only type or shape from arguments other than the first.

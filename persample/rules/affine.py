@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,9 @@ def linear(call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | 
 
 
 @rule(torch.addmm, Tensor.addmm)
-def addmm(call: Call, g: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Yields:
+def addmm(
+    call: Call, g: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Yields:
     if call.sampled(mat1) and not call.sampled(mat2):
         yield mat2, lambda: product(call.tokens(mat1), call.tokens(g) * alpha, mat2.shape)
     if not call.sampled(input):
@@ -108,5 +111,8 @@ def einsum(call: Call, g: Tensor, equation: Any, *operands: Any) -> Yields:
         if call.sampled(w) or n in own or not set(own) <= seen:
             continue
         inner = ",".join([result, *(letters[i] for i in others)])
-        rest = [call.read(operands[i]) for i in others]
-        yield w, lambda inner=inner, own=own, rest=rest: Dense(torch.einsum(f"{inner}->{n}{own}", g, *rest))
+        yield w, partial(_contracted, call, f"{inner}->{n}{own}", g, [operands[i] for i in others])
+
+
+def _contracted(call: Call, equation: str, g: Tensor, rest: list[Tensor]) -> Dense:
+    return Dense(torch.einsum(equation, g, *(call.read(x) for x in rest)))

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from ..capture import Call
 
 
+Placing = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
+
+
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
-    value = (value,) if isinstance(value, int) else tuple(value)
-    return value * dims if len(value) == 1 else value
+    values: tuple[int, ...] = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
 
 
 def _images(call: Call, x: Tensor) -> tuple[Tensor, int]:
@@ -28,7 +31,7 @@ def _images(call: Call, x: Tensor) -> tuple[Tensor, int]:
     return x.flatten(0, 1), x.shape[1]
 
 
-def _kernel(call: Call, x: Tensor, g: Tensor, weight: Tensor, geometry: tuple[tuple[int, ...], ...]) -> Factors:
+def _kernel(call: Call, x: Tensor, g: Tensor, weight: Tensor, geometry: Placing) -> Factors:
     (images, k), (grads, _) = _images(call, x), _images(call, g)
     factors = Conv(images, grads, *geometry, weight.shape)
     return factors if k == 1 else fold(factors, k)
@@ -36,15 +39,22 @@ def _kernel(call: Call, x: Tensor, g: Tensor, weight: Tensor, geometry: tuple[tu
 
 def channels(call: Call, g: Tensor) -> Dense:
     """A bias per channel: ``[N, k, C, *S]`` summed over everything else."""
-    g = call.samples(g).transpose(1, 2).flatten(2)
-    return Dense(g.sum(2))
+    g = call.samples(g).movedim(2 if call.layout.axis == 0 else 3, 1)  # behind an axis that stood before the samples
+    return Dense(g.flatten(2).sum(2))
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
 def conv(
-    call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None,
-    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-) -> Yields:  # fmt: skip
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Yields:
     dims = weight.ndim - 2
     if call.sampled(weight) or not call.sampled(input) or input.ndim != weight.ndim:
         return
@@ -59,9 +69,17 @@ def conv(
 
 @rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def conv_transpose(
-    call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None,
-    stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> Yields:  # fmt: skip
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Yields:
     dims = weight.ndim - 2
     if call.sampled(weight) or not call.sampled(input) or input.ndim != weight.ndim:
         return
@@ -69,5 +87,3 @@ def conv_transpose(
     yield weight, lambda: _kernel(call, g, input, weight, geometry)
     if bias is not None:
         yield bias, lambda: channels(call, g)
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Diagonal:
     """Rows of a derived tensor that has an entry of its own for every sample: row ``n`` is zero except at index
-    ``place[n]`` of ``axis`` (by default ``n``), where it is ``value[n]``."""
+    ``place[n]`` of ``axis`` (by default ``n``), where it is ``value[n]``.
+    """
 
     value: Tensor  # [N, *shape without axis]
     axis: int
@@ -45,7 +47,9 @@ class Diagonal:
 
 
 def apart(value: Tensor, at: Layout) -> Diagonal | Dense:
-    """Rows of a shared tensor whose entries along ``at.axis`` belong to one sample each; ``value`` is the sum of all rows."""
+    """Rows of a shared tensor whose entries along ``at.axis`` belong to one sample each; ``value`` is the sum of all
+    rows.
+    """
     pieces = value.movedim(at.axis, 0)
     if at.plain:
         return Diagonal(pieces, at.axis, value.shape)
@@ -76,7 +80,10 @@ def converted(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: An
         yield input, lambda: cast(g, input.dtype)
 
 
-@pullback(*spellings("t", "transpose", "swapaxes", "swapdims", "permute", "adjoint"), Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+_TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+
+
+@pullback(*spellings("t", "transpose", "swapaxes", "swapdims", "permute", "adjoint"), *_TRANSPOSES)
 def transposed(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any) -> Yields:
     if not isinstance(g, Diagonal) and input.ndim == 2 and tuple(d.shape) == (input.shape[1], input.shape[0]):
         probe = d.func(torch.empty(2, 3), *args, **kwargs)  # a permutation may also be the identity
@@ -128,7 +135,9 @@ def _padded(g: Diagonal, shape: Size, dim: int, start: int, length: int) -> Diag
 
 
 @pullback(F.embedding)
-def looked_up(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Yields:
+def looked_up(
+    d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Yields:
     index = d.read(input)
     if isinstance(g, Diagonal):
         if g.axis >= index.ndim:
@@ -155,7 +164,7 @@ def scaled(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> 
         return
     for p, factor in ((input, other), (other, input)):
         if isinstance(p, Tensor) and p.requires_grad and p.shape == d.shape and _is_number(factor):
-            yield p, lambda p=p, factor=factor: scale(g, factor)
+            yield p, partial(scale, g, factor)
 
 
 @pullback(*spellings("div", "truediv", "true_divide"))
@@ -175,11 +184,11 @@ def added(d: Derivation, g: Rowlike, input: Any, other: Any, *, alpha: float = 1
     sign = -alpha if "sub" in getattr(d.func, "__name__", "") else alpha
     for p, factor in ((input, 1), (other, sign)):
         if isinstance(p, Tensor) and p.shape == d.shape and (factor == 1 or not isinstance(g, Diagonal)):
-            yield p, (lambda factor=factor: scale(g, factor)) if factor != 1 else _same(g)
+            yield p, _same(g) if factor == 1 or isinstance(g, Diagonal) else partial(scale, g, factor)
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) or isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad
+    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad)
 
 
 def pulled(d: Derivation, g: Rowlike) -> Iterator[tuple[Tensor, Any]] | None:

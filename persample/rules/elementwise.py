@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,11 +58,15 @@ def rsub(call: Call, g: Tensor, input: Any, other: Any, *, alpha: float = 1) -> 
     yield from add(call, g, other, input, alpha=-alpha)
 
 
+def _scaled(call: Call, g: Tensor, x: Any, p: Tensor) -> Any:
+    return spread(call, g * call.read(x), p)
+
+
 @rule(*spellings("mul", "mul_", "imul", "rmul", "multiply"))
 def mul(call: Call, g: Tensor, input: Any, other: Any, *, out: Any = None) -> Yields:
     for p, x in ((input, other), (other, input)):
         if isinstance(p, Tensor) and not call.sampled(p):
-            yield p, lambda p=p, x=x: spread(call, g * call.read(x), p)
+            yield p, partial(_scaled, call, g, x, p)
 
 
 @rule(*spellings("div", "div_", "truediv", "itruediv", "true_divide"))
@@ -93,7 +98,7 @@ def cat(call: Call, g: Tensor, tensors: Any, dim: int = 0, *, axis: int | None =
         piece = g.narrow(dim, start, p.shape[dim]) if p.ndim == g.ndim else g
         start += p.shape[dim] if p.ndim == g.ndim else 0
         if not call.sampled(p) and p.ndim == g.ndim:
-            yield p, lambda p=p, piece=piece: spread(call, piece, p)
+            yield p, partial(spread, call, piece, p)
 
 
 @rule(F.prelu, torch.prelu, Tensor.prelu)
@@ -121,4 +126,4 @@ def setitem(call: Call, g: Tensor, target: Tensor, index: Any, value: Any) -> Yi
 def _keeps_samples(index: Any) -> bool:
     """``x[:, ...] = p``: the assignment runs over all samples."""
     first = index[0] if isinstance(index, tuple) else index
-    return first is Ellipsis or isinstance(first, slice) and first == slice(None)
+    return first is Ellipsis or (isinstance(first, slice) and first == slice(None))

@@ -22,7 +22,19 @@ from . import mutates, spellings
 if TYPE_CHECKING:
     from ..capture import Call
 
-_DRAWS = {*spellings("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rrelu", "bernoulli", "gumbel_softmax")}
+_DRAWS = {
+    *spellings(
+        "dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "rrelu",
+        "bernoulli",
+        "gumbel_softmax",
+    )
+}
 
 
 def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> Iterator[tuple[Tensor, Dense]]:
@@ -30,7 +42,7 @@ def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor])
     if call.func in _DRAWS:
         raise _random(call)
     try:
-        rows = _vectorised(call, grads, wanted)
+        rows = _one_by_one(call, grads, wanted) if call.couples else _vectorised(call, grads, wanted)
     except InplaceError:
         raise
     except Exception:  # vmap has many ways to refuse; the loop below is always right
@@ -39,7 +51,10 @@ def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor])
 
 
 def _random(call: Call) -> RandomnessError:
-    return RandomnessError(f"{call.name} draws random numbers and has no rule, so it can't be run again. Use engine='loop', or register a rule.")
+    return RandomnessError(
+        f"{call.name} draws random numbers and has no rule, so it can't be run again. Use engine='loop', or register "
+        "a rule."
+    )
 
 
 def _runner(call: Call, wanted: list[Tensor]) -> Any:
@@ -74,14 +89,14 @@ def _vectorised(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]
 
     def one(pieces: list[Tensor], gs: list[Tensor]) -> tuple[Tensor, ...]:
         replace = {i: x.movedim(0, at.axis) for i, x, at in zip(arguments, pieces, layouts, strict=True)}
-        outs, pull = vjp(lambda *values: run(values, replace), *(t.detach() for t in wanted))
+        outs, pull = vjp(lambda *values: run(values, replace), *(t.detach() for t in wanted))[:2]
         given = iter(gs)
         cotangents = []
         for out, g, (_, at) in zip(outs, grads, call.outputs, strict=True):
             cotangents.append(torch.zeros_like(out) if g is None else next(given).movedim(0, _known(at).axis))
             if cotangents[-1].shape != out.shape:
                 raise ValueError("the call does not act on every sample alone")
-        return pull(cotangents)
+        return tuple(pull(cotangents))
 
     pieces = [call.samples(x) for x in arguments.values()]
     rows = vmap(one, randomness="error")(pieces, [samples_first(g, at) for g, at in outputs])
@@ -108,12 +123,19 @@ def _one_by_one(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]
         torch.set_rng_state(before)
         raise _random(call)
     if len(outs) != len(grads):
-        raise CaptureError(f"{call.name}: its outputs can't be told apart when it is run again. Register a rule, or use engine='loop'.")
+        raise CaptureError(
+            f"{call.name}: its outputs can't be told apart when it is run again. Register a rule, or use engine='loop'."
+        )
     rows = []
     for i in range(n):
-        seeds = [None if g is None else _only(g, at if at is not None else call.layout, i) for g, (_, at) in zip(grads, call.outputs, strict=True)]
+        seeds = [
+            None if g is None else _only(g, at if at is not None else call.layout, i)
+            for g, (_, at) in zip(grads, call.outputs, strict=True)
+        ]
         pairs = [(o, s) for o, s in zip(outs, seeds, strict=True) if s is not None]
-        found = torch.autograd.grad([o for o, _ in pairs], values, [s for _, s in pairs], retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], values, [s for _, s in pairs], retain_graph=True, allow_unused=True
+        )
         rows.append([torch.zeros_like(v) if f is None else f for v, f in zip(values, found, strict=True)])
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 

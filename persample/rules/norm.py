@@ -28,7 +28,13 @@ def _features(call: Call, g: Tensor, p: Tensor) -> Dense:
 
 @rule(F.layer_norm)
 def layer_norm(
-    call: Call, g: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Yields:
     if weight is not None:
         yield weight, lambda: _features(call, F.layer_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
@@ -37,14 +43,22 @@ def layer_norm(
 
 
 @rule(F.rms_norm)
-def rms_norm(call: Call, g: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Yields:
+def rms_norm(
+    call: Call, g: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Yields:
     if weight is not None:
         yield weight, lambda: _features(call, F.rms_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
 
 
 @rule(F.group_norm)
 def group_norm(
-    call: Call, g: Tensor, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Yields:
     if weight is not None:
         yield weight, lambda: channels(call, F.group_norm(call.read(input), num_groups, eps=eps).mul_(g))
@@ -54,9 +68,17 @@ def group_norm(
 
 @rule(F.instance_norm)
 def instance_norm(
-    call: Call, g: Tensor, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
-    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
-) -> Yields:  # fmt: skip
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Yields:
     def normalised() -> Tensor:
         if use_input_stats:
             return F.instance_norm(call.read(input), eps=eps)
@@ -70,12 +92,22 @@ def instance_norm(
 
 @rule(F.batch_norm)
 def batch_norm(
-    call: Call, g: Tensor, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
-    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Yields:  # fmt: skip
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Yields:
     def normalised() -> Tensor:
         batch = training or running_mean is None
-        return F.batch_norm(call.read(input), None if batch else running_mean, None if batch else running_var, training=batch, eps=eps)
+        return F.batch_norm(
+            call.read(input), None if batch else running_mean, None if batch else running_var, training=batch, eps=eps
+        )
 
     if weight is not None:
         yield weight, lambda: channels(call, normalised().mul_(g))
@@ -83,11 +115,25 @@ def batch_norm(
         yield bias, lambda: channels(call, g)
 
 
+@rule(torch.batch_norm)
+def native_batch_norm(
+    call: Call, g: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Yields:  # fmt: skip
+    yield from batch_norm(call, g, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 @couples(F.batch_norm)
 def batch_statistics(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Any = None, bias: Any = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> str:  # fmt: skip
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> str:
     if training:
         return "normalises with the statistics of the batch (training mode)"
     return "normalises with the statistics of the batch (it has no running statistics)" if running_mean is None else ""
@@ -95,6 +141,13 @@ def batch_statistics(
 
 @couples(torch.batch_norm, torch.native_batch_norm)
 def native_batch_statistics(
-    input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, *args: Any, **kwargs: Any
+    input: Tensor,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    *args: Any,
+    **kwargs: Any,
 ) -> str:
     return batch_statistics(input, running_mean, running_var, weight, bias, training)

@@ -1,0 +1,362 @@
+"""`persample.gradients` beyond the matrix: precision, randomness, axes, verification, and that the model stays as it
+was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import persample
+from persample.factors import Dense, Outer
+
+N, T, D = 4, 3, 6
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(N, *shape, generator=generator, dtype=torch.float64).to(dtype), torch.randint(
+        5, (N,), generator=generator
+    )
+
+
+def convnet() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.GroupNorm(2, 8),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16 * 4, 32),
+        nn.LayerNorm(32),
+        nn.Linear(32, 5),
+    )
+
+
+class Tokens(nn.Module):
+    """Embedding, attention, shared linear: a text model in small."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.place = nn.Embedding(11, D), nn.Parameter(torch.randn(T, D))
+        self.block = nn.TransformerEncoderLayer(D, 2, 12, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(D, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(ids) + self.place)).mean(1)
+
+
+def ids() -> Tensor:
+    return torch.randint(11, (N, T), generator=torch.Generator().manual_seed(2))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # torch: attention has no batching rule on this device
+@pytest.mark.parametrize("engine", ["hooks", "vmap"])
+def test_float32_agrees_with_float64(engine: str) -> None:
+    for model, inputs in ((convnet(), batch(3, 8, 8)[0].float()), (Tokens(), ids())):
+        y = batch(1)[1]
+        wide = copy.deepcopy(model).double()
+        exact = persample.gradients(
+            wide, nn.CrossEntropyLoss(), inputs.double() if inputs.is_floating_point() else inputs, y, engine="loop"
+        )
+        G = persample.gradients(model, nn.CrossEntropyLoss(), inputs, y, engine=engine)
+        assert G.flat().dtype is torch.float32
+        for mine, true in ((G.flat(), exact.flat()), (G.norm(), exact.norm()), (G.gram(), exact.gram())):
+            assert relative(mine, true) < 1e-4
+        for name in G.names:
+            assert relative(G.variance()[name], exact.variance()[name]) < 1e-4
+            assert relative(G.second_moment()[name], exact.second_moment()[name]) < 1e-4
+
+
+def test_half_precision_accumulates_in_float32() -> None:
+    model, (x, y) = convnet().to(torch.bfloat16), batch(3, 8, 8, dtype=torch.bfloat16)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    assert G["0.weight"].dtype is torch.bfloat16
+    exact = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    rows = exact.flat().double()
+    assert G.norm().dtype is G.gram().dtype is G.variance()["0.weight"].dtype is torch.float32
+    assert relative(G.norm(), rows.norm(dim=1)) < 2e-2  # the rows themselves are rounded to bf16
+    mine = G.flat().double()
+    assert relative(persample.Gradients({"p": Dense(G.flat())}, G.losses).norm(), mine.norm(dim=1)) < 1e-6
+    assert G.sum()["0.weight"].dtype is torch.bfloat16
+
+
+def test_autocast_gives_rows_of_the_parameters_type() -> None:
+    model, inputs, y = Tokens(), ids(), batch(1)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        G = persample.gradients(model, nn.CrossEntropyLoss(), inputs, y)
+        with persample.extend(model) as recorder:
+            recorded = recorder.gradients(F.cross_entropy(model(inputs), y, reduction="none"))
+    exact = persample.gradients(model, nn.CrossEntropyLoss(), inputs, y, engine="loop")
+    for rows in (G, recorded):
+        assert rows.flat().dtype is torch.float32 and rows.norm().dtype is torch.float32
+        assert relative(rows.flat(), exact.flat()) < 3e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(inputs), y, reduction="sum")
+    loss.backward()
+    for name, g in G.sum().items():
+        assert relative(g, model.get_parameter(name).grad) < 3e-2 or model.get_parameter(name).grad.norm() < 1e-3
+
+
+def test_dropout_rows_belong_to_the_masks_of_that_very_forward() -> None:
+    model, inputs, y = Tokens(dropout=0.5).double(), ids(), batch(1)[1]
+    with persample.extend(model) as recorder:
+        losses = F.cross_entropy(model(inputs), y, reduction="none")
+        G = recorder.gradients(losses)
+    for n in range(N):
+        for name, g in zip(
+            G.names, torch.autograd.grad(losses[n], list(model.parameters()), retain_graph=True), strict=True
+        ):
+            assert torch.allclose(G[name][n], g, atol=1e-12)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), inputs, y)
+    assert torch.allclose(G.losses, F.cross_entropy(G.outputs, y, reduction="none")) and "dropout off" in repr(G)
+    report = persample.check(model, nn.CrossEntropyLoss(), inputs, y)
+    assert report.ok
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_a_generator_repeats_the_draws_and_leaves_the_global_state(engine: str) -> None:
+    model, inputs, y = Tokens(dropout=0.5).double(), ids(), batch(1)[1]
+    before = torch.get_rng_state()
+    first, second, other = (
+        persample.gradients(
+            model,
+            nn.CrossEntropyLoss(),
+            inputs,
+            y,
+            engine=engine,
+            verify=False,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.flat(), second.flat()) and not torch.equal(first.flat(), other.flat())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_nobodys_grad_is_touched() -> None:
+    model, (x, y) = convnet().double(), batch(3, 8, 8)
+    x.requires_grad_()
+    for engine in ("hooks", "vmap", "loop"):
+        G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine)
+        assert x.grad is None and all(p.grad is None for p in model.parameters())
+        assert not G.losses.requires_grad and not G.outputs.requires_grad and not G["0.weight"].requires_grad
+
+
+def test_backward_adds_to_grad_of_its_names_only() -> None:
+    model, (x, y) = convnet().double(), batch(3, 8, 8)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    nn.CrossEntropyLoss()(model(x), y).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    G.backward()
+    assert all(torch.allclose(p.grad, expected[name], atol=1e-12) for name, p in model.named_parameters())
+    G.backward()
+    assert all(torch.allclose(p.grad, 2 * expected[name], atol=1e-12) for name, p in model.named_parameters())
+    model.zero_grad()
+    weight = torch.arange(1.0, N + 1, dtype=torch.float64)
+    G.select("9").backward(weight)
+    assert model[0].weight.grad is None
+    assert torch.allclose(model[9].bias.grad, torch.einsum("n,np->p", weight, G["9.bias"]), atol=1e-12)
+
+
+def test_tied_parameters_appear_once_and_answer_to_every_name() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(11, D), nn.Linear(D, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed(x)).mT
+
+    G = persample.gradients(Tied().double(), nn.CrossEntropyLoss(), ids(), ids())
+    assert G.names == ("embed.weight",) and torch.equal(G["head.weight"], G["embed.weight"])
+    assert "head.weight" in G and G.select("head").names == ("embed.weight",)
+    assert G.select(["head.weight"]).names == ("embed.weight",)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_unused_parameters_have_rows_of_zeros_and_are_listed(engine: str) -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(D, 5)).double(), batch(D)
+    model[0].extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine)
+    assert G.unused == ("0.extra",) and not G["0.extra"].any() and G["0.extra"].shape == (N, 2)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_sample_axes_by_pytree(engine: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.l = nn.Linear(D, 5).double()
+
+        def forward(self, sequence: Tensor, scale: Tensor, options: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            h = self.l(sequence * scale + options["shift"].unsqueeze(0))  # [T, N, 5]
+            return h, h.mean(0)
+
+    x, y = batch(T, D)
+    inputs = {
+        "sequence": x.transpose(0, 1),
+        "scale": torch.rand(N - 1, 1, 1, dtype=torch.float64),
+        "options": {"shift": x[:, 0]},
+    }
+    dims = ({"sequence": 1, "scale": None, "options": {"shift": 0}}, 0, (1, 0))
+    G = persample.gradients(
+        Mixed(),
+        lambda out, t: F.cross_entropy(out[1], t) + out[0].square().mean(),
+        inputs,
+        y,
+        batch_dim=dims,
+        engine=engine,
+    )
+    model = Mixed()
+    for n in range(N):
+        out = model(inputs["sequence"][:, n : n + 1], inputs["scale"], {"shift": x[n : n + 1, 0]})
+        loss = F.cross_entropy(out[1], y[n : n + 1]) + out[0].square().mean()
+        assert torch.allclose(G["l.weight"][n], torch.autograd.grad(loss, model.l.weight)[0], atol=1e-12)
+    assert G.outputs[0].shape == (T, N, 5) and G.outputs[1].shape == (N, 5)
+
+
+def test_verification_runs_once_per_model_shapes_mode_and_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    real = persample.verify._alone
+    monkeypatch.setattr(persample.verify, "_alone", lambda *a: ran.append(1) or real(*a))
+    model, (x, y) = convnet().double(), batch(3, 8, 8)
+
+    def run(**options: Any) -> int:
+        ran.clear()
+        persample.gradients(model, nn.CrossEntropyLoss(), x, y, **options)
+        return len(ran)
+
+    assert [
+        run(),
+        run(),
+        run(verify=True),
+        run(verify=False),
+        run(engine="vmap"),
+        run(engine="vmap"),
+        run(engine="loop"),
+    ] == [1, 0, 1, 0, 1, 0, 0]
+    model.eval()
+    assert [run(), run()] == [1, 0]
+    x, y = x[:2], y[:2]
+    assert [run(), run(), run(quantities=["norm"])] == [1, 0, 0]
+    assert "verify=False" in repr(persample.gradients(model, nn.CrossEntropyLoss(), x, y, verify=False))
+
+
+def test_a_wrong_rule_is_caught_by_verification_and_named_by_check() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(D, 5)).double(), batch(D)
+
+    @persample.rule(F.linear)
+    def wrong(call: Any, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        yield weight, lambda: Outer(call.tokens(g).unsqueeze(1).flip(0), call.tokens(input).unsqueeze(1), weight.shape)
+        yield bias, lambda: Dense(call.tokens(g).sum(1))
+
+    try:
+        with pytest.raises(persample.VerificationError, match=r"'0\.weight'"):
+            persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+        report = persample.check(model, nn.CrossEntropyLoss(), x, y, samples=N)
+        assert [row.verdict for row in report.rows] == ["wrong", "exact"]
+        with pytest.raises(persample.VerificationError, match=r"'0\.weight'"):
+            report.raise_if_bad()
+    finally:
+        wrong.remove()
+    assert persample.check(model, nn.CrossEntropyLoss(), x, y).ok
+
+
+def test_verification_restores_random_state_and_buffers() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(3, 4, 1),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(4 * D, 5),
+    ).double()
+    x, y = batch(3, D)
+    plain = copy.deepcopy(model)
+    torch.manual_seed(3)
+    plain(x)
+    expected = torch.get_rng_state()
+    torch.manual_seed(3)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    assert "dropout off" in repr(G)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+
+
+def test_statistics_of_several_quantities_in_one_pass() -> None:
+    model, (x, y) = convnet().double(), batch(3, 8, 8)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    direction, projection = (
+        {name: torch.randn_like(p) for name, p in model.named_parameters()},
+        torch.randn(G.flat().shape[1], 3, dtype=torch.float64),
+    )
+    asked = [
+        "norm",
+        "gram",
+        "mean",
+        "second_moment",
+        ("variance", {"ddof": 1}),
+        ("dot", {"direction": direction}),
+        ("project", {"projection": projection}),
+    ]
+    S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=asked)
+    for mine, true in (
+        (S.norm(), G.norm()),
+        (S.gram(), G.gram()),
+        (S.dot(direction), G.dot(direction)),
+        (S.project(projection), G.project(projection)),
+    ):
+        assert torch.allclose(mine, true, atol=1e-10)
+    for name in G.names:
+        assert torch.allclose(S.mean()[name], G.mean()[name], atol=1e-12)
+        assert torch.allclose(S.second_moment()[name], G.second_moment()[name], atol=1e-12)
+        assert torch.allclose(S.variance(ddof=1)[name], G.variance(ddof=1)[name], atol=1e-12)
+        assert torch.allclose(S.norm(per_parameter=True)[name], G.norm(per_parameter=True)[name], atol=1e-12)
+    assert len(S) == N and S.unused == () and torch.allclose(S.losses, G.losses)
+
+
+def test_rows_written_into_given_memory() -> None:
+    model, (x, y) = convnet().double(), batch(3, 8, 8)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    out = torch.full((N, sum(p.numel() for p in model.parameters())), float("nan"), dtype=torch.float64)
+    assert G.flat(out).data_ptr() == out.data_ptr() and torch.equal(out, G.flat())
+    rows = {name: torch.full((N, *p.shape), float("nan"), dtype=torch.float64) for name, p in model.named_parameters()}
+    filled = G.dense(out=rows)
+    assert all(
+        filled[name].data_ptr() == rows[name].data_ptr() and torch.equal(rows[name], G[name]) for name in G.names
+    )
+
+
+def test_compiled_and_wrapped_models() -> None:
+    model, (x, y) = convnet().double(), batch(3, 8, 8)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    parallel = persample.gradients(nn.DataParallel(model), nn.CrossEntropyLoss(), x, y)
+    assert parallel.names == tuple(f"module.{name}" for name in G.names) and torch.allclose(parallel.flat(), G.flat())
+    compiled = persample.gradients(torch.compile(model, backend="eager"), nn.CrossEntropyLoss(), x, y)
+    assert compiled.names == G.names and torch.allclose(compiled.flat(), G.flat())
+    model[0].compile(backend="eager")
+    assert torch.allclose(persample.gradients(model, nn.CrossEntropyLoss(), x, y).flat(), G.flat())
+
+
+def test_one_line_repr() -> None:
+    model, (x, y) = convnet(), batch(3, 8, 8, dtype=torch.float32)
+    text = repr(persample.gradients(model, nn.CrossEntropyLoss(), x, y))
+    assert "\n" not in text and "N=4" in text and "parameters=12" in text and "memory=" in text

@@ -14,7 +14,9 @@ Knows tensors and geometry only.  Any number of spatial dims; positions outside 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .scratch import borrow
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,14 @@ class Geometry:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    @property
-    def offsets(self) -> int:
-        return prod(self.kernel)
-
     def reach(self, positions: tuple[int, ...]) -> tuple[int, ...]:
         """How many entries of the padded input the given output positions read, per dim."""
         sides = zip(positions, self.kernel, self.stride, self.dilation, strict=True)
         return tuple((length - 1) * s + (k - 1) * e + 1 if length else 0 for length, k, s, e in sides)
+
+    def pixels(self, positions: tuple[int, ...]) -> int:
+        """How many pixels of the padded input they read."""
+        return prod(self.reach(positions))
 
 
 def shifted(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, list[Tensor]]:
@@ -79,7 +83,7 @@ def _widened(grad: Tensor, size: list[int]) -> Tensor:
     return wide.flatten(2)
 
 
-def _at(slices: list[slice]) -> tuple[Any, ...]:
+def _at(slices: Iterable[Any]) -> tuple[Any, ...]:
     return (..., *slices)
 
 
@@ -101,15 +105,26 @@ def _phase_image(input: Tensor, phase: tuple[int, ...], size: list[int], geo: Ge
     return image.flatten(2)
 
 
-def dense(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
-    """All rows ``[N, K O, I, *kernel]``, a permuted view of one product per kernel offset."""
-    left, right = shifted(input, grad, geo)
-    n, k, _, o = left.shape
-    i = right[0].shape[3]
-    out = grad.new_empty(geo.offsets, n * k, o, i)
-    for a, tokens in enumerate(right):
-        torch.bmm(left.flatten(0, 1).mT, tokens.flatten(0, 1), out=out[a])
-    return out.view(*geo.kernel, n, k * o, i).permute(-3, -2, -1, *range(len(geo.kernel)))
+def write_rows(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
+    """All rows into ``out [N, K O, I, *kernel]``: one product per kernel offset."""
+    left, rights = shifted(input, grad, geo)
+    (n, k, _, o), i = left.shape, rights[0].shape[3]
+    left = left.flatten(0, 1).mT
+    for offset, right in zip(product(*map(range, out.shape[3:])), rights, strict=True):
+        target = out[_at(offset)]
+        if target.is_contiguous() and target.dtype == left.dtype:
+            torch.bmm(left, right.flatten(0, 1), out=target.view(n * k, o, i))
+        else:
+            with borrow(left, n * k, o, i) as rows:
+                target.copy_(torch.bmm(left, right.flatten(0, 1), out=rows).view(target.shape))
+
+
+def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
+    """All rows ``[N, K O, I, *kernel]``: the weight gradient of one convolution with ``N K`` groups; up to 3 dims."""
+    n, outputs, channels = len(input), grad.shape[1], input.shape[1]
+    one = input.reshape(1, n * channels, *input.shape[2:])
+    rows = _weight_gradient(one, grad.reshape(1, n * outputs, *grad.shape[2:]), replace(geo, groups=n * geo.groups))
+    return rows.view(n, outputs, channels // geo.groups, *geo.kernel)
 
 
 def unfolded(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
@@ -118,45 +133,102 @@ def unfolded(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor
     return left, torch.stack(right, -1).flatten(3)
 
 
-def merged(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor, Geometry]:
-    """Leading spatial dims that are mere repetition (kernel 1, stride 1, no padding) as samples."""
-    while (
-        len(geo.kernel) > 1
-        and (geo.kernel[0], geo.stride[0], geo.padding[0]) == (1, 1, 0)
-        and input.shape[2] == grad.shape[2]
-    ):
-        input, grad = input.movedim(2, 1).flatten(0, 1), grad.movedim(2, 1).flatten(0, 1)
-        geo = Geometry(geo.groups, geo.kernel[1:], geo.stride[1:], geo.padding[1:], geo.dilation[1:])
-    return input, grad, geo
-
-
-def _padded(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> Tensor:
-    """``input`` with explicit zeros (or cropped) so that an unpadded convolution gives exactly these positions."""
-    pads: list[int] = []
-    for length, p, reach in zip(input.shape[2:], geo.padding, geo.reach(positions), strict=True):
-        pads = [p, reach - p - length, *pads]
-    return F.pad(input, pads) if any(pads) else input
-
-
 def summed(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
-    """The sum of all rows, ``[K O, I, *kernel]``: torch's own weight gradient."""
-    input, grad, geo = merged(input, grad, geo)
+    """The sum of all rows, ``[K O, I, *kernel]``: the ordinary weight gradient."""
+    input, grad, geo = _without_depth(input, grad, geo)
+    return _weight_gradient(input, grad, geo)
+
+
+def applied(input: Tensor, grad: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    """Inner products of all rows with ``weight [K O, I, *kernel]``, ``[N]``: convolve by it, multiply by ``grad``."""
+    n = len(input)
+    input, grad, geo = _without_depth(input, grad, geo)
+    if not grad.numel() or not input.numel():
+        return grad.new_zeros(n)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geo.kernel) - 1]
+    input, padding = _padded(input, tuple(grad.shape[2:]), geo)
+    moved = convolve(input, weight.reshape(-1, weight.shape[1], *geo.kernel), None, geo.stride, padding, geo.dilation, geo.groups)
+    return moved.mul_(grad).flatten(1).sum(1).view(n, -1).sum(1)
+
+
+def pixel_products(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
+    """Squared norms of all rows ``[N]`` without forming them, and ``[N]`` the size of the terms they are sums of.
+
+    ``sum_{p, q} <grad_p, grad_q> sum_a <x_{p + a}, x_{q + a}>``: products of all pixels once, then, for one dim after the
+    other, sums along the diagonals (Rochette et al. 2019 write the unfolded form of it).
+    """
+    n, k, positions = len(input), geo.groups, tuple(grad.shape[2:])
+    pads = _explicit_pads(tuple(input.shape[2:]), positions, geo)
+    pixels = F.pad(input, pads) if any(pads) else input
+    sides = tuple(pixels.shape[2:])
+    x, g = (t.reshape(n * k, t.shape[1] // k, prod(t.shape[2:])) for t in (pixels, grad))
+    with ExitStack() as stack:
+        a = torch.bmm(x.mT, x, out=stack.enter_context(borrow(x, n * k, prod(sides), prod(sides))))
+        a = a.view(n * k, *sides, *sides)
+        for d, (count, length) in enumerate(zip(geo.kernel, positions, strict=True)):
+            a = _diagonal_sums(a, d, count, length, geo, stack)
+        a = a.reshape(n * k, prod(positions) ** 2)
+        b = stack.enter_context(borrow(g, n * k, prod(positions), prod(positions)))
+        b = torch.bmm(g.mT, g, out=b).view(a.shape)
+        return multiplied(a, b, n)
+
+
+def _diagonal_sums(a: Tensor, d: int, count: int, length: int, geo: Geometry, stack: ExitStack) -> Tensor:
+    """``sum_j a[.., p s + j e, .., q s + j e, ..]`` for the ``d``-th spatial dim: ``p, q`` become positions."""
+    dims, step, gap = len(geo.kernel), geo.stride[d], geo.dilation[d]
+    terms = []
+    for j in range(count):
+        cut = [slice(None)] * (2 * dims + 1)
+        cut[1 + d] = cut[1 + d + dims] = slice(j * gap, j * gap + (length - 1) * step + 1, step)
+        terms.append(a[tuple(cut)])
+    if count == 1:
+        return terms[0]
+    total = torch.add(terms[0], terms[1], out=stack.enter_context(borrow(a, *terms[0].shape)))
+    for term in terms[2:]:
+        total += term
+    return total
+
+
+def multiplied(a: Tensor, b: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Inner products of the rows of ``a`` and ``b`` ``[N K, *]``, summed over ``K``: ``[N]``, and a bound, ``[N]``."""
+    value = torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(n, -1).sum(1)
+    size = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+    return value, size.view(n, -1).sum(1)
+
+
+def _without_depth(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor, Geometry]:
+    """A leading spatial dim that only repeats, as it comes from folding, as more samples (all summed in the end)."""
+    plain = len(geo.kernel) > 1 and (geo.kernel[0], geo.stride[0], geo.padding[0]) == (1, 1, 0)
+    if not plain or input.shape[2] != grad.shape[2]:
+        return input, grad, geo
+    rest = Geometry(geo.groups, geo.kernel[1:], geo.stride[1:], geo.padding[1:], geo.dilation[1:])
+    return input.transpose(1, 2).flatten(0, 1), grad.transpose(1, 2).flatten(0, 1), rest
+
+
+def _explicit_pads(sizes: tuple[int, ...], positions: tuple[int, ...], geo: Geometry) -> list[int]:
+    """For `F.pad`: zeros (or cropping) that leave exactly what the positions read."""
+    pads: list[int] = []
+    for size, p, reach in zip(sizes, geo.padding, geo.reach(positions), strict=True):
+        pads = [p, reach - p - size, *pads]
+    return pads
+
+
+def _padded(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> tuple[Tensor, tuple[int, ...]]:
+    """``input`` and a symmetric padding with which torch's convolution gives exactly these positions."""
+    reach = zip(input.shape[2:], geo.padding, geo.kernel, geo.stride, geo.dilation, strict=True)
+    lengths = tuple((size + 2 * p - (k - 1) * e - 1) // s + 1 for size, p, k, s, e in reach)
+    if lengths == positions:
+        return input, geo.padding
+    return F.pad(input, _explicit_pads(tuple(input.shape[2:]), positions, geo)), (0,) * len(positions)
+
+
+def _weight_gradient(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     shape = (grad.shape[1], input.shape[1] // geo.groups, *geo.kernel)
     if not grad.numel() or not input.numel():
         return grad.new_zeros(shape)
-    if len(geo.kernel) > 3:
-        return dense(input, grad, geo).sum(0)
-    input = _padded(input, tuple(grad.shape[2:]), geo)
-    zeros = [0] * len(geo.kernel)
-    weight = grad.new_empty(1).expand(shape)
+    input, padding = _padded(input, tuple(grad.shape[2:]), geo)
     found: Tensor = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, geo.stride, zeros, geo.dilation, False, zeros, geo.groups, (False, True, False)
-    )[1]
+        grad, input, grad.new_empty(1).expand(shape), None,
+        geo.stride, padding, geo.dilation, False, [0] * len(padding), geo.groups, (False, True, False),
+    )[1]  # fmt: skip
     return found
-
-
-def applied(input: Tensor, weight: Tensor, positions: tuple[int, ...], geo: Geometry) -> Tensor:
-    """The convolution of ``input`` by ``weight``, ``[N, K O, *positions]``."""
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geo.kernel) - 1]
-    padded = _padded(input, positions, geo)
-    return convolve(padded, weight, None, geo.stride, 0, geo.dilation, geo.groups)

@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Size, Tensor
 
-from . import convolution
+from . import convolution, cost
 from .convolution import Geometry
+from .scratch import kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,12 @@ def tensors(g: Factors) -> tuple[Tensor, ...]:
 
 
 def dtype(g: Factors) -> torch.dtype:
-    return tensors(g)[-1].dtype
+    """The dtype of the entries of ``G``."""
+    match g:
+        case Outer(left=a, right=b) | Conv(input=a, grad=b):
+            return torch.promote_types(a.dtype, b.dtype)
+        case Dense(value) | Rows(value=value):
+            return value.dtype
 
 
 def device(g: Factors) -> torch.device:
@@ -233,30 +239,50 @@ def transpose(g: Factors) -> Factors:
 # ---- individual gradients ---------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@kernel
 def dense(g: Factors, out: Tensor | None = None) -> Tensor:
     """``G`` itself, ``[N, *P]``; written into ``out`` if given."""
+    g = cast(g, dtype(g))
     match g:
         case Dense(value):
             return value if out is None else out.copy_(value)
-        case Outer(left, right, shape):
-            return _dense_outer(left, right, shape, out)
+        case Outer():
+            return _dense_outer(g, out)
         case Rows(index, value, shape):
             out = value.new_zeros(len(value), *shape) if out is None else out.zero_()
             return out.scatter_add_(1, index.unsqueeze(-1).expand_as(value), value.to(out.dtype))
-        case Conv(input, grad):
-            rows = convolution.dense(input, grad, g.geometry).reshape(len(g), *g.shape)
-            return rows if out is None else out.copy_(rows)
+        case Conv():
+            return _dense_conv(g, out)
 
 
-def _dense_outer(left: Tensor, right: Tensor, shape: Size, out: Tensor | None) -> Tensor:
-    n, k, _, o = left.shape
-    i = right.shape[3]
-    if out is not None and out.is_contiguous() and out.dtype == left.dtype:
-        torch.bmm(left.flatten(0, 1).mT, right.flatten(0, 1), out=out.view(n * k, o, i))
-        return out
-    rows = torch.bmm(left.flatten(0, 1).mT, right.flatten(0, 1)).view(n, *shape)
-    return rows if out is None else out.copy_(rows)
+def _dense_outer(g: Outer, out: Tensor | None) -> Tensor:
+    (n, k, _, o), i = g.left.shape, g.right.shape[3]
+    left, right = g.left.flatten(0, 1).mT, g.right.flatten(0, 1)
+    if out is None or (out.is_contiguous() and out.dtype == left.dtype):
+        rows = left.new_empty(n, *g.shape) if out is None else out
+        torch.bmm(left, right, out=rows.view(n * k, o, i))
+        return rows
+    return out.copy_(torch.bmm(left, right).view(n, *g.shape))
+
+
+def _dense_conv(g: Conv, out: Tensor | None) -> Tensor:
+    geo, n = g.geometry, len(g)
+    how = cost.conv_rows(g.grad, g.shape[1], g.grad.shape[2:].numel(), geo.kernel)
+    if how == "tokens":
+        left, right = convolution.unfolded(g.input, g.grad, geo)
+        return _dense_outer(Outer(left, right, g.shape), out)
+    step = cost.chunk(max(g.shape.numel() if how == "native" else 0, g.input[:1].numel() + g.grad[:1].numel()))
+    if out is None and how == "offsets":  # per offset in memory
+        out = g.grad.new_empty(*g.shape[2:], n, *g.shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
+    out = g.grad.new_empty(n, *g.shape) if out is None else out
+    for i in range(0, n, step):
+        part, at = index(g, slice(i, i + step)), out[i : i + step]
+        assert isinstance(part, Conv)
+        if how == "native":
+            at.copy_(convolution.native(part.input, part.grad, geo).view(at.shape))
+        else:
+            convolution.write_rows(part.input, part.grad, geo, at)
+    return out
 
 
 # ---- details ----------------------------------------------------------------------------------------------------

@@ -12,11 +12,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from persample import factors, reductions
+from persample import cost, factors, reductions
 from persample.factors import Dense, Factors, Outer
 
-EXAMPLES = examples()
+EXAMPLES, SECOND, LARGER = examples(), examples(seed=5), examples(seed=5, n=5)
 same = pytest.mark.parametrize("name", EXAMPLES)
+
+
+SMALL = {"block": 40, "wide": 60, "samples": 2, "long": 4}
+VARIANTS = {
+    "default": {},
+    "stream": {"outer_norm": "stream", "outer_gram": "stream", "outer_moments": "stream", "conv_norm": "stream",
+               "conv_rows": "offsets"},
+    "products": {"outer_norm": "tokens", "outer_gram": "tokens", "outer_moments": "products", "conv_norm": "pixels",
+                 "conv_rows": "native", "few": 0},
+    "tokens": {"outer_norm": "tokens", "outer_gram": "tokens", "conv_norm": "stream", "conv_rows": "tokens"},
+}  # fmt: skip
+VARIANTS |= {f"{name}_small": SMALL | changes for name, changes in VARIANTS.items()}
+every_kernel = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -50,21 +63,36 @@ def check_pair(a: Factors, rows_a: Tensor, b: Factors, rows_b: Tensor) -> None:
 
 
 @same
-def test_primitives(name: str) -> None:
-    check(*EXAMPLES[name])
+@every_kernel
+def test_primitives(name: str, variant: str) -> None:
+    with cost.using(**VARIANTS[variant]):
+        check(*EXAMPLES[name])
 
 
 @same
-def test_two_batches(name: str) -> None:
-    check_pair(*EXAMPLES[name], *examples(seed=5)[name])
-    check_pair(*EXAMPLES[name], *examples(seed=5, n=5)[name])
+@every_kernel
+def test_two_batches(name: str, variant: str) -> None:
+    with cost.using(**VARIANTS[variant]):
+        check_pair(*EXAMPLES[name], *SECOND[name])
+        check_pair(*EXAMPLES[name], *LARGER[name])
 
 
 @same
-def test_with_dense(name: str) -> None:
+@every_kernel
+def test_with_dense(name: str, variant: str) -> None:
     (g, rows), other = EXAMPLES[name], randn(8, 3, *EXAMPLES[name][1].shape[1:])
-    check_pair(g, rows, Dense(other), other)
-    check_pair(Dense(other), other, g, rows)
+    with cost.using(**VARIANTS[variant]):
+        check_pair(g, rows, Dense(other), other)
+        check_pair(Dense(other), other, g, rows)
+
+
+@same
+@every_kernel
+def test_individual_gradients(name: str, variant: str) -> None:
+    g, rows = EXAMPLES[name]
+    with cost.using(**VARIANTS[variant]):
+        close(factors.dense(g), rows)
+        close(factors.dense(g, out=torch.empty_like(rows)), rows)
 
 
 def test_mixed_forms() -> None:
@@ -74,10 +102,11 @@ def test_mixed_forms() -> None:
             check_pair(*a, *b)
 
 
-@settings(max_examples=80, deadline=None)
-@given(forms())
-def test_any_form(pair: tuple[Factors, Tensor]) -> None:
-    check(*pair)
+@settings(max_examples=150, deadline=None)
+@given(forms(), st.sampled_from(list(VARIANTS)))
+def test_any_form(pair: tuple[Factors, Tensor], variant: str) -> None:
+    with cost.using(**VARIANTS[variant]):
+        check(*pair)
 
 
 @settings(max_examples=30, deadline=None)

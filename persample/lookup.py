@@ -1,0 +1,121 @@
+"""Sums of rows of a table (`Rows`), reduced without forming ``[N, V, D]``.
+
+A sample that looks up an entry several times adds up there, so what is not linear in ``G`` needs these sums first: one row
+for every pair of a sample and an entry that it looked up.  There are at most ``N T`` of them, however large the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import cost
+from .factors import Rows
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The rows of ``G`` that are not zero, ordered by table entry: row ``r`` belongs to a sample and an entry."""
+
+    sample: Tensor  # [R]
+    entry: Tensor  # [R]
+    value: Tensor  # [R, D]
+
+
+def entries(g: Rows) -> Entries:
+    n = len(g)
+    key = g.index * n + torch.arange(n, device=g.index.device).unsqueeze(1)
+    found, place = torch.unique(key.flatten(), return_inverse=True)
+    value = g.value.new_zeros(len(found), g.shape[1]).index_add_(0, place, g.value.flatten(0, 1))
+    if not n:
+        return Entries(found, found, value)
+    return Entries(found % n, torch.div(found, n, rounding_mode="floor"), value)
+
+
+def weighted_sum(g: Rows, weight: Tensor | None) -> Tensor:
+    """``weight^T G``, ``[V, D]``."""
+    value = g.value if weight is None else g.value * weight.view(-1, 1, 1)
+    return value.new_zeros(g.shape).index_add_(0, g.index.flatten(), value.flatten(0, 1))
+
+
+def norms(g: Rows) -> Tensor:
+    """Squared norms of the rows of ``G``, ``[N]``."""
+    e = entries(g)
+    squares: Tensor = torch.linalg.vector_norm(e.value, dim=1).square_()
+    return e.value.new_zeros(len(g)).index_add_(0, e.sample, squares)
+
+
+def square_sum(g: Rows) -> Tensor:
+    """``1^T (G o G)``, ``[V, D]``."""
+    e = entries(g)
+    return e.value.new_zeros(g.shape).index_add_(0, e.entry, e.value.square_())
+
+
+def moments(g: Rows) -> tuple[Tensor, Tensor]:
+    """Sum and centred sum of squares; a sample that did not look an entry up counts as zero there."""
+    e = entries(g)
+    total = e.value.new_zeros(g.shape).index_add_(0, e.entry, e.value)
+    mean = total / max(1, len(g))
+    count = e.value.new_zeros(g.shape[0]).index_add_(0, e.entry, e.value.new_ones(len(e.entry)))
+    square = mean.square().mul_((len(g) - count).unsqueeze(1))
+    return total, square.index_add_(0, e.entry, e.value.sub_(mean[e.entry]).square_())
+
+
+def dot(g: Rows, v: Tensor) -> Tensor:
+    """``G v``, ``[N]``."""
+    return v[g.index].mul_(g.value).flatten(1).sum(1)
+
+
+def project(g: Rows, matrix: Tensor) -> Tensor:
+    """``G R``, ``[N, k]``, for ``R [V, D, k]``: by the entries that were looked up."""
+    e = entries(g)
+    found = matrix.new_zeros(len(g), matrix.shape[2])
+    step = cost.chunk(matrix.shape[1:].numel())
+    for i in range(0, len(e.entry), step):
+        at = slice(i, i + step)
+        found.index_add_(0, e.sample[at], torch.bmm(e.value[at].unsqueeze(1), matrix[e.entry[at]]).squeeze(1))
+    return found
+
+
+def row_dot(a: Rows, b: Rows) -> Tensor:
+    """``diag(A B^T)``, ``[N]``: over the entries that a sample looked up in both."""
+    n, (x, y) = len(a), (entries(a), entries(b))
+    key, other = x.entry * n + x.sample, y.entry * n + y.sample
+    if not len(key) or not len(other):
+        return x.value.new_zeros(n)
+    place = torch.searchsorted(other, key).clamp_(max=len(other) - 1)
+    products = (x.value * y.value[place]).sum(1)
+    return products.new_zeros(n).index_add_(0, x.sample, torch.where(other[place] == key, products, 0))
+
+
+def gram(a: Rows, b: Rows) -> Tensor:
+    """``A B^T``, ``[N, M]``: per table entry, the products of all samples that looked it up.
+
+    Entries with about as many samples (within a factor of two) are multiplied together, padded by zeros.
+    """
+    x = entries(a)
+    y = x if b is a else entries(b)
+    found = x.value.new_zeros(len(a) * len(b))
+    counts = [torch.bincount(e.entry, minlength=a.shape[0]) for e in (x, y)]
+    starts = [count.cumsum(0) - count for count in counts]
+    most = torch.maximum(*counts) * (torch.minimum(*counts) > 0)
+    used = most.nonzero().squeeze(1)
+    level = torch.frexp((most[used] - 1).double()).exponent  # up to 1, 2, 4, 8, ... samples
+    for width, group in ((1 << at, used[level == at]) for at in level.unique().tolist()):
+        for chosen in group.split(cost.chunk(width * a.shape[1])):
+            (rows, n), (cols, m) = (
+                _padded(e, s[chosen], c[chosen]) for e, s, c in zip((x, y), starts, counts, strict=True)
+            )
+            place = n.unsqueeze(2) * len(b) + m.unsqueeze(1)
+            found.index_add_(0, place.flatten(), torch.bmm(rows, cols.mT).flatten())
+    return found.view(len(a), len(b))
+
+
+def _padded(e: Entries, start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of some entries side by side, ``[B, M, D]``, zeros after the last, and their samples, ``[B, M]``."""
+    offset = torch.arange(int(count.max()), device=start.device)
+    inside = offset < count.unsqueeze(1)
+    place = torch.where(inside, start.unsqueeze(1) + offset, 0)
+    return e.value[place].mul_(inside.unsqueeze(2)), torch.where(inside, e.sample[place], 0)

@@ -1,0 +1,185 @@
+"""Every form streams itself: in pieces of a direct sum, and in blocks of some samples x a slice of the parameter.
+
+This is the default of every primitive: norms, Grams and projections add over blocks, moments are written block by block.
+A block is computed into reused memory and read while it is still in cache; ``[N, *P]`` never exists.
+
+A convolution is a direct sum over kernel offsets (`persample.convolution`); with few input channels, one grouped
+convolution gives whole rows; with one position or one offset it is an `Outer`.  Nothing but this file knows which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Size, Tensor
+
+from . import convolution, cost
+from .factors import Conv, Dense, Factors, Outer, Rows, dense, index, tensors
+from .scratch import borrow
+
+Piece = Dense | Outer | Rows
+Block = tuple[slice, slice, Tensor]  # samples, slice of the flat parameter, [n, width]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A way to take the rows apart: "whole", as "tokens", by kernel "offsets", or "native", by slices of ``P[0]``."""
+
+    how: str
+    step: int = 0  # of the slices
+
+    def joined(self, parts: list[Tensor], shape: Size) -> Tensor:
+        """``[*P]`` from what was computed of each piece."""
+        return torch.stack(parts, -1).reshape(shape) if self.how == "offsets" else torch.cat(parts).reshape(shape)
+
+
+def split_of(g: Factors) -> Split:
+    """The cheapest way to take the rows of ``g`` apart."""
+    if not isinstance(g, Conv):
+        return Split("whole")
+    return Split(cost.conv_rows(g.grad, g.shape[1], g.grad.shape[2:].numel(), g.geometry.kernel), g.shape[0])
+
+
+def chunks(g: Factors, split: Split) -> Iterator[tuple[slice, Factors]]:
+    """Some samples at a time where taking apart needs memory."""
+    step = len(g)
+    if isinstance(g, Conv) and split.how == "native":
+        step = cost.chunk(g.shape.numel())
+    if isinstance(g, Conv) and split.how == "offsets":
+        step = cost.chunk(max(g.shape[:2].numel(), g.input[:1].numel() + g.grad[:1].numel()))
+    for i in range(0, len(g), max(1, step)):
+        at = slice(i, min(i + step, len(g)))
+        yield at, g if step >= len(g) else index(g, at)
+
+
+def pieces(g: Factors, split: Split) -> Iterator[Piece]:
+    """The pieces of ``g``, each with all samples."""
+    match g, split.how:
+        case Conv(input, grad), "tokens":
+            yield Outer(*convolution.unfolded(input, grad, g.geometry), Size((g.shape[0], g.shape[1:].numel())))
+        case Conv(input, grad), "offsets":
+            left, rights = convolution.shifted(input, grad, g.geometry)
+            yield from (Outer(left, right, g.shape[:2]) for right in rights)
+        case Conv(), "native":
+            yield from _native(g, split.step)
+        case Dense(value), "offsets":
+            yield from (Dense(part) for part in value.flatten(3).unbind(3))
+        case Dense(value), "native":
+            yield from (Dense(part) for part in value.split(split.step, 1))
+        case (Dense() | Outer() | Rows()), ("whole" | "tokens"):
+            yield g
+        case _:
+            yield from pieces(Dense(dense(g)), split)
+
+
+def _native(g: Conv, step: int) -> Iterator[Dense]:
+    geo, channels, outputs = g.geometry, g.shape[1], g.shape[0] // g.geometry.groups
+    for i in range(0, g.shape[0], step):
+        grad = g.grad[:, i : i + step]
+        if geo.groups == 1:
+            yield Dense(convolution.native(g.input, grad, geo))
+        else:  # whole groups
+            first, count = i // outputs, grad.shape[1] // outputs
+            input = g.input[:, first * channels : (first + count) * channels]
+            yield Dense(convolution.native(input, grad, replace(geo, groups=count)))
+
+
+def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
+    """The pieces of ``a`` next to the same pieces of ``b``, sized so that a piece may have all samples."""
+    if isinstance(b, Conv) and not isinstance(a, Conv):
+        yield from ((x, y) for y, x in paired(b, a))
+        return
+    split = split_of(a)
+    if isinstance(a, Conv) and isinstance(b, Conv):
+        if a.geometry.groups != b.geometry.groups:
+            b = Dense(dense(b))
+        elif split.how != split_of(b).how:
+            split = replace(split, how="offsets")
+    if isinstance(a, Conv) and split.how == "native":
+        outputs = a.shape[0] // a.geometry.groups if a.geometry.groups > 1 else 1
+        step = cost.costs().wide // max(1, max(len(a), len(b)) * a.shape[1:].numel())
+        split = replace(split, step=min(a.shape[0], max(1, step // outputs) * outputs))
+    if b is a:
+        yield from ((piece, piece) for piece in pieces(a, split))
+    else:
+        yield from zip(pieces(a, split), pieces(b, split), strict=True)
+
+
+# ---- blocks -----------------------------------------------------------------------------------------------------
+
+
+def cuts(g: Piece, width: int) -> list[slice]:
+    """The flat parameter in slices of about ``width`` entries, as ``g`` can stream it."""
+    size = g.shape.numel()
+    match g:
+        case Outer(left, right):
+            k, o, i = left.shape[1], left.shape[3], right.shape[3]
+            step = max(1, width // i)
+            if step < k * o:  # rows of one block at a time
+                return [slice((b * o + r) * i, (b * o + min(o, r + step)) * i) for b in range(k) for r in range(0, o, step)]
+            step = size
+        case Rows():
+            step = max(1, width // g.shape[1]) * g.shape[1]
+        case Dense():
+            step = max(1, width)
+    return [slice(i, min(i + step, size)) for i in range(0, size, max(1, step))]
+
+
+def blocks(g: Piece, samples: int, parts: list[slice]) -> Iterator[Block]:
+    """``G`` in blocks, part by part, in each some samples at a time; a block may be overwritten by who reads it."""
+    n = len(g)
+    for part in parts:
+        for s in range(0, n, max(1, samples)):
+            at = slice(s, min(n, s + samples))
+            with borrow(tensors(g)[-1], at.stop - s, part.stop - part.start) as out:
+                _write(g, at, part, out)
+                yield at, part, out
+
+
+def _write(g: Piece, at: slice, part: slice, out: Tensor) -> None:
+    """``G[at, part]`` into ``out [n, width]``."""
+    match g:
+        case Dense(value):
+            out.copy_(value[at].reshape(len(out), g.shape.numel())[:, part])
+        case Outer(left, right):
+            o, i = left.shape[3], right.shape[3]
+            if len(out[0]) < g.shape.numel():
+                block, row = divmod(part.start // i, o)
+                left, right = left[at, block, :, row : row + len(out[0]) // i].unsqueeze(1), right[at, block].unsqueeze(1)
+            else:
+                left, right = left[at], right[at]
+            _multiply(left.flatten(0, 1).mT, right.flatten(0, 1), out)
+        case Rows(index, value):
+            first, last = part.start // g.shape[1], part.stop // g.shape[1]
+            inside = (index[at] >= first) & (index[at] < last)
+            place = torch.where(inside, index[at] - first, 0).unsqueeze(-1).expand_as(value[at])
+            out = out.zero_().view(len(out), last - first, g.shape[1])
+            out.scatter_add_(1, place, torch.where(inside.unsqueeze(-1), value[at], 0))
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    out = out.view(len(left), left.shape[1], right.shape[2])
+    if len(left) == 1:  # a single product is faster unbatched
+        torch.mm(left[0], right[0], out=out[0])
+    else:
+        torch.bmm(left, right, out=out)
+
+
+def alike(a: Piece, b: Piece) -> tuple[Piece, Piece, Piece]:
+    """Both, so that they can be cut in the same way, and the one that says how."""
+    match a, b:
+        case Dense(), _:
+            return a, b, b
+        case _, Dense():
+            return a, b, a
+        case Outer(), Outer() if a.left.shape[1::2] == b.left.shape[1::2]:
+            return a, b, a
+        case (Rows(), Rows()):
+            return a, b, a
+        case (Outer(), Rows()) if a.right.shape[3] == b.shape[1]:
+            return a, b, a
+        case (Rows(), Outer()) if b.right.shape[3] == a.shape[1]:
+            return a, b, b
+    return a, Dense(dense(b)), a

@@ -1,0 +1,96 @@
+"""Sums of outer products, reduced without forming them: products of tokens instead of rows.
+
+Each of these is one closed form of an `Outer`, for the shapes where `persample.cost` finds it cheaper than streaming rows.
+Inner products of sums of outer products factor into products of tokens (Goodfellow 2015, Li et al. 2021),
+
+    ``<sum_t l_t (x) r_t, sum_s l'_s (x) r'_s> = sum_{t, s} <l_t, l'_s> <r_t, r'_s>``,
+
+but where the terms nearly cancel, so do the digits: what returns a sum of more than one term also returns the size of its
+terms, for the caller to judge.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cost
+from .convolution import multiplied
+from .factors import Outer
+from .scratch import borrow
+
+
+def one_token_norms(g: Outer) -> Tensor:
+    """Squared norms of outer products, ``[N]``: products of two squared norms."""
+    sizes: list[Tensor] = [torch.linalg.vector_norm(f[:, :, 0], dim=-1) for f in (g.left, g.right)]
+    return sizes[0].mul_(sizes[1]).square_().sum(1)
+
+
+def norms(g: Outer) -> tuple[Tensor, Tensor]:
+    """Squared norms, ``[N]``, and the size of the terms that they are sums of, ``[N]``."""
+    n, k, t = g.left.shape[:3]
+    value, size = g.left.new_empty(n), g.left.new_empty(n)
+    step = cost.chunk(k * t * t)
+    for i in range(0, n, step):
+        left, right = g.left[i : i + step].flatten(0, 1), g.right[i : i + step].flatten(0, 1)
+        with borrow(left, len(left), t, t) as a, borrow(right, len(right), t, t) as b:
+            torch.bmm(left, left.mT, out=a)
+            torch.bmm(right, right.mT, out=b)
+            value[i : i + step], size[i : i + step] = multiplied(a.flatten(1), b.flatten(1), len(left) // k)
+    return value, size
+
+
+def gram(a: Outer, b: Outer) -> Tensor:
+    """``A B^T``, ``[N, M]``, from the products of all tokens."""
+    (n, k, t), (m, _, s) = a.left.shape[:3], b.left.shape[:3]
+    left, right = (_all_pairs(x, y) for x, y in ((a.left, b.left), (a.right, b.right)))
+    products = left.mul_(right)
+    return products.sum(0) if t == s == 1 else products.view(k, n, t, m, s).sum((0, 2, 4))
+
+
+def _all_pairs(x: Tensor, y: Tensor) -> Tensor:
+    """``[N, K, T, C]``, ``[M, K, S, C]`` to ``[K, N T, M S]``."""
+    return torch.bmm(x.transpose(0, 1).flatten(1, 2), y.transpose(0, 1).flatten(1, 2).mT)
+
+
+def weighted_sum(g: Outer, weight: Tensor | None) -> Tensor:
+    """``weight^T G``, ``[K, O, I]``: the ordinary weight gradient, of scaled tokens, a part of the samples at a time."""
+    (n, k, t, o), i = g.left.shape, g.right.shape[3]
+    total = g.left.new_zeros(k, o, i)
+    step = n if weight is None else cost.chunk(k * t * min(o, i), cost.costs().wide)
+    for s in range(0, n, max(1, step)):
+        left, right = g.left[s : s + step], g.right[s : s + step]
+        if weight is not None:
+            w = weight[s : s + step].view(-1, 1, 1, 1)
+            left, right = (left * w, right) if o <= i else (left, right * w)
+        left, right = (f.transpose(0, 1).flatten(1, 2) for f in (left, right))  # [K, N T, *]
+        total.baddbmm_(left.mT, right)
+    return total
+
+
+def square_sum(g: Outer) -> Tensor:
+    """``1^T (G o G)``, ``[K, O, I]``, of outer products: the product of squared tokens."""
+    left, right = (f[:, :, 0].transpose(0, 1).square() for f in (g.left, g.right))
+    return torch.bmm(left.mT, right)
+
+
+def moments(g: Outer) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, centred sum of squares, both ``[K, O, I]``, of outer products, and how much of the squares centring takes."""
+    total, square = weighted_sum(g, None), square_sum(g)
+    centred = torch.addcmul(square, total, total, value=-1 / len(g))
+    return total, centred, square
+
+
+def dot(g: Outer, v: Tensor) -> Tensor:
+    """``G v``, ``[N]``, for ``v [K, O, I]``: the longer side times ``v``, times the shorter side."""
+    (n, k, t, o), i = g.left.shape, g.right.shape[3]
+    x, y, v = (g.left, g.right, v) if i <= o else (g.right, g.left, v.mT)
+    found = v.new_zeros(n)
+    step = cost.chunk(k * t * v.shape[2])
+    for s in range(0, n, step):
+        tokens = x[s : s + step].transpose(0, 1).flatten(1, 2)  # [K, N T, *]
+        with borrow(v, k, tokens.shape[1], v.shape[2]) as moved:
+            torch.bmm(tokens, v, out=moved)
+            products = moved.view(k, min(step, n - s), t, v.shape[2]).mul_(y[s : s + step].transpose(0, 1))
+            found[s : s + step] = products.sum((2, 3)).sum(0)
+    return found

@@ -16,7 +16,7 @@ from torch.func import grad_and_value
 from torch.func import vmap as vectorise
 from torch.nn.utils.stateless import _reparametrize_module
 
-from ..batch import Batch, call_model, flatten, unflatten
+from ..batch import Batch, call_model, detached, flatten, unflatten
 from ..capture import Watch
 from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
@@ -66,7 +66,8 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
         raise CaptureError(
             f"torch.func can't follow this model: {error}\nUse engine='hooks' or engine='loop'."
         ) from error
-    outputs = _joined(spec, outputs)
+    losses, rows = losses.detach(), detached(rows)  # the criterion may have parameters of its own
+    outputs = detached(_joined(spec, outputs))
     bad = ignored(losses, batch.outputs(outputs), batch.targets)
     for name, value in rows.items():
         emit(name, Dense(value if bad is None else value.masked_fill(bad.view(-1, *[1] * (value.ndim - 1)), 0)))

@@ -7,10 +7,12 @@ batch (unless they say so), run the same way twice, and every parameter has a gr
 from __future__ import annotations
 
 import contextlib
+import inspect
 from functools import cache
 
 import pytest
 import torch
+from torch import nn
 from zoo import Case, Problem, call, cases, problem, size
 from zoo.oracle import floats, lone, rows
 
@@ -83,3 +85,21 @@ def test_every_parameter_has_a_gradient_or_is_listed(case: Case) -> None:
     assert truth.unused == case.unused
     zero = [k for k, r in truth.rows.items() if k not in case.unused and r.numel() and not r.any()]
     assert not zero, "a gradient that is zero tests little"
+
+
+def test_every_layer_of_torch_with_parameters_is_in_the_zoo() -> None:
+    """The layers of `torch.nn` whose source makes a parameter; lazy ones become ordinary ones."""
+    kinds = {n: c for n, c in vars(nn).items() if isinstance(c, type) and issubclass(c, nn.Module)}
+    layers = {n for n, c in kinds.items() if _makes_parameters(c)}
+    assert {"Linear", "LSTMCell", "Transformer", "BatchNorm3d"} <= layers
+    modules = [m for case in cases if not case.missing for m in built(case).model.modules()]
+    seen = {kind.__name__ for m in modules for kind in type(m).mro()}
+    assert {n for n in layers - seen if not n.startswith("Lazy")} == set()
+    names = {case.name for case in cases}
+    assert {n for n in layers if n.startswith("Lazy") and n.replace("Lazy", "lazy_").lower() not in names} == set()
+
+
+def _makes_parameters(kind: type[nn.Module]) -> bool:
+    parents = [k for k in kind.mro() if k.__module__.startswith("torch.nn.modules") and k is not nn.Module]
+    source = "".join(inspect.getsource(k) for k in parents).split("def __init__", 1)[-1]
+    return any(word in source for word in ("Parameter(", "parameter(", "Linear(", "Attention(", "Layer("))

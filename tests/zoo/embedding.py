@@ -137,6 +137,9 @@ lookups = [
     Case("embedding_rank3_ids", on(lambda: nn.Embedding(V, D), tokens(N, 2, T))),
     Case("embedding_duplicates", on(lambda: nn.Embedding(3, D), tokens(N, 6, vocabulary=2))),
     Case("embedding_large_vocabulary", on(lambda: nn.Embedding(50, D), tokens(N, T, vocabulary=50))),
+    Case("embedding_renormalised", on(
+        lambda: nn.Embedding(V, D, max_norm=1.0), tokens(N, T)),
+        raises=dict.fromkeys(("hooks", "vmap"), ("PersampleError", "the forward pass changes the weights"))),
     Case("embedding_padding", on(lambda: nn.Embedding(V, D, padding_idx=0), _padded_ids)),
     Case("embedding_negative_padding", on(lambda: nn.Embedding(6, D, padding_idx=-1), _padded_ids)),
     Case("embedding_t_equals_n", on(lambda: nn.Embedding(V, D), tokens(3, 3))),

@@ -135,6 +135,9 @@ _decoders = [
     ("mixtral", _hf(
         "MixtralForCausalLM", _text, num_local_experts=2, num_experts_per_tok=1, experts_implementation="eager",
         **LLAMA)),
+    ("mixtral_batched_experts", _hf(
+        "MixtralForCausalLM", _text, num_local_experts=2, num_experts_per_tok=1, experts_implementation="batched_mm",
+        **LLAMA)),
     ("mamba", _hf(
         "MambaModel", _text, vocab_size=V, hidden_size=6, num_hidden_layers=1, state_size=3, expand=2, conv_kernel=2,
         time_step_rank=2, use_cache=False)),

@@ -78,6 +78,7 @@ _layers: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("batch_1d_rank3_eval", lambda: nn.BatchNorm1d(5, eps=0.1), (N, 5, 3)),
     ("batch_2d_eval", lambda: nn.BatchNorm2d(5), (N, 5, 2, 3)),
     ("batch_3d_eval", lambda: nn.BatchNorm3d(2), (N, 2, 2, 3, 2)),
+    ("sync_batch_eval", lambda: nn.SyncBatchNorm(5), (N, 5, 3)),
     ("batch_no_affine_eval", lambda: nn.BatchNorm2d(5, affine=False), (N, 5, 2, 3)),
     ("batch_channels_equal_n_eval", lambda: nn.BatchNorm1d(4), (4, 4)),
     ("local_response", lambda: nn.Sequential(nn.Conv1d(5, 5, 1), nn.LocalResponseNorm(2)), (N, 5, 3)),

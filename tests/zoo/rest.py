@@ -30,18 +30,44 @@ class _Adaptive(nn.Module):
         return self.softmax.log_prob(x) if self.log_prob else self.softmax(x, target).output
 
 
-class _Lazy(nn.Module):
-    """Lazy layers, materialised by a first call."""
+class _LinearCrossEntropy(nn.Module):
+    """The last layer and its loss in one function, on hidden states: losses [N] are the output."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.linear = nn.LazyConv2d(3, 2), nn.LazyBatchNorm2d(), nn.LazyLinear(4)
-        self.up = nn.LazyConvTranspose2d(2, 2)
-        self.eval()
-        self(torch.randn(1, 2, 4, 5))
+        self.inp, self.head = nn.Linear(D, 8), nn.LinearCrossEntropyLoss(8, 6, bias=True, reduction="none")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.up(self.norm(self.conv(x)).tanh()).flatten(1))
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.head(self.inp(x).tanh(), target)
+
+
+def _criterion_with_parameters() -> Problem:
+    """The criterion has parameters of its own, which are not the model's."""
+    return Problem(nn.Linear(D, 8), nn.LinearCrossEntropyLoss(8, 6), torch.randn(N, D), torch.randint(6, (N,)))
+
+
+def _lazy(make: Callable[[], nn.Module], *shape: int) -> Callable[[], Problem]:
+    """A lazy layer, materialised by a first call; in eval, since some of them are batch norms."""
+
+    def build() -> Problem:
+        model = nn.Sequential(nn.Linear(shape[-1], shape[-1]), make(), nn.Tanh()).eval()
+        model(torch.randn(shape))
+        return Problem(model, readout, torch.randn(shape))
+
+    return build
+
+
+_CHANNELS = ((N, 2, 5), (N, 2, 4, 5), (N, 2, 3, 4, 5))
+_KINDS: list[tuple[str, tuple[object, ...]]] = [
+    ("Conv", (3, 2)), ("ConvTranspose", (3, 2)), ("BatchNorm", ()), ("InstanceNorm", (0.1, 0.1, True)),
+]  # fmt: skip
+lazy = [
+    Case("lazy_linear", _lazy(lambda: nn.LazyLinear(4), N, D)),
+    *(Case(f"lazy_{kind.lower()}{len(shape) - 2}d", _lazy(functools.partial(
+        getattr(nn, f"Lazy{kind}{len(shape) - 2}d"), *args), *shape))
+      for kind, args in _KINDS
+      for shape in _CHANNELS),
+]  # fmt: skip
 
 
 class _Checkpointed(nn.Module):
@@ -133,7 +159,11 @@ cases = [
     Case("adaptive_softmax_head_bias", on(
         lambda: _Adaptive(False, head_bias=True), normal(N, D), lambda: torch.tensor([9, 1, 4, 2])),
         raises=VMAP_NUMBERS),
-    Case("lazy_modules", on(_Lazy, normal(N, 2, 4, 5))),
+    Case("linear_cross_entropy_in_model", on(_LinearCrossEntropy, normal(N, D), lambda: torch.randint(6, (N,)))),
+    Case("criterion_with_parameters", _criterion_with_parameters),
+    *lazy,
+    Case("wrapped_in_data_parallel", on(
+        lambda: nn.DataParallel(nn.Sequential(nn.Linear(D, 3), nn.Tanh())), normal(N, D))),
     Case("checkpoint", on(lambda: _Checkpointed(
         lambda body, x: checkpoint(body, x, use_reentrant=False)), normal(N, D)), raises=CHECKPOINT),
     Case("checkpoint_sequential", on(lambda: _Checkpointed(

@@ -9,11 +9,12 @@ in the shape of (a prefix of) that argument, as for ``torch.vmap``'s ``in_dims``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import EmptyBatchError, SampleAxisError
@@ -215,8 +216,20 @@ def unflatten(leaves: list[Any], spec: Any) -> Any:
     return made
 
 
-def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """A tuple or list is positional arguments, a dict keyword arguments, anything else the one argument."""
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """A tuple or list is positional arguments, a dict keyword arguments, anything else the one argument.
+
+    Recorders that the user has attached (`persample.extend`) don't notice.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if (suspended := getattr(hook, "suspended", None)) is not None:
+                    stack.enter_context(suspended())
+        return _call(model, inputs)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):

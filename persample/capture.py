@@ -32,7 +32,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import rules
 from .errors import BatchCoupledError, CaptureError, HigherOrderError, InplaceError, SampleAxisError
-from .layout import Layout, propagate, samples_first
+from .layout import Layout, samples_first
+from .propagate import propagate
 
 _KEY = "persample"  # of a recorded call in its autograd node's metadata
 
@@ -230,7 +231,7 @@ class Capture(TorchFunctionMode):
             tensors = tensors[:1]  # the other argument only lends its type or shape
         kinds = [self._kind(t) for t in tensors]
         sampled = [(t, k.layout) for t, k in zip(tensors, kinds, strict=True) if isinstance(k, _Sampled)]
-        if not sampled:
+        if not sampled or (func in rules.PICKS and self._is_choice(kinds, sampled)):
             before = {id(t): t._version for t in tensors} if tensors else {}
             out = func(*args, **kwargs)
             if any(isinstance(k, _Derived) for k in kinds):
@@ -247,6 +248,13 @@ class Capture(TorchFunctionMode):
             self._propagate(func, args, kwargs, tensors, sampled, out)
             return out
         return self._record(func, args, kwargs, tensors, sampled, live, couples)
+
+    def _is_choice(
+        self, kinds: Sequence[_Sampled | _Derived | None], sampled: Sequence[tuple[Tensor, Layout | None]]
+    ) -> bool:
+        """Whether only numbers of the batch as a whole (the experts that are hit, the longest length) pick from shared tensors."""
+        numbers = all(at is None and not t.is_floating_point() for t, at in sampled)
+        return numbers and any(isinstance(k, _Derived) for k in kinds)
 
     def _live(self, tensors: list[Tensor], kinds: Sequence[_Sampled | _Derived | None]) -> list[Shared]:
         """The shared arguments whose gradient is asked for, each once."""

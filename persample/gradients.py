@@ -124,7 +124,7 @@ class Gradients(Quantities):
         for (name, shape), column in zip(
             self.shapes.items(), out.split([s.numel() for s in self.shapes.values()], 1), strict=True
         ):
-            column.copy_(dense(self._read(name)).reshape(len(self), shape.numel()))
+            dense(self._read(name), out=column.unflatten(1, shape) if shape else column.squeeze(1))
         return out
 
     def select(self, params: Selection) -> Gradients:

@@ -12,8 +12,9 @@ is touched.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class Recorder:
         self._capture: Capture | None = None
         self._entered = False  # the mode is on for a whole with-block
         self._depth = 0
+        self._asleep = False
         self._outputs: Any = None
         self._calls: list[weakref.ref[Call]] = []
         self._collect: Collect | None = None
@@ -311,10 +313,30 @@ class _Hook:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         if self.recorder is None:
             self._leave(module)
+        elif self.recorder._asleep:
+            return
         elif self.method == "_before":
             self.recorder._before(args, kwargs)
         else:
             self.recorder._after(*output)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """While the library makes passes of its own over an extended model, the user's recorder does not listen."""
+        if (recorder := self.recorder) is None:
+            yield
+            return
+        capture, asleep = recorder._capture, recorder._asleep
+        active = capture is not None and capture.active
+        recorder._asleep = True
+        if capture is not None:
+            capture.active = False
+        try:
+            yield
+        finally:
+            recorder._asleep = asleep
+            if capture is not None:
+                capture.active = active
 
     def _leave(self, module: nn.Module) -> None:
         """A copy's hook takes itself off at the first call."""

@@ -265,7 +265,7 @@ def _same_state(a: list[Tensor], b: list[Tensor]) -> bool:
 def restored(model: nn.Module) -> Iterator[None]:
     """Afterwards, random state and buffers are what they were."""
     states = random_state()
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         yield
     finally:
@@ -273,8 +273,8 @@ def restored(model: nn.Module) -> Iterator[None]:
         if len(states) > 1:
             torch.cuda.set_rng_state_all(states[1:])
         with torch.no_grad():
-            for b, version, value in buffers:
-                if b._version != version:
+            for b, value in buffers:  # by value: native batch norm changes running statistics without a new version
+                if not torch.equal(b, value):
                     b.copy_(value)
 
 

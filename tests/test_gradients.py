@@ -301,6 +301,15 @@ def test_verification_restores_random_state_and_buffers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
 
 
+def test_analyses_leave_running_statistics_alone() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, 5)).double(), batch(D)
+    before = copy.deepcopy(model.state_dict())
+    assert not persample.check(model, nn.CrossEntropyLoss(), x, y).ok
+    with pytest.raises(persample.BatchCoupledError):
+        persample.explain(model, nn.CrossEntropyLoss(), x, y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_statistics_of_several_quantities_in_one_pass() -> None:
     model, (x, y) = convnet().double(), batch(3, 8, 8)
     G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")

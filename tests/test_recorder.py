@@ -315,3 +315,20 @@ def test_batch_norm_in_training_mode_is_refused() -> None:
     model.eval()
     with persample.extend(model) as recorder:
         assert len(recorder.gradients(losses_of(model, x, y))) == N
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_gradients_of_an_extended_model_are_none_of_the_recorders_business(engine: str) -> None:
+    model, (x, y), got = net(), batch(), []
+    reference = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    assert close(persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine).flat(), reference.flat())
+    assert persample.check(model, nn.CrossEntropyLoss(), x, y, engine=engine).ok
+    assert not got
+    losses_of(model, x, y).mean().backward()
+    handle.remove()
+    assert len(got) == 1 and close(got[0].flat(), reference.flat())
+    with persample.extend(model) as recorder:
+        losses = losses_of(model, x, y)
+        assert close(persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine).flat(), reference.flat())
+        assert close(recorder.gradients(losses).flat(), reference.flat())

@@ -118,6 +118,9 @@ NESTED: set[Function] = {torch.lstm_cell}
 # Whose rule needs ``call.results``, the outputs.
 KEEPS: set[Function] = set()
 
+# What picks entries from a shared tensor.
+PICKS: set[Function] = {Tensor.__getitem__, *spellings("index_select", "select", "narrow", "gather", "take_along_dim"), F.embedding}
+
 # What takes shape, type or place from an argument, and no gradient.
 INERT: set[Function] = {
     *spellings("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),

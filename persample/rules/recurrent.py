@@ -239,7 +239,7 @@ SOLVERS: dict[str, Callable[..., Solved]] = {
 def layer(call: Call, g: Any, input: Tensor, *args: Any) -> Yields:
     packed = isinstance(args[2], (tuple, list))
     sizes, (hx, weights, biases, layers, _, _, both) = (args[0].tolist(), args[1:8]) if packed else ([], args[:7])
-    if layers != 1 or not packed and args[7]:
+    if layers != 1 or (not packed and args[7]):
         return  # not opened: somebody else's call
     if not packed:
         if call.layout.axis != 1:

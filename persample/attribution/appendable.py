@@ -1,0 +1,82 @@
+"""A table on disk that grows row by row and survives being killed: ``<name>.npy`` and ``<name>.json``.
+
+The array is an ordinary ``.npy`` file, the JSON says how many of its rows are *committed* (and what they are).  An
+append writes rows behind the committed ones, syncs, corrects the shape in the header of the ``.npy`` (numpy leaves
+room for that), syncs, and then replaces the JSON by a rename.  That rename is the commit: a process that dies before
+it leaves the old count, and what was written beyond is overwritten by the next append.  Nothing is lost that an
+append has returned from, and nothing is counted twice.  Without the library: ``np.load("x.npy", mmap_mode="r")[:
+json["rows"]]``.
+
+One writer at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import StoreError
+
+HEADER = 128  # bytes of a version 1.0 header, which has room for a growing first axis
+
+
+class Appendable:
+    """Rows of ``width`` numbers at ``directory/name``; opened if it is there, else made by the first `append`."""
+
+    def __init__(self, directory: str | os.PathLike[str], name: str) -> None:
+        self.data, self.json = Path(directory, f"{name}.npy"), Path(directory, f"{name}.json")
+        self.meta: dict[str, Any] = json.loads(self.json.read_text()) if self.json.exists() else {"rows": 0}
+
+    def __len__(self) -> int:
+        return int(self.meta["rows"])
+
+    def append(self, rows: NDArray[Any], **meta: Any) -> None:
+        """Add rows ``[n, width]`` and entries of the JSON, and commit both."""
+        known = {"width": rows.shape[1], "dtype": rows.dtype.newbyteorder("<").str}
+        if len(self) and known != (mine := {key: self.meta[key] for key in known}):
+            raise StoreError(f"{self.data} holds rows of {mine}, these are {known}.")
+        before, after = len(self), len(self) + len(rows)
+        self.data.parent.mkdir(parents=True, exist_ok=True)
+        with self.data.open("r+b" if self.data.exists() else "w+b") as file:
+            file.truncate(HEADER + before * rows.shape[1] * rows.dtype.itemsize)  # what was never committed
+            file.seek(0, os.SEEK_END)
+            file.write(np.ascontiguousarray(rows, dtype=known["dtype"]).data)
+            _sync(file)
+            file.seek(0)
+            file.write(_header(known["dtype"], after, rows.shape[1]))
+            _sync(file)
+        self.commit(rows=after, **known, **meta)
+
+    def commit(self, **meta: Any) -> None:
+        """Replace the JSON, by a rename."""
+        new = {**self.meta, **meta}
+        self.json.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.json.with_suffix(".json.new")
+        with temporary.open("w") as file:
+            json.dump(new, file, indent=1)
+            _sync(file)
+        os.replace(temporary, self.json)
+        self.meta = new
+
+    def rows(self) -> NDArray[Any]:
+        """``[rows, width]``: the committed rows, memory-mapped (changes stay in memory)."""
+        if not len(self):
+            return np.empty((0, self.meta.get("width", 0)), self.meta.get("dtype", "<f4"))
+        shape = (len(self), self.meta["width"])
+        return np.memmap(self.data, self.meta["dtype"], mode="c", offset=HEADER, shape=shape)
+
+
+def _header(dtype: str, rows: int, width: int) -> bytes:
+    """A header of exactly `HEADER` bytes, whatever the number of rows."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
+    return b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.ljust(HEADER - 11).encode() + b"\n"
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,322 @@
+"""Rows on disk and the cross-Gram in pieces: exact, resumable after any kill, strict about what belongs together."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import persample
+from persample.attribution import GradientStore, Projection, cross_gram
+from persample.attribution import appendable as source
+from persample.errors import StoreError
+
+N, M = 11, 5
+LOSS = nn.CrossEntropyLoss()
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def data(n: int = N) -> TensorDataset:
+    generator = torch.Generator().manual_seed(n)
+    return TensorDataset(
+        torch.randn(n, 3, generator=generator).double(), torch.randint(0, 2, (n,), generator=generator)
+    )
+
+
+def loader(n: int = N, size: int = 3) -> DataLoader[Any]:
+    return DataLoader(data(n), batch_size=size)
+
+
+def flat(net: nn.Module, n: int = N) -> Tensor:
+    return persample.gradients(net, LOSS, *data(n).tensors, engine="loop").flat()  # type: ignore[no-any-return]
+
+
+def store(path: Path, net: nn.Module, **options: Any) -> GradientStore:
+    return GradientStore(path, net, dtype=torch.float64, **options)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+# ---- store ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_projected_rows(tmp_path: Path) -> None:
+    net, R = model(), Projection(7)
+    whole, projected = store(tmp_path / "rows", net), store(tmp_path / "projected", net, projection=R)
+    whole.extend(LOSS, loader())
+    projected.extend(LOSS, loader(size=4))
+    close(whole.rows(), flat(net))
+    matrix = torch.cat([R.matrix(name, p.shape).reshape(-1, 7) for name, p in net.named_parameters()])
+    close(projected.rows(), flat(net) @ matrix)
+    close(GradientStore(tmp_path / "projected").rows(), projected.rows())
+    assert repr(whole) == "GradientStore(11 rows of 26, projection=None)"
+    some = store(tmp_path / "some", net, params="2")
+    some.extend(LOSS, loader())
+    close(some.rows(), flat(net)[:, 16:])
+    single = GradientStore(tmp_path / "single", net)
+    single.extend(LOSS, loader())
+    assert single.rows().dtype == torch.float32
+    torch.testing.assert_close(single.rows().double(), flat(net), rtol=1e-6, atol=1e-6)
+
+
+def test_readable_without_the_library(tmp_path: Path) -> None:
+    net = model()
+    store(tmp_path, net).extend(LOSS, loader())
+    meta = json.loads((tmp_path / "rows.json").read_text())
+    rows = np.load(tmp_path / "rows.npy", mmap_mode="r", allow_pickle=False)[: meta["rows"]]
+    np.testing.assert_allclose(rows, flat(net), rtol=1e-9)
+    assert meta["layout"] == {name: list(p.shape) for name, p in net.named_parameters()}
+    assert meta["scale"] == "unscaled" and meta["projection"] is None and len(meta["model"]) == 64
+
+
+def test_going_on_computes_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with other batches than before; a batch that is half there adds its other half."""
+    net = model()
+    first = store(tmp_path, net)
+    first.extend(LOSS, itertools.islice(loader(), 2))
+    assert len(first) == 6
+    computed: list[int] = []
+    run = persample.gradients
+
+    def counted(model: nn.Module, loss_fn: Any, x: Tensor, *args: Any, **options: Any) -> Any:
+        computed.append(len(x))
+        return run(model, loss_fn, x, *args, **options)
+
+    monkeypatch.setattr("persample.attribution.store.gradients", counted)
+    again = store(tmp_path, net)
+    again.extend(LOSS, loader(size=4))
+    assert computed == [4, 3]  # of batches 4, 4, 3
+    close(again.rows(), flat(net))
+    again.extend(LOSS, loader())
+    assert len(again) == N and computed == [4, 3]
+
+
+def test_another_model_layout_scale_or_projection_is_refused(tmp_path: Path) -> None:
+    net, R = model(), Projection(7)
+    store(tmp_path, net, projection=R).extend(LOSS, loader())
+    for wrong, options in (
+        ("model", {"model": model(1), "projection": R}),
+        ("layout", {"model": net, "projection": R, "params": "0"}),
+        ("scale", {"model": net, "projection": R, "scale": "mean over the batch"}),
+        ("projection", {"model": net, "projection": Projection(7, seed=1)}),
+        ("projection", {"model": net}),
+    ):
+        with pytest.raises(StoreError, match=f"another {wrong}"):
+            GradientStore(tmp_path, **options)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="<f8"):
+        GradientStore(tmp_path, net, projection=R).append(persample.gradients(net, LOSS, *data(M).tensors))
+    assert len(store(tmp_path, net, projection=R)) == N
+
+
+def test_gradients_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    net = model()
+    mine = store(tmp_path, net)
+    with pytest.raises(StoreError, match="parameters"):
+        mine.append(persample.gradients(net, LOSS, *data(M).tensors, params="0"))
+    with pytest.raises(StoreError, match="rows"):
+        mine.append(persample.gradients(net, LOSS, *data(M).tensors, quantities=["norm"]))
+    G = persample.gradients(net, LOSS, *data(M).tensors)
+    mine.append(G)
+    with torch.no_grad():
+        net[0].weight += 1
+    with pytest.raises(StoreError, match="has changed"):
+        mine.append(persample.gradients(net, LOSS, *data(M).tensors))
+    with pytest.raises(StoreError, match="reading"):
+        GradientStore(tmp_path).append(G)
+    with pytest.raises(StoreError, match="reading"):
+        GradientStore(tmp_path).extend(LOSS, loader())
+    with pytest.raises(StoreError, match="no store"):
+        GradientStore(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="shuffles"):
+        store(tmp_path / "new", net).extend(LOSS, DataLoader(data(), shuffle=True))
+
+
+def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
+    store(tmp_path, model())
+    assert len(GradientStore(tmp_path)) == 0 and GradientStore(tmp_path).rows().shape == (0, 0)
+
+
+def test_header_is_numpys(tmp_path: Path) -> None:
+    for rows in (1, 10**9):
+        header = source._header("<f4", rows, 12345678)
+        assert len(header) == source.HEADER
+        (tmp_path / "x.npy").write_bytes(header)
+        with (tmp_path / "x.npy").open("rb") as file:
+            assert np.lib.format.read_magic(file) == (1, 0)
+            assert np.lib.format.read_array_header_1_0(file) == ((rows, 12345678), False, np.dtype("<f4"))
+
+
+# ---- killed -----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What a process feels when it dies."""
+
+
+def deaths(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Die at the k-th thing that reaches the disk, for k = 1, 2, ... until nothing is left to die at."""
+    sync, replace = source._sync, os.replace
+    for k in itertools.count(1):
+        left = [k]
+
+        def last(left: list[int] = left) -> bool:
+            left[0] -= 1
+            return left[0] == 0
+
+        def dying_sync(file: Any, last: Any = last) -> None:
+            if last():
+                file.flush()
+                os.truncate(file.name, max(0, os.path.getsize(file.name) - 13))  # half written
+                raise Killed
+            sync(file)
+
+        def dying_replace(a: Any, b: Any, last: Any = last) -> None:
+            if last():
+                raise Killed
+            replace(a, b)
+
+        monkeypatch.setattr(source, "_sync", dying_sync)
+        monkeypatch.setattr(os, "replace", dying_replace)
+        yield k
+        monkeypatch.undo()
+        if left[0] > 0:
+            return
+
+
+def test_killed_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+    expected, died = flat(net), 0
+    for k in deaths(monkeypatch):
+        path = tmp_path / str(k)
+        try:
+            store(path, net).extend(LOSS, loader())
+        except Killed:
+            died += 1
+        monkeypatch.undo()
+        again = store(path, net)
+        if len(again):
+            close(again.rows(), expected[: len(again)])  # whole batches, nothing half written
+        assert len(again) % 3 == 0 or len(again) == N
+        again.extend(LOSS, loader())
+        close(again.rows(), expected)
+        np.testing.assert_array_equal(np.load(path / "rows.npy"), again.rows())
+    assert died > 12
+
+
+WRITER = """
+import sys, numpy as np
+from persample.attribution.appendable import Appendable
+table = Appendable(sys.argv[1], "rows")
+print("ready", flush=True)
+for n in range(len(table), 10**6):
+    table.append(np.full((1, 300), n, dtype="<f8"))
+    print(n, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that can't be caught")
+def test_killed_for_real(tmp_path: Path) -> None:
+    """SIGKILL at arbitrary moments: every append that had returned is there, once, in order."""
+    reported = -1
+    for wait in (0.0, 0.011, 0.05):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            time.sleep(wait)
+            process.send_signal(signal.SIGKILL)
+            lines = [line for line in process.stdout.read().splitlines() if line]
+        reported = max([reported, *map(int, lines[:-1])])  # the last line may be cut
+        rows = source.Appendable(tmp_path, "rows").rows()
+        assert len(rows) > reported
+        if len(rows):
+            np.testing.assert_array_equal(rows, np.arange(len(rows))[:, None] * np.ones(300))
+    assert reported > 0
+
+
+# ---- cross-Gram -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [None, 1, 2])
+def test_cross_gram(tmp_path: Path, block: int | None) -> None:
+    net = model()
+    expected = flat(net) @ flat(net, M).T
+    close(cross_gram(net, LOSS, loader(), loader(M, 2), block=block), expected)
+    close(cross_gram(net, LOSS, loader(), loader(M, 2), block=block, out=tmp_path), expected)
+    files = sorted(tmp_path.glob("columns-*.npy"))
+    assert len(files) == {None: 1, 1: 3, 2: 2}[block]
+    close(torch.from_numpy(np.hstack([np.load(file) for file in files])), expected)
+    R = Projection(6)
+    matrix = torch.cat([R.matrix(name, p.shape).reshape(-1, 6) for name, p in net.named_parameters()])
+    found = cross_gram(net, LOSS, loader(), loader(M, 2), block=block, projection=R)
+    close(found, flat(net) @ matrix @ (flat(net, M) @ matrix).T)
+
+
+def test_cross_gram_of_some_parameters_and_other_batches() -> None:
+    net = model()
+    batches = [{"x": x, "y": y} for x, y in loader()]
+    unpack = lambda batch: (batch["x"], batch["y"])  # noqa: E731
+    found = cross_gram(net, LOSS, batches, batches[:2], params="2", unpack=unpack)
+    close(found, flat(net)[:, 16:] @ flat(net)[:6, 16:].T)
+
+
+def test_cross_gram_killed_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+    expected, died = flat(net) @ flat(net, M).T, 0
+    for k in deaths(monkeypatch):
+        path = tmp_path / str(k)
+        try:
+            cross_gram(net, LOSS, loader(size=6), loader(M), block=1, out=path)
+        except Killed:
+            died += 1
+        monkeypatch.undo()
+        close(cross_gram(net, LOSS, loader(size=6), loader(M), block=1, out=path), expected)
+    assert died > 12
+
+
+def test_cross_gram_that_is_finished_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+    found = cross_gram(net, LOSS, loader(), loader(M), out=tmp_path)
+    monkeypatch.setattr("persample.attribution.cross.gradients", lambda *_, **__: pytest.fail("computed again"))
+    close(cross_gram(net, LOSS, loader(), loader(M), out=tmp_path), found)
+
+
+def test_cross_gram_refuses_what_does_not_belong(tmp_path: Path) -> None:
+    net = model()
+    cross_gram(net, LOSS, loader(), loader(M), out=tmp_path)
+    with pytest.raises(StoreError, match="another model"):
+        cross_gram(model(1), LOSS, loader(), loader(M), out=tmp_path)
+    with pytest.raises(StoreError, match="another block"):
+        cross_gram(net, LOSS, loader(), loader(M), block=1, out=tmp_path)
+    shuffled = DataLoader(data(), shuffle=True)
+    for pair in ((shuffled, loader(M)), (loader(), shuffled)):
+        with pytest.raises(StoreError, match="shuffles"):
+            cross_gram(net, LOSS, *pair)
+    with pytest.raises(StoreError, match="empty"):
+        cross_gram(net, LOSS, loader(), [])
+    with pytest.raises(ValueError, match="block"):
+        cross_gram(net, LOSS, loader(), loader(M), block=0)
+
+
+def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    cross_gram(model(), LOSS, loader(), loader(M), progress=True)
+    assert "4/4" in capfd.readouterr().err

@@ -1,11 +1,10 @@
 """Per-sample quantities of any PyTorch model: individual gradients, norms, inner products, moments, projections.
 
-N, M samples; T, S tokens or positions; K blocks; O, I out and in features; P a parameter's shape; V, D vocabulary and
-width;
-C channels: the alphabet of shapes used in every docstring.
+The alphabet of shapes, used in every docstring: ``N, M`` samples; ``T, S`` tokens or positions; ``K`` blocks; ``O, I`` out
+and in features; ``P`` a parameter's shape; ``D`` all parameters, or a width; ``V`` a vocabulary; ``C`` channels.
 """
 
-from . import factors
+from . import batchnorm, curvature, einsum, factors
 from .api import gradients
 from .batchnorm.coupling import Coupling, coupling
 from .check import check, explain
@@ -44,8 +43,11 @@ __all__ = [
     "Statistics",
     "UnknownParameterError",
     "VerificationError",
+    "batchnorm",
     "check",
     "coupling",
+    "curvature",
+    "einsum",
     "explain",
     "extend",
     "factors",

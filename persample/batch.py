@@ -66,6 +66,8 @@ class Batch:
 
     @staticmethod
     def of(inputs: Any, targets: Any, batch_dim: PyTree = 0) -> Batch:
+        if isinstance(inputs, Mapping) and not isinstance(inputs, dict):
+            inputs = dict(inputs)  # what tokenizers return is no dict, and pytrees don't know it
         dims = _three(batch_dim)
         given = [
             _axes(tree, dim, what)

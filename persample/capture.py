@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import rules
 from .errors import BatchCoupledError, CaptureError, HigherOrderError, InplaceError, SampleAxisError
 from .layout import Layout, samples_first
-from .propagate import propagate
+from .propagate import mixes, propagate
 
 _KEY = "persample"  # of a recorded call in its autograd node's metadata
 

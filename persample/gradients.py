@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reductions
+from . import display, reductions
 from .errors import InplaceError, QuantityError, UnknownParameterError
 from .factors import Factors, dense, dtype, nbytes, tensors
 from .problem import Selection, select
@@ -167,6 +167,9 @@ class Gradients(Quantities):
         note = f", {self.note}" if self.note else ""
         what = f"parameters={len(self.names)}, forms={'/'.join(kinds)}, memory={bytes_text(size)}"
         return f"Gradients(N={len(self)}, {what}{note})"
+
+    def _repr_html_(self) -> str:
+        return display.gradients_html(self)
 
 
 def _difference(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> str:

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import reductions
+from . import display, reductions
 from .errors import QuantityError, UnknownParameterError
 from .factors import Factors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Parts = dict[str, Any]
 Direction = Mapping[str, Tensor] | Tensor
@@ -158,6 +161,15 @@ class Quantities(abc.ABC):
     def std(self, ddof: int = 0) -> dict[str, Tensor]:
         """The square root of `variance`, ``{name: [*P]}``."""
         return {name: v.sqrt() for name, v in self.variance(ddof).items()}
+
+    # ---- to be looked at ----------------------------------------------------------------------------------------
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Histogram of the gradient norms of the samples; draws into ``ax`` if given, and returns the axes.
+
+        Needs matplotlib, the extra ``persample[plot]``.
+        """
+        return display.plot_norms(self, ax)
 
     # ---- helpers ------------------------------------------------------------------------------------------------
 

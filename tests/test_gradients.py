@@ -234,6 +234,14 @@ def test_sample_axes_by_pytree(engine: str) -> None:
     assert G.outputs[0].shape == (T, N, 5) and G.outputs[1].shape == (N, 5)
 
 
+def test_inputs_may_be_any_mapping() -> None:
+    from collections import UserDict
+
+    model, inputs = Tokens().double(), UserDict(ids=ids())
+    G = persample.gradients(model, nn.CrossEntropyLoss(), inputs, batch(1)[1])
+    assert torch.equal(G.flat(), persample.gradients(model, nn.CrossEntropyLoss(), ids(), batch(1)[1]).flat())
+
+
 def test_verification_runs_once_per_model_shapes_mode_and_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     real = persample.verify._alone
@@ -369,3 +377,23 @@ def test_one_line_repr() -> None:
     model, (x, y) = convnet(), batch(3, 8, 8, dtype=torch.float32)
     text = repr(persample.gradients(model, nn.CrossEntropyLoss(), x, y))
     assert "\n" not in text and "N=4" in text and "parameters=12" in text and "memory=" in text
+
+
+def test_looks_in_notebooks_and_plots() -> None:
+    from matplotlib import pyplot as plt
+
+    model, (x, y) = convnet(), batch(3, 8, 8, dtype=torch.float32)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    page = G._repr_html_()
+    assert page.count("<tr>") == 1 + len(G.names) and "0.weight" in page and "Dense" in page
+    _, ax = plt.subplots()
+    assert G.plot(ax=ax) is ax and "norm" in ax.get_xlabel() and ax.get_ylabel() == "samples"
+    assert sum(patch.get_height() for patch in ax.patches) == N
+    S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm"])
+    assert S.plot().get_title() == "4 samples"
+    plt.close("all")
+    for report in (
+        persample.check(model, nn.CrossEntropyLoss(), x, y),
+        persample.explain(model, nn.CrossEntropyLoss(), x, y),
+    ):
+        assert "<table" in report._repr_html_() and "0.weight" in str(report)

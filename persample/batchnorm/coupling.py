@@ -1,7 +1,7 @@
 """`coupling`: what is left of per-sample gradients when BatchNorm couples the batch, by name, with the coupling itself.
 
-The mathematics is in `persample.batchnorm.network`, the five notions in `notions`, the table of all cross-sample
-derivatives in `table`. Here they get their names, their indices, and a face.
+The mathematics is in `network`, the five gradients in `notions`, the table of all cross-sample derivatives in `table`,
+and what is read off it in `indices`.  Here they get the names by which they are called.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BatchNormError, UnknownParameterError
+from ..errors import UnknownParameterError
 from ..factors import Dense, Factors, compact, dense, index
 from ..gradients import Gradients
 from ..losses import LossFunction
-from ..problem import Emit, Selection, pose
-from . import notions, plots, table
+from ..problem import Emit, Pass, Selection, pose
+from . import indices, notions, plots, table
+from .indices import Noise
 from .network import Network, Route, costs
-from .notions import NOTIONS
 from .passes import Passes, Point
-from .statistics import weighted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,48 +39,41 @@ def coupling(
     route: Route | None = None,
     verify: bool = True,
 ) -> Coupling:
-    """The coupling of the samples of one batch by BatchNorm, at the model's current parameters and in its current mode.
+    """The coupling of the samples of one batch by BatchNorm, at the model's parameters and in the mode it is in.
 
     Args:
         model, loss_fn, inputs, targets, params, batch_dim: as for `persample.gradients`.
         route: how to compute what takes many passes: "samples" (``N`` backward passes), "statistics" (``K``, two for
-        each
-            channel of each BatchNorm call), or by default the cheaper one.  Results are the same.
-        verify: check on two samples that nothing but BatchNorm's statistics couples the batch; costs about one pass.
+            each channel of each BatchNorm call), or the cheaper one.  Results are the same.
+        verify: check on two samples that nothing but BatchNorm's statistics couples the batch, at the cost of about a
+        pass.
 
-    Nothing is left behind: running statistics, ``num_batches_tracked``, ``.grad`` and the random state stay as they
-    are. Random masks (dropout) are those that a forward pass would draw now, the same ones in everything the result
-    computes.  The model, its parameters and the batch must not change while the result is in use: it runs passes when
-    something is asked for.
+    Running statistics, ``num_batches_tracked``, ``.grad`` and the random state stay as they are.  Random masks
+    (dropout) are those that a forward pass would draw now, and the same in everything the result computes.  It runs
+    passes when something is asked for: parameters, batch and mode must not change meanwhile.
 
     Raises:
         BatchCoupledError: something else than BatchNorm couples the batch.
-        BatchNormError: a BatchNorm whose statistics can't be taken apart by sample, with the reason.
-        and what `persample.gradients` raises for arguments that do not fit.
+        BatchNormError: a BatchNorm whose statistics can't be taken apart by sample.
+        PersampleError: what `persample.gradients` raises for arguments that do not fit.
     """
     if route not in (None, "samples", "statistics"):
         raise ValueError(f"route must be 'samples', 'statistics' or None, got {route!r}.")
-    network = Network(Point.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)), route)
+    problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
+    network = Network(Point.of(problem), route)
     if verify:
         network.verify()
     return Coupling(network)
 
 
-class Noise(NamedTuple):
-    """Gradient noise as some notion of per-sample gradients sees it."""
-
-    trace: float  # of the covariance of rows (ddof=1): N times that of the mini-batch gradient, if the notion is right
-    squared_mean: float  # |mean row|^2
-    scale: float  # trace / squared_mean, McCandlish et al. 2018
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Coupling:
-    """One batch, coupled by BatchNorm: ``N`` samples, ``K`` statistics, ``l_n`` the unscaled losses.
+    """One batch, coupled by BatchNorm: ``N`` samples, ``K`` statistics, unscaled losses ``l_n``; made by `coupling`.
 
-    ``coupling @ v`` is ``[N]``, the derivatives of all losses along ``v``: ``{name: [*P]}`` or flat ``[D]``; with
-    ``{name: [N, *P]}``, one direction for every sample's copy of the parameters.  ``coupling.T @ w``, for ``w [N]``,
-    are `Gradients` with the rows ``sum_n w[n] G[n, m]``.
+    As an operator it is the table ``G[n, m] = dl_n/dtheta^(m)``, where ``theta^(m)`` is the copy of the parameters that
+    sample ``m`` uses.  ``coupling @ v`` is ``[N]``, the derivatives of all losses along ``v``, ``{name: [*P]}`` or
+    flat ``[D]`` (or ``{name: [N, *P]}``, one direction for every copy).  ``coupling.T @ w``, for ``w [N]``, are
+    `Gradients` with the rows ``sum_n w[n] G[n, m]``.
     """
 
     network: Network
@@ -113,108 +105,107 @@ class Coupling:
 
     @property
     def layers(self) -> dict[str, int]:
-        """The BatchNorm calls that couple the losses, in the order of the forward pass, with their channels;
+        """The BatchNorm calls that couple the losses, in the order of the forward pass, with their channels.
+
         ``"bn#2"`` is the second call of the module ``"bn"``.
         """
         return {node.name: node.channels for node in self.network.structure.nodes}
 
     @property
     def coupled(self) -> dict[str, list[str]]:
-        """``{name: [layers]}``: the parameters on which statistics depend that reach a loss, and whose statistics
-        these are.
-        """
-        structure = self.network.structure
-        on = {name: [structure.nodes[i].name for i in self.network.nodes_of([name])] for name in self.names}
-        return {name: layers for name, layers in on.items() if layers}
+        """``{name: [layers]}``: the parameters that statistics depend on which reach a loss, and whose statistics."""
+        nodes = self.network.structure.nodes
+        return {name: [nodes[i].name for i in self.network.nodes_of([name])] for name in self.network.coupled}
 
     @property
     def uncoupled(self) -> list[str]:
-        """The other parameters: the last BatchNorm's own, and what follows.  They have ordinary per-sample gradients.
-        """
-        return [name for name in self.names if name not in self.coupled]
+        """The other parameters (the last BatchNorm's own, what follows it): they have ordinary per-sample gradients."""
+        return [name for name in self.names if name not in self.network.coupled]
 
     def costs(self) -> dict[str, int]:
-        """Backward passes of the batch that ``gradients("loss")`` takes, by either route."""
-        where = self.network.nodes_of(self.network.coupled)
-        return costs(len(self), sum(2 * self.network.structure.nodes[i].channels for i in where))
+        """Backward passes of the batch that ``gradients("loss")`` takes by either route."""
+        which = self.network.nodes_of(self.network.coupled)
+        return costs(len(self), sum(2 * self.network.structure.nodes[i].channels for i in which))
 
     # ---- gradients ----------------------------------------------------------------------------------------------
 
     def gradients(self, notion: str, samples: Iterable[int] | None = None) -> Gradients:
-        """One of the five per-sample gradients, as `Gradients`: ``"eval"``, ``"frozen"``, ``"copy"``, ``"loss"`` or
-        ``"influence"``.
+        """One of the five per-sample gradients, ``[N, *P]`` for each parameter.
 
-        ==========  ==================================================================  ============  ==============
-        eval        BatchNorm layers with their running statistics                                    1 pass
-        frozen      the statistics of the batch held fixed                                            1
-        copy        with respect to the copy of the parameters that the sample uses     sums to grad  1
-        loss        ``dl_n/dtheta``, the gradient of each loss of the batch             sums to grad  ``min(N, K)``
-        influence   how the batch gradient depends on the weight of the sample,         sums to grad  ``3 min(N, K)``
-                    in the loss and in the statistics
-        ==========  ==================================================================  ============  ==============
+        =============  ===========================================================  ============  ====================
+        ``notion``     row ``n``                                                    sums to grad  backward passes
+        =============  ===========================================================  ============  ====================
+        "eval"         BatchNorm layers with their running statistics               no            1
+        "frozen"       the statistics of the batch held fixed                       no            1
+        "copy"         with respect to the copy of the parameters that the sample   yes           1
+                       uses: what hooks return
+        "loss"         ``dl_n/dtheta``, the gradient of each loss of the batch      yes           ``min(N, K)``
+        "influence"    how the batch gradient moves with the weight of sample       yes           ``min(N, K)``, each of
+                       ``n``, in the loss and in the statistics                                   about three
+        =============  ===========================================================  ============  ====================
 
-        ``samples``: only these rows; "loss" and "influence" then cost that many passes at most.
+        ``samples``: only these rows; "loss" and "influence" then take at most as many passes.
 
         Raises:
             BatchNormError: "eval" for a layer without running statistics.
         """
-        if notion not in NOTIONS:
-            raise ValueError(f"the notion must be one of {list(NOTIONS)}, got {notion!r}: 'the gradient of sample n' is not one thing.")
-        some = None if samples is None else torch.as_tensor(list(samples), dtype=torch.int64, device=self.losses.device)
-        return self._collected(notion, lambda emit: NOTIONS[notion](self.network, emit, some))
+        if notion not in notions.NOTIONS:
+            raise ValueError(
+                f"'the gradient of sample n' is not one thing: say which of {list(notions.NOTIONS)}, got {notion!r}."
+            )
+        some = None if samples is None else torch.tensor(list(samples), dtype=torch.int64, device=self.losses.device)
+        return self._collect(notion, lambda emit: notions.NOTIONS[notion](self.network, emit, some))
 
     def via_statistics(self, layer: str | None = None) -> Gradients:
-        """The part of ``dl_n/dtheta`` that flows through the statistics: of all layers (``loss`` minus ``frozen``), or
-        what flows from the parameters into those of one ``layer`` directly; the layers add up.
+        """The part of ``dl_n/dtheta`` that flows through the statistics: "loss" minus "frozen".
+
+        With a ``layer``, what flows from the parameters directly into the statistics of that one; the layers add up.
         """
         layers = list(self.layers) if layer is None else [layer]
         if unknown := set(layers) - set(self.layers):
             raise UnknownParameterError(f"no coupling BatchNorm call {unknown.pop()!r}; there are {list(self.layers)}.")
+        note = "via statistics" if layer is None else f"via {layer!r}"
+        return self._collect(note, lambda emit: notions.through(self.network, layers, emit))
 
-        def run(emit: Emit) -> None:
-            notions.through(self.network, layers, emit)
-
-        return self._collected("via statistics" if layer is None else f"via '{layer}'", run)
-
-    def _collected(self, note: str, run: Callable[[Emit], Any]) -> Gradients:
+    def _collect(self, note: str, run: Callable[[Emit], Pass]) -> Gradients:
         kept: dict[str, Factors] = {}
         done = run(lambda name, g: kept.__setitem__(name, compact(g)))
-        losses, outputs, unused = (self.losses, self.outputs, ()) if done is None else (done.losses, done.outputs, done.unused)
-        return self._gradients(kept, note, losses, outputs, unused)
+        return self._gradients(kept, note, done)
 
-    def _gradients(self, factors: Mapping[str, Factors], note: str, losses: Tensor, outputs: Any = None, unused: tuple[str, ...] = ()) -> Gradients:
-        problem = self.network.problem
+    def _gradients(self, factors: Mapping[str, Factors], note: str, done: Pass | None = None) -> Gradients:
+        problem, done = self.network.problem, done or Pass(self.losses, None)
+        assert done.losses is not None
         return Gradients(
-            {name: factors[name] for name in self.names}, losses, outputs,
-            unused=unused, aliases=problem.aliases, parameters=problem.parameters, note=note,
+            {name: factors[name] for name in self.names}, done.losses, done.outputs, unused=done.unused,
+            aliases=problem.aliases, parameters=problem.parameters, note=note,
         )  # fmt: skip
 
     # ---- the table ----------------------------------------------------------------------------------------------
 
     def norms(self, per_parameter: bool = False) -> Any:
-        """``|G[n, m]|``, ``[N, N]``: how much loss ``n`` depends on the parameters through sample ``m``; ``{name: [N,
-        N]}`` per parameter.
+        """``|G[n, m]|``, ``[N, N]``: how much loss ``n`` depends on the parameters through sample ``m``.
 
-        ``N`` backward passes, each reduced on arrival.  Exactly diagonal where nothing couples.
+        ``{name: [N, N]}`` per parameter.  ``N`` backward passes, each reduced on arrival.  Diagonal where nothing
+        couples.
         """
-        squares = self._squares
-        return {name: s.sqrt() for name, s in squares.items()} if per_parameter else _total(squares).sqrt()
+        return {name: s.sqrt() for name, s in self._squares.items()} if per_parameter else self._total.sqrt()
 
     @cached_property
     def _squares(self) -> dict[str, Tensor]:
         return table.squared_norms(self.network)
 
+    @property
+    def _total(self) -> Tensor:
+        return torch.stack(list(self._squares.values())).sum(0)
+
     def row(self, n: int) -> Gradients:
-        """``G[n, :]``: the `Gradients` whose row ``m`` is ``dl_n/dtheta^(m)``; they sum to ``dl_n/dtheta``.  One pass.
-        """
-        return self._gradients(table.row(self.network, range(len(self))[n]), f"row {n}", self.losses)
+        """``G[n, :]``: row ``m`` is ``dl_n/dtheta^(m)``; they sum to ``dl_n/dtheta``.  One pass."""
+        return self._gradients(table.row(self.network, range(len(self))[n]), f"table[{n}, :]")
 
     def column(self, m: int) -> Gradients:
-        """``G[:, m]``: the `Gradients` whose row ``n`` is ``dl_n/dtheta^(m)``; they sum to row ``m`` of "copy".
-        ``min(N, 2 K)`` passes.
-        """
-        rows = {name: Dense(value) for name, value in table.column(self.network, m).items()}
-        return self._gradients(rows, f"column {m}", self.losses)
+        """``G[:, m]``: row ``n`` is ``dl_n/dtheta^(m)``; they sum to row ``m`` of "copy".  ``min(N, 2 K)`` passes."""
+        found = table.column(self.network, range(len(self))[m])
+        return self._gradients({name: Dense(value) for name, value in found.items()}, f"table[:, {m}]")
 
     def entry(self, n: int, m: int) -> dict[str, Tensor]:
         """``G[n, m] = dl_n/dtheta^(m)``, ``{name: [*P]}``.  One pass."""
@@ -223,10 +214,6 @@ class Coupling:
         return {name: dense(index(g, slice(m, m + 1)))[0] for name, g in row.items()}
 
     def __matmul__(self, v: Mapping[str, Tensor] | Tensor) -> Tensor:
-        if isinstance(v, Tensor):
-            shapes = {name: p.shape for name, p in self.network.problem.parameters.items()}
-            pieces = v.split([shape.numel() for shape in shapes.values()], -1)
-            v = {name: x.reshape(*x.shape[:-1], *shape) for (name, shape), x in zip(shapes.items(), pieces, strict=True)}
         return table.directional(self.network, v)
 
     @property
@@ -239,116 +226,95 @@ class Coupling:
         return table.input_squares(self.network).sqrt()
 
     def output_input_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``|df_n/dx_m|_F``, ``[N, N]``: the Jacobian of the network between samples.  A pass for every output of
-        every sample; with ``probes`` random sign vectors only ``N * probes``, for an unbiased estimate of the squares.
+        """``|df_n/dx_m|_F``, ``[N, N]``: the Jacobian of the network between samples.
+
+        A pass for every output of every sample; with ``probes`` random sign vectors only ``N * probes``, unbiased for
+        the squares.
         """
         return table.output_input_squares(self.network, probes, generator).sqrt()
 
     def loss_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``|dl_n/dtheta|``, ``[N]``; with ``probes`` estimated from that many Gaussian directional derivatives (three
-        passes each, whatever ``N`` and ``K``): the squares are unbiased, with a relative standard deviation of
-        ``sqrt(2 / probes)``.
+        """``|dl_n/dtheta|``, ``[N]``; or estimated from ``probes`` Gaussian directional derivatives, a pass each.
+
+        The squares are then unbiased, with a relative standard deviation of ``sqrt(2 / probes)``, whatever ``N`` and
+        ``K``.
         """
         if probes is None:
-            return self.gradients("loss").norm()
+            return self.gradients("loss").norm()  # type: ignore[no-any-return]
         return table.loss_squares(self.network, probes, generator).sqrt()
 
     def outgoing_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``sqrt(sum_n |G[n, m]|^2)``, ``[N]``: how much all losses depend on sample ``m``; with ``probes`` estimated
-        from that many random signs of the losses (one pass each): the squares are unbiased.
+        """``sqrt(sum_n |G[n, m]|^2)``, ``[N]``: how much all losses depend on the parameters through sample ``m``.
+
+        With ``probes`` estimated from random signs of the losses, a pass each; the squares are then unbiased.
         """
         if probes is None:
-            return _total(self._squares).sum(0).sqrt()
+            return self._total.sum(0).sqrt()
         return table.outgoing_squares(self.network, probes, generator).sqrt()
 
     # ---- statistics ---------------------------------------------------------------------------------------------
 
     def adjoints(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """``{layer: (mean [N, C], variance [N, C])}``: ``lambda_n``, the derivative of every loss with respect to the
-        statistics of every channel, later layers included: which channel couples.  For the last layer one pass would
-        do; for all ``min(N, K)``.
+        """``lambda_n``, ``{layer: (mean [N, C], variance [N, C])}``: which channel couples.
+
+        The total derivatives of every loss with respect to the statistics, later layers included.  ``min(N, K)``
+        passes.
         """
-        parts = self.network.by_node(self.network.adjoints)
-        return {name: tuple(part.chunk(2, -1)) for name, part in zip(self.layers, parts, strict=True)}  # type: ignore[misc]
+        pieces = zip(self.network.by_node(self.network.adjoints), self.layers.items(), strict=True)
+        return {name: (both[:, :channels], both[:, channels:]) for both, (name, channels) in pieces}
 
     def statistic_influence(self) -> Tensor:
         """``T[n, m] = dl_n/dw_m``, ``[N, N]``: the derivative of loss ``n`` in the weight of sample ``m`` in all
         statistics.
 
-        Weights are normalised, so rows sum to 0; rank at most ``K``.  ``-T[n, m]`` is to first order what leaving
-        ``m`` out of the statistics does to loss ``n``.
+        Weights are normalised, so rows sum to 0; rank at most ``K``.  ``min(N, K)`` passes, shared with `adjoints`.
         """
         return self.network.adjoints @ self.network.deviation.mT
 
     def effective_losses(self) -> Tensor:
-        """``phi_m = l_m + sum_n T[n, m]``, ``[N]``: the loss of sample ``m`` with what its presence does to all losses.
+        """``phi_m = l_m + sum_n T[n, m]``, ``[N]``: the loss of sample ``m``, and what its presence does to all losses.
 
-        Its mean is the mean loss; it is the jackknife pseudo-value of the batch loss to first order, and its gradients
-        are those of "influence".  One backward pass for all.
+        Its mean is the mean loss, its gradients are those of "influence", and up to ``O(1/N)`` it is the jackknife
+        pseudo-value ``N L - (N-1) L_-m`` of the batch loss.  One pass for all.
         """
         return self.losses + self.network.deviation @ self.network.structure.total
 
     def leave_one_out(self, exact: bool = False) -> Tensor:
-        """``[N, N]``: loss ``n`` without sample ``m`` in the statistics, minus loss ``n``; to first order ``-T[n,
-        m]``, or exactly by ``N`` forward passes.
+        """``[N, N]``: loss ``n`` without sample ``m`` in the statistics, minus loss ``n``.
+
+        To first order this is ``-T[n, m]``; exactly it takes ``N`` forward passes.
         """
-        if not exact:
-            return -self.statistic_influence()
-        if len(self) < 2:
-            raise BatchNormError("leave_one_out needs two samples: without the only one there are no statistics.")
-        without = []
-        for m in range(len(self)):
-            w = torch.ones_like(self.losses)
-            w[m] = 0
-            with self.network.point.forward(weighted(w)) as run:
-                without.append(run.losses.detach() - self.losses)
-        return torch.stack(without, 1)
+        return indices.leave_one_out(self.network) if exact else -self.statistic_influence()
 
     # ---- indices ------------------------------------------------------------------------------------------------
 
     def data_coupling(self) -> Tensor:
-        """``|G[n, != n]| / |G[n, :]|``, ``[N]``: the share of other samples in what loss ``n`` depends on.  Falls as
-        ``1/sqrt(N)`` to ``1/N``.
-        """
-        squares = _total(self._squares)
-        others = squares.clone().fill_diagonal_(0)
-        return _ratio(others.sum(1).sqrt(), squares.sum(1).sqrt())
+        """``|G[n, != n]| / |G[n, :]|``, ``[N]``: the share of the other samples; each one's falls as ``1/N``."""
+        return indices.data_coupling(self._total)
 
     def theta_coupling(self) -> Tensor:
-        """``|dl_n/dtheta - d_n| / |dl_n/dtheta|``, ``[N]``: the share that flows through the statistics.  Does not
-        vanish as ``N`` grows.
+        """``|dl_n/dtheta - d_n| / |dl_n/dtheta|``, ``[N]``: the share of the statistics; it does not vanish with
+        ``N``.
         """
-        G = self.gradients("loss")
-        through = torch.zeros_like(self.losses)
-        for name in self.coupled:
-            through += (G[name] - dense(self.network.direct.factors[name])).reshape(len(self), -1).square().sum(1)
-        return _ratio(through.sqrt(), G.norm())
+        return indices.theta_coupling(self.network, self.gradients("loss"))
 
     def participation(self) -> Tensor:
-        """``(sum_m a_m)^2 / sum_m a_m^2`` with ``a_m = |G[n, m]|^2``, ``[N]``: on how many samples loss ``n`` depends,
-        1 to ``N``.
-        """
-        squares = _total(self._squares)
-        return torch.where(squares.sum(1) > 0, _ratio(squares.sum(1).square(), squares.square().sum(1)), 1.0)
+        """``(sum_m a_m)^2 / sum_m a_m^2`` of ``a_m = |G[n, m]|^2``, ``[N]``: on how many samples loss ``n`` depends."""
+        return indices.participation(self._total)
 
     def noise(self, kinds: Iterable[str] = ("influence", "loss", "copy", "frozen")) -> dict[str, Noise]:
-        """Gradient noise by notion.  Only "influence" predicts the covariance of mini-batch gradients (``trace / N``):
-        the others leave out that a sample also moves the statistics, and their estimates, given for comparison, are
-        biased.
+        """Gradient noise as each notion sees it.
+
+        Only "influence" predicts the covariance of mini-batch gradients, ``trace / N``.  The others leave out that a
+        sample also moves the statistics: their estimates are biased, and given for comparison.
         """
-        found = {}
-        for kind in kinds:
-            G = self.gradients(kind)
-            trace = float(sum(v.sum() for v in G.variance(ddof=1).values()))
-            squared = float(sum(g.square().sum() for g in G.mean().values()))
-            found[kind] = Noise(trace, squared, trace / squared if squared else float("inf"))
-        return found
+        return {kind: indices.noise(self.gradients(kind)) for kind in kinds}
 
     # ---- to be looked at ----------------------------------------------------------------------------------------
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Heat map of `norms`, ``[N, N]``, its diagonal left out.  Needs matplotlib."""
-        return plots.heat_map(self.norms(), ax, "sample m", "loss n", "|dl_n / dtheta_m|")
+        """Heat map of `norms` without its diagonal.  Needs matplotlib; more pictures in `persample.batchnorm`."""
+        return plots.heat_map(self.norms(), ax)
 
     def __repr__(self) -> str:
         return f"Coupling({', '.join(f'{name}: {value}' for name, value in plots.summary(self).items())})"
@@ -365,13 +331,4 @@ class Transposed:
 
     def __matmul__(self, w: Tensor) -> Gradients:
         """`Gradients` with the rows ``sum_n w[n] G[n, m]``; ones give "copy".  One pass."""
-        return self.coupling._gradients(table.transposed(self.coupling.network, w), "weighted copy", self.coupling.losses)
-
-
-def _total(parts: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(parts.values())).sum(0)
-
-
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, 0 where both are."""
-    return torch.where(b > 0, a / b, 0.0)
+        return self.coupling._gradients(table.transposed(self.coupling.network, w), "weighted copy")

@@ -233,6 +233,6 @@ class Network:
         if bool(wrong.any()):
             raise BatchCoupledError(
                 f"sample {int(some[wrong][0])} has loss {float(whole[wrong][0]):.6g} within the batch and "
-                f"{float(alone[wrong][0]):.6g} with the same BatchNorm statistics, but without the other samples. So something else "
-                "couples the samples too, or they are not where batch_dim= says."
+                f"{float(alone[wrong][0]):.6g} with the same BatchNorm statistics, but without the other samples. So "
+                "something else couples the samples too, or they are not where batch_dim= says."
             )

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..batch import Batch, Tree, call_model, detached
+from ..batch import Batch, Tree, call_model, detached, flatten
 from ..capture import Capture, Reached, reached
 from ..collect import Collect, check_complete
 from ..curvature.objective import (
@@ -85,7 +84,7 @@ class Point:
         """
         problem = self.problem if batch is None else replace(self.problem, batch=batch)
         given = problem.batch.inputs.map(lambda x, _: x.detach().requires_grad_(inputs and x.is_floating_point()))
-        tree = replace(problem.batch.inputs, leaves=tree_leaves(given))
+        tree = replace(problem.batch.inputs, leaves=flatten(given)[0])
         explicit = Explicit(pool) if pool is not None else None
         capture = Capture(problem.model, set())
         with self._same(), twice_differentiable(), ExitStack() as modes:
@@ -109,8 +108,7 @@ class Point:
         capture = Capture(problem.model, {id(p) for p in problem.parameters.values()})
         if by is not None:
             mode = Replace(problem.model, capture, by)
-            model = cast(nn.Module, _under(mode, problem.model))
-            problem = replace(problem, model=model, loss_fn=_under(mode, problem.loss_fn))
+            problem = replace(problem, model=_Under(mode, problem.model), loss_fn=_under(mode, problem.loss_fn))
         with self._same():
             outputs, losses, seeds, criterion = forward(problem, capture)
             self.passes.drawn = random_state(self.problem.model)
@@ -190,6 +188,17 @@ def _towards(ends: list[Tensor], starts: list[Tensor], found: Reached, wrt: Sequ
     if not ends or not targets:
         return [None] * len(wrt)
     return list(torch.autograd.grad(ends, targets, starts, allow_unused=True, retain_graph=True)[: len(wrt)])
+
+
+class _Under(nn.Module):
+    """A model with its calls under a mode."""
+
+    def __init__(self, mode: Replace, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.call = model, _under(mode, model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
 
 def _under(mode: Replace, f: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,12 +4,14 @@ when drawing).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .notions import NOTIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,34 +47,25 @@ def html(coupling: Coupling) -> str:
     return f"<table><caption>Coupling</caption>{body}</table>"
 
 
-def heat_map(values: Tensor, ax: Axes | None, x: str, y: str, title: str) -> Axes:
+def heat_map(norms: Tensor, ax: Axes | None) -> Axes:
     """``[N, N]`` as colours, without the diagonal, which would hide the rest."""
     ax = ax or _axes()
-    shown = values.detach().clone().cpu().double().fill_diagonal_(float("nan"))
-    image = ax.imshow(shown.numpy(), cmap="viridis")
-    ax.figure.colorbar(image, ax=ax)
-    ax.set(xlabel=x, ylabel=y, title=f"{title}, n != m")
+    image = ax.imshow(norms.detach().cpu().double().fill_diagonal_(float("nan")).numpy(), vmin=0)
+    ax.figure.colorbar(image, ax=ax, label=r"$|\partial l_n / \partial \theta_m|$")
+    ax.set(xlabel="parameters as used by sample m", ylabel="loss n", title="coupling by BatchNorm, n != m")
     return ax
 
 
 def plot_layers(coupling: Coupling, ax: Axes | None = None) -> Axes:
-    """Coupling by layer and channel: ``|T|`` of every channel's statistics alone, ``sqrt(sum_nm T[n, m]^2)``, sorted
-    within each layer.
-    """
+    """Coupling by layer and channel: the Frobenius norm of ``T`` from one channel's statistics alone, sorted."""
     ax = ax or _axes()
-    network = coupling.network
     start = 0
-    for name, adjoint, deviation in zip(
-        coupling.layers, network.by_node(network.adjoints), network.by_node(network.deviation), strict=True
-    ):
+    for name, adjoint, deviation in _by_layer(coupling):
         strength = channel_strength(adjoint, deviation).sort(descending=True).values
-        places = torch.arange(start, start + len(strength))
-        ax.bar(places.tolist(), strength.tolist(), width=1.0, label=name)
+        ax.bar(range(start, start + len(strength)), strength.tolist(), width=1.0, label=name)
         start += len(strength) + 1
     ax.set(xlabel="channels, layer by layer", ylabel="|T| of the channel", title="which statistics couple the losses")
-    if coupling.layers:
-        ax.legend(fontsize="small")
-    return ax
+    return _legend(ax)
 
 
 def channel_strength(adjoint: Tensor, deviation: Tensor) -> Tensor:
@@ -85,50 +78,54 @@ def channel_strength(adjoint: Tensor, deviation: Tensor) -> Tensor:
 def plot_spectrum(coupling: Coupling, ax: Axes | None = None) -> Axes:
     """Singular values of the statistic-influence matrix ``T`` (rank at most ``K``), and of every layer's part of it."""
     ax = ax or _axes()
-    network = coupling.network
-    parts = {"all layers": coupling.statistic_influence()}
-    for name, adjoint, deviation in zip(
-        coupling.layers, network.by_node(network.adjoints), network.by_node(network.deviation), strict=True
-    ):
-        parts[name] = adjoint @ deviation.mT
-    for name, matrix in parts.items():
+    parts = {name: adjoint @ deviation.mT for name, adjoint, deviation in _by_layer(coupling)}
+    for name, matrix in {"all layers": coupling.statistic_influence(), **parts}.items():
         values = torch.linalg.svdvals(matrix.double())
-        values = values[values > 1e-12 * values.max()] if bool((values > 0).any()) else values[:0]
-        ax.plot(range(1, len(values) + 1), values.tolist(), marker=".", label=name, lw=2 if name == "all layers" else 1)
-    ax.set(xlabel="k", ylabel="singular value of T", title="statistic influence")
-    if coupling.layers:
-        ax.set_yscale("log")
-    ax.legend(fontsize="small")
-    return ax
+        values = values[values > 1e-12 * values[0]]
+        ax.semilogy(range(1, len(values) + 1), values.tolist(), marker=".", label=name, lw=1 if name in parts else 2)
+    ax.set(xlabel="k", ylabel="singular value of T", title="influence through the statistics")
+    return _legend(ax)
 
 
-def plot_notions(coupling: Coupling, notions: Sequence[str] = ("eval", "frozen", "copy", "loss", "influence"), ax: Axes | None = None) -> Axes:
-    """The norms of the per-sample gradients by each notion, side by side; samples in the order of their losses."""
+def plot_notions(coupling: Coupling, notions: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+    """Norms of the per-sample gradients by each notion (all five by default), side by side; samples by their losses."""
     ax = ax or _axes()
     order = coupling.losses.argsort().cpu()
-    for notion in notions:
+    for notion in NOTIONS if notions is None else notions:
         ax.plot(coupling.gradients(notion).norm().cpu()[order].tolist(), marker=".", lw=0.5, label=notion)
     ax.set(xlabel="samples, by their loss", ylabel="norm of the gradient", title="'the gradient of sample n'")
-    ax.legend(fontsize="small")
-    return ax
+    return _legend(ax)
 
 
 def plot_decay(couplings: Iterable[Coupling], ax: Axes | None = None) -> Axes:
-    """Batches of several sizes ``N``: the mean of ``|dl_n/dx_m|`` over other samples, which falls as ``1/N``, next to
-    the share of ``dl_n/dtheta`` that flows through the statistics, which does not.
+    """Batches of several sizes ``N``: what falls as ``1/N``, and what does not.
+
+    The mean of ``|dl_n/dx_m|`` over other samples, and the share of ``dl_n/dtheta`` that flows through the statistics.
     """
     ax = ax or _axes()
     sizes, data, theta = [], [], []
     for coupling in couplings:
         n = len(coupling)
         sizes.append(n)
-        norms = coupling.input_norms()
-        data.append(float(norms.clone().fill_diagonal_(0).sum() / (n * (n - 1))))
+        data.append(float(coupling.input_norms().fill_diagonal_(0).sum() / (n * (n - 1))))
         theta.append(float(coupling.theta_coupling().mean()))
     ax.loglog(sizes, data, marker="o", label="|dl_n / dx_m|, n != m")
     ax.loglog(sizes, theta, marker="o", label="share of dl_n / dtheta through the statistics")
-    ax.set(xlabel="N", title="what vanishes with N")
-    ax.legend(fontsize="small")
+    ax.set(xlabel="N", title="what vanishes with the size of the batch")
+    return _legend(ax)
+
+
+def _by_layer(coupling: Coupling) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every layer with its part of ``lambda`` and of ``ds/dw``, ``[N, 2 C]`` each."""
+    network = coupling.network
+    yield from zip(
+        coupling.layers, network.by_node(network.adjoints), network.by_node(network.deviation), strict=True
+    )
+
+
+def _legend(ax: Axes) -> Axes:
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize="small")
     return ax
 
 

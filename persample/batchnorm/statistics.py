@@ -58,7 +58,13 @@ class Node:
 
     def spread(self, values: Tensor, n: int) -> Tensor:
         """``[M, C]`` of the samples that take part as ``[N, C]``; the others have 0."""
-        return values if self.members is None else values.new_zeros(n, self.channels).index_copy(0, self.members, values)
+        if self.members is None:
+            return values
+        return values.new_zeros(n, self.channels).index_copy(0, self.members, values)
+
+    def places(self, sample: int) -> list[int]:
+        """Where a sample is among those that take part: one place, or none."""
+        return [sample] if self.members is None else (self.members == sample).nonzero().flatten().tolist()
 
     def detached(self) -> Node:
         """The same without its graph."""
@@ -69,7 +75,8 @@ class Node:
 
 # ---- pools: from the moments h [M, C] of the samples to a statistic -----------------------------------------------
 
-Pool = Callable[[Tensor, Tensor | None], Tensor]  # (h, members) -> s, [C] or [M, C]; called twice for every node
+# (h, members) -> s, [C] or [M, C]; called twice for every node
+Pool = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def live(h: Tensor, members: Tensor | None) -> Tensor:
@@ -79,7 +86,7 @@ def live(h: Tensor, members: Tensor | None) -> Tensor:
 
 
 class Copies:
-    """The statistics of the batch as constants, with a leaf ``[M, C]`` for every statistic: row ``m`` is the copy that
+    """The statistics of the batch as constants, with a leaf ``[M, C]`` for each: row ``m`` is the copy that
     sample ``m`` uses.
     """
 
@@ -181,8 +188,8 @@ def running(name: str, call: Arguments, where: Callable[[], Layout]) -> Tensor:
     """A coupled call with its running statistics instead: evaluation mode for this layer only."""
     if call.running_mean is None or call.running_var is None:
         raise BatchNormError(
-            f"'{name}' has no running statistics (track_running_stats=False), so there is no evaluation mode to switch it to. "
-            "Use one of the other notions: 'frozen', 'copy', 'loss' or 'influence'."
+            f"'{name}' has no running statistics (track_running_stats=False), so there is no evaluation mode to "
+            "switch it to. Use one of the other notions: 'frozen', 'copy', 'loss' or 'influence'."
         )
     mean, variance = call.running_mean.clone(), call.running_var.clone()
     return F.batch_norm(call.input, mean, variance, call.weight, call.bias, False, 0.0, call.eps)
@@ -206,11 +213,11 @@ class Replace(TorchFunctionMode):
             if isinstance(module, Layer):
                 announce = lambda *_, path=path: setattr(self, "announced", path)  # noqa: E731
                 self.hooks.callback(module.register_forward_pre_hook(announce).remove)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
         self.hooks.close()
 
     def __torch_function__(
@@ -225,8 +232,8 @@ class Replace(TorchFunctionMode):
                 return self.by(name, call, lambda: self._layout(name, call.input))
         elif reason:
             raise BatchCoupledError(
-                f"{function_name(func)} {reason}, in a way that has no known statistics: only calls of torch.nn.functional.batch_norm "
-                "(and torch.batch_norm) can be taken apart."
+                f"{function_name(func)} {reason}, in a way that has no known statistics: only calls of "
+                "torch.nn.functional.batch_norm (and torch.batch_norm) can be taken apart."
             )
         return func(*args, **kwargs)
 
@@ -238,13 +245,14 @@ class Replace(TorchFunctionMode):
         return name if count == 1 else f"{name}#{count}"
 
     def _layout(self, name: str, x: Tensor) -> Layout:
-        layout = getattr(self.capture._kind(x), "layout", None)
+        layout: Layout | None = getattr(self.capture._kind(x), "layout", None)
         if layout is None and not self.capture.active and x.shape[0] == self.capture.n:
             layout = Layout(self.capture.n)  # inside a criterion
         if layout is None or layout.axis == 1 or x.ndim < 2:
             raise BatchNormError(
-                f"'{name}': can't tell where the samples are in an input of shape {tuple(x.shape)}. Its statistics must be over samples: keep them "
-                "on one axis of their own (not the channel axis), or say where they are with batch_dim=."
+                f"'{name}': can't tell where the samples are in an input of shape {tuple(x.shape)}. Its statistics "
+                "must be over samples: keep them on one axis of their own (not the channel axis), or say where they are "
+                "with batch_dim=."
             )
         return layout
 
@@ -262,9 +270,9 @@ def to_samples(name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | N
     else:
         members, count = layout.owner.unique(return_counts=True)
         if int(count.min()) != int(count.max()):
-            raise BatchNormError(f"'{name}' normalises samples of different sizes (packed or masked): not supported here.")
+            raise BatchNormError(f"'{name}' normalises samples of different sizes (packed or masked): not supported.")
         rows = rows[layout.owner.argsort(stable=True).to(x.device)].unflatten(0, (len(members), -1))
-    z = rows.movedim(2 if layout.axis == 0 else 3, 1).flatten(2)  # C was the first, or behind the first, of the other axes
+    z = rows.movedim(2 if layout.axis == 0 else 3, 1).flatten(2)  # C was first, or behind the first, of the other axes
     return z, None if members is None or len(members) == layout.n else members
 
 

@@ -129,8 +129,8 @@ def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
 
 def unfolded(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     """The convolution as outer products of tokens: ``[N, K, T, O]`` and ``[N, K, T, I * offsets]``."""
-    left, right = shifted(input, grad, geo)
-    return left, torch.stack(right, -1).flatten(3)
+    left, rights = shifted(input, grad, geo)
+    return left, torch.stack([right.mT for right in rights], 3).flatten(2, 3).mT
 
 
 def summed(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
@@ -228,7 +228,7 @@ def _weight_gradient(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
         return grad.new_zeros(shape)
     input, padding = _padded(input, tuple(grad.shape[2:]), geo)
     found: Tensor = torch.ops.aten.convolution_backward(
-        grad, input, grad.new_empty(1).expand(shape), None,
+        grad, input, grad.new_empty(shape), None,
         geo.stride, padding, geo.dilation, False, [0] * len(padding), geo.groups, (False, True, False),
     )[1]  # fmt: skip
     return found

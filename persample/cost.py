@@ -24,13 +24,16 @@ class Costs:
 
     block: int = 1 << 20  # of a streamed block, some samples x a slice of the parameter: stays in cache
     wide: int = 1 << 22  # of a block that has all samples, for Grams
+    tiny: int = 1 << 15  # up to so many, the number of calls is all that counts
     samples: int = 512  # of a tile of a Gram
     long: int = 1 << 14  # from this row length on, one call per row beats one call per block
     token_norm: float = 0.9  # norms from products of tokens, against streaming rows
     token_gram: float = 0.5  # the same for all pairs of samples
     pixel_norm: float = 1.1  # norms of convolutions from products of pixels
     pixel_pass: float = 80  # multiplications that one pass over products of pixels is worth
-    native_channels: int = 32  # up to so many input channels, a grouped convolution beats one product per offset
+    native_channels: int = 32  # up to so many input channels, a grouped convolution beats one product per offset,
+    native_positions: int = 256  # and from so many output positions on
+    unfold: float = 1.5  # for rows in the parameter's layout, unfold up to so many positions per output channel
     few: int = 8  # up to so many samples, moments are always centred while streaming
     outer_norm: Literal["tokens", "stream"] | None = None  # None: decide by shape
     outer_gram: Literal["tokens", "stream"] | None = None
@@ -56,10 +59,11 @@ def using(**changes: Any) -> Iterator[Costs]:
         _costs.reset(token)
 
 
-def outer_norm(t: int, o: int, i: int) -> str:
+def outer_norm(n: int, t: int, o: int, i: int) -> str:
     """Norms of sums of ``T`` outer products: ``T^2 (O + I)`` against ``T O I`` multiplications per sample."""
     c = costs()
-    return c.outer_norm or ("tokens" if t * (o + i) < c.token_norm * o * i else "stream")
+    tiny = n * o * i <= c.tiny  # fewer calls
+    return c.outer_norm or ("tokens" if t * (o + i) < c.token_norm * o * i and not tiny else "stream")
 
 
 def outer_gram(n: int, m: int, t: int, s: int, o: int, i: int) -> str:
@@ -96,8 +100,14 @@ def conv_rows(like: Tensor, channels: int, positions: int, kernel: tuple[int, ..
         return c.conv_rows
     if prod(kernel) == 1 or positions == 1:
         return "tokens"
-    fast = like.device.type == "cpu" and like.dtype == torch.float32 and channels <= c.native_channels
-    return "native" if fast and possible else "offsets"
+    fast = like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    wide = channels > c.native_channels and positions < c.native_positions
+    return "native" if fast and possible and not wide else "offsets"
+
+
+def conv_unfolds(positions: int, outputs: int) -> bool:
+    """Whether unfolding the input is cheaper than writing rows transposed, one kernel offset at a time."""
+    return positions < costs().unfold * outputs
 
 
 def chunk(row: int, entries: int | None = None) -> int:

@@ -266,22 +266,22 @@ def _dense_outer(g: Outer, out: Tensor | None) -> Tensor:
 
 
 def _dense_conv(g: Conv, out: Tensor | None) -> Tensor:
-    geo, n = g.geometry, len(g)
+    geo, n, size = g.geometry, len(g), g.input[:1].numel() + g.grad[:1].numel()
     how = cost.conv_rows(g.grad, g.shape[1], g.grad.shape[2:].numel(), geo.kernel)
-    if how == "tokens":
-        left, right = convolution.unfolded(g.input, g.grad, geo)
-        return _dense_outer(Outer(left, right, g.shape), out)
-    step = cost.chunk(max(g.shape.numel() if how == "native" else 0, g.input[:1].numel() + g.grad[:1].numel()))
-    if out is None and how == "offsets":  # per offset in memory
+    if how == "offsets" and out is None:  # in memory, kernel offsets come first
         out = g.grad.new_empty(*g.shape[2:], n, *g.shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
+    elif how == "offsets" and cost.conv_unfolds(g.grad.shape[2:].numel(), g.shape[0] // geo.groups):
+        how = "tokens"
     out = g.grad.new_empty(n, *g.shape) if out is None else out
+    step = cost.chunk(max(size, g.shape.numel() if how == "native" else 0))
     for i in range(0, n, step):
-        part, at = index(g, slice(i, i + step)), out[i : i + step]
-        assert isinstance(part, Conv)
-        if how == "native":
-            at.copy_(convolution.native(part.input, part.grad, geo).view(at.shape))
+        input, grad, part = g.input[i : i + step], g.grad[i : i + step], out[i : i + step]
+        if how == "tokens":
+            _dense_outer(Outer(*convolution.unfolded(input, grad, geo), g.shape), part)
+        elif how == "native":
+            part.copy_(convolution.native(input, grad, geo).view(part.shape))
         else:
-            convolution.write_rows(part.input, part.grad, geo, at)
+            convolution.write_rows(input, grad, geo, part)
     return out
 
 

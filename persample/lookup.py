@@ -56,11 +56,13 @@ def square_sum(g: Rows) -> Tensor:
 def moments(g: Rows) -> tuple[Tensor, Tensor]:
     """Sum and centred sum of squares; a sample that did not look an entry up counts as zero there."""
     e = entries(g)
-    total = e.value.new_zeros(g.shape).index_add_(0, e.entry, e.value)
+    used, place, count = torch.unique_consecutive(e.entry, return_inverse=True, return_counts=True)
+    total = e.value.new_zeros(len(used), g.shape[1]).index_add_(0, place, e.value)
     mean = total / max(1, len(g))
-    count = e.value.new_zeros(g.shape[0]).index_add_(0, e.entry, e.value.new_ones(len(e.entry)))
     square = mean.square().mul_((len(g) - count).unsqueeze(1))
-    return total, square.index_add_(0, e.entry, e.value.sub_(mean[e.entry]).square_())
+    square.index_add_(0, place, e.value.sub_(mean[place]).square_())
+    found = [e.value.new_zeros(g.shape).index_copy_(0, used, part) for part in (total, square)]
+    return found[0], found[1]
 
 
 def dot(g: Rows, v: Tensor) -> Tensor:

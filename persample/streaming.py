@@ -16,7 +16,7 @@ import torch
 from torch import Size, Tensor
 
 from . import convolution, cost
-from .factors import Conv, Dense, Factors, Outer, Rows, dense, index, tensors
+from .factors import Conv, Dense, Factors, Outer, Rows, cast, dense, dtype, index, tensors
 from .scratch import borrow
 
 Piece = Dense | Outer | Rows
@@ -32,7 +32,7 @@ class Split:
 
     def joined(self, parts: list[Tensor], shape: Size) -> Tensor:
         """``[*P]`` from what was computed of each piece."""
-        return torch.stack(parts, -1).reshape(shape) if self.how == "offsets" else torch.cat(parts).reshape(shape)
+        return (torch.stack(parts, -1) if self.how == "offsets" else parts[0]).reshape(shape)
 
 
 def split_of(g: Factors) -> Split:
@@ -107,6 +107,20 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
         yield from zip(pieces(a, split), pieces(b, split), strict=True)
 
 
+def wide(g: Factors) -> Factors:
+    """``g`` with one dtype, of at least float32."""
+    found, kind = {t.dtype for t in tensors(g)[isinstance(g, Rows) :]}, dtype(g)
+    if len(found) == 1 and kind.itemsize >= 4:
+        return g
+    return cast(g, torch.promote_types(kind, torch.float32))
+
+
+def common(a: Factors, b: Factors) -> tuple[Factors, Factors]:
+    """Both with one dtype, of at least float32."""
+    kind = torch.promote_types(torch.promote_types(dtype(a), dtype(b)), torch.float32)
+    return cast(a, kind), cast(b, kind)
+
+
 # ---- blocks -----------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +150,20 @@ def blocks(g: Piece, samples: int, parts: list[slice]) -> Iterator[Block]:
             with borrow(tensors(g)[-1], at.stop - s, part.stop - part.start) as out:
                 _write(g, at, part, out)
                 yield at, part, out
+
+
+def streamed(g: Piece) -> Iterator[Block]:
+    """In blocks of the usual size."""
+    step, parts = tiles(g)
+    return blocks(g, step, parts)
+
+
+def tiles(g: Piece) -> tuple[int, list[slice]]:
+    """Samples and parts of blocks of the usual size: whole rows of a few samples, or parts of rows where they are long."""
+    entries = g.shape.numel()
+    if entries <= cost.costs().wide:
+        return cost.chunk(entries), cuts(g, entries)
+    return 1, cuts(g, cost.costs().block)
 
 
 def _write(g: Piece, at: slice, part: slice, out: Tensor) -> None:

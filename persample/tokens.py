@@ -74,13 +74,6 @@ def square_sum(g: Outer) -> Tensor:
     return torch.bmm(left.mT, right)
 
 
-def moments(g: Outer) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum, centred sum of squares, both ``[K, O, I]``, of outer products, and how much of the squares centring takes."""
-    total, square = weighted_sum(g, None), square_sum(g)
-    centred = torch.addcmul(square, total, total, value=-1 / len(g))
-    return total, centred, square
-
-
 def dot(g: Outer, v: Tensor) -> Tensor:
     """``G v``, ``[N]``, for ``v [K, O, I]``: the longer side times ``v``, times the shorter side."""
     (n, k, t, o), i = g.left.shape, g.right.shape[3]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from forms import examples, flat, forms, make_conv, make_dense, make_outer, make_rows, randn
+from forms import examples, flat, forms, make_dense, make_outer, make_rows, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 from persample import cost, factors, reductions
-from persample.factors import Dense, Factors, Outer
+from persample.factors import Dense, Factors
 
 EXAMPLES, SECOND, LARGER = examples(), examples(seed=5), examples(seed=5, n=5)
 same = pytest.mark.parametrize("name", EXAMPLES)

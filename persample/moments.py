@@ -1,0 +1,138 @@
+"""First and second moments of the rows, in parameter space: what is written block by block.
+
+Rows are squared, or centred, as they stream by, each block in cache.  Centring never takes the difference of large sums
+unchecked: a block is centred on its own mean and merged with what came before by the distance of the means (Welford 1962;
+Chan, Golub, LeVeque 1983), so that centred squares are sums of squares, and can't be negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import cost, lookup, tokens
+from .factors import Dense, Factors, Outer, Rows, tensors
+from .scratch import borrow, kernel
+from .streaming import Piece, blocks, chunks, cuts, pieces, split_of, streamed, wide
+
+
+@kernel
+def square_sum(g: Factors) -> Tensor:
+    """``1^T (G o G)``, ``[*P]``: the second moment, not divided by ``N``."""
+    g = wide(g)
+    match g:
+        case Dense(value) if _small(value):
+            return value.square().sum(0)
+        case Rows():
+            return lookup.square_sum(g)
+        case Outer(left) if left.shape[2] == 1:
+            return tokens.square_sum(g).view(g.shape)
+        case _:
+            return _accumulated(g, _add_squares, 1)[0]
+
+
+@kernel
+def moments(g: Factors) -> tuple[Tensor, Tensor]:
+    """``1^T G`` and ``sum_n (G_n - mean)^2``, both ``[*P]``, not divided by ``N``; the latter is never negative."""
+    g = wide(g)
+    match g:
+        case Dense(value) if _small(value):
+            total = value.sum(0)
+            return total, (value - total / max(1, len(g))).square_().sum(0)
+        case Rows():
+            return lookup.moments(g)
+        case Outer(left) if cost.outer_moments(len(g), left.shape[2]) == "products":
+            return _product_moments(g)
+        case _:
+            mean, square = _accumulated(g, _merge, 2)
+            return mean.mul_(len(g)), square
+
+
+def _small(value: Tensor) -> bool:
+    return value.numel() <= cost.costs().block // 8
+
+
+def _accumulated(g: Factors, take: Callable[..., None], count: int) -> list[Tensor]:
+    """``[*P]`` each, filled by ``take(piece, samples so far, *totals)``."""
+    split, totals = split_of(g), list[list[Tensor]]()
+    for at, part in chunks(g, split):
+        for number, piece in enumerate(pieces(part, split)):
+            if not at.start:
+                totals.append([tensors(g)[-1].new_zeros(piece.shape.numel()) for _ in range(count)])
+            take(piece, at.start, *totals[number])
+    if not totals:
+        return [tensors(g)[-1].new_zeros(g.shape) for _ in range(count)]
+    return [split.joined(list(parts), g.shape) for parts in zip(*totals, strict=True)]
+
+
+def _add_squares(g: Piece, count: int, total: Tensor) -> None:
+    match g:
+        case Dense(value) if len(total) >= cost.costs().long:
+            for row in value.reshape(len(g), len(total)):
+                total.addcmul_(row, row)
+        case Dense():
+            for _, part, block in blocks(g, len(g), cuts(g, cost.chunk(len(g)))):
+                total[part].addmv_(block.square_().mT, block.new_ones(len(block)))
+        case _:
+            for _, part, block in streamed(g):
+                if block.shape[1] >= cost.costs().long:
+                    for row in block:
+                        total[part].addcmul_(row, row)
+                else:
+                    total[part].addmv_(block.square_().mT, block.new_ones(len(block)))
+
+
+def _merge(g: Piece, count: int, mean: Tensor, square: Tensor) -> None:
+    """Take the rows of ``g`` into the mean and the centred squares of ``count`` rows so far."""
+    source = blocks(g, len(g), cuts(g, cost.chunk(len(g)))) if isinstance(g, Dense) else streamed(g)
+    for at, part, block in source:
+        if block.shape[1] >= cost.costs().long and len(block) <= 8:
+            _merge_rows(block, count + at.start, mean[part], square[part])
+        else:
+            _merge_block(block, count + at.start, mean[part], square[part])
+
+
+def _merge_rows(block: Tensor, count: int, mean: Tensor, square: Tensor) -> None:
+    """Long rows, one after the other; overwrites ``block``."""
+    for i, row in enumerate(block, count):
+        row -= mean
+        mean.add_(row, alpha=1 / (i + 1))
+        square.addcmul_(row, row, value=i / (i + 1))
+
+
+def _merge_block(block: Tensor, count: int, mean: Tensor, square: Tensor) -> None:
+    """Many short rows at once; overwrites ``block``."""
+    n, ones = len(block), block.new_ones(len(block))
+    own = block.mT.mv(ones).div_(n)
+    block -= own
+    square.addmv_(block.square_().mT, ones)
+    own -= mean
+    mean.add_(own, alpha=n / (count + n))
+    square.addcmul_(own, own, value=count * n / (count + n))
+
+
+def _product_moments(g: Outer) -> tuple[Tensor, Tensor]:
+    """Of outer products, from products of tokens: the sum, and the sum of squares less ``N mean^2``.
+
+    That difference is checked: where less than a hundredth of the squares is left, those rows of the parameter are streamed.
+    """
+    total, centred = tokens.weighted_sum(g, None), tokens.square_sum(g)
+    centred.addcmul_(total, total, value=-1 / len(g))
+    with borrow(total, *total.shape) as left:
+        torch.addcmul(centred, total, total, value=-1 / (99 * len(g)), out=left)
+        if left.amin() < 0 if left.numel() else False:
+            for b in range(len(left)):
+                rows = (left[b] < 0).any(1).nonzero().squeeze(1)
+                centred[b, rows] = _centred_rows(g, b, rows)
+    return total.view(g.shape), centred.view(g.shape)
+
+
+def _centred_rows(g: Outer, block: int, rows: Tensor) -> Tensor:
+    """Centred squares of some rows of one block of the parameter, ``[rows, I]``."""
+    shape = torch.Size((len(rows), g.right.shape[3]))
+    part = Outer(g.left[:, block : block + 1, :, rows], g.right[:, block : block + 1], shape)
+    mean, square = (g.left.new_zeros(shape.numel()) for _ in range(2))
+    _merge(part, 0, mean, square)
+    return square.view(shape)

@@ -22,11 +22,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, register_multi_grad_hook
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -134,6 +135,13 @@ class Call:
             )
         return x
 
+    def outcome(self) -> tuple[Tensor, ...]:
+        """The outputs; computed once more if they were changed in place since."""
+        if any(x._version != self.versions[id(x)] for x in self.results):
+            args, kwargs = tree_map(lambda x: self.read(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+            return tuple(tensors_in(self.func(*args, **kwargs)))
+        return self.results
+
     def samples(self, x: Tensor) -> Tensor:
         """``[N, k, *rest]``: an argument or output gradient, sample by sample (``k`` entries each)."""
         layout = self.layouts.get(id(x)) if id(x) in self.layouts else self.layout
@@ -239,7 +247,7 @@ class Capture(TorchFunctionMode):
             return out
         couples = (
             "makes a sample's values depend on the other samples"
-            if self.ordinal in self.couplers
+            if self.ordinal in self.couplers or mixes(func, args, kwargs, sampled)
             else rules.coupling(func, args, kwargs)
         )
         live = [] if func in rules.INERT else self._live(tensors, kinds)
@@ -281,8 +289,11 @@ class Capture(TorchFunctionMode):
         saved: dict[int, Tensor] = {}
         mutates = rules.mutates(func)
         for t in tensors:
-            if id(t) not in keep and id(t) not in saved:
-                saved[id(t)] = t.detach().clone() if mutates and t is args[0] else t.detach()
+            if mutates and t is args[0]:
+                saved[id(t)] = t.detach().clone()
+                live = [Shared(saved[id(t)], s.derivation) if s.tensor is t else s for s in live]
+            elif id(t) not in keep and id(t) not in saved:
+                saved[id(t)] = t.detach()
         swap = lambda t: saved.get(id(t), t) if isinstance(t, Tensor) else t  # noqa: E731
         call = Call(
             func,
@@ -308,22 +319,20 @@ class Capture(TorchFunctionMode):
         if func in rules.KEEPS:
             call.results = tuple(t.detach() for t in outputs)
             call.versions.update((id(t), t._version) for t in call.results)
-        self._attach(call, outputs, tensors)
+        self._attach(call, [_end(t, tensors, mutates) for t in outputs])
         return out
 
-    def _attach(self, call: Call, outputs: list[Tensor], arguments: list[Tensor]) -> None:
+    def _attach(self, call: Call, given: list[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
         """Tie the call to the autograd nodes of its outputs: they own it, and tell it their gradients."""
-        ends = [_end(t, arguments) for t in outputs]
-        shapes = [t.shape for t in outputs]
+        ends, of_output = [end for end, _ in given], [f for _, f in given]
         for end in ends:
             assert end.grad_fn is not None
             _metadata(end.grad_fn).setdefault(_KEY, []).append((call, end.output_nr))
         if len(ends) == 1:
-            ends[0].register_hook(lambda g: call.arrive((g.reshape(shapes[0]),)))
+            ends[0].register_hook(lambda g: call.arrive((of_output[0](g),)))
         elif ends:
-            register_multi_grad_hook(
-                ends,
-                lambda gs: call.arrive([g if g is None else g.reshape(s) for g, s in zip(gs, shapes, strict=True)]),
+            _when_all_are_there(
+                ends, lambda gs: call.arrive([g if g is None else f(g) for g, f in zip(gs, of_output, strict=True)])
             )
 
     # ---- what the outputs are -----------------------------------------------------------------------------------
@@ -444,23 +453,41 @@ def _metadata(node: Node) -> dict[str, Any]:
     return node.metadata  # type: ignore[return-value]
 
 
-def _end(t: Tensor, arguments: list[Tensor]) -> Tensor:
-    """The tensor whose gradient is that of ``t``: its base where a function returns a view of what it has just
-    computed.
+def _end(t: Tensor, arguments: list[Tensor], mutates: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The tensor whose gradient tells that of ``t``, and how.
 
-    (``F.linear`` of sequences does.)  An in-place operation on such a view rewrites the graph around the view's own
-    node.
+    That is ``t`` itself; but its base where a function returns a view of what it has just computed (``F.linear`` of
+    sequences does), as an in-place operation on such a view rewrites the graph around the view's own node; and the
+    base where ``t`` is a part that was changed in place (``h[:, 0] += p``), as later uses don't go through the part.
     """
-    base = t._base
-    if (
-        base is None
-        or base.grad_fn is None
-        or base.numel() != t.numel()
-        or not (base.is_contiguous() and t.is_contiguous())
-    ):
-        return t
-    known = {id(a) for x in arguments for a in (x, x._base) if a is not None}
-    return t if id(base) in known else base
+    shape, base = t.shape, t._base
+    if base is not None and mutates:
+        whole, part = (base.shape, base.stride()), (shape, t.stride(), t.storage_offset() - base.storage_offset())
+        return base, lambda g: g.new_empty_strided(*whole).copy_(g).as_strided(*part)
+    if base is not None and base.grad_fn is not None and base.numel() == t.numel():
+        known = {id(a) for x in arguments for a in (x, x._base) if a is not None}
+        if base.is_contiguous() and t.is_contiguous() and id(base) not in known:
+            return base, lambda g: g.reshape(shape)
+    return t, lambda g: g
+
+
+def _when_all_are_there(ends: Sequence[Tensor], then: Callable[[list[Tensor | None]], None]) -> None:
+    """Call ``then`` once in a backward, with the gradients of all of ``ends`` that get one.
+
+    (PyTorch's own hook for several tensors never fires if the backward starts at one of them.)
+    """
+    nodes = [end.grad_fn for end in ends]
+    arrived: dict[int, list[Tensor | None]] = {}
+
+    def hook(i: int, g: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        grads = arrived.setdefault(task, [None] * len(ends))
+        grads[i] = g
+        if sum(x is not None for x in grads) >= sum(map(torch._C._will_engine_execute_node, nodes)):
+            then(arrived.pop(task))
+
+    for i, end in enumerate(ends):
+        end.register_hook(partial(hook, i))
 
 
 def _is_wrapped(tensors: list[Tensor]) -> bool:

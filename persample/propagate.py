@@ -1,0 +1,409 @@
+"""How operations move the samples of a batch: the `Layout` of an output, from those of the arguments.
+
+====================  ===================================================================================================
+views                 done again to a shadow of the tensor in which only the sample axis has a stride
+indexing, repeating   done again to the samples' numbers instead of their entries; so are concatenation and sorting
+writing into a part   the layout of the whole under which the part's entries belong to the samples that they come from
+anything else         samples stay where their size is found again; where that can't be told apart, the function is called
+                      once more for its shapes only (device "meta"), with one sample more
+====================  ===================================================================================================
+
+``None`` means "can't tell", and is an error only where a parameter meets such a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .layout import Layout
+
+Function = Callable[..., Any]
+Sampled = Sequence[tuple[Tensor, Layout]]
+Follow = Callable[[Function, tuple[Any, ...], dict[str, Any], Layout, Tensor], "Layout | None"]
+
+
+def propagate(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, tensors: Sequence[Tensor], out: Tensor
+) -> Layout | None:
+    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on samples."""
+    found = _followed(func, args, kwargs, sampled, tensors, out)
+    if found is None and sampled[0][1].n == 1 and out.ndim and len(out):
+        return Layout(1, inner=len(out))  # wherever it is, all belongs to the one sample
+    return found
+
+
+def _followed(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, tensors: Sequence[Tensor], out: Tensor
+) -> Layout | None:
+    first, layout = sampled[0]
+    if args and first is args[0] and (follow := _MOVED.get(func)) is not None and not _is_choice(func, args):
+        return follow(func, args, kwargs, layout, out)
+    if func in _JOINS:
+        return _joined(args, kwargs, sampled, out)
+    if func in _WRITES and args and out is args[0] and out is not first:
+        return _written(func, args, kwargs, sampled, out)
+    if func is torch.einsum:
+        return _einsum(args, sampled, out)
+    if func in _REDUCES and len(sampled) == 1:
+        axes = _grown(layout, func, args, kwargs, sampled, out)
+        return replace(layout, axis=axes[0]) if len(axes) == 1 else None
+    broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
+    found: Layout | None = None
+    for x, candidate in sorted(sampled, key=lambda pair: -pair[0].numel()):
+        place: Layout | None = None
+        aside = x.shape != out.shape or any(y.shape == x.shape and at.axis != candidate.axis for y, at in sampled)
+        if aside and sum(size == candidate.size for size in out.shape) > 1:
+            axes = _grown(candidate, func, args, kwargs, sampled, out)
+            if len(axes) > 1:
+                return None  # products of samples with samples
+            place = replace(candidate, axis=axes[0]) if axes else None
+        place = place or _kept(candidate, x.ndim, out.shape, broadcast)
+        if place is not None and found is None:
+            found = place
+        elif place is not None and found is not None and place.axis == found.axis and not same(place, found):
+            return None  # entries of different samples meet
+    return found
+
+
+def mixes(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
+) -> bool:
+    """Whether entries of different samples surely meet, one on one."""
+    (x, a), *others = sampled
+    if a is not None and _MOVED.get(func) is _sorted and x is args[0] and x.ndim > 1 and a.n > 1:
+        return _sort_axis(func, args, kwargs) == a.axis
+    if a is None or not others or func in _MOVED or func in _JOINS or func in _WRITES:
+        return False
+    alike = [b for y, b in others if y.shape == x.shape and b is not None and b.axis == a.axis]
+    return not all(same(a, b) for b in alike)
+
+
+def _is_choice(func: Function, args: tuple[Any, ...]) -> bool:
+    """``where(condition, this, that)``, not ``where(condition)``."""
+    return func in _WHERE and len(args) > 1
+
+
+def same(a: Layout, b: Layout) -> bool:
+    """Whether every entry belongs to the same sample."""
+    if a.owner is None and b.owner is None:
+        return (a.outer, a.inner) == (b.outer, b.inner) or a.n == 1
+    return a.size == b.size and torch.equal(a.owners().cpu(), b.owners().cpu())
+
+
+def owned(n: int, axis: int, owner: Tensor) -> Layout:
+    """The layout in which entry ``i`` belongs to sample ``owner[i]``: a regular one if that can be."""
+    size = len(owner)
+    if size and size % n == 0 and int(owner[0]) == 0:
+        inner = size if n == 1 else int((owner != 0).to(torch.uint8).argmax())
+        if inner and size % (n * inner) == 0:
+            regular = Layout(n, axis, size // (n * inner), inner)
+            if torch.equal(regular.owners(), owner.cpu()):
+                return regular
+    return Layout(n, axis, owner=owner)
+
+
+# ---- anything else: where the size is found again ---------------------------------------------------------------
+
+
+def _kept(layout: Layout, ndim: int, shape: Sequence[int], broadcast: bool = False) -> Layout | None:
+    """The samples of an argument found again in an output of this shape."""
+    aligned = layout.axis + len(shape) - ndim  # broadcasting aligns at the right
+    for axis in (aligned, layout.axis) if broadcast and len(shape) > ndim else (layout.axis, aligned):
+        if axis >= 0 and layout.fits(shape, axis):
+            return replace(layout, axis=axis)
+    places = [axis for axis in range(len(shape)) if layout.fits(shape, axis)]
+    return replace(layout, axis=places[0]) if len(places) == 1 else None
+
+
+def _grown(
+    layout: Layout, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+) -> list[int]:
+    """Call the function once more for its shapes only, with more samples: the axes on which there is more."""
+    axis_of = {id(t): at.axis for t, at in sampled if at.size == layout.size}
+
+    def grown(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        axis = axis_of.get(id(t))
+        return torch.empty([size + (a == axis) for a, size in enumerate(t.shape)], dtype=t.dtype, device="meta")
+
+    try:
+        more = func(*tree_map(grown, args), **tree_map(grown, kwargs))
+    except Exception:  # a function that can't tell shapes, or was told this size as a number
+        return []
+    shapes = [m.shape for m in tree_leaves(more) if isinstance(m, Tensor) and m.ndim == out.ndim]
+    return [a for a in range(out.ndim) if any(shape[a] == out.shape[a] + 1 == layout.size + 1 for shape in shapes)]
+
+
+def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor) -> Layout | None:
+    """The sample axis keeps its letter."""
+    operands = args[1:] if not isinstance(args[1], (list, tuple)) else tuple(args[1])
+    if isinstance(args[0], str) and "." not in args[0] and "->" in args[0]:
+        left, right = args[0].replace(" ", "").split("->")
+        for x, layout in sampled:
+            for letters, operand in zip(left.split(","), operands, strict=True):
+                if operand is x and letters[layout.axis] in right:
+                    return replace(layout, axis=right.index(letters[layout.axis]))
+    return next((k for x, layout in sampled if (k := _kept(layout, x.ndim, out.shape)) is not None), None)
+
+
+# ---- views ------------------------------------------------------------------------------------------------------
+
+
+def _reshaped(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    """Reshaping keeps the order of all entries: follow the sample's place in the flat index."""
+    old, new = args[0].shape, out.shape
+    if prod(old) != prod(new):  # view(dtype)
+        return _kept(layout, len(old), new)
+    behind = prod(old[layout.axis + 1 :])
+    kept = [a for a in range(len(new)) if new[a] == layout.size and prod(new[a + 1 :]) == behind]
+    if layout.n == 1 and new:  # it may be anywhere: not among the features, and where it was if it can be
+        axis = min([*kept, 0], key=lambda a: (a == len(new) - 1, abs(a - layout.axis)))
+        return Layout(1, axis, inner=new[axis])
+    if kept or layout.owner is not None:
+        return replace(layout, axis=kept[0]) if kept else None
+    stride = layout.inner * behind
+    for axis in range(len(new)):
+        below = prod(new[axis + 1 :])
+        if below and stride % below == 0 and new[axis] % (layout.n * (stride // below)) == 0 and new[axis]:
+            inner = stride // below
+            return Layout(layout.n, axis, new[axis] // (layout.n * inner), inner)
+    return None
+
+
+def _viewed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    """Do the same to a shadow in which only the sample axis has a stride."""
+    x = args[0]
+    if not x.numel():
+        return _kept(layout, x.ndim, out.shape)
+    size = max(2, x.shape[layout.axis])  # strides say nothing about an axis of length one
+    shape = [size if a == layout.axis else s for a, s in enumerate(x.shape)]
+    shadow = torch.empty(size, dtype=torch.uint8).as_strided(shape, [int(a == layout.axis) for a in range(x.ndim)])
+    view = _one_of(func(shadow, *args[1:], **kwargs), lambda: func(*args, **kwargs), out)
+    places = [a for a in range(view.ndim) if view.stride(a)]  # new axes of size one may have a stride, too
+    places = [a for a in places if view.shape[a] > 1] or places
+    if len(places) != 1 or view.ndim != out.ndim:
+        return None
+    axis = places[0]
+    if view.shape[axis] == size and view.stride(axis) == 1:
+        return replace(layout, axis=axis)
+    some = torch.arange(view.shape[axis]) * view.stride(axis) + view.storage_offset()  # a part of the samples
+    return owned(layout.n, axis, layout.owners()[some.clamp(max=layout.size - 1)])
+
+
+def _one_of(made: Any, again: Callable[[], Any], out: Tensor) -> Tensor:
+    """The one that corresponds to ``out`` among several views (``split``, ``unbind``)."""
+    if isinstance(made, Tensor):
+        return made
+    views = again()
+    at = [i for i, v in enumerate(views) if v.data_ptr() == out.data_ptr() and v.shape == out.shape]
+    found: Tensor = made[at[0] if at else 0]
+    return found
+
+
+# ---- indexing, repeating, joining: the same with the samples' numbers -------------------------------------------
+
+
+def _numbers(layout: Layout, x: Tensor, thin: bool = False) -> Tensor:
+    """``x`` with every entry replaced by the number of its sample; ``thin``: of size 1 but along the sample axis."""
+    numbers = layout.owners().to(x.device).view([-1 if a == layout.axis else 1 for a in range(x.ndim)])
+    return numbers if thin else numbers.expand(x.shape)
+
+
+def _read(layout: Layout, numbers: Tensor) -> Layout | None:
+    """The axis along which the numbers of samples change, if it is only one."""
+    if not numbers.numel():
+        empty = [a for a in range(numbers.ndim) if numbers.shape[a] == 0]
+        axis = layout.axis if layout.axis in empty else next(iter(empty), None)
+        return None if axis is None else Layout(layout.n, axis, owner=numbers.new_zeros(0))
+    for axis in sorted(range(numbers.ndim), key=lambda a: a != layout.axis):
+        line = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
+        if bool((line == line[:, :1]).all()):
+            return owned(layout.n, axis, line[:, 0])
+    return None
+
+
+def _indexed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    x, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+    if all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index):
+        return _viewed(func, args, kwargs, layout, out)
+    numbers = _numbers(layout, x)
+    if all(isinstance(i, (slice, Tensor)) for i in index):  # what it doesn't pick from needn't be there
+        used = [i.ndim if isinstance(i, Tensor) and i.dtype is torch.bool else 1 for i in index]
+        whole = {sum(used[:j]) for j, i in enumerate(index) if i == slice(None)} | {*range(sum(used), x.ndim)}
+        numbers = numbers[tuple(slice(0, 1) if a in whole - {layout.axis} else slice(None) for a in range(x.ndim))]
+    return _read(layout, func(numbers, *args[1:], **kwargs))
+
+
+def _selected(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    dim, index = _bind(args[1:], kwargs, "dim", "index")
+    if dim % max(1, args[0].ndim) != layout.axis:
+        return layout
+    return owned(layout.n, layout.axis, layout.owners().to(index.device)[index.reshape(-1)])
+
+
+def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    return _read(layout, func(_numbers(layout, args[0]), *args[1:], **kwargs))
+
+
+def _repeated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    if len(args) == 1:  # repeat_interleave(counts): every sample's number as often as it says
+        return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
+    return _read(layout, func(_numbers(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs))
+
+
+def _nonzero(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    """Where a mask is true: as many entries as there are, each of its place's sample."""
+    return owned(layout.n, 0, layout.owners().to(args[0].device)[args[0].nonzero()[:, layout.axis]])
+
+
+def _sorted(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    """A list of samples in another order; a table sorted over the samples mixes them."""
+    x = args[0]
+    if _sort_axis(func, args, kwargs) != layout.axis:
+        return layout
+    if x.ndim > 1:
+        return None
+    made = func(*args, **kwargs)
+    order = made if func in _named("argsort") else made[1] if isinstance(made, tuple) else x.argsort()
+    return owned(layout.n, 0, layout.owners().to(order.device)[order])
+
+
+def _sort_axis(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    place = 2 if func in _named("topk") else 1
+    given = [a for a in (*args[place : place + 2], kwargs.get("dim")) if isinstance(a, int) and not isinstance(a, bool)]
+    dim = given[0] if given else 0 if func in _named("msort") else -1
+    return dim % max(1, args[0].ndim)
+
+
+def _joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+    """``cat``: along the sample axis each part brings its own samples; along another, they have to agree."""
+    parts = [p for p in (args[0] if args else kwargs["tensors"]) if p.ndim == out.ndim]  # not the old empty [0]
+    dim = next((d for d in (*args[1:2], kwargs.get("dim"), kwargs.get("axis")) if d is not None), 0) % out.ndim
+    layouts = {id(t): at for t, at in sampled}
+    known = [layouts[id(p)] for p in parts if id(p) in layouts]
+    if not known:
+        return None
+    first = known[0]
+    if any(at.axis != first.axis for at in known):
+        return None
+    if dim != first.axis:
+        return first if all(same(at, first) for at in known) else None
+    if len(known) != len(parts):
+        return None  # entries that belong to no sample
+    return owned(first.n, dim, torch.cat([at.owners().to(out.device) for at in known]))
+
+
+# ---- writing into a part ----------------------------------------------------------------------------------------
+
+
+def _written(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+    """What becomes of a constant into which samples are written."""
+    value, layout = sampled[-1]
+    if func is Tensor.__setitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if value is not args[2]:
+            return _kept(layout, value.ndim, out.shape, True)
+        if len(index) == 1 and isinstance(index[0], Tensor) and layout.axis == 0:
+            i = index[0]
+            return _agrees(out, layout, 0, i.nonzero()[:, 0] if i.dtype is torch.bool else i)
+        return _assigned(args, layout, value, out)
+    dim, index, source = _bind(args[1:], kwargs, "dim", "index", "source")
+    if value is source and dim % out.ndim == layout.axis:
+        return _agrees(out, layout, layout.axis, index) if func in _named("index_add_", "index_copy_") else None
+    return _kept(layout, value.ndim, out.shape)
+
+
+def _agrees(out: Tensor, layout: Layout, axis: int, places: Tensor) -> Layout | None:
+    """The regular layout of ``out`` whose entries at ``places`` are those that were put there."""
+    size, n = out.shape[axis], layout.n
+    if size % n or not size:
+        return None
+    for at in (Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)):
+        if torch.equal(at.owners()[places.reshape(-1).cpu()], layout.owners().cpu()):
+            return at
+    return None
+
+
+def _assigned(args: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
+    """``out[index] = value``: the axis of ``out`` that the index would bring to where the samples are in ``value``."""
+    part = out[args[1]]
+    for axis in range(out.ndim):
+        if out.shape[axis] == layout.size and layout.owner is None:
+            piece = _indexed(Tensor.__getitem__, (out, args[1]), {}, replace(layout, axis=axis), part)
+            if piece is not None and piece.axis == layout.axis + part.ndim - value.ndim and same(piece, layout):
+                return replace(layout, axis=axis)
+    return None
+
+
+# ---- sequences --------------------------------------------------------------------------------------------------
+
+
+def _packed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    """``_pack_padded_sequence(input, lengths, batch_first)``: time-major, the longest sample first."""
+    _, lengths, batch_first = args[:3]
+    if layout.axis != (0 if batch_first else 1) or out.shape[:1] != (int(lengths.sum()),):
+        return None
+    owners = layout.owners()
+    return owned(layout.n, 0, torch.cat([owners[: int((lengths > t).sum())] for t in range(int(lengths.max()))]))
+
+
+def _unpacked(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    """``_pad_packed_sequence(data, batch_sizes, batch_first, ...)``: the first step names every sample."""
+    _, batch_sizes, batch_first = args[:3]
+    if out.ndim < 2:  # the lengths
+        return None
+    return owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
+
+
+def _recurred(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    """One layer, time first or packed: its outputs, and its last states ``[directions, B, H]``."""
+    if isinstance(args[3], (tuple, list)):  # packed
+        return layout if out.ndim == 2 else owned(layout.n, 1, layout.owners()[: int(args[1][0])])
+    return layout if layout.axis == 1 and out.ndim == 3 else None  # anything else: samples one after the other in time
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _named(*names: str) -> set[Function]:
+    found = [getattr(space, name, None) for name in names for space in (torch, Tensor)]
+    return {f for f in found if f is not None}
+
+
+_RESHAPES = "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze"
+_VIEWS = """transpose swapaxes swapdims permute movedim moveaxis t adjoint select narrow chunk split unbind tensor_split
+    split_with_sizes diagonal unfold hsplit vsplit dsplit"""
+_REDUCTIONS = """sum nansum mean nanmean prod amax amin aminmax max min median nanmedian mode quantile var std var_mean
+    std_mean norm logsumexp any all argmax argmin count_nonzero kthvalue"""
+
+_MOVED: dict[Function, Follow] = {
+    **dict.fromkeys(_named(*_RESHAPES.split()), _reshaped),
+    **dict.fromkeys(_named(*_VIEWS.split()), _viewed),
+    **dict.fromkeys((getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")), _viewed),
+    Tensor.__getitem__: _indexed,
+    **dict.fromkeys(_named("index_select"), _selected),
+    **dict.fromkeys(_named("masked_select", "gather", "take_along_dim", "take", "roll", "flip"), _moved),
+    **dict.fromkeys(_named("repeat", "tile", "repeat_interleave"), _repeated),
+    **dict.fromkeys(_named("nonzero", "argwhere", "where"), _nonzero),
+    **dict.fromkeys(_named("sort", "argsort", "msort", "topk"), _sorted),
+    torch._C._VariableFunctions._pack_padded_sequence: _packed,
+    torch._C._VariableFunctions._pad_packed_sequence: _unpacked,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurred),
+}
+_WHERE = _named("where")
+_JOINS = _named("cat", "concat", "concatenate")
+_SPREADS = _named("expand", "expand_as", "broadcast_to")
+_REDUCES = _named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
+_WRITES = {Tensor.__setitem__} | _named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")

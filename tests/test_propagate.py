@@ -1,0 +1,180 @@
+"""Layouts: what an operation's output says of its samples is what happens when one sample's values change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from persample.capture import Capture, _Sampled
+from persample.layout import Layout
+
+Operation = Callable[[Tensor], Tensor]
+
+
+def recorded(operation: Operation, x: Tensor, layout: Layout) -> tuple[Tensor, Layout | None]:
+    """The output and the layout that the capture mode gives it."""
+    capture = Capture(nn.Module(), set())
+    with capture:
+        capture.start(layout.n, [])
+        capture._mark(x, _Sampled(layout))
+        out = operation(x)
+        kind = capture._kind(out)
+    capture.stop()
+    assert isinstance(kind, _Sampled)
+    return out, kind.layout
+
+
+def check(operation: Operation, x: Tensor, layout: Layout) -> Layout | None:
+    """Changing the values of one sample changes entries of that sample only."""
+    out, found = recorded(operation, x, layout)
+    if found is None:
+        return None
+    assert out.shape[found.axis] == found.size
+    for n in range(layout.n):
+        mine = (layout.owners() == n).view([-1 if a == layout.axis else 1 for a in range(x.ndim)])
+        other = operation(torch.where(mine, 1 - 1.7 * x, x))
+        if other.shape != out.shape:
+            continue  # a selection by value
+        allowed = (found.owners() == n).view([-1 if a == found.axis else 1 for a in range(out.ndim)])
+        assert not ((other != out) & ~allowed).any(), f"entries of other samples than {n} changed"
+    return found
+
+
+W = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor([2, 0, 3, 1])
+
+MOVES: dict[str, Operation] = {
+    "transpose": lambda x: x.transpose(0, 1),
+    "permute": lambda x: x.permute(2, 0, 1),
+    "mT": lambda x: x.mT,
+    "new_axis_last": lambda x: x[..., None],
+    "new_axis_first": lambda x: x[None],
+    "unsqueeze": lambda x: x.unsqueeze(1),
+    "flatten_tokens": lambda x: x.flatten(0, 1),
+    "flatten_and_back": lambda x: x.flatten(0, 1).unflatten(0, x.shape[:2]),
+    "heads": lambda x: x.unflatten(-1, (2, -1)).transpose(1, 2),
+    "part": lambda x: x[:, 1:],
+    "part_of_samples": lambda x: x[1:],
+    "every_other": lambda x: x[::2],
+    "narrow": lambda x: x.narrow(0, 1, 2),
+    "split": lambda x: x.split([1, 2, 1])[1],
+    "chunk": lambda x: x.chunk(2, 0)[1],
+    "chunk_features": lambda x: x.chunk(2, -1)[1],
+    "flip": lambda x: x.flip(0),
+    "flip_tokens": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(1, 0),
+    "repeat": lambda x: x.repeat(2, 1, 1),
+    "tile_new": lambda x: x.tile(3, 1, 1, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(3, 0),
+    "expand": lambda x: x.expand(5, *x.shape),
+    "by_index": lambda x: x[IDS],
+    "by_mask": lambda x: x[IDS > 1],
+    "by_mask_of_tokens": lambda x: x[(IDS > 1)[:, None].expand(4, x.shape[1])],
+    "by_list": lambda x: x[[3, 0]],
+    "tokens_by_index": lambda x: x[:, IDS[:3] % x.shape[1]],
+    "pairs": lambda x: x[IDS, IDS % x.shape[1]],
+    "index_select": lambda x: x.index_select(0, IDS[:2]),
+    "index_select_tokens": lambda x: x.index_select(1, IDS[:3] % x.shape[1]),
+    "gather": lambda x: x.gather(1, torch.zeros(x.shape, dtype=torch.long)),
+    "cat_samples": lambda x: torch.cat([x, x.sin()], 0),
+    "cat_reversed": lambda x: torch.cat([x, x.flip(0)], 0),
+    "cat_tokens": lambda x: torch.cat([x, x.sin()], 1),
+    "stack": lambda x: torch.stack([x, x.sin()], 0),
+    "stack_many": lambda x: torch.stack([x] * 4, 1),
+    "sort_tokens": lambda x: x.sort(1)[0],
+    "topk": lambda x: x.topk(2, 1)[0],
+    "sum_tokens": lambda x: x.sum(1),
+    "mean_keepdim": lambda x: x.mean((1, 2), keepdim=True),
+    "amax": lambda x: x.amax(-1),
+    "max": lambda x: x.max(2)[0],
+    "linear": lambda x: F.linear(x, torch.randn(4, x.shape[-1])),
+    "matmul_left": lambda x: torch.randn(4, x.shape[1]) @ x,
+    "scores": lambda x: x @ x.mT,
+    "softmax": lambda x: x.softmax(1),
+    "conv": lambda x: F.conv1d(x, torch.ones(4, x.shape[1], 1, dtype=x.dtype)),
+    "einsum": lambda x: torch.einsum("ntd,nsd->tns", x, x),
+    "put_back": lambda x: torch.zeros(x.shape[0] * x.shape[1], x.shape[2], dtype=x.dtype).index_add_(
+        0, torch.arange(0, x.shape[0] * x.shape[1], 2), x.flatten(0, 1)[::2]
+    ),
+    "embedding": lambda x: F.embedding((x[:, 0, 0].abs() * 3).long() % 4, W),
+    "table": lambda x: W[(x[:, :, 0].abs() * 3).long() % 4],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 6), (4, 4, 4), (4, 2, 4), (4, 6, 8)], ids=str)
+@pytest.mark.parametrize("name", MOVES)
+def test_one_operation(name: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64) if name not in ("linear", "matmul_left") else torch.randn(shape)
+    operation = MOVES[name]
+    if name in ("linear", "matmul_left"):
+        inner = operation
+
+        def operation(x: Tensor) -> Tensor:
+            torch.manual_seed(1)
+            return inner(x)
+
+    assert check(operation, x, Layout(4)) is not None
+
+
+def test_selection_by_value() -> None:
+    x = torch.arange(12.0).view(4, 3)
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]).bool()
+    for operation in (lambda m: x[m], lambda m: m.nonzero(), lambda m: torch.where(m)[0], lambda m: m.nonzero(as_tuple=True)[1]):
+        _, found = recorded(operation, mask, Layout(4)) if operation(mask).dtype is torch.int64 else recorded(lambda x: x[mask], x, Layout(4))
+        assert found is not None and found.owners().tolist() == [0, 0, 2, 2, 2, 3]
+    _, found = recorded(lambda x: x.masked_select(mask), x, Layout(4))
+    assert found is not None and found.owners().tolist() == [0, 0, 2, 2, 2, 3]
+    lengths = torch.tensor([2, 3, 1, 2])
+    _, found = recorded(torch.repeat_interleave, lengths, Layout(4))
+    assert found is not None and found.owners().tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
+    _, found = recorded(lambda v: v.sort(descending=True)[1], lengths, Layout(4))
+    assert found is not None and found.owners().tolist() == [1, 0, 3, 2]
+
+
+@pytest.mark.parametrize("operation", [lambda x: x.mean(0), lambda x: x.sum((0, 1)), lambda x: x.select(0, 1), lambda x: x.sort(0)[0]])
+def test_samples_that_are_gone(operation: Operation) -> None:
+    assert check(operation, torch.randn(4, 4, 4), Layout(4)) is None
+
+
+def starts() -> Iterator[tuple[tuple[int, ...], Layout]]:
+    yield (4, 3, 6), Layout(4)
+    yield (3, 4, 6), Layout(4, 1)
+    yield (4, 4, 4), Layout(4, 1)
+    yield (8, 4, 4), Layout(4, 0, 1, 2)
+    yield (8, 4, 4), Layout(4, 0, 2, 1)
+    yield (5, 4, 6), Layout(4, 0, owner=torch.tensor([0, 2, 1, 1, 3]))
+    yield (1, 4, 6), Layout(1)
+
+
+STEPS: list[Any] = [
+    lambda x: x.transpose(0, 1), lambda x: x.transpose(1, 2), lambda x: x.flatten(0, 1).unsqueeze(0), lambda x: x.flatten(1).unsqueeze(1),
+    lambda x: x.reshape(-1, 2, x.numel() // 2 // max(1, x.shape[0])) if x.shape[0] and (x.shape[1] * x.shape[2]) % 2 == 0 else x,
+    lambda x: x.flip(0), lambda x: x[:, :1], lambda x: x[: max(1, x.shape[0] // 2)], lambda x: x.repeat(1, 2, 1), lambda x: x.repeat(2, 1, 1),
+    lambda x: x.repeat_interleave(2, 0), lambda x: torch.cat([x, x.cos()], 0), lambda x: torch.cat([x, x.cos()], 2), lambda x: x.sum(1, keepdim=True),
+    lambda x: x.index_select(0, torch.arange(x.shape[0]).flip(0)), lambda x: x[torch.arange(x.shape[0]) % 2 == 0], lambda x: x @ x.mT,
+    lambda x: x.sin(), lambda x: torch.stack([x, x], 1).flatten(0, 1), lambda x: x.unfold(2, 2, 2).flatten(2) if x.shape[2] > 1 else x,
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.sampled_from(list(starts())), st.lists(st.integers(0, len(STEPS) - 1), min_size=1, max_size=5))
+def test_chains(start: tuple[tuple[int, ...], Layout], steps: list[int]) -> None:
+    """Any chain of operations gives a true layout, or none; whatever the sizes."""
+    shape, layout = start
+
+    def chain(x: Tensor) -> Tensor:
+        for step in steps:
+            if x.numel() < 20_000:
+                x = STEPS[step](x)
+        return x
+
+    x = torch.linspace(-1, 2, torch.Size(shape).numel(), dtype=torch.float64).sin().view(shape)
+    check(chain, x, layout)

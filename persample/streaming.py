@@ -130,7 +130,7 @@ def cuts(g: Piece, width: int) -> list[slice]:
     match g:
         case Outer(left, right):
             k, o, i = left.shape[1], left.shape[3], right.shape[3]
-            step = max(1, width // i)
+            step = max(1, width // max(1, i))
             if step < k * o:  # rows of one block at a time
                 return [slice((b * o + r) * i, (b * o + min(o, r + step)) * i) for b in range(k) for r in range(0, o, step)]
             step = size

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from coupled_nets import Setup, setups
+from coupled_nets import ByCopies, Setup, setups
 from torch import Tensor, nn
 
 import persample
@@ -164,8 +164,6 @@ def test_input_and_output_norms(name: str) -> None:
     setup, C = made(name)[0], coupled(name)
     x = setup.x.clone().requires_grad_()
     theta = {k: p.detach() for k, p in setup.copies().items()}
-    from coupled_nets import ByCopies
-
     f = ByCopies(setup.net, theta)(x)
     J = torch.stack([torch.autograd.grad(y, x, retain_graph=True)[0] for y in f.flatten()]).unflatten(0, f.shape)
     torch.testing.assert_close(C.output_input_norms(), J.flatten(3).square().sum((1, 3)).sqrt(), rtol=0, atol=TIGHT)
@@ -352,3 +350,35 @@ def test_only_influence_predicts_the_noise_of_batches() -> None:
     assert abs(noise["influence"].trace / true - 1) < 0.15
     assert abs(noise["copy"].trace / true - 1) > 0.25
     assert noise["influence"].squared_mean == pytest.approx(noise["copy"].squared_mean)
+
+
+# ---- curvature ------------------------------------------------------------------------------------------------------
+
+
+def output_jacobian(setup: Setup) -> Tensor:
+    f = setup.net(setup.x)
+    parameters = list(setup.net.parameters())
+    rows = [torch.autograd.grad(y, parameters, retain_graph=True) for y in f.flatten()]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).unflatten(0, f.shape)
+
+
+@pytest.mark.parametrize("name", ["mlp", "reused"])
+def test_gauss_newton_keeps_the_sum_over_outputs(name: str) -> None:
+    setup, C = made(name)[0], coupled(name)
+    J, p = output_jacobian(setup), C.outputs.softmax(1)
+    H = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    G = torch.einsum("noi,nop,npj->ij", J, H, J) / len(C)
+    torch.testing.assert_close(C.ggn().dense(), G, rtol=0, atol=TIGHT)
+    exact = flat(C.ggn_diagonal(reduction="sum"), 0)
+    torch.testing.assert_close(exact, len(C) * G.diagonal(), rtol=0, atol=TIGHT)
+    mc = flat(C.ggn_diagonal(draws=3000, generator=torch.Generator().manual_seed(0)), 0)
+    assert float((mc - G.diagonal()).norm() / G.diagonal().norm()) < 0.1
+    theta = setup.copies()
+    D = torch.stack([  # at fixed statistics the samples' own Jacobians
+        flat(dict(zip(theta, torch.autograd.grad(y.sum(), list(theta.values()), retain_graph=True), strict=True)), 1)
+        for y in ByCopies(setup.net, theta, "frozen")(setup.x).T
+    ], 1)  # fmt: skip
+    fixed = torch.einsum("noi,nop,npj->ij", D, H, D) / len(C)
+    difference = torch.linalg.matrix_rank(G - fixed, rtol=1e-9)
+    assert 0 < int(difference) <= 2 * C.network.structure.size
+    assert float((G - fixed).norm() / G.norm()) > 0.1

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from coupled_nets import setups
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import persample
@@ -56,16 +58,19 @@ def agrees_with_autograd(C: Coupling, model: nn.Module, x: Any, y: Tensor, atol:
     rows = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in losses]
     model.load_state_dict(state)
     expected = {name: torch.stack(r) for name, r in zip(parameters, zip(*rows, strict=True), strict=True)}
+    effects = []
     for route in ("samples", "statistics"):
         other = Coupling(type(C.network)(C.network.point, route))
-        G = other.gradients("loss")
-        copies = other.gradients("copy").sum()
-        psi = other.gradients("influence").sum()
+        rows_of_losses, copies = other.gradients("loss"), other.gradients("copy").sum()
+        effects.append(other.gradients("influence"))
         for name, value in expected.items():
-            torch.testing.assert_close(G[name], value, rtol=0, atol=atol)
+            torch.testing.assert_close(rows_of_losses[name], value, rtol=0, atol=atol)
             torch.testing.assert_close(copies[name], value.sum(0), rtol=0, atol=atol)
-            torch.testing.assert_close(psi[name], value.sum(0), rtol=0, atol=10 * atol)
-        torch.testing.assert_close(other.statistic_influence().sum(0) + C.losses, C.effective_losses(), rtol=0, atol=atol)
+        sums = C.losses + other.statistic_influence().sum(0)
+        torch.testing.assert_close(sums, C.effective_losses(), rtol=0, atol=atol)
+    torch.testing.assert_close(effects[0].flat(), effects[1].flat(), rtol=0, atol=10 * atol)
+    total = torch.cat([value.sum(0).flatten() for value in expected.values()])
+    torch.testing.assert_close(effects[0].flat().sum(0), total, rtol=0, atol=10 * atol)
 
 
 # ---- kinds of coupling ----------------------------------------------------------------------------------------------
@@ -144,6 +149,26 @@ def test_sequence_first() -> None:
     torch.testing.assert_close(C.input_norms(), first.input_norms(), rtol=0, atol=1e-12)
 
 
+def test_ghost_batches_are_blocks() -> None:
+    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 4), bn1(), nn.Linear(4, 3)))
+    batchnorm.convert(model, virtual_batch_size=3)
+    x, y = data(8, 5)
+    C = persample.coupling(model, CE, x, y)
+    assert list(C.layers) == ["1", "1#2", "1#3", "4", "4#2", "4#3"]
+    agrees_with_autograd(C, model, x, y)
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    apart = group[:, None] != group
+    for matrix in (C.norms(), C.input_norms(), C.statistic_influence(), C.leave_one_out()):
+        assert torch.equal(matrix[apart], torch.zeros(int(apart.sum()), dtype=torch.float64))
+        assert bool((matrix[~apart] != 0).all())
+    for route in ("samples", "statistics"):
+        other = persample.coupling(model, CE, x, y, route=route)
+        torch.testing.assert_close(other.column(4).flat()[2], torch.zeros_like(other.column(4).flat()[2]), rtol=0, atol=0)
+        torch.testing.assert_close(other.column(4)["0.weight"][3], C.entry(3, 4)["0.weight"], rtol=0, atol=1e-12)
+    with pytest.raises(persample.PersampleError, match="single value"):
+        persample.coupling(model, CE, *data(7, 5))
+
+
 def test_names_of_layers_and_what_they_couple() -> None:
     C = persample.coupling(*_arguments("reused"))
     assert C.layers == {"bn": 5, "bn#2": 5}
@@ -209,6 +234,50 @@ def test_without_coupling_every_index_is_exactly_zero(norm: str) -> None:
         for name, value in C.gradients(notion).dense().items():
             torch.testing.assert_close(value, ordinary[name], rtol=0, atol=1e-12)
     torch.testing.assert_close(C.norms().diagonal(), ordinary.norm(), rtol=0, atol=1e-12)
+
+
+def test_criteria_with_ignored_targets_penalties_and_losses_of_their_own() -> None:
+    model = seeded(layered(bn1()))
+    x, y = data(6, 5)
+
+    def each(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f, t, reduction="none")
+
+    agrees_with_autograd(persample.coupling(model, each, x, y), model, x, y)
+
+    def penalised(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f, t) + model[0].weight.square().sum()
+
+    plain, C = persample.coupling(model, CE, x, y), persample.coupling(model, penalised, x, y)
+    for notion in ("frozen", "copy", "loss", "influence"):
+        with_penalty = plain.gradients(notion)["0.weight"] + 2 * model[0].weight.detach()
+        torch.testing.assert_close(C.gradients(notion)["0.weight"], with_penalty, rtol=0, atol=1e-10)
+    ignored = y.clone()
+    ignored[2] = -100
+    with pytest.warns(UserWarning, match=r"sample\(s\) \[2\] is ignored"):
+        C = persample.coupling(model, nn.CrossEntropyLoss(ignore_index=-100), x, ignored)
+        rows = [Coupling(type(C.network)(C.network.point, route)).gradients("loss") for route in ("samples", "statistics")]
+        copies = C.gradients("copy")
+    keep = torch.tensor([0, 1, 3, 4, 5])
+    for G in rows:
+        torch.testing.assert_close(G["0.weight"][keep], plain.gradients("loss")["0.weight"][keep], rtol=0, atol=1e-10)
+        assert torch.equal(G["0.weight"][2], torch.zeros(4, 5, dtype=torch.float64)) and G.losses[2] == 0
+    torch.testing.assert_close(copies.sum()["0.weight"], rows[0].sum()["0.weight"], rtol=0, atol=1e-10)
+    assert bool((copies["0.weight"][2] != 0).any())  # its activations still move the statistics of the others
+
+
+@given(n=st.integers(2, 6), widths=st.lists(st.integers(1, 4), min_size=1, max_size=3), t=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_any_shape_by_both_routes(n: int, widths: list[int], t: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    before = 2
+    for width in widths:
+        layers += [nn.Conv1d(before, width, 1), nn.BatchNorm1d(width, eps=0.1, affine=seed % 2 == 0), nn.Tanh()]
+        before = width
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * t, 3)).double()
+    x, y = data(n, 2, t)
+    agrees_with_autograd(persample.coupling(model, CE, x, y), model, x, y)
 
 
 # ---- nothing is left behind -----------------------------------------------------------------------------------------
@@ -316,6 +385,7 @@ def test_passes_of_everything_else() -> None:
     assert cost(lambda: C.statistic_influence()) == (1, 9)
     assert cost(lambda: C.adjoints()) == (0, 0)
     assert cost(lambda: C @ {name: p.detach() for name, p in C.network.problem.parameters.items()}) == (1, 2)
+    assert cost(lambda: C.via_statistics("4")) == (1, 4)
     assert cost(lambda: C.outgoing_norms(probes=3)) == (1, 3)
     assert cost(lambda: C.loss_norms(probes=3)) == (1, 4)
     assert cost(lambda: C.leave_one_out(exact=True)) == (9, 0)

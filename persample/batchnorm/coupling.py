@@ -19,7 +19,8 @@ from ..factors import Dense, Factors, compact, dense, index
 from ..gradients import Gradients
 from ..losses import LossFunction
 from ..problem import Emit, Pass, Selection, pose
-from . import indices, notions, plots, table
+from ..curvature.operator import Operator
+from . import ggn, indices, notions, plots, table
 from .indices import Noise
 from .network import Network, Route, costs
 from .passes import Passes, Point
@@ -285,6 +286,25 @@ class Coupling:
         To first order this is ``-T[n, m]``; exactly it takes ``N`` forward passes.
         """
         return indices.leave_one_out(self.network) if exact else -self.statistic_influence()
+
+    # ---- curvature ----------------------------------------------------------------------------------------------
+
+    def ggn(self, reduction: str = "mean") -> Operator:
+        """The Gauss-Newton matrix ``c sum_n J_n^T H_n J_n``, ``[D, D]``, ``J_n = df_n/dtheta`` with the statistics.
+
+        ``c`` is ``1/N`` for "mean", 1 for "sum".  About three backward passes a product.
+        """
+        return ggn.ggn(self.network, reduction)
+
+    def ggn_diagonal(
+        self, draws: int | None = None, generator: torch.Generator | None = None, reduction: str = "mean"
+    ) -> dict[str, Tensor]:
+        """The diagonal of `ggn`, ``{name: [*P]}``: exactly by ``D`` products, for small networks.
+
+        Or without bias from ``draws`` targets drawn from the model, a backward pass each, where the loss is a
+        log-likelihood.
+        """
+        return ggn.diagonal(self.network, draws, generator, reduction)
 
     # ---- indices ------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,8 @@ def copy(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
 
 def loss(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
     """``dl_n/dtheta``: by one vector-Jacobian product for each loss, or by ``d_n + S^T u_n``."""
-    names = network.coupled
+    if not (names := network.coupled):
+        return frozen(network, emit, samples)
     which = network.nodes_of(names)
     size = sum(2 * network.structure.nodes[i].channels for i in which)
     by_samples = _route(network, samples, size) == "samples"
@@ -160,7 +161,8 @@ def through(network: Network, layers: Sequence[str], emit: Emit) -> Pass:
     with network.point.forward(constant) as run:
         nodes = network.alive(run.nodes)
         A = network.jacobian([h.mean(0) for i in which for h in nodes[i].moments], names)
-    weights = network.of_nodes(network.adjoints, which)
+    last = which == [len(network.structure.nodes) - 1]  # lambda = u: nothing comes after it
+    weights = network.of_nodes(network.direct.u if last else network.adjoints, which)
     for name, p in network.problem.parameters.items():
         zeros = p.detach().new_zeros(network.n, *p.shape)
         emit(name, Dense(_plus(zeros, weights, A[name]) if name in A else zeros))

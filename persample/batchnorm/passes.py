@@ -87,7 +87,7 @@ class Point:
         tree = replace(problem.batch.inputs, leaves=flatten(given)[0])
         explicit = Explicit(pool) if pool is not None else None
         capture = Capture(problem.model, set())
-        with self._same(), twice_differentiable(), ExitStack() as modes:
+        with self._same(), ExitStack() as modes:
             if explicit is not None:
                 modes.enter_context(capture)
                 modes.enter_context(Replace(problem.model, capture, explicit))
@@ -117,7 +117,7 @@ class Point:
     @contextmanager
     def _same(self) -> Iterator[None]:
         """Once more from the same state, and back to the one before."""
-        with untouched(self.problem.model), torch.enable_grad():
+        with untouched(self.problem.model), torch.enable_grad(), twice_differentiable():
             set_random_state(self.random)
             self.passes.forward += 1
             yield

@@ -50,6 +50,8 @@ def apart(value: Tensor, at: Layout) -> Diagonal | Dense:
     """Rows of a shared tensor whose entries along ``at.axis`` belong to one sample each; ``value`` is the sum of all
     rows.
     """
+    if at.n == 1:
+        return Dense(value.unsqueeze(0))
     pieces = value.movedim(at.axis, 0)
     if at.plain:
         return Diagonal(pieces, at.axis, value.shape)

@@ -242,7 +242,7 @@ def layer(call: Call, g: Any, input: Tensor, *args: Any) -> Yields:
     if layers != 1 or (not packed and args[7]):
         return  # not opened: somebody else's call
     if not packed:
-        if call.layout.axis != 1:
+        if call.layout.axis != 1 and call.n > 1:
             raise BatchCoupledError(
                 f"{call.name}: the samples lie on the time axis, so the recurrence runs from sample to sample. Give the layer "
                 "batches of sequences (batch_first=True if the batch comes first), or say where the samples are with batch_dim=."
@@ -281,7 +281,7 @@ def _rows(
     def solved(d: int) -> tuple[Weights, Tensor, Tensor, Solved]:
         given = [w.to(wide) for w in weights[d * each : (d + 1) * each]]
         w = Weights(*given) if biases else Weights(given[0], given[1], None, None, *given[2:])
-        out = call.results[0].chunk(directions, -1)[d]
+        out = call.outcome()[0].chunk(directions, -1)[d]
         h = flat_of(out)
         g = torch.zeros_like(h) if grads[0] is None else flat_of(grads[0].chunk(directions, -1)[d])
         steps = Steps(sizes, d == 1)
@@ -297,6 +297,8 @@ def _rows(
     def tokens(rows: Tensor, dtype: torch.dtype) -> Tensor:
         """``[N, T, *]``, from rows in the order of the output."""
         rows = rows.to(dtype)
+        if at.n == 1:
+            return rows.unsqueeze(0)
         rows = rows if call.func in CELLS or at.axis == 0 else rows.unflatten(0, (len(sizes), b))
         return samples_first(rows, at).flatten(1, -2)
 

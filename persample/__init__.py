@@ -4,7 +4,7 @@ The alphabet of shapes, used in every docstring: ``N, M`` samples; ``T, S`` toke
 and in features; ``P`` a parameter's shape; ``D`` all parameters, or a width; ``V`` a vocabulary; ``C`` channels.
 """
 
-from . import batchnorm, curvature, einsum, factors
+from . import adapters, attribution, batchnorm, curvature, einsum, factors, optim, statistics
 from .api import gradients
 from .batchnorm.coupling import Coupling, coupling
 from .check import check, explain
@@ -43,6 +43,8 @@ __all__ = [
     "Statistics",
     "UnknownParameterError",
     "VerificationError",
+    "adapters",
+    "attribution",
     "batchnorm",
     "check",
     "coupling",
@@ -52,7 +54,9 @@ __all__ = [
     "extend",
     "factors",
     "gradients",
+    "optim",
     "pullback",
     "rule",
+    "statistics",
 ]
 __version__ = "0.1.0"

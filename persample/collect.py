@@ -21,8 +21,8 @@ from .capture import Call, Derivation, Reached, Shared, reached
 from .errors import BatchCoupledError, CaptureError, SampleAxisError
 from .factors import Dense, Factors, add, dense
 from .problem import Emit
-from .rules.derived import Diagonal, Rowlike, pulled
-from .rules.fallback import by_samples
+from .rules.derived import Diagonal, Lone, Rowlike, plain, pulled
+from .rules.fallback import by_samples, of_one
 
 Key = int | Derivation  # a parameter by its id, or a derived tensor
 Served = tuple[Callable[..., Any], str]  # the function a parameter was used by, and "rule" or "fallback"
@@ -117,7 +117,7 @@ class Collect:
             self._emit(self.names[key], total(parts))
 
     def _emit(self, name: str, rows: Rowlike) -> None:
-        rows = Dense(rows.dense()) if isinstance(rows, Diagonal) else rows
+        rows = plain(rows)
         if len(rows) != self.n or rows.shape != self.parameters[name].shape:
             raise CaptureError(
                 f"parameter '{name}': a rule gave rows of shape {(len(rows), *rows.shape)} instead of "
@@ -183,6 +183,10 @@ def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Sha
     """The factors of every shared argument of a call, and whether they are by its ``"rule"`` or the ``"fallback"``."""
     shared = {id(s.tensor): s for s in call.shared}
     served: set[int] = set()
+    if call.layout.alone is not None:
+        for tensor, one in of_one(call, grads, [s.tensor for s in call.shared], call.layout.alone):
+            yield shared[id(tensor)], one, "fallback"
+        return
     for tensor, rows in _by_rule(call, grads):
         if id(tensor) in shared:
             served.add(id(tensor))
@@ -216,7 +220,7 @@ def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tu
     """From rows of a derived tensor to those of the parameters it was derived from."""
     steps = None if isinstance(rows, Dense) and rows.value.is_complex() else pulled(d, rows)
     if steps is None:
-        yield from _by_autograd(d, Dense(rows.dense()) if isinstance(rows, Diagonal) else rows, leaves)
+        yield from _by_autograd(d, plain(rows), leaves)
         return
     for tensor, factor in steps:
         source = next((s for s in d.sources if s.tensor is tensor), None)
@@ -253,6 +257,11 @@ def _rows_of(d: Derivation, seeds: Tensor, leaves: list[Tensor]) -> tuple[Tensor
 
 def total(parts: Sequence[Rowlike]) -> Rowlike:
     """The sum of several uses, added in pairs so that nothing is copied more than a few times."""
+    if lone := [p for p in parts if isinstance(p, Lone)]:
+        rows = lone[0].value.new_zeros(lone[0].n, *lone[0].shape)
+        for one in lone:
+            rows[one.sample] += one.value
+        parts = [Dense(rows), *(p for p in parts if not isinstance(p, Lone))]
     if len(parts) > 1:
         half = len(parts) // 2
         return _plus(total(parts[:half]), total(parts[half:]))
@@ -262,7 +271,7 @@ def total(parts: Sequence[Rowlike]) -> Rowlike:
 def _plus(a: Rowlike, b: Rowlike) -> Rowlike:
     if isinstance(a, Diagonal) and isinstance(b, Diagonal) and a.axis == b.axis and a.place is b.place:
         return Diagonal(a.value + b.value, a.axis, a.shape, a.place)
-    return add(*(Dense(x.dense()) if isinstance(x, Diagonal) else x for x in (a, b)))
+    return add(plain(a), plain(b))
 
 
 def key_of(shared: Shared) -> Key:

@@ -3,7 +3,8 @@
 A tensor that depends on samples carries a `Layout`.  Its axis has ``outer * N * inner`` entries, and entry ``i``
 belongs to sample ``(i // inner) % N``: batch-first (``axis=0``), sequence-first (``axis=1``), flattened tokens
 (``inner=T``), heads folded into the batch (``inner=heads``) are all of this kind.  Where rows were picked by an
-index (packed sequences, experts that see some of the tokens), ``owner`` says to which sample each entry belongs.
+index (packed sequences, experts that see some of the tokens), ``owner`` says to which sample each entry belongs;
+-1 is nobody, which only integers can be.  In a loop over the samples (``for x in batch``), tensors are one sample's alone.
 How operations move samples is in `persample.propagate`.
 """
 
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import SampleAxisError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -25,6 +28,7 @@ class Layout:
     outer: int = 1
     inner: int = 1
     owner: Tensor | None = None  # [size]
+    alone: int | None = None  # all of the tensor is this sample's, which is on no axis of its own
 
     @property
     def size(self) -> int:
@@ -34,25 +38,33 @@ class Layout:
     @property
     def plain(self) -> bool:
         """Whether each sample has exactly one entry, in order."""
-        return self.owner is None and self.outer == self.inner == 1
+        return self.owner is None and self.alone is None and self.outer == self.inner == 1
 
     def fits(self, shape: Sequence[int], axis: int) -> bool:
-        return -len(shape) <= axis < len(shape) and shape[axis] == self.size
+        return self.alone is None and -len(shape) <= axis < len(shape) and shape[axis] == self.size
 
     def owners(self) -> Tensor:
         """The sample of every entry, ``[size]``."""
         if self.owner is not None:
             return self.owner
+        if self.alone is not None:
+            return torch.tensor([self.alone])
         return torch.arange(self.n).repeat_interleave(self.inner).repeat(self.outer)
 
 
 def samples_first(x: Tensor, layout: Layout) -> Tensor:
     """``[N, k, *rest]``: the entries of every sample, in order; ragged ones are filled up with zeros."""
+    if layout.alone is not None:
+        out = x.new_zeros(layout.n, 1, *x.shape)
+        out[layout.alone, 0] = x
+        return out
     x = x.movedim(layout.axis, 0)
     if layout.owner is None:
         x = x.unflatten(0, (layout.outer, layout.n, layout.inner))
         return x.transpose(0, 1).flatten(1, 2)
     owner = layout.owner.to(x.device)
+    if len(owner) and int(owner.min()) < 0:
+        raise SampleAxisError(f"some entries of a tensor of shape {tuple(x.shape)} belong to no sample.")
     count = torch.bincount(owner, minlength=layout.n)
     order = owner.argsort(stable=True)
     rank = torch.empty_like(order)
@@ -64,6 +76,8 @@ def samples_first(x: Tensor, layout: Layout) -> Tensor:
 
 def one_sample(x: Tensor, layout: Layout, n: int) -> Tensor:
     """What belongs to sample ``n``: a slice along the layout's axis that keeps the axis."""
+    if layout.alone is not None:
+        return x if layout.alone == n else x.new_zeros(0)
     if layout.plain:
         return x.narrow(layout.axis, n, 1)
     return x.index_select(layout.axis, (layout.owners() == n).nonzero().squeeze(1).to(x.device))

@@ -46,6 +46,25 @@ class Diagonal:
         return out
 
 
+@dataclass(frozen=True)
+class Lone:
+    """Rows of which only one is not zero: what a sample that was taken out of the batch leaves."""
+
+    value: Tensor  # [*shape]
+    sample: int
+    n: int
+
+    @property
+    def shape(self) -> Size:
+        return self.value.shape
+
+    def dense(self) -> Tensor:
+        """``[N, *shape]``."""
+        out = self.value.new_zeros(self.n, *self.shape)
+        out[self.sample] = self.value
+        return out
+
+
 def apart(value: Tensor, at: Layout) -> Diagonal | Dense:
     """Rows of a shared tensor whose entries along ``at.axis`` belong to one sample each; ``value`` is the sum of all
     rows.
@@ -64,7 +83,12 @@ def apart(value: Tensor, at: Layout) -> Diagonal | Dense:
     return Dense(rows)
 
 
-Rowlike = Factors | Diagonal
+Rowlike = Factors | Diagonal | Lone
+
+
+def plain(rows: Rowlike) -> Factors:
+    """Rows in one of the common forms."""
+    return Dense(rows.dense()) if isinstance(rows, Diagonal | Lone) else rows
 
 
 def _same(g: Any) -> Any:
@@ -197,7 +221,7 @@ def pulled(d: Derivation, g: Rowlike) -> Iterator[tuple[Tensor, Any]] | None:
     """One step back by a pull-back, if it serves every source of the derivation; else ``None``."""
     from . import PULLBACKS
 
-    if (entry := PULLBACKS.get(d.func)) is None:
+    if (entry := PULLBACKS.get(d.func)) is None or isinstance(g, Lone):
         return None
     try:
         found = list(entry(d, g, *d.args, **d.kwargs))

@@ -35,6 +35,8 @@ def looked_up(call: Call, g: Tensor, table: Tensor, index: Any) -> Yields:
     index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and not call.sampled(table):
         yield table, lambda: _entries(call, g, table, index)
+    elif isinstance(index, Tensor) and index.dtype is torch.bool and (at := call.layouts.get(id(index))) is not None:
+        yield table, lambda: apart(torch.zeros_like(table).index_put_((call.read(index),), g.to(table.dtype)), at)
 
 
 @rule(*spellings("index_select"))

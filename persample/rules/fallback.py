@@ -18,6 +18,7 @@ from ..errors import CaptureError, InplaceError, RandomnessError
 from ..factors import Dense
 from ..layout import Layout, samples_first
 from . import mutates, spellings
+from .derived import Lone
 
 if TYPE_CHECKING:
     from ..capture import Call
@@ -104,13 +105,13 @@ def _vectorised(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]
 
 
 def _known(layout: Layout | None) -> Layout:
-    if layout is None or layout.owner is not None:
+    if layout is None or layout.owner is not None or layout.alone is not None:
         raise ValueError("samples are not on an axis of their own")
     return layout
 
 
-def _one_by_one(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> list[Tensor]:
-    n = call.layout.n
+def _again(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The call once more, with a graph: its outputs, and the wanted tensors that they depend on."""
     run = _runner(call, wanted)
     for x in tree_leaves((call.args, call.kwargs)):
         if isinstance(x, Tensor):
@@ -126,8 +127,23 @@ def _one_by_one(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]
         raise CaptureError(
             f"{call.name}: its outputs can't be told apart when it is run again. Register a rule, or use engine='loop'."
         )
+    return outs, values
+
+
+def of_one(
+    call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor], sample: int
+) -> Iterator[tuple[Tensor, Lone]]:
+    """A call in which only one sample takes part: its gradient is that sample's row."""
+    outs, values = _again(call, grads, wanted)
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
+    found = torch.autograd.grad([o for o, _ in pairs], values, [g for _, g in pairs], materialize_grads=True)
+    yield from ((t, Lone(g, sample, call.n)) for t, g in zip(wanted, found, strict=True))
+
+
+def _one_by_one(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> list[Tensor]:
+    outs, values = _again(call, grads, wanted)
     rows = []
-    for i in range(n):
+    for i in range(call.n):
         seeds = [
             None if g is None else _only(g, at if at is not None else call.layout, i)
             for g, (_, at) in zip(grads, call.outputs, strict=True)
@@ -142,5 +158,7 @@ def _one_by_one(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]
 
 def _only(g: Tensor, at: Layout, n: int) -> Tensor:
     """The output gradient of sample ``n`` alone."""
+    if at.alone is not None:
+        return g if at.alone == n else torch.zeros_like(g)
     keep = (at.owners() == n).to(g.device).view([-1 if a == at.axis else 1 for a in range(g.ndim)])
     return g * keep

@@ -1,0 +1,42 @@
+"""What the training callbacks log: gradient noise scale and norms, of whatever backward passes someone else runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..recorder import Recorder, extend
+from ..statistics import NoiseScale
+
+
+class GradientLog:
+    """Listens to a model through `persample.extend`, and keeps running figures; training is as without it."""
+
+    def __init__(self, decay: float = 0.95, **options: Any) -> None:
+        self.noise, self.options = NoiseScale(decay=decay), options
+        self.handle: Recorder | None = None
+        self.norms: dict[str, float] = {}
+
+    def start(self, model: nn.Module) -> None:
+        self.stop()
+        options = {"reduction": "mean", "quantities": ["norm", "mean"], **self.options}
+        self.handle = extend(model, on_backward=self._add, **options)
+
+    def stop(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    def _add(self, S: Any) -> None:
+        if len(S) > 1:
+            self.noise.update(S)
+        norm = S.norm().float()
+        self.norms = {"gradient_norm_median": float(norm.median()), "gradient_norm_max": float(norm.max())}
+
+    def figures(self) -> dict[str, float]:
+        """Noise scale (in samples; NaN until there is one) and norms of the last batch's per-sample gradients."""
+        if not self.norms:
+            return {}
+        scale = float(self.noise.compute().scale) if self.noise.value is not None else float("nan")
+        return {"gradient_noise_scale": scale, **self.norms}

@@ -1,0 +1,81 @@
+"""Captum: an influence function whose embeddings are per-sample gradients.
+
+Captum orients scores ``[test, train]``; `persample.attribution` has ``[n_train, n_test]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import api
+from ..losses import LossFunction
+from . import needed
+
+
+def intermediate_quantities(
+    model: nn.Module, loss_fn: LossFunction, batches: Iterable[Any], *, aggregate: bool = False, **options: Any
+) -> Tensor:
+    """``[N, D]``: the per-sample gradients of all ``(*inputs, targets)`` batches one below the other.
+
+    ``aggregate``: their sum, ``[1, D]``.  ``options`` go to `persample.gradients`.
+    """
+    rows = []
+    for *inputs, targets in batches:
+        G = api.gradients(model, loss_fn, tuple(inputs), targets, **options)
+        rows.append(torch.cat([g.flatten() for g in G.sum().values()])[None] if aggregate else G.flat())
+    return torch.cat(rows).sum(0, keepdim=True) if aggregate else torch.cat(rows)
+
+
+def influence_function(model: nn.Module, loss_fn: LossFunction, train: Iterable[Any], **options: Any) -> Any:
+    """Captum's ``IntermediateQuantitiesInfluenceFunction`` with gradients as embeddings: grad-dot influence.
+
+    ``influence(test_batch)`` is ``[n_test, n_train]``, ``self_influence()`` the squared norms ``[n_train]``.
+    ``train`` is anything
+    that can be iterated over several times and gives ``(*inputs, targets)`` batches.
+    """
+    return _influence_class()(model, loss_fn, train, options)
+
+
+@cache
+def _influence_class() -> type:
+    core = needed("captum.influence._core.influence_function", "captum")
+
+    class GradientInfluence(core.IntermediateQuantitiesInfluenceFunction):  # type: ignore[misc, name-defined]
+        def __init__(
+            self, model: nn.Module, loss_fn: LossFunction, train: Iterable[Any], options: dict[str, Any]
+        ) -> None:
+            self.model, self.loss_fn, self.train, self.options = model, loss_fn, train, options
+
+        def compute_intermediate_quantities(
+            self,
+            inputs_dataset: Any,
+            aggregate: bool = False,
+            show_progress: bool = False,
+            return_on_cpu: bool = True,
+            test: bool = False,
+        ) -> Tensor:
+            batches = [inputs_dataset] if isinstance(inputs_dataset, tuple) else inputs_dataset
+            rows = intermediate_quantities(self.model, self.loss_fn, batches, aggregate=aggregate, **self.options)
+            return rows.cpu() if return_on_cpu else rows
+
+        def influence(self, inputs: Any, k: int | None = None, proponents: bool = True, **_: Any) -> Any:
+            scores = self.compute_intermediate_quantities(inputs) @ self.compute_intermediate_quantities(self.train).T
+            if k is None:
+                return scores
+            best = scores.topk(k, largest=proponents)
+            return best.indices, best.values
+
+        _influence = influence
+
+        def self_influence(self, inputs: Any = None, **_: Any) -> Tensor:
+            return self.compute_intermediate_quantities(self.train if inputs is None else inputs).square().sum(1)
+
+        def _get_k_most_influential(self, inputs: Any, k: int = 5, proponents: bool = True, **_: Any) -> Any:
+            return self.influence(inputs, k, proponents)
+
+    return GradientInfluence

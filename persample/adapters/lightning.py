@@ -1,0 +1,39 @@
+"""Lightning: a callback that logs gradient noise scale and per-sample norms, through `persample.extend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from . import needed
+from ._log import GradientLog
+
+
+def callback(module: Callable[[Any], nn.Module] = lambda pl_module: pl_module, **options: Any) -> Any:
+    """``Trainer(callbacks=[callback()])``: logs ``gradient_noise_scale`` and norms at every training batch.
+
+    ``module`` picks the part of the ``LightningModule`` whose *forward* sees the batch: itself where ``training_step``
+    calls
+    ``self(x)``, else for example ``lambda m: m.net``.  The loss is taken for a mean; say otherwise by ``reduction=``.
+    """
+    base = needed("pytorch_lightning", "pytorch-lightning").Callback
+
+    class GradientStatistics(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            self.gradients = GradientLog(**options)
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.gradients.start(module(pl_module))
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            pl_module.log_dict(self.gradients.figures())
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.gradients.stop()
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            self.gradients.stop()
+
+    return GradientStatistics()

@@ -1,0 +1,263 @@
+"""The plugs into other libraries, against those libraries."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import persample
+from persample import adapters
+
+N, D, C = 6, 5, 3
+CE = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.filterwarnings("ignore")  # what peers warn of is theirs
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C)).double()
+
+
+def batch(seed: int = 0, n: int = N) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, D, generator=generator, dtype=torch.float64), torch.randint(C, (n,), generator=generator)
+
+
+def rows(model: nn.Module, x: Tensor, y: Tensor) -> persample.Gradients:
+    return persample.gradients(model, CE, x, y, engine="loop")
+
+
+def test_opacus_optimizer_clips_what_it_is_given() -> None:
+    from opacus.optimizers import DPOptimizer
+
+    model, (x, y) = net(), batch()
+    plain = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = DPOptimizer(plain, noise_multiplier=0.0, max_grad_norm=0.3, expected_batch_size=N)
+    before = [p.detach().clone() for p in model.parameters()]
+    adapters.opacus.fill_grad_sample(persample.gradients(model, CE, x, y), model)
+    expected = rows(model, x, y).clip(0.3)
+    optimizer.step()
+    for (name, p), old in zip(model.named_parameters(), before, strict=True):
+        # Opacus divides by norm + 1e-6 where we divide by the norm
+        assert torch.allclose(old - p, 0.5 * expected[name] / N, rtol=1e-4, atol=1e-9)
+    with pytest.raises(persample.QuantityError, match=r"0\.weight"):
+        adapters.opacus.fill_grad_sample(persample.gradients(model, CE, x, y, params="2"), model)
+
+
+def test_torchjd_weighting_and_aggregator_agree() -> None:
+    from torchjd.aggregation import UPGrad
+    from torchjd.aggregation._upgrad import UPGradWeighting
+
+    model, (x, y) = net(), batch()
+    G = persample.gradients(model, CE, x, y)
+    aggregated = adapters.torchjd.aggregate(G, UPGrad())
+    weight = adapters.torchjd.backward(G, UPGradWeighting())
+    assert weight.shape == (N,)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, aggregated[name], atol=1e-6)
+    assert torch.allclose(aggregated["0.weight"].flatten(), UPGrad()(rows(model, x, y).flat())[: D * 4], atol=1e-6)
+
+
+def test_captum_influence_is_the_inner_product_of_gradients() -> None:
+    from captum.influence import TracInCP
+
+    model, train, test = net(), batch(0), batch(1, n=2)
+    influence = adapters.captum.influence_function(
+        model, CE, [tuple(t[:3] for t in train), tuple(t[3:] for t in train)]
+    )
+    expected = rows(model, *test).gram(rows(model, *train))
+    assert torch.allclose(influence.influence(test), expected, atol=1e-12)
+    assert torch.allclose(influence.self_influence(), rows(model, *train).squared_norm(), atol=1e-12)
+    assert torch.equal(influence.influence(test, k=2)[0], expected.topk(2).indices)
+    tracin = TracInCP(
+        model,
+        TensorDataset(*train),
+        ["now"],
+        checkpoints_load_func=lambda *_: 1.0,
+        loss_fn=nn.CrossEntropyLoss(reduction="none"),
+        batch_size=3,
+    )
+    assert torch.allclose(tracin.influence(test), expected, atol=1e-9)
+    total = adapters.captum.intermediate_quantities(model, CE, [train], aggregate=True)
+    assert torch.allclose(total[0], rows(model, *train).flat().sum(0), atol=1e-12)
+
+
+def test_trak_features_are_those_of_its_own_computer(tmp_path: Path) -> None:
+    from trak import TRAKer
+    from trak.gradient_computers import FunctionalGradientComputer
+    from trak.projectors import NoOpProjector
+
+    model, (x, y) = net().float(), batch()
+    scores = []
+    for computer in (FunctionalGradientComputer, adapters.trak.gradient_computer()):
+        traker = TRAKer(
+            model=model,
+            task="image_classification",
+            train_set_size=N,
+            save_dir=tmp_path / computer.__name__,
+            device="cpu",
+            projector=NoOpProjector(0, 0, 0, "none", "cpu"),
+            gradient_computer=computer,
+            proj_dim=-1,
+            logging_level=50,
+            use_half_precision=False,
+        )
+        traker.load_checkpoint(model.state_dict(), model_id=0)
+        traker.featurize(batch=(x.float(), y), num_samples=N)
+        scores.append(torch.as_tensor(traker.saver.current_store["grads"]).clone())
+    assert scores[0].norm() > 0 and torch.allclose(scores[0], scores[1], rtol=1e-3, atol=1e-5)
+
+
+def single(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return pair[0].float(), pair[1]
+
+
+def test_dattri_task_takes_its_gradients_from_us() -> None:
+    from dattri.algorithm.tracin import TracInAttributor
+    from dattri.task import AttributionTask
+
+    model, train, test = net().float(), single(batch(0)), single(batch(1, n=2))
+
+    def loss(params: Any, data: Any) -> Tensor:
+        x, y = data
+        return F.cross_entropy(torch.func.functional_call(model, params, x.unsqueeze(0)), y.unsqueeze(0))
+
+    def score(task: Any) -> Tensor:
+        attributor = TracInAttributor(task=task, weight_list=torch.ones(1), normalized_grad=False, device="cpu")
+        attributor.projector_kwargs = None  # whatever is passed, it projects
+        return attributor.attribute(
+            DataLoader(TensorDataset(*train), batch_size=4), DataLoader(TensorDataset(*test), batch_size=2)
+        )
+
+    plain = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
+    ours = adapters.dattri.attach(AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict()), CE)
+    expected = rows(model, *train).gram(rows(model, *test))  # train x test
+    assert torch.allclose(score(plain), expected, rtol=1e-4) and torch.allclose(score(ours), expected, rtol=1e-4)
+    before = copy.deepcopy(model.state_dict())
+    elsewhere = adapters.dattri.grad_function(model, CE)(torch.zeros(sum(p.numel() for p in model.parameters())), train)
+    assert elsewhere.shape == (N, 39) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_curvlinops_takes_our_operators() -> None:
+    from curvlinops import CGInverseLinearOperator, GGNLinearOperator
+
+    model, (x, y) = net(), batch()
+    ours = adapters.curvlinops.linear_operator(persample.curvature.ggn(model, CE, x, y))
+    theirs = GGNLinearOperator(model, CE, list(model.parameters()), [(x, y)])
+    v = torch.randn(ours.shape[1], 2, dtype=torch.float64)
+    assert torch.allclose(ours @ v, theirs @ v, atol=1e-10)
+    assert torch.allclose((ours + ours) @ v, 2 * (ours @ v), atol=1e-10)
+    assert CGInverseLinearOperator(ours, maxiter=2).shape == ours.shape
+
+
+@pytest.mark.parametrize("which", ["empirical_fisher_backend", "ggn_backend"])
+def test_laplace_backends_agree_with_its_own(which: str) -> None:
+    from laplace import Laplace
+    from laplace.curvature.curvature import EFInterface, GGNInterface
+
+    model, (x, y) = net(), batch()
+    loader = DataLoader(TensorDataset(x, y), batch_size=3)
+    posteriors = []
+    for backend in (getattr(adapters.laplace, which)(), EFInterface if "fisher" in which else GGNInterface):
+        posterior = Laplace(model, "classification", subset_of_weights="all", hessian_structure="full", backend=backend)
+        posterior.fit(loader)
+        posteriors.append(posterior.H.clone())
+    assert posteriors[0].norm() > 0 and torch.allclose(*posteriors, rtol=1e-6, atol=1e-9)
+
+
+def test_lightning_logs_without_touching_the_training(tmp_path: Path) -> None:
+    import pytorch_lightning as lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return CE(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train(callbacks: list[Any]) -> tuple[Any, Any]:
+        module = Module()
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, DataLoader(TensorDataset(*batch()), batch_size=3))
+        return module, trainer.callback_metrics
+
+    plain, _ = train([])
+    watched, metrics = train([adapters.lightning.callback(lambda m: m.net)])
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert metrics["gradient_norm_median"] > 0 and "gradient_noise_scale" in metrics
+    assert not watched.net._forward_hooks
+
+
+def test_trainer_callback_logs_what_the_model_alone_would_show(tmp_path: Path) -> None:
+    import transformers
+
+    def train(callbacks: list[Any]) -> tuple[Any, list[Any]]:
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            vocab_size=20,
+            n_embd=8,
+            n_layer=1,
+            n_head=2,
+            n_positions=8,
+            bos_token_id=0,
+            eos_token_id=0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        model = transformers.GPT2LMHeadModel(config)
+        ids = torch.randint(20, (8, 6), generator=torch.Generator().manual_seed(1))
+        data = [{"input_ids": row, "labels": row} for row in ids]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+        trainer.train()
+        return model, trainer.state.log_history
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, _ = train([])
+        watched, history = train([adapters.transformers.callback()])
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), watched.parameters(), strict=True))
+    logged = [entry for entry in history if "loss" in entry]
+    assert len(logged) == 3 and all(entry["gradient_norm_max"] > 0 for entry in logged)
+    assert not watched._forward_hooks
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "trak.gradient_computers", None)
+    with pytest.raises(ImportError, match="pip install traker"):
+        adapters.trak.gradient_computer()
+    with pytest.raises(AttributeError, match="no adapter 'tensorflow'"):
+        adapters.tensorflow  # noqa: B018

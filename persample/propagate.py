@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .layout import Layout
@@ -34,8 +35,8 @@ def propagate(
 ) -> Layout | None:
     """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on samples."""
     found = _followed(func, args, kwargs, sampled, tensors, out)
-    if found is None and sampled[0][1].n == 1 and out.ndim and len(out):
-        return Layout(1, inner=len(out))  # wherever it is, all belongs to the one sample
+    if found is None and sampled[0][1].n == 1:  # wherever it is, all belongs to the one sample
+        return Layout(1, inner=len(out)) if out.ndim > 1 and len(out) else Layout(1, alone=0)
     return found
 
 
@@ -43,10 +44,16 @@ def _followed(
     func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, tensors: Sequence[Tensor], out: Tensor
 ) -> Layout | None:
     first, layout = sampled[0]
+    if any(at.alone is not None for _, at in sampled):
+        return _one_by_one(func, args, kwargs, sampled, out)
     if args and first is args[0] and (follow := _MOVED.get(func)) is not None and not _is_choice(func, args):
         return follow(func, args, kwargs, layout, out)
+    if func in _MASKED and len(args) > 1 and first is args[1] and first.dtype is torch.bool:  # constants picked by a mask
+        return _nonzero(func, (first,), {}, layout, out)
     if func in _JOINS:
         return _joined(args, kwargs, sampled, out)
+    if func is F.embedding_bag:
+        return _bagged(args, kwargs, sampled, out)
     if func in _WRITES and args and out is args[0] and out is not first:
         return _written(func, args, kwargs, sampled, out)
     if func is torch.einsum:
@@ -77,6 +84,9 @@ def mixes(
 ) -> bool:
     """Whether entries of different samples surely meet, one on one."""
     (x, a), *others = sampled
+    if any(at is not None and at.alone is not None for _, at in sampled):
+        lone = func not in _JOINS | _STACKS and func not in _WRITES and func not in _MOVED and a is not None and a.n > 1
+        return lone and not all(b is None or same(a, b) for _, b in others)
     if a is not None and _MOVED.get(func) is _sorted and x is args[0] and x.ndim > 1 and a.n > 1:
         return _sort_axis(func, args, kwargs) == a.axis
     if a is None or not others or func in _MOVED or func in _JOINS or func in _WRITES:
@@ -92,6 +102,8 @@ def _is_choice(func: Function, args: tuple[Any, ...]) -> bool:
 
 def same(a: Layout, b: Layout) -> bool:
     """Whether every entry belongs to the same sample."""
+    if a.alone is not None or b.alone is not None:
+        return a.alone == b.alone
     if a.owner is None and b.owner is None:
         return (a.outer, a.inner) == (b.outer, b.inner) or a.n == 1
     return a.size == b.size and torch.equal(a.owners().cpu(), b.owners().cpu())
@@ -189,6 +201,8 @@ def _viewed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layou
     view = _one_of(func(shadow, *args[1:], **kwargs), lambda: func(*args, **kwargs), out)
     places = [a for a in range(view.ndim) if view.stride(a)]  # new axes of size one may have a stride, too
     places = [a for a in places if view.shape[a] > 1] or places
+    if view.ndim == out.ndim == x.ndim - 1 and not places:  # one sample is taken out
+        return Layout(layout.n, alone=int(layout.owners()[min(int(view.storage_offset()), layout.size - 1)]))
     if len(places) != 1 or view.ndim != out.ndim:
         return None
     axis = places[0]
@@ -296,9 +310,55 @@ def _joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out
         return None
     if dim != first.axis:
         return first if all(same(at, first) for at in known) else None
-    if len(known) != len(parts):
-        return None  # entries that belong to no sample
-    return owned(first.n, dim, torch.cat([at.owners().to(out.device) for at in known]))
+    if len(known) != len(parts) and out.is_floating_point():
+        return None
+    nobody = [out.new_full((p.shape[dim],), -1, dtype=torch.long) for p in parts]
+    owners = [layouts[id(p)].owners().to(out.device) if id(p) in layouts else no for p, no in zip(parts, nobody, strict=True)]
+    return owned(first.n, dim, torch.cat(owners))
+
+
+def _bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+    """A bag belongs to the sample of its entries, or of its offset."""
+    input, offsets = _bind(args, kwargs, "input", "weight", "offsets")[::2]
+    layouts = {id(t): at for t, at in sampled}
+    if input.ndim == 2:
+        at = layouts.get(id(input), sampled[-1][1])
+        return at if at.axis == 0 else None
+    if (at := layouts.get(id(offsets))) is not None:
+        owners = at.owners()
+        if len(owners) == len(out) + 1:  # with the end of the last bag
+            owners = owners[:-1] if int(owners[-1]) < 0 else owners[1:]
+        return owned(at.n, 0, owners) if len(owners) == len(out) and bool((owners >= 0).all()) else None
+    at = sampled[0][1]
+    if at.axis != 0 or input.shape[0] != at.size:
+        return None
+    first = offsets[: len(out)]
+    full = torch.cat([first[1:], first.new_tensor([len(input)])]) > first
+    if bool(full.all()):
+        return owned(at.n, 0, at.owners().to(first.device)[first])
+    regular = Layout(at.n, 0, 1, len(out) // at.n)  # an empty bag doesn't say whose it is
+    fits = regular.size == len(out) and torch.equal(regular.owners()[full.cpu()], at.owners()[first[full].cpu()])
+    return regular if fits else None
+
+
+def _one_by_one(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+) -> Layout | None:
+    """What becomes of samples that are taken out of the batch: each stays alone until they are joined again."""
+    layouts = {id(t): at for t, at in sampled}
+    n = sampled[0][1].n
+    if func in _JOINS | _STACKS:
+        parts = args[0] if args else kwargs["tensors"]
+        dim = next((d for d in (*args[1:2], kwargs.get("dim")) if d is not None), 0) % out.ndim
+        size = 1 if func in _STACKS else None
+        known = [(layouts[id(p)].alone, size or p.shape[dim]) for p in parts if id(p) in layouts]
+        if len(known) < len(parts) or any(k is None for k, _ in known):
+            return None
+        return owned(n, dim, torch.cat([torch.full((count,), k, dtype=torch.long) for k, count in known]))
+    if func is Tensor.__setitem__ and out is args[0] and isinstance(i := args[1], int) and id(out) not in layouts:
+        return _agrees(out, sampled[-1][1], 0, torch.tensor([i % len(out)]))
+    first = sampled[0][1]
+    return first if all(same(at, first) for _, at in sampled) else None
 
 
 # ---- writing into a part ----------------------------------------------------------------------------------------
@@ -403,7 +463,9 @@ _MOVED: dict[Function, Follow] = {
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurred),
 }
 _WHERE = _named("where")
+_MASKED = {Tensor.__getitem__} | _named("masked_select")
 _JOINS = _named("cat", "concat", "concatenate")
+_STACKS = _named("stack")
 _SPREADS = _named("expand", "expand_as", "broadcast_to")
 _REDUCES = _named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
 _WRITES = {Tensor.__setitem__} | _named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")

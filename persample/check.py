@@ -24,7 +24,7 @@ from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
 from .report import bytes_text, html_table, text_table
 from .rules import RULES
-from .rules.derived import Diagonal
+from .rules.derived import Diagonal, plain
 from .verify import LossDiffers, NoDropout, Probe, find_coupling, restored, tolerance
 
 
@@ -361,7 +361,7 @@ def _uses(found: Reached, problem: Problem) -> dict[str, list[Use]]:
             )
             with torch.no_grad():
                 for shared, rows, how in factors_of(call, zeros):
-                    factors[id(shared.tensor)] = (how, Dense(rows.value) if isinstance(rows, Diagonal) else rows)
+                    factors[id(shared.tensor)] = (how, Dense(rows.value) if isinstance(rows, Diagonal) else plain(rows))
         for shared in call.shared:
             how, g = factors[id(shared.tensor)]
             for p in [shared.tensor] if shared.derivation is None else leaves_of(shared.derivation):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from importlib.metadata import version as installed
+from pathlib import Path
+
+import jupytext
 
 project = "persample"
 author = "The persample authors"
@@ -16,7 +19,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["conf.py", "_build"]
+exclude_patterns = ["conf.py"]
 default_role = "py:obj"  # `single quotes` in docstrings: a link where there is something to link to
 
 html_theme = "furo"
@@ -26,10 +29,19 @@ html_theme_options = {"navigation_with_keys": True}
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-# Pages in percent format are notebooks as well.
-nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+# The examples are pages too: turned into notebooks beside the other pages, executed, and shown with their output.
+HERE = Path(__file__).parent
+(HERE / "examples").mkdir(exist_ok=True)
+for script in (HERE.parent / "examples").glob("*.py"):
+    page = HERE / "examples" / f"{script.stem}.ipynb"
+    if not page.exists() or page.stat().st_mtime < script.stat().st_mtime:
+        notebook = jupytext.read(script, fmt="py:percent")
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        jupytext.write(notebook, page)
+
 nb_execution_mode = "cache"  # `make check` switches it off: there the tests have run the same code
 nb_execution_cache_path = "../build/notebooks"
+nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True

@@ -36,7 +36,7 @@ demo: $(READY)  ## real data: what per-sample gradients tell about digits; write
 
 demo-attribution: $(READY)  ## which training samples made a prediction: attribution methods measured on digits
 	@mkdir -p build
-	@$(BIN)/python examples/demo_attribution.py
+	@$(BIN)/python examples/attribution.py
 
 test: $(READY)  ## the whole test suite, documentation and examples included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

@@ -32,6 +32,9 @@ myst_heading_anchors = 3
 # The examples are pages too: turned into notebooks beside the other pages, executed, and shown with their output.
 HERE = Path(__file__).parent
 (HERE / "examples").mkdir(exist_ok=True)
+for old in (HERE / "examples").glob("*.ipynb"):
+    if not (HERE.parent / "examples" / f"{old.stem}.py").exists():
+        old.unlink()
 for script in (HERE.parent / "examples").glob("*.py"):
     page = HERE / "examples" / f"{script.stem}.ipynb"
     if not page.exists() or page.stat().st_mtime < script.stat().st_mtime:
@@ -40,7 +43,7 @@ for script in (HERE.parent / "examples").glob("*.py"):
         jupytext.write(notebook, page)
 
 nb_execution_mode = "cache"  # `make check` switches it off: there the tests have run the same code
-nb_execution_cache_path = "../build/notebooks"
+nb_execution_cache_path = str(HERE.parent / "build" / "notebooks")
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300

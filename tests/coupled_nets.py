@@ -1,7 +1,8 @@
-"""Small networks with BatchNorm, and what they compute written a second time, with a copy of the parameters for every sample.
+"""Small networks with BatchNorm, and what they compute written a second time, with parameters for every sample.
 
-A `Net` says once how its modules are put together (`run`), and a way of running them says what each does: `Modules` calls them; `ByCopies` gives
-sample ``m`` the parameters ``theta[name][m]`` and normalises by hand, so that ``dl_n/dtheta^(m)`` is plain autograd.
+A `Net` says once how its modules are put together (`run`), and a way of running them says what each does: the modules
+themselves, or `ByCopies`, which gives sample ``m`` the parameters ``theta[name][m]`` and normalises by hand, so that
+``dl_n/dtheta^(m)`` is plain autograd.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Net(nn.Module):
 
 @dataclass
 class ByCopies:
-    """The network with parameters ``theta {name: [N, *P]}``; statistics ``"live"``, ``"frozen"``, or weighted by ``w [N]``."""
+    """The network with parameters ``theta {name: [N, *P]}``; statistics "live", "frozen", or weighted by ``w [N]``."""
 
     net: Net
     theta: dict[str, Tensor]
@@ -74,7 +75,9 @@ class Setup:
 
     def copies(self) -> dict[str, Tensor]:
         """The parameters, one copy for every sample."""
-        return {k: p.detach().repeat(len(self.x), *[1] * p.ndim).requires_grad_() for k, p in self.net.named_parameters()}
+        return {
+            k: p.detach().repeat(len(self.x), *[1] * p.ndim).requires_grad_() for k, p in self.net.named_parameters()
+        }
 
     def table(self) -> dict[str, Tensor]:
         """``dl_n/dtheta^(m)``, ``{name: [N, N, *P]}``."""
@@ -116,7 +119,14 @@ def _mlp() -> Net:
         x = torch.relu(op("bn1", op("fc1", x)))
         return op("out", torch.tanh(op("bn2", op("fc2", x))))
 
-    return Net(run, fc1=nn.Linear(5, 6), bn1=nn.BatchNorm1d(6), fc2=nn.Linear(6, 3), bn2=nn.BatchNorm1d(3, eps=0.1), out=nn.Linear(3, 4))
+    return Net(
+        run,
+        fc1=nn.Linear(5, 6),
+        bn1=nn.BatchNorm1d(6),
+        fc2=nn.Linear(6, 3),
+        bn2=nn.BatchNorm1d(3, eps=0.1),
+        out=nn.Linear(3, 4),
+    )
 
 
 def _residual() -> Net:
@@ -129,9 +139,11 @@ def _residual() -> Net:
         return op("out", op("bn4", op("conv4", x)).mean((2, 3)))
 
     return Net(
-        run, conv0=nn.Conv2d(2, 3, 3, padding=1, bias=False), bn0=nn.BatchNorm2d(3), conv1=nn.Conv2d(3, 2, 3, padding=1),
+        run, conv0=nn.Conv2d(2, 3, 3, padding=1, bias=False), bn0=nn.BatchNorm2d(3),
+        conv1=nn.Conv2d(3, 2, 3, padding=1),
         bn1=nn.BatchNorm2d(2, momentum=None), conv2=nn.Conv2d(2, 3, 3, padding=1), bn2=nn.BatchNorm2d(3, affine=False),
-        skip=nn.Conv2d(3, 3, 1), bn3=nn.BatchNorm2d(3, track_running_stats=False), conv4=nn.Conv2d(3, 2, 3), bn4=nn.BatchNorm2d(2),
+        skip=nn.Conv2d(3, 3, 1), bn3=nn.BatchNorm2d(3, track_running_stats=False), conv4=nn.Conv2d(3, 2, 3),
+        bn4=nn.BatchNorm2d(2),
         out=nn.Linear(2, 4),
     )  # fmt: skip
 
@@ -153,10 +165,15 @@ def _branches() -> Net:
         x = op("bn0", x)
         return op("out", torch.tanh(op("a", op("fc1", x))) + torch.sigmoid(op("b", op("fc2", x))))
 
-    net = Net(
-        run, bn0=nn.BatchNorm1d(4), fc1=nn.Linear(4, 3), a=nn.BatchNorm1d(3), fc2=nn.Linear(4, 3), b=nn.BatchNorm1d(3), out=nn.Linear(3, 4)
+    return Net(
+        run,
+        bn0=nn.BatchNorm1d(4),
+        fc1=nn.Linear(4, 3),
+        a=nn.BatchNorm1d(3),
+        fc2=nn.Linear(4, 3),
+        b=nn.BatchNorm1d(3),
+        out=nn.Linear(3, 4),
     )
-    return net
 
 
 def zero_gain() -> Setup:

@@ -1,4 +1,4 @@
-"""The coupling of a network by BatchNorm: every identity, against the network written a second time with explicit copies."""
+"""The coupling of a network by BatchNorm: every identity, against the network written again with explicit copies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def coupled(name: str, route: Route | None = None) -> Coupling:
 
 def close(actual: Gradients | dict[str, Tensor], expected: dict[str, Tensor], atol: float = TIGHT) -> None:
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name].detach(), value, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            actual[name].detach(), value, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def flat(rows: dict[str, Tensor], keep: int) -> Tensor:
@@ -128,7 +130,9 @@ def test_some_samples_only(name: str, notion: str) -> None:
 def test_gradients_with_coupled_is_the_same(notion: str) -> None:
     setup = setups["mlp"]()
     arguments = setup.net, nn.CrossEntropyLoss(), setup.x, setup.y
-    close(persample.gradients(*arguments, coupled=notion), persample.coupling(*arguments).gradients(notion).dense(), 1e-12)
+    close(
+        persample.gradients(*arguments, coupled=notion), persample.coupling(*arguments).gradients(notion).dense(), 1e-12
+    )
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------
@@ -168,7 +172,9 @@ def test_input_and_output_norms(name: str) -> None:
     J = torch.stack([torch.autograd.grad(y, x, retain_graph=True)[0] for y in f.flatten()]).unflatten(0, f.shape)
     torch.testing.assert_close(C.output_input_norms(), J.flatten(3).square().sum((1, 3)).sqrt(), rtol=0, atol=TIGHT)
     slope = f.detach().softmax(1) - F.one_hot(setup.y, f.shape[1])
-    torch.testing.assert_close(C.input_norms(), torch.einsum("no,nom...->nm...", slope, J).flatten(2).norm(dim=2), rtol=0, atol=TIGHT)
+    torch.testing.assert_close(
+        C.input_norms(), torch.einsum("no,nom...->nm...", slope, J).flatten(2).norm(dim=2), rtol=0, atol=TIGHT
+    )
     estimate = C.output_input_norms(probes=400, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(estimate, C.output_input_norms(), rtol=0.15, atol=1e-3)
 
@@ -176,7 +182,9 @@ def test_input_and_output_norms(name: str) -> None:
 def test_sketched_norms() -> None:
     C = coupled("mlp")
     torch.testing.assert_close(C.loss_norms(300, torch.Generator().manual_seed(0)), C.loss_norms(), rtol=0.15, atol=0)
-    torch.testing.assert_close(C.outgoing_norms(300, torch.Generator().manual_seed(0)), C.outgoing_norms(), rtol=0.15, atol=0)
+    torch.testing.assert_close(
+        C.outgoing_norms(300, torch.Generator().manual_seed(0)), C.outgoing_norms(), rtol=0.15, atol=0
+    )
     torch.testing.assert_close(C.outgoing_norms(), C.norms().square().sum(0).sqrt(), rtol=0, atol=TIGHT)
     torch.testing.assert_close(C.loss_norms(), flat(made("mlp")[1], 2).sum(1).norm(dim=1), rtol=0, atol=TIGHT)
 
@@ -199,12 +207,14 @@ def test_influence_of_statistics_is_the_derivative_in_the_weights(name: str, rou
 
 @pytest.mark.parametrize("name", ["mlp", "reused", "branches"])
 def test_adjoints_are_rescaled_gradients_of_gain_and_bias(name: str) -> None:
-    """``lambda_mu = -(gamma/s) dl/dbeta``, ``lambda_v = -(gamma/2s^2) dl/dgamma`` and ``T`` from them; calls of one module add up."""
+    """``lambda_mu = -(gamma/s) dl/dbeta``, ``lambda_v = -(gamma/2s^2) dl/dgamma``; calls of one module add up."""
     setup, C = made(name)[0], coupled(name)
     G, adjoints = C.gradients("loss"), C.adjoints()
     seen: dict[str, list[Tensor]] = {}
     hooks = [
-        getattr(setup.net, k).register_forward_pre_hook(lambda _, args, k=k: seen.setdefault(k, []).append(args[0].detach()))
+        getattr(setup.net, k).register_forward_pre_hook(
+            lambda _, args, k=k: seen.setdefault(k, []).append(args[0].detach())
+        )
         for k in {layer.split("#")[0] for layer in adjoints}
     ]
     setup.net(setup.x)
@@ -235,7 +245,7 @@ def test_adjoints_are_rescaled_gradients_of_gain_and_bias(name: str) -> None:
 def test_last_layer_adjoints_come_from_the_frozen_pass(name: str) -> None:
     C = coupled(name, "samples")
     last = list(C.layers)[-1]
-    u = C.network.by_node(C.network.direct.u)[-1]
+    u = C.network.by_node(C.network.u)[-1]
     torch.testing.assert_close(torch.cat(C.adjoints()[last], 1), u, rtol=0, atol=TIGHT)
 
 
@@ -262,11 +272,16 @@ def test_bias_before_batchnorm() -> None:
         assert float(C.gradients("loss")[bias].abs().max()) < 1e-15
         assert float(C.gradients("copy")[bias].abs().max()) > 1e-2
         assert float(C.gradients("frozen")[bias].abs().max()) > 1e-2
-        torch.testing.assert_close(C.gradients("copy")[bias].sum(0), torch.zeros(len(C.gradients("copy")[bias][0]), dtype=torch.float64), rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            C.gradients("copy")[bias].sum(0),
+            torch.zeros(len(C.gradients("copy")[bias][0]), dtype=torch.float64),
+            rtol=0,
+            atol=1e-14,
+        )
 
 
 def test_scale_invariance_law() -> None:
-    """``<w_c, dl_n/dw_c> = eps/(v_c + eps) gamma_c dl_n/dgamma_c`` for every single loss; by copies it does not hold."""
+    """``<w_c, dl_n/dw_c> = eps/(v_c + eps) gamma_c dl_n/dgamma_c`` for every single loss; not so by copies."""
     setup, C = made("mlp")[0], coupled("mlp")
     x = setup.x
     for fc, bn in (("fc1", "bn1"), ("fc2", "bn2")):
@@ -305,7 +320,7 @@ def big_mlp(n: int) -> Coupling:
 
 
 def test_leave_one_out_estimates_and_jackknife_converge() -> None:
-    """``phi`` is the jackknife pseudo-value ``N L - (N-1) L_-m`` of the batch loss up to ``1/N``; the loss alone is not."""
+    """``phi`` is the jackknife pseudo-value ``N L - (N-1) L_-m`` of the batch loss up to ``1/N``; the loss is not."""
     errors, off = [], []
     for n in (16, 64, 256):
         C = big_mlp(n)

@@ -13,11 +13,13 @@ from coupled_nets import setups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import persample
 from persample import batchnorm
 from persample.batchnorm.coupling import Coupling
 from persample.batchnorm.network import cheaper, costs
+from persample.gradients import Gradients
 
 CE = nn.CrossEntropyLoss()
 
@@ -50,7 +52,7 @@ def seeded(model: nn.Module) -> nn.Module:
 
 
 def agrees_with_autograd(C: Coupling, model: nn.Module, x: Any, y: Tensor, atol: float = 1e-10) -> None:
-    """Rows of the losses and their statistics, against autograd on the model as it is; both routes; the derivative in the weights."""
+    """Rows by both routes, against autograd on the model as it is; their sums; what does not depend on the route."""
     state = deepcopy(model.state_dict())
     torch.random.manual_seed(5)
     losses = F.cross_entropy(model(*x) if isinstance(x, tuple) else model(x), y, reduction="none")
@@ -118,8 +120,14 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "tokens": (lambda: Fn(tokens, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)), (4, 3, 5)),
     "positions": (lambda: Fn(positions, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)), (6, 5)),
     "lengths": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), bn1(), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)), (5, 2, 6)),
-    "volumes": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.Flatten(), nn.Linear(16, 3)), (5, 1, 3, 3, 3)),
-    "dropout": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), bn1(), nn.Dropout(0.3), nn.Linear(4, 3)), (6, 5)),
+    "volumes": (
+        lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.Flatten(), nn.Linear(16, 3)),
+        (5, 1, 3, 3, 3),
+    ),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), bn1(), nn.Dropout(0.3), nn.Linear(4, 3)),
+        (6, 5),
+    ),
     "on the input": (lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), (6, 5)),
     "at the end": (lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), (6, 5)),
     "two samples": (lambda: layered(bn1(eps=0.1)), (2, 5)),
@@ -163,7 +171,9 @@ def test_ghost_batches_are_blocks() -> None:
         assert bool((matrix[~apart] != 0).all())
     for route in ("samples", "statistics"):
         other = persample.coupling(model, CE, x, y, route=route)
-        torch.testing.assert_close(other.column(4).flat()[2], torch.zeros_like(other.column(4).flat()[2]), rtol=0, atol=0)
+        torch.testing.assert_close(
+            other.column(4).flat()[2], torch.zeros_like(other.column(4).flat()[2]), rtol=0, atol=0
+        )
         torch.testing.assert_close(other.column(4)["0.weight"][3], C.entry(3, 4)["0.weight"], rtol=0, atol=1e-12)
     with pytest.raises(persample.PersampleError, match="single value"):
         persample.coupling(model, CE, *data(7, 5))
@@ -200,7 +210,7 @@ def test_uncoupled_parameters_keep_ordinary_gradients() -> None:
         G = C.gradients(notion)
         for name in C.uncoupled:
             torch.testing.assert_close(G[name], ordinary[name], rtol=0, atol=1e-12)
-    with pytest.raises(persample.BatchCoupledError, match="fc1.weight"):
+    with pytest.raises(persample.BatchCoupledError, match=r"fc1\.weight"):
         persample.gradients(net, loss, x, y)
 
 
@@ -254,10 +264,14 @@ def test_criteria_with_ignored_targets_penalties_and_losses_of_their_own() -> No
         torch.testing.assert_close(C.gradients(notion)["0.weight"], with_penalty, rtol=0, atol=1e-10)
     ignored = y.clone()
     ignored[2] = -100
-    with pytest.warns(UserWarning, match=r"sample\(s\) \[2\] is ignored"):
+
+    def run() -> list[Gradients]:
         C = persample.coupling(model, nn.CrossEntropyLoss(ignore_index=-100), x, ignored)
-        rows = [Coupling(type(C.network)(C.network.point, route)).gradients("loss") for route in ("samples", "statistics")]
-        copies = C.gradients("copy")
+        routes = [Coupling(type(C.network)(C.network.point, route)) for route in ("samples", "statistics")]
+        return [other.gradients("loss") for other in routes] + [C.gradients("copy")]
+
+    with pytest.warns(UserWarning, match=r"sample\(s\) \[2\] is ignored"):
+        *rows, copies = run()
     keep = torch.tensor([0, 1, 3, 4, 5])
     for G in rows:
         torch.testing.assert_close(G["0.weight"][keep], plain.gradients("loss")["0.weight"][keep], rtol=0, atol=1e-10)
@@ -266,7 +280,12 @@ def test_criteria_with_ignored_targets_penalties_and_losses_of_their_own() -> No
     assert bool((copies["0.weight"][2] != 0).any())  # its activations still move the statistics of the others
 
 
-@given(n=st.integers(2, 6), widths=st.lists(st.integers(1, 4), min_size=1, max_size=3), t=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    n=st.integers(2, 6),
+    widths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    t=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=8, deadline=None)
 def test_any_shape_by_both_routes(n: int, widths: list[int], t: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -291,7 +310,9 @@ def everything(C: Coupling) -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(momentum=None), nn.Dropout(0.5), nn.Linear(4, 4), bn1(), nn.Linear(4, 3)))
+    model = seeded(
+        nn.Sequential(nn.Linear(5, 4), bn1(momentum=None), nn.Dropout(0.5), nn.Linear(4, 4), bn1(), nn.Linear(4, 3))
+    )
     x, y = data(6, 5)
     x.requires_grad_()
     model[0].weight.grad = torch.ones_like(model[0].weight)
@@ -323,7 +344,9 @@ def test_gradients_draw_as_one_forward_pass_and_move_no_statistics(notion: str) 
     assert f"coupled='{notion}'" in repr(G)
     model.load_state_dict(before)
     state = torch.get_rng_state()
-    a, b = (persample.gradients(model, CE, x, y, coupled=notion, generator=torch.Generator().manual_seed(7)) for _ in "ab")
+    a, b = (
+        persample.gradients(model, CE, x, y, coupled=notion, generator=torch.Generator().manual_seed(7)) for _ in "ab"
+    )
     torch.testing.assert_close(a.flat(), b.flat())
     assert torch.equal(state, torch.get_rng_state())
 
@@ -332,7 +355,9 @@ def test_statistics_runs() -> None:
     arguments = _arguments("mlp")
     for notion in ("frozen", "copy", "loss", "influence"):
         G = persample.gradients(*arguments, coupled=notion)
-        S = persample.gradients(*arguments, coupled=notion, quantities=["norm", "variance", ("clip", {"max_norm": 0.1})])
+        S = persample.gradients(
+            *arguments, coupled=notion, quantities=["norm", "variance", ("clip", {"max_norm": 0.1})]
+        )
         torch.testing.assert_close(S.norm(), G.norm())
         for name, value in G.clip(0.1).items():
             torch.testing.assert_close(S.clip()[name], value)
@@ -343,7 +368,9 @@ def test_statistics_runs() -> None:
 
 
 def test_the_cheaper_route_is_taken_on_both_sides_of_the_crossover() -> None:
-    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)))
+    model = seeded(
+        nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3))
+    )
     K = 12
     for n in (5, K, K + 2, 40):
         x, y = data(n, 5)
@@ -364,20 +391,22 @@ def test_the_cheaper_route_is_taken_on_both_sides_of_the_crossover() -> None:
 
 
 def test_passes_of_everything_else() -> None:
-    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)))
+    model = seeded(
+        nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3))
+    )
     C = persample.coupling(model, CE, *data(9, 5), verify=False)
-    _ = C.layers
 
     def cost(run: Callable[[], Any]) -> tuple[int, int]:
         before = C.passes.forward, C.passes.backward
         run()
         return C.passes.forward - before[0], C.passes.backward - before[1]
 
-    assert cost(lambda: C.effective_losses()) == (0, 0)
     assert cost(lambda: C.gradients("frozen")) == (1, 1)
     assert cost(lambda: C.gradients("frozen")) == (0, 0)
     assert cost(lambda: C.gradients("copy")) == (1, 1)
     assert cost(lambda: C.gradients("eval")) == (1, 1)
+    assert cost(lambda: C.effective_losses()) == (1, 1)
+    assert cost(lambda: C.effective_losses()) == (0, 0)
     assert cost(lambda: C.row(0)) == (1, 1)
     assert cost(lambda: C.gradients("loss", samples=[0, 5])) == (1, 2)
     assert cost(lambda: C.norms()) == (1, 9)
@@ -392,7 +421,9 @@ def test_passes_of_everything_else() -> None:
 
 
 def test_only_the_statistics_before_the_chosen_parameters_are_paid_for() -> None:
-    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)))
+    model = seeded(
+        nn.Sequential(nn.Linear(5, 4), bn1(), nn.Tanh(), nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 3))
+    )
     C = persample.coupling(model, CE, *data(50, 5), params=r"3\.|4\.|5\.", verify=False)
     assert C.costs() == {"samples": 50, "statistics": 5} and C.coupled == {"3.weight": ["4"], "3.bias": ["4"]}
     whole = persample.coupling(model, CE, *data(50, 5)).gradients("loss")
@@ -430,11 +461,13 @@ def test_all_losses_of_a_convolutional_net() -> None:
             assert float((G[name][n] - g).norm()) < 1e-3 * float(g.norm()) + 1e-5, name
 
 
-# ---- what can't be told -----------------------------------------------------------------------------------------------
+# ---- what can't be told ---------------------------------------------------------------------------------------------
 
 
 def test_other_coupling_is_noticed() -> None:
-    model = seeded(Fn(lambda m, x: m.out(m.bn(m.fc(x)) - m.fc(x).mean(0)), fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)))
+    model = seeded(
+        Fn(lambda m, x: m.out(m.bn(m.fc(x)) - m.fc(x).mean(0)), fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3))
+    )
     with pytest.raises(persample.BatchCoupledError, match="something else"):
         persample.coupling(model, CE, *data(6, 5))
     with pytest.raises(persample.BatchCoupledError, match="something else"):
@@ -447,9 +480,21 @@ def test_a_single_value_has_no_variance() -> None:
 
 
 def test_samples_of_unknown_place() -> None:
-    model = seeded(Fn(lambda m, x: m.out(m.bn(m.fc(x).T).T), fc=nn.Linear(5, 4), bn=nn.BatchNorm1d(6), out=nn.Linear(4, 3)))
+    model = seeded(
+        Fn(lambda m, x: m.out(m.bn(m.fc(x).T).T), fc=nn.Linear(5, 4), bn=nn.BatchNorm1d(6), out=nn.Linear(4, 3))
+    )
     with pytest.raises(persample.PersampleError, match="'bn': can't tell where the samples are"):
         persample.coupling(model, CE, *data(6, 5))
+
+
+def test_checkpointing() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.out(checkpoint(lambda x: torch.tanh(m.bn(m.fc(x))), x, use_reentrant=False))
+
+    model = seeded(Fn(run, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)))
+    with pytest.raises(persample.PersampleError, match="Turn checkpointing off"):
+        persample.coupling(model, CE, *data(6, 5))
+    assert persample.gradients(model, CE, *data(6, 5), coupled="copy", verify=False)["fc.weight"].shape == (6, 4, 5)
 
 
 def test_arguments() -> None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..curvature.operator import Operator
 from ..errors import UnknownParameterError
 from ..factors import Dense, Factors, compact, dense, index
 from ..gradients import Gradients
 from ..losses import LossFunction
 from ..problem import Emit, Pass, Selection, pose
-from ..curvature.operator import Operator
 from . import ggn, indices, notions, plots, table
 from .indices import Noise
 from .network import Network, Route, costs

@@ -25,7 +25,9 @@ def ggn(network: Network, reduction: str) -> Operator:
     return operator(f"Gauss-Newton ({reduction})", objective, sandwich(objective, loss_curvature(objective)))
 
 
-def diagonal(network: Network, draws: int | None, generator: torch.Generator | None, reduction: str) -> dict[str, Tensor]:
+def diagonal(
+    network: Network, draws: int | None, generator: torch.Generator | None, reduction: str
+) -> dict[str, Tensor]:
     """``{name: [*P]}``: exactly, by ``D`` products, or without bias from ``draws`` targets drawn from the model.
 
     With ``u_n`` the gradient of loss ``n`` with respect to the outputs at a drawn target, ``E[u u^T]`` is the block

@@ -1,8 +1,8 @@
 """A network with BatchNorm at one batch: its statistics ``s [K]``, and what flows through them.
 
-With ``d_n = dl_n/dtheta`` and ``u_n = dl_n/ds`` at fixed statistics (`Network.direct`), and with ``S = ds/dtheta [K,
-D]`` the Jacobian of the statistics themselves, those of the layers before included, the gradient of a loss of the
-batch is
+With ``d_n = dl_n/dtheta`` (`Network.direct`) and ``u_n = dl_n/ds`` (`Network.u`) at fixed statistics, and with ``S =
+ds/dtheta [K, D]`` the Jacobian of the statistics themselves, those of the layers before included, the gradient of a
+loss of the batch is
 
     dl_n/dtheta = d_n + S^T u_n.
 
@@ -31,7 +31,7 @@ from ..batch import detached
 from ..capture import reached
 from ..errors import BatchCoupledError, BatchNormError
 from ..factors import Factors, compact
-from ..problem import Problem
+from ..problem import Pass, Problem
 from ..verify import NoDropout, tolerance
 from .passes import CHUNK, Forward, Grads, Point
 from .statistics import Copies, Explicit, Node, given, live, pooled
@@ -74,11 +74,12 @@ class Structure:
 
 @dataclass(frozen=True, eq=False)
 class Direct:
-    """At fixed statistics: ``d_n`` as factors, and ``u_n``."""
+    """A pass at fixed statistics: ``d_n`` as factors, and the gradients of the samples' copies of all statistics."""
 
+    run: Pass
     factors: dict[str, Factors]
-    unused: tuple[str, ...]
-    u: Tensor  # [N, K]
+    nodes: list[Node]
+    copies: Grads
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,12 @@ class Network:
         with self.point.recorded(explicit) as run:
             unused, u = run.rows(lambda name, g: factors.__setitem__(name, compact(g)), wrt=copies.leaves)
         factors = {name: factors[name] for name in self.problem.parameters}
-        return Direct(factors, unused, self.beside(explicit.nodes, u))
+        return Direct(Pass(run.losses, run.outputs, unused), factors, [n.detached() for n in explicit.nodes], u)
+
+    @cached_property
+    def u(self) -> Tensor:
+        """``u_n = dl_n/ds``, ``[N, K]``: at fixed statistics of all other layers."""
+        return self.beside(self.direct.nodes, self.direct.copies)
 
     def beside(self, nodes: Sequence[Node], grads: Grads) -> Tensor:
         """Gradients with respect to the samples' own copies of all statistics, ``[M, C]`` each, as ``[N, K]``."""
@@ -186,7 +192,7 @@ class Network:
     def adjoints(self) -> Tensor:
         """``lambda_n``, ``[N, K]``: total derivatives of all losses with respect to the statistics."""
         if (self.route or cheaper(self.n, self.structure.size)) == "statistics":
-            return self.direct.u @ self.resolvent
+            return self.u @ self.resolvent
         with self.point.forward(live) as run:
             return self._onto_statistics(run, [run.losses])
 
@@ -230,6 +236,6 @@ class Network:
         tol = tolerance(self.structure.losses.dtype)
         if abs(before - after) > tol * (abs(before) + abs(after)) + 1e-3 * tol:
             raise BatchCoupledError(
-                f"sample {n} has loss {before:.6g} within the batch, and {after:.6g} with the same BatchNorm statistics, "
-                "but among other samples. So something else couples the samples too, or they are not where batch_dim= says."
+                f"sample {n} has loss {before:.6g} within the batch, and {after:.6g} with the same BatchNorm statistics "
+                "but among other samples. So something else couples them, or they are not where batch_dim= says."
             )

@@ -56,7 +56,7 @@ def copy(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
     """``c_n``: the hook engine, on the batch as it is."""
     with network.point.recorded() as run:
         unused, _ = run.rows(lambda name, g: emit(name, _rows(g, samples)))
-    return replace(_pass(network, samples), unused=unused)
+    return Pass(_pick(run.losses, samples), run.outputs, unused)
 
 
 def loss(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
@@ -75,7 +75,7 @@ def loss(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
         if name in jacobian and by_samples:
             emit(name, Dense(jacobian.pop(name)))
         elif name in jacobian:
-            u = _pick(network.of_nodes(network.direct.u, which), samples)
+            u = _pick(network.of_nodes(network.u, which), samples)
             emit(name, Dense(_plus(dense(d), u, jacobian.pop(name))))
         else:
             emit(name, d)
@@ -162,7 +162,7 @@ def through(network: Network, layers: Sequence[str], emit: Emit) -> Pass:
         nodes = network.alive(run.nodes)
         A = network.jacobian([h.mean(0) for i in which for h in nodes[i].moments], names)
     last = which == [len(network.structure.nodes) - 1]  # lambda = u: nothing comes after it
-    weights = network.of_nodes(network.direct.u if last else network.adjoints, which)
+    weights = network.of_nodes(network.u if last else network.adjoints, which)
     for name, p in network.problem.parameters.items():
         zeros = p.detach().new_zeros(network.n, *p.shape)
         emit(name, Dense(_plus(zeros, weights, A[name]) if name in A else zeros))
@@ -201,7 +201,9 @@ def _route(network: Network, samples: Tensor | None, size: int) -> str:
 
 
 def _pass(network: Network, samples: Tensor | None) -> Pass:
-    return Pass(_pick(network.structure.losses, samples), network.structure.outputs, network.direct.unused)
+    run = network.direct.run
+    assert run.losses is not None
+    return replace(run, losses=_pick(run.losses, samples))
 
 
 def _pick(x: Tensor, samples: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from ..batch import Batch, Tree, call_model, detached, flatten
 from ..capture import Capture, Reached, reached
@@ -29,6 +30,7 @@ from ..curvature.objective import (
     untouched,
 )  # fmt: skip
 from ..engines.hooks import Seeds, along, forward
+from ..errors import CaptureError
 from ..problem import Emit, Problem
 from .statistics import Explicit, Node, Pool, Replace, Replacement
 
@@ -120,7 +122,13 @@ class Point:
         with untouched(self.problem.model), torch.enable_grad(), twice_differentiable():
             set_random_state(self.random)
             self.passes.forward += 1
-            yield
+            try:
+                yield
+            except CheckpointError as error:
+                raise CaptureError(
+                    "a BatchNorm inside torch.utils.checkpoint is run again by the backward pass, where its statistics "
+                    "can't be made explicit. Turn checkpointing off for the analysis."
+                ) from error
 
     def rows(self, out: Tensor, inputs: Sequence[Tensor], step: int) -> Iterator[tuple[slice, Grads]]:
         """``d out / d inputs`` for ``out [R]``, ``step`` rows at a time: which rows, and ``[r, *shape]`` for each

@@ -118,9 +118,7 @@ def plot_decay(couplings: Iterable[Coupling], ax: Axes | None = None) -> Axes:
 def _by_layer(coupling: Coupling) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Every layer with its part of ``lambda`` and of ``ds/dw``, ``[N, 2 C]`` each."""
     network = coupling.network
-    yield from zip(
-        coupling.layers, network.by_node(network.adjoints), network.by_node(network.deviation), strict=True
-    )
+    yield from zip(coupling.layers, network.by_node(network.adjoints), network.by_node(network.deviation), strict=True)
 
 
 def _legend(ax: Axes) -> Axes:

@@ -251,8 +251,8 @@ class Replace(TorchFunctionMode):
         if layout is None or layout.axis == 1 or x.ndim < 2:
             raise BatchNormError(
                 f"'{name}': can't tell where the samples are in an input of shape {tuple(x.shape)}. Its statistics "
-                "must be over samples: keep them on one axis of their own (not the channel axis), or say where they are "
-                "with batch_dim=."
+                "must be over samples: keep them on one axis of their own (not the channel axis), or say where they "
+                "are with batch_dim=."
             )
         return layout
 

@@ -86,7 +86,7 @@ def mixes(
     (x, a), *others = sampled
     if any(at is not None and at.alone is not None for _, at in sampled):
         lone = func not in _JOINS | _STACKS and func not in _WRITES and func not in _MOVED and a is not None and a.n > 1
-        return lone and not all(b is None or same(a, b) for _, b in others)
+        return lone and a is not None and not all(b is None or same(a, b) for _, b in others)
     if a is not None and _MOVED.get(func) is _sorted and x is args[0] and x.ndim > 1 and a.n > 1:
         return _sort_axis(func, args, kwargs) == a.axis
     if a is None or not others or func in _MOVED or func in _JOINS or func in _WRITES:
@@ -179,8 +179,10 @@ def _reshaped(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], lay
     if layout.n == 1 and new:  # it may be anywhere: not among the features, and where it was if it can be
         axis = min([*kept, 0], key=lambda a: (a == len(new) - 1, abs(a - layout.axis)))
         return Layout(1, axis, inner=new[axis])
-    if kept or layout.owner is not None:
-        return replace(layout, axis=kept[0]) if kept else None
+    if kept:
+        return replace(layout, axis=kept[0])
+    if layout.owner is not None:
+        return _read(layout, _numbers(layout, args[0]).reshape(new), out)
     stride = layout.inner * behind
     for axis in range(len(new)):
         below = prod(new[axis + 1 :])
@@ -231,13 +233,15 @@ def _numbers(layout: Layout, x: Tensor, thin: bool = False) -> Tensor:
     return numbers if thin else numbers.expand(x.shape)
 
 
-def _read(layout: Layout, numbers: Tensor) -> Layout | None:
+def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
     """The axis along which the numbers of samples change, if it is only one."""
     if not numbers.numel():
         empty = [a for a in range(numbers.ndim) if numbers.shape[a] == 0]
         axis = layout.axis if layout.axis in empty else next(iter(empty), None)
         return None if axis is None else Layout(layout.n, axis, owner=numbers.new_zeros(0))
-    for axis in sorted(range(numbers.ndim), key=lambda a: a != layout.axis):
+    last = numbers.ndim - 1  # features, most likely, if all is one sample's
+    axes = [a for a in range(numbers.ndim) if numbers.shape[a] == out.shape[a]]  # others are thin
+    for axis in sorted(axes, key=lambda a: (a == last, numbers.shape[a] == 1, a != layout.axis)):
         line = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
         if bool((line == line[:, :1]).all()):
             return owned(layout.n, axis, line[:, 0])
@@ -253,7 +257,7 @@ def _indexed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layo
         used = [i.ndim if isinstance(i, Tensor) and i.dtype is torch.bool else 1 for i in index]
         whole = {sum(used[:j]) for j, i in enumerate(index) if i == slice(None)} | {*range(sum(used), x.ndim)}
         numbers = numbers[tuple(slice(0, 1) if a in whole - {layout.axis} else slice(None) for a in range(x.ndim))]
-    return _read(layout, func(numbers, *args[1:], **kwargs))
+    return _read(layout, func(numbers, *args[1:], **kwargs), out)
 
 
 def _selected(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
@@ -264,13 +268,13 @@ def _selected(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], lay
 
 
 def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
-    return _read(layout, func(_numbers(layout, args[0]), *args[1:], **kwargs))
+    return _read(layout, func(_numbers(layout, args[0]), *args[1:], **kwargs), out)
 
 
 def _repeated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
     if len(args) == 1:  # repeat_interleave(counts): every sample's number as often as it says
         return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
-    return _read(layout, func(_numbers(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs))
+    return _read(layout, func(_numbers(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
 
 
 def _nonzero(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
@@ -352,9 +356,8 @@ def _one_by_one(
         dim = next((d for d in (*args[1:2], kwargs.get("dim")) if d is not None), 0) % out.ndim
         size = 1 if func in _STACKS else None
         known = [(layouts[id(p)].alone, size or p.shape[dim]) for p in parts if id(p) in layouts]
-        if len(known) < len(parts) or any(k is None for k, _ in known):
-            return None
-        return owned(n, dim, torch.cat([torch.full((count,), k, dtype=torch.long) for k, count in known]))
+        owners = [torch.full((count,), k, dtype=torch.long) for k, count in known if k is not None]
+        return owned(n, dim, torch.cat(owners)) if len(owners) == len(parts) else None
     if func is Tensor.__setitem__ and out is args[0] and isinstance(i := args[1], int) and id(out) not in layouts:
         return _agrees(out, sampled[-1][1], 0, torch.tensor([i % len(out)]))
     first = sampled[0][1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..factors import Dense, Outer, outer
+from ..layout import Layout, samples_first
 from . import Yields, rule, spellings
 from .elementwise import spread
 
@@ -116,3 +117,23 @@ def einsum(call: Call, g: Tensor, equation: Any, *operands: Any) -> Yields:
 
 def _contracted(call: Call, equation: str, g: Tensor, rest: list[Tensor]) -> Dense:
     return Dense(torch.einsum(equation, g, *(call.read(x) for x in rest)))
+
+
+@rule(torch._grouped_mm)
+def grouped_mm(
+    call: Call, g: Tensor, input: Tensor, other: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Yields:
+    """Rows ``[offs[k - 1] : offs[k]]`` times the matrix of expert ``k``, ``other [K, I, O]``."""
+    at = call.layout
+    if input.ndim != 2 or other.ndim != 3 or offs is None or call.sampled(other) or at.axis != 0:
+        return
+    rows = torch.arange(len(input), device=input.device)
+    expert = torch.searchsorted(call.read(offs).to(rows.dtype).contiguous(), rows, right=True)
+    used = expert < len(other)
+    key = Layout(at.n * len(other), owner=(at.owners().to(expert.device) * len(other) + expert)[used])
+
+    def blocks(x: Tensor) -> Tensor:
+        """``[N, K, T, D]``."""
+        return samples_first(x[used], key).unflatten(0, (at.n, len(other)))
+
+    yield other, lambda: outer(blocks(call.read(input)), blocks(g), other.shape)

@@ -83,10 +83,10 @@ def apart(value: Tensor, at: Layout) -> Diagonal | Dense:
     return Dense(rows)
 
 
-Rowlike = Factors | Diagonal | Lone
+Rowlike = Factors | Diagonal
 
 
-def plain(rows: Rowlike) -> Factors:
+def plain(rows: Rowlike | Lone) -> Factors:
     """Rows in one of the common forms."""
     return Dense(rows.dense()) if isinstance(rows, Diagonal | Lone) else rows
 
@@ -114,6 +114,9 @@ def transposed(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: A
     if not isinstance(g, Diagonal) and input.ndim == 2 and tuple(d.shape) == (input.shape[1], input.shape[0]):
         probe = d.func(torch.empty(2, 3), *args, **kwargs)  # a permutation may also be the identity
         yield input, (lambda: transpose(g)) if probe.shape == (3, 2) else _same(g)
+    elif input.ndim == 3 and isinstance(g, Outer) and g.left.shape[1] == input.shape[0]:  # a matrix for each block
+        if d.func(torch.empty(2, 3, 5), *args, **kwargs).shape == (2, 5, 3):
+            yield input, lambda: Outer(g.right, g.left, input.shape)
 
 
 @pullback(*spellings("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"))
@@ -221,7 +224,7 @@ def pulled(d: Derivation, g: Rowlike) -> Iterator[tuple[Tensor, Any]] | None:
     """One step back by a pull-back, if it serves every source of the derivation; else ``None``."""
     from . import PULLBACKS
 
-    if (entry := PULLBACKS.get(d.func)) is None or isinstance(g, Lone):
+    if (entry := PULLBACKS.get(d.func)) is None:
         return None
     try:
         found = list(entry(d, g, *d.args, **d.kwargs))

@@ -1,8 +1,8 @@
-"""Every Python code block of README and docs, and every example in a docstring, runs, and prints what it says it prints.
+"""Every Python block of README and docs, and every example in a docstring, runs, and prints what it says it prints.
 
-A document is one namespace: its blocks run from top to bottom, as a reader would. What a block prints is compared with the
-``output`` block below it, if there is one, and what follows ``>>>`` with the lines below (``...`` stands for anything). Blocks in
-other languages (``console``, ``text``) aren't run.
+A document is one namespace: its blocks run from top to bottom, as a reader would. What a block prints is compared with
+the ``output`` block below it, if there is one, and what follows ``>>>`` with the lines below (``...`` stands for
+anything). Blocks in other languages (``console``, ``text``) aren't run.
 """
 
 from __future__ import annotations

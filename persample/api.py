@@ -16,7 +16,7 @@ from .gradients import Gradients
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
 from .statistics_run import Request, Statistics
-from .verify import run_verified, verified
+from .verify import check_alone, remember, run_verified, verified
 
 
 def gradients(
@@ -128,9 +128,14 @@ def _verified(
         return ENGINES[engine](problem, emit)
 
     known = verified(problem, engine)
-    if engine == "loop" or verify is False or (verify is None and known is not None):
+    if verify is False or (verify is None and known is not None):
         return run(emit, known or ()), "verify=False" if verify is False else ""
     n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
+    if engine != "hooks":
+        check_alone(problem, n)
+    if engine == "loop":  # the definition
+        remember(problem, engine)
+        return run(emit, ()), ""
     return run_verified(problem, engine, emit, run, n)
 
 

@@ -476,7 +476,7 @@ def _when_all_are_there(ends: Sequence[Tensor], then: Callable[[list[Tensor | No
 
     (PyTorch's own hook for several tensors never fires if the backward starts at one of them.)
     """
-    nodes = [end.grad_fn for end in ends]
+    nodes = [end.grad_fn for end in ends if end.grad_fn is not None]
     arrived: dict[int, list[Tensor | None]] = {}
 
     def hook(i: int, g: Tensor) -> None:

@@ -49,7 +49,7 @@ class Collect:
         self.found, self.parameters, self.emit, self.n = found, parameters, emit, n
         self.release, self.scale, self.listen = release, scale, listen
         self.names = {id(p): name for name, p in parameters.items()}
-        self.terms: dict[Key, list[Rowlike]] = {}
+        self.terms: dict[Key, list[Rowlike | Lone]] = {}
         self.emitted: set[str] = set()
         self.served: dict[Key, list[Served]] = {}  # by which function, and how
         self.pending = Counter[Key]()
@@ -179,7 +179,7 @@ class Collect:
 # ---- one call -----------------------------------------------------------------------------------------------------
 
 
-def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Shared, Rowlike, str]]:
+def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Shared, Rowlike | Lone, str]]:
     """The factors of every shared argument of a call, and whether they are by its ``"rule"`` or the ``"fallback"``."""
     shared = {id(s.tensor): s for s in call.shared}
     served: set[int] = set()
@@ -255,17 +255,19 @@ def _rows_of(d: Derivation, seeds: Tensor, leaves: list[Tensor]) -> tuple[Tensor
         return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
 
 
-def total(parts: Sequence[Rowlike]) -> Rowlike:
+def total(parts: Sequence[Rowlike | Lone]) -> Rowlike:
     """The sum of several uses, added in pairs so that nothing is copied more than a few times."""
     if lone := [p for p in parts if isinstance(p, Lone)]:
         rows = lone[0].value.new_zeros(lone[0].n, *lone[0].shape)
         for one in lone:
             rows[one.sample] += one.value
-        parts = [Dense(rows), *(p for p in parts if not isinstance(p, Lone))]
+        return total([Dense(rows), *(p for p in parts if not isinstance(p, Lone))])
     if len(parts) > 1:
         half = len(parts) // 2
         return _plus(total(parts[:half]), total(parts[half:]))
-    return parts[0]
+    (rest,) = parts
+    assert not isinstance(rest, Lone)
+    return rest
 
 
 def _plus(a: Rowlike, b: Rowlike) -> Rowlike:

@@ -134,12 +134,16 @@ def per_sample(loss_fn: LossFunction, outputs: Any, targets: Any = None, batch_d
     The sample axes are as for `persample.gradients`; raises `LossError` where the losses can't be had per sample.
     """
     batch = Batch.of(outputs, targets, batch_dim)
-    whole = loss_fn(outputs, targets)
-    if is_per_sample(whole, batch.n):
+    return batch_losses(loss_fn, batch.inputs, batch.targets, batch.n)
+
+
+def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
+    """``[N]``: the losses of a batch, whatever the criterion returns."""
+    whole = loss_fn(outputs.whole(), targets.whole())
+    if is_per_sample(whole, n):
         return whole
-    tree = batch.inputs
-    losses = lone_losses(loss_fn, tree, batch.targets, batch.n)
-    bad = ignored(losses, tree, batch.targets)
+    losses = lone_losses(loss_fn, outputs, targets, n)
+    bad = ignored(losses, outputs, targets)
     return losses if bad is None else losses.masked_fill(bad, 0)
 
 

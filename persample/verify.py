@@ -29,7 +29,7 @@ from .engines.loop import one_sample
 from .errors import BatchCoupledError, VerificationError
 from .factors import Factors, dense, device, index
 from .layout import one_sample as part_of
-from .losses import per_sample
+from .losses import batch_losses
 from .problem import Emit, Pass, Problem
 from .rules import mutates, spellings
 
@@ -89,8 +89,8 @@ class Probe:
         with restored(self.problem.model):
             loss, grads = (_within_batch if run.coupled else _alone)(self.problem, self.n)
         assert run.losses is not None
-        mine, tol = run.losses[self.n].double(), tolerance(loss.dtype)
-        if loss.isfinite() and not (mine - loss).abs() <= tol * (loss.abs() + mine.abs()) + 1e-3 * tol:
+        mine, tol = run.losses[self.n], tolerance(loss.dtype)
+        if _differ(mine, loss):
             raise LossDiffers(self.n, float(mine), float(loss))
         rows = {
             name: torch.zeros_like(self.rows[name]) if g is None else g for name, g in zip(names, grads, strict=True)
@@ -110,11 +110,34 @@ def _alone(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]
     return loss, grads
 
 
+def check_alone(problem: Problem, n: int) -> None:
+    """For engines that run samples alone: raise where sample ``n`` has another loss within the batch (dropout off)."""
+    with restored(problem.model), NoDropout(), torch.enable_grad():
+        before = random_state()
+        alone = one_sample(problem, n, [])[0]
+        batch = _batch_losses(problem)[n]
+        if not _same_state(before, random_state()):
+            return  # other random draws than dropout: nothing to compare
+    if _differ(batch, alone):
+        raise LossDiffers(n, float(batch), float(alone), find_coupling(problem, n)[0])
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two losses are different beyond rounding."""
+    tol, x, y = tolerance(b.dtype), a.detach().double(), b.detach().double()
+    return bool(y.isfinite()) and not bool((x - y).abs() <= tol * (x.abs() + y.abs()) + 1e-3 * tol)
+
+
+def _batch_losses(problem: Problem) -> Tensor:
+    batch = problem.batch
+    outputs = call_model(problem.model, batch.inputs.whole())
+    return batch_losses(problem.loss_fn, batch.outputs(outputs), batch.targets, batch.n)
+
+
 def _within_batch(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The definition where other parameters are coupled: the ordinary gradient of loss ``n`` of this batch."""
     with torch.enable_grad():
-        outputs = call_model(problem.model, problem.batch.inputs.whole())
-        losses = per_sample(problem.loss_fn, outputs, problem.batch.targets.whole())
+        losses = _batch_losses(problem)
     return losses[n].detach(), torch.autograd.grad(losses[n], list(problem.parameters.values()), allow_unused=True)
 
 

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import rules
 from .errors import BatchCoupledError, CaptureError, HigherOrderError, InplaceError, SampleAxisError
 from .layout import Layout, samples_first
-from .propagate import mixes, propagate
+from .propagate import lone_sample, mixes, propagate
 
 _KEY = "persample"  # of a recorded call in its autograd node's metadata
 
@@ -203,7 +203,10 @@ class Capture(TorchFunctionMode):
         for t in self.roots.values():
             self._mark(t, _Derived(None))
         for t, axis in inputs:
-            self._mark(t, _Derived(None) if axis is None else _Sampled(Layout(n, axis % max(1, t.ndim))))
+            if axis is None:
+                self._mark(t, _Derived(None))
+            else:
+                self._mark(t, _Sampled(lone_sample(t) if n == 1 else Layout(n, axis % max(1, t.ndim))))
         self.active = True
 
     def stop(self) -> None:

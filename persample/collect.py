@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import rules
 from .capture import Call, Derivation, Reached, Shared, reached
-from .errors import BatchCoupledError, CaptureError, SampleAxisError
+from .errors import BatchCoupledError, CaptureError, PersampleError, SampleAxisError
 from .factors import Dense, Factors, add, dense
 from .problem import Emit
 from .rules.derived import Diagonal, Lone, Rowlike, plain, pulled
@@ -118,11 +118,6 @@ class Collect:
 
     def _emit(self, name: str, rows: Rowlike) -> None:
         rows = plain(rows)
-        if len(rows) != self.n or rows.shape != self.parameters[name].shape:
-            raise CaptureError(
-                f"parameter '{name}': a rule gave rows of shape {(len(rows), *rows.shape)} instead of "
-                f"{(self.n, *self.parameters[name].shape)}."
-            )
         self.emitted.add(name)
         self.emit(name, rows)
 
@@ -182,18 +177,17 @@ class Collect:
 def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Shared, Rowlike | Lone, str]]:
     """The factors of every shared argument of a call, and whether they are by its ``"rule"`` or the ``"fallback"``."""
     shared = {id(s.tensor): s for s in call.shared}
-    served: set[int] = set()
-    if call.layout.alone is not None:
-        for tensor, one in of_one(call, grads, [s.tensor for s in call.shared], call.layout.alone):
-            yield shared[id(tensor)], one, "fallback"
-        return
-    for tensor, rows in _by_rule(call, grads):
-        if id(tensor) in shared:
-            served.add(id(tensor))
-            yield shared[id(tensor)], rows, "rule"
+    served: dict[int, Rowlike] = {}
+    try:
+        served = {id(t): rows for t, rows in _by_rule(call, grads)} if call.layout.alone is None else {}
+    except CaptureError:
+        if call.n > 1:  # one sample's rows are the gradient, however its tensors lie
+            raise
+    yield from ((shared[i], rows, "rule") for i, rows in served.items())
     if rest := [s.tensor for i, s in shared.items() if i not in served]:
-        for tensor, dense in by_samples(call, grads, rest):
-            yield shared[id(tensor)], dense, "fallback"
+        one = 0 if call.n == 1 else call.layout.alone
+        for tensor, rows in by_samples(call, grads, rest) if one is None else of_one(call, grads, rest, one):
+            yield shared[id(tensor)], rows, "fallback"
 
 
 def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Rowlike]]:
@@ -207,13 +201,33 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
     except TypeError:
         return []
     found: list[tuple[Tensor, Rowlike]] = []
-    for tensor, factor in rule(call, g, *call.args, **call.kwargs):
-        if call.wants(tensor):
-            try:
-                found.append((tensor, factor()))
-            except NotImplementedError:  # an unusual layout: the fallback serves this tensor
-                found = [(t, rows) for t, rows in found if t is not tensor]
-    return found
+    try:
+        for tensor, factors in rule(call, g, *call.args, **call.kwargs):
+            if call.wants(tensor):
+                try:
+                    found.append((tensor, factors() if callable(factors) else factors))
+                except NotImplementedError:  # an unusual layout: the fallback serves this tensor
+                    found = [(t, rows) for t, rows in found if t is not tensor]
+    except (PersampleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{call.name}: its rule raised {type(error).__name__}: {error}. Correct the rule or remove() it, or use engine='loop'."
+        ) from error
+    return [(tensor, _as_rows(call, tensor, rows)) for tensor, rows in found]
+
+
+def _as_rows(call: Call, tensor: Tensor, rows: Any) -> Rowlike:
+    """What a rule gave; a tensor ``[N, *P]`` is dense rows."""
+    rows = Dense(rows) if isinstance(rows, Tensor) else rows
+    if not isinstance(rows, Rowlike):
+        raise CaptureError(f"{call.name}: its rule gave a {type(rows).__name__} instead of factors or a tensor [N, *P].")
+    n = len(rows.value) if isinstance(rows, Diagonal) else len(rows)
+    if n != call.n or rows.shape != tensor.shape:
+        raise CaptureError(
+            f"{call.name}: its rule gave rows of shape {(n, *rows.shape)} instead of {(call.n, *tensor.shape)}."
+        )
+    return rows
 
 
 def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tuple[Tensor, Rowlike]]:

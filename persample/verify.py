@@ -119,7 +119,7 @@ def check_alone(problem: Problem, n: int) -> None:
         if not _same_state(before, random_state()):
             return  # other random draws than dropout: nothing to compare
     if _differ(batch, alone):
-        raise LossDiffers(n, float(batch), float(alone), find_coupling(problem, n)[0])
+        raise LossDiffers(n, float(batch.detach()), float(alone), find_coupling(problem, n)[0])
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..errors import BatchCoupledError, CaptureError
 from ..factors import Dense, Rows
 from ..layout import samples_first
-from . import Yields, rule, spellings
+from . import Yields, couples, rule, spellings
 from .derived import Diagonal, apart, table_rows
 
 if TYPE_CHECKING:
@@ -68,3 +68,17 @@ def refuse_table_options(call: Call, max_norm: float | None, scale_grad_by_freq:
         raise BatchCoupledError(
             f"{call.name}: scale_grad_by_freq=True divides by how often an entry occurs in the whole batch. Switch it off to get per-sample gradients."
         )
+
+
+@couples(F.embedding)
+def counts_the_batch(
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> str:
+    """Only the gradient is coupled, not the value, so nothing but the option tells."""
+    return "divides gradients by how often an entry occurs in the batch (scale_grad_by_freq=True)" if scale_grad_by_freq else ""

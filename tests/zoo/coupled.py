@@ -16,7 +16,6 @@ from .case import Case, D, N, Problem, T, fn, normal, on, readout, tokens
 
 COUPLED = ("BatchCoupledError", "samples depend on each other")
 ALL = {"hooks": COUPLED, "vmap": COUPLED, "loop": COUPLED}
-NOT_ALONE = {"hooks": COUPLED}
 
 
 class _Between(nn.Module):
@@ -92,7 +91,7 @@ norms = [
 ]  # fmt: skip
 
 hidden = [
-    Case(f"coupled_{name}", build, coupled=True, raises=NOT_ALONE) for name, build in [
+    Case(f"coupled_{name}", build, coupled=True, raises=ALL) for name, build in [
         ("softmax_over_batch", _between(lambda x: x.softmax(0))),
         ("minus_mean", _between(lambda x: x - x.mean(0))),
         ("minus_mean_of_everything", _between(lambda x: x - x.mean())),

@@ -34,10 +34,14 @@ def propagate(
     func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, tensors: Sequence[Tensor], out: Tensor
 ) -> Layout | None:
     """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on samples."""
-    found = _followed(func, args, kwargs, sampled, tensors, out)
-    if found is None and sampled[0][1].n == 1:  # wherever it is, all belongs to the one sample
-        return Layout(1, inner=len(out)) if out.ndim > 1 and len(out) else Layout(1, alone=0)
-    return found
+    if sampled[0][1].n == 1:
+        return lone_sample(out)
+    return _followed(func, args, kwargs, sampled, tensors, out)
+
+
+def lone_sample(x: Tensor) -> Layout:
+    """With N = 1, everything belongs to the one sample: it is where layers look for a batch."""
+    return Layout(1, inner=len(x)) if x.ndim > 1 and len(x) else Layout(1, alone=0)
 
 
 def _followed(
@@ -87,6 +91,8 @@ def mixes(
     if any(at is not None and at.alone is not None for _, at in sampled):
         lone = func not in _JOINS | _STACKS and func not in _WRITES and func not in _MOVED and a is not None and a.n > 1
         return lone and a is not None and not all(b is None or same(a, b) for _, b in others)
+    if a is not None and _MOVED.get(func) is _recurred and not isinstance(args[3], (tuple, list)):
+        return a.axis == 0 and a.n > 1 and x is args[0]
     if a is not None and _MOVED.get(func) is _sorted and x is args[0] and x.ndim > 1 and a.n > 1:
         return _sort_axis(func, args, kwargs) == a.axis
     if a is None or not others or func in _MOVED or func in _JOINS or func in _WRITES:
@@ -176,9 +182,6 @@ def _reshaped(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], lay
         return _kept(layout, len(old), new)
     behind = prod(old[layout.axis + 1 :])
     kept = [a for a in range(len(new)) if new[a] == layout.size and prod(new[a + 1 :]) == behind]
-    if layout.n == 1 and new:  # it may be anywhere: not among the features, and where it was if it can be
-        axis = min([*kept, 0], key=lambda a: (a == len(new) - 1, abs(a - layout.axis)))
-        return Layout(1, axis, inner=new[axis])
     if kept:
         return replace(layout, axis=kept[0])
     if layout.owner is not None:
@@ -430,7 +433,7 @@ def _recurred(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], lay
     """One layer, time first or packed: its outputs, and its last states ``[directions, B, H]``."""
     if isinstance(args[3], (tuple, list)):  # packed
         return layout if out.ndim == 2 else owned(layout.n, 1, layout.owners()[: int(args[1][0])])
-    return layout if layout.axis == 1 and out.ndim == 3 else None  # anything else: samples one after the other in time
+    return layout if layout.fits(out.shape, layout.axis) else None  # if not 1, samples one after the other in time
 
 
 # ---- the table --------------------------------------------------------------------------------------------------

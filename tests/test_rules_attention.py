@@ -176,3 +176,98 @@ def test_transformer(batch_first: bool, norm_first: bool) -> None:
             return out if batch_first else out.transpose(0, 1)
 
     check(Model(), pair(batch_first), axis(batch_first))
+
+
+# ---- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def same_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Rows belong to the masks of that forward: those of one loss of the very same graph."""
+    with persample.extend(model) as recorder:
+        each = losses(model(*inputs))
+        G = recorder.gradients(each)
+    parameters = dict(model.named_parameters())
+    for n, loss in enumerate(each):
+        rows = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)
+        for name, row in zip(parameters, rows, strict=True):
+            torch.testing.assert_close(G[name][n], row, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    total = torch.autograd.grad(each.sum(), list(parameters.values()), materialize_grads=True)
+    for (name, s), row in zip(G.sum().items(), total, strict=True):
+        torch.testing.assert_close(s, row, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("how", ["self", "three"])
+def test_attention_with_dropout(how: str, need_weights: bool) -> None:
+    model = Attention(how, "padding", need_weights, dropout=0.4, batch_first=True, add_bias_kv=True)
+    same_graph(model, pair(True))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_layers_with_dropout(kind: str, norm_first: bool) -> None:
+    make = nn.TransformerDecoderLayer if kind == "decoder" else nn.TransformerEncoderLayer
+    layer = make(E, 2, 11, dropout=0.3, batch_first=True, norm_first=norm_first)
+    same_graph(Layer(layer, kind == "decoder", True, padded=True), pair(True))
+
+
+# ---- functional attention ---------------------------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """Attention written out, with learned queries, keys or memory that have no sample axis or are expanded to have one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.project, self.query = nn.Linear(E, 3 * E), nn.Parameter(torch.randn(1, T, E))
+        self.heads, self.slots = nn.Parameter(torch.randn(2, T, E // 2)), nn.Parameter(torch.randn(2, S, E // 2))
+        self.bias = nn.Parameter(torch.randn(2, S, S))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in torch.tanh(self.project(x)).chunk(3, -1))
+        attend = F.scaled_dot_product_attention
+        if self.how == "plain":
+            out = attend(q, k, v, is_causal=True)
+        elif self.how == "learned_query":
+            out = attend(self.query.expand(n, -1, -1).unflatten(-1, (2, -1)).transpose(1, 2), k, v)
+        elif self.how == "query_by_repeat":
+            out = attend(self.query.repeat(n, 1, 1).unflatten(-1, (2, -1)).transpose(1, 2), k, v)
+        elif self.how == "broadcast_query":
+            out = attend(self.heads, k, v)
+        elif self.how == "learned_memory":
+            out = attend(q, self.slots.sin(), self.slots)
+        elif self.how == "shared_memory_in_front":
+            keys = torch.cat([self.slots.expand(n, -1, -1, -1), k], 2)
+            out = attend(q, keys, torch.cat([self.slots.cos().expand(n, -1, -1, -1), v], 2))
+        elif self.how == "learned_bias":
+            out = attend(q, k, v, attn_mask=self.bias)
+        elif self.how == "grouped_query":
+            out = attend(q, k[:, :1], v[:, :1], enable_gqa=True, scale=0.3)
+        elif self.how == "slices_of_one_weight":
+            w, b = self.project.weight, self.project.bias
+            q, k, v = (F.linear(x, w[i * E : (i + 1) * E], b[i * E : (i + 1) * E]) for i in range(3))
+            out = attend(*(y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (q, k, v)))
+        elif self.how == "chunks_of_one_weight":
+            parts = zip(self.project.weight.chunk(3), self.project.bias.split(E), strict=True)
+            q, k, v = (F.linear(x, w, b) for w, b in parts)
+            out = attend(*(y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (q, k, v)))
+        elif self.how == "heads_in_the_batch":
+            q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+            out = (torch.bmm(q, k.mT).softmax(-1) @ v).unflatten(0, (n, 2))
+        elif self.how == "einsum":
+            out = torch.einsum("nhts,nhsd->nhtd", torch.einsum("nhtd,nhsd->nhts", q, k).softmax(-1), v)
+        return out.transpose(1, 2).flatten(2)
+
+
+FUNCTIONAL = [
+    "plain", "learned_query", "query_by_repeat", "broadcast_query", "learned_memory", "shared_memory_in_front", "learned_bias",
+    "grouped_query", "slices_of_one_weight", "chunks_of_one_weight", "heads_in_the_batch", "einsum",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", FUNCTIONAL)
+@pytest.mark.parametrize("n", [N, S, 2, 1])
+def test_functional_attention(how: str, n: int) -> None:
+    check(Functional(how), torch.randn(n, S, E))

@@ -183,3 +183,80 @@ CELLS = {
 @pytest.mark.parametrize("bias, learned, n", [(True, False, N), (False, True, N), (True, True, T), (True, True, 1)])
 def test_cells_in_a_loop(kind: str, bias: bool, learned: bool, n: int) -> None:
     check(Cells(CELLS[kind](bias=bias), learned), sequences(n=n))
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bidirectional, packed", [(False, False), (True, False), (True, True)])
+def test_dropout_between_layers(kind: str, bidirectional: bool, packed: bool) -> None:
+    """Rows belong to the masks of the very forward; the masks are those that PyTorch would draw."""
+    model = Recurrent(kind, num_layers=3, dropout=0.4, bidirectional=bidirectional, batch_first=True)
+    inputs = (sequences(), torch.tensor([2, 3, 1, 3])) if packed else (sequences(),)
+    torch.manual_seed(3)
+    plain = losses(model(*inputs))
+    torch.manual_seed(3)
+    with persample.extend(model) as recorder:
+        each = losses(model(*inputs))
+        G = recorder.gradients(each)
+    torch.testing.assert_close(each, plain, rtol=0, atol=0)
+    for n, loss in enumerate(each):
+        rows = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        for (name, _), row in zip(model.named_parameters(), rows, strict=True):
+            torch.testing.assert_close(G[name][n], row, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_time_axis_taken_for_samples(kind: str) -> None:
+    layer, own = KINDS[kind]
+    model = layer(I, H, **own)
+    with pytest.raises(persample.BatchCoupledError, match="time axis"):
+        persample.gradients(model, lambda out, _: losses(out[0]), torch.randn(N, 3, I), verify=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_and_selected_parameters(kind: str) -> None:
+    model = Recurrent(kind, num_layers=2, batch_first=True)
+    model.rnn.weight_ih_l1.requires_grad_(False)
+    check(model, sequences())
+    G = persample.gradients(model, losses, sequences(), params=["rnn.bias_hh_l0", "rnn.weight_hh_l1"])
+    assert G.names == ("rnn.bias_hh_l0", "rnn.weight_hh_l1")
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_precision(kind: str) -> None:
+    """Another kernel of PyTorch serves it."""
+    model, x = Recurrent(kind, num_layers=2, bidirectional=True, batch_first=True), sequences()
+    reference = persample.gradients(model, losses, x, engine="loop")
+    G = persample.gradients(model.float(), losses, x.float(), verify=False)
+    for name in G.names:
+        torch.testing.assert_close(G[name].double(), reference[name], rtol=1e-3, atol=1e-3)
+
+
+def test_weights_that_several_layers_share() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.GRU(I, I, batch_first=True), nn.GRU(I, I, batch_first=True)
+            self.b.weight_hh_l0 = self.a.weight_hh_l0
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.a(self.b(self.b(x)[0])[0])[0]
+            return out
+
+    check(Tied(), sequences())
+
+
+def test_output_changed_in_place() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.cell = nn.LSTM(I, H, batch_first=True), nn.LSTMCell(H, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, (h, c) = self.rnn(x)
+            out = out.mul_(1.5).relu_()
+            h, c = self.cell(out[:, 0].clone(), (h[0], c[0]))
+            return torch.cat([h.mul_(2.0), c.sin_()], 1)
+
+    check(InPlace(), sequences())

@@ -37,6 +37,7 @@ class Geometry:
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    deep: bool = False  # whether the first dim is not the weight's: uses and samples that were folded in
 
     def reach(self, positions: tuple[int, ...]) -> tuple[int, ...]:
         """How many entries of the padded input the given output positions read, per dim."""
@@ -197,9 +198,8 @@ def multiplied(a: Tensor, b: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _without_depth(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor, Geometry]:
-    """A leading spatial dim that only repeats, as it comes from folding, as more samples (all summed in the end)."""
-    plain = len(geo.kernel) > 1 and (geo.kernel[0], geo.stride[0], geo.padding[0]) == (1, 1, 0)
-    if not plain or input.shape[2] != grad.shape[2]:
+    """What was folded in as more samples, where all is summed in the end."""
+    if not geo.deep:
         return input, grad, geo
     rest = Geometry(geo.groups, geo.kernel[1:], geo.stride[1:], geo.padding[1:], geo.dilation[1:])
     return input.transpose(1, 2).flatten(0, 1), grad.transpose(1, 2).flatten(0, 1), rest

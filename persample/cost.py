@@ -28,7 +28,7 @@ class Costs:
     samples: int = 512  # of a tile of a Gram
     long: int = 1 << 14  # from this row length on, one call per row beats one call per block
     token_norm: float = 0.9  # norms from products of tokens, against streaming rows
-    token_gram: float = 0.5  # the same for all pairs of samples
+    token_gram: float = 0.8  # the same for all pairs of samples
     pixel_norm: float = 1.1  # norms of convolutions from products of pixels
     pixel_pass: float = 80  # multiplications that one pass over products of pixels is worth
     native_channels: int = 32  # up to so many input channels, a grouped convolution beats one product per offset,
@@ -70,8 +70,7 @@ def outer_gram(n: int, m: int, t: int, s: int, o: int, i: int) -> str:
     """Inner products of ``N x M`` sums of outer products: of all tokens, against streaming both and multiplying rows."""
     c = costs()
     rows = n * m * o * i + (n * t + m * s) * o * i
-    fits = n * t * m * s <= 4 * c.wide
-    return c.outer_gram or ("tokens" if fits and n * t * m * s * (o + i) < c.token_gram * rows else "stream")
+    return c.outer_gram or ("tokens" if n * t * m * s * (o + i) < c.token_gram * rows else "stream")
 
 
 def outer_moments(n: int, t: int) -> str:

@@ -87,8 +87,10 @@ class Conv:
 
     @property
     def geometry(self) -> Geometry:
-        kernel = (1,) * (self.input.ndim - len(self.shape)) + tuple(self.shape[2:])
-        return Geometry(self.input.shape[1] // self.shape[1], kernel, self.stride, self.padding, self.dilation)
+        deep = self.input.ndim > len(self.shape)
+        kernel = (1,) * deep + tuple(self.shape[2:])
+        groups = self.input.shape[1] // self.shape[1]
+        return Geometry(groups, kernel, self.stride, self.padding, self.dilation, deep)
 
 
 Factors = Dense | Outer | Rows | Conv
@@ -148,8 +150,10 @@ def add(a: Factors, b: Factors) -> Factors:
             return outer(_cat(a.left, b.left, 2), _cat(a.right, b.right, 2), a.shape)
         case Rows(), Rows():
             return Rows(torch.cat([a.index, b.index], 1), _cat(a.value, b.value, 1), a.shape)
-        case (Rows(), Outer()) | (Outer(), Rows()) if _one_block(a) and _one_block(b):
-            return add(_as_outer(a), _as_outer(b))
+        case Rows(), Outer() if _table_as_outer(a, b):
+            return add(_as_outer(a), b)
+        case Outer(), Rows() if _table_as_outer(b, a):
+            return add(a, _as_outer(b))
         case Conv(), Conv() if _stackable(a, b):
             a, b = _deepened(a), _deepened(b)
             return replace(a, input=_cat(a.input, b.input, 2), grad=_cat(a.grad, b.grad, 2))
@@ -297,14 +301,13 @@ def _folded(x: Tensor, size: int) -> Tensor:
     return x.reshape(x.shape[0] // size, size, *x.shape[1:])
 
 
-def _one_block(g: Factors) -> bool:
-    return not isinstance(g, Outer) or (g.left.shape[1] == 1 and (g.left.shape[3], g.right.shape[3]) == tuple(g.shape))
+def _table_as_outer(rows: Rows, other: Outer) -> bool:
+    """Whether one-hot tokens are of the other form's kind, and smaller than the gradient."""
+    sides = (other.left.shape[3], other.right.shape[3])
+    return sides == tuple(rows.shape) and rows.index.shape[1] < rows.shape[1]
 
 
-def _as_outer(g: Factors) -> Outer:
-    if isinstance(g, Outer):
-        return g
-    assert isinstance(g, Rows)
+def _as_outer(g: Rows) -> Outer:
     left = g.value.new_zeros(*g.index.shape, g.shape[0]).scatter_(2, g.index.unsqueeze(-1), 1)
     return Outer(left.unsqueeze(1), g.value.unsqueeze(1), g.shape)
 

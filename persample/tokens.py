@@ -41,16 +41,18 @@ def norms(g: Outer) -> tuple[Tensor, Tensor]:
 
 
 def gram(a: Outer, b: Outer) -> Tensor:
-    """``A B^T``, ``[N, M]``, from the products of all tokens."""
+    """``A B^T``, ``[N, M]``, from the products of all tokens, those of some samples with all others at a time."""
     (n, k, t), (m, _, s) = a.left.shape[:3], b.left.shape[:3]
-    left, right = (_all_pairs(x, y) for x, y in ((a.left, b.left), (a.right, b.right)))
-    products = left.mul_(right)
-    return products.sum(0) if t == s == 1 else products.view(k, n, t, m, s).sum((0, 2, 4))
-
-
-def _all_pairs(x: Tensor, y: Tensor) -> Tensor:
-    """``[N, K, T, C]``, ``[M, K, S, C]`` to ``[K, N T, M S]``."""
-    return torch.bmm(x.transpose(0, 1).flatten(1, 2), y.transpose(0, 1).flatten(1, 2).mT)
+    found = a.left.new_empty(n, m)
+    lefts, rights = (f.transpose(0, 1).flatten(1, 2).mT for f in (b.left, b.right))  # [K, *, M S]
+    step = cost.chunk(k * t * m * s, cost.costs().wide)
+    for i in range(0, n, step):
+        left, right = (f[i : i + step].transpose(0, 1).flatten(1, 2) for f in (a.left, a.right))  # [K, N T, *]
+        with borrow(left, k, left.shape[1], m * s) as x, borrow(left, k, left.shape[1], m * s) as y:
+            torch.bmm(left, lefts, out=x)
+            x.mul_(torch.bmm(right, rights, out=y))
+            found[i : i + step] = x.view(k, min(step, n - i), t, m, s).sum((0, 2, 4))
+    return found
 
 
 def weighted_sum(g: Outer, weight: Tensor | None) -> Tensor:

@@ -88,7 +88,8 @@ def test_add_a_second_use(name: str) -> None:
 
 def test_add_mixed_forms() -> None:
     n, v, d = 3, 5, 3
-    all_forms = [make_dense(1, n, (v, d)), make_outer(2, n, 1, 2, v, d), make_rows(3, n, 4, v, d)]
+    all_forms = [make_dense(1, n, (v, d)), make_outer(2, n, 1, 2, v, d), make_rows(3, n, 2, v, d)]
+    all_forms += [make_rows(4, n, 7, v, d), make_outer(5, n, v, 2, 1, d)]
     for a, rows_a in all_forms:
         for b, rows_b in all_forms:
             close(dense(add(a, b)), rows_a + rows_b)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 from forms import examples, flat, forms, make_dense, make_outer, make_rows, randn
@@ -10,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from persample import cost, factors, reductions
-from persample.factors import Dense, Factors
+from persample import cost, factors, reductions, scratch
+from persample.factors import Dense, Factors, Outer
 
 EXAMPLES, SECOND, LARGER = examples(), examples(seed=5), examples(seed=5, n=5)
 same = pytest.mark.parametrize("name", EXAMPLES)
@@ -27,6 +30,7 @@ VARIANTS = {
     "tokens": {"outer_norm": "tokens", "outer_gram": "tokens", "conv_norm": "stream", "conv_rows": "tokens"},
 }  # fmt: skip
 VARIANTS |= {f"{name}_small": SMALL | changes for name, changes in VARIANTS.items()}
+VARIANTS["stream_blocks"] = VARIANTS["stream_small"] | {"long": 1000}
 every_kernel = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -122,3 +126,219 @@ def test_no_samples(name: str) -> None:
     check(g, rows)
     close(reductions.gram(g, b), flat(rows) @ flat(rows_b).mT)
     close(reductions.gram(b, g), flat(rows_b) @ flat(rows).mT)
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------
+
+
+def single(g: Factors) -> tuple[Factors, Tensor]:
+    """``g`` in float32, and the matrix of exactly these numbers in float64."""
+    g = factors.cast(g, torch.float32)
+    return g, factors.dense(factors.cast(g, torch.float64))
+
+
+def opposite_tokens(difference: float, tokens: int = 2) -> Outer:
+    """Tokens in pairs that cancel up to a relative ``difference``."""
+    left, right = randn(0, 4, 1, tokens // 2, 16), randn(1, 4, 1, tokens // 2, 16)
+    left = torch.cat([left, -left + difference * randn(2, *left.shape)], 2)
+    right = torch.cat([right, right + difference * randn(3, *right.shape)], 2)
+    return Outer(left, right, torch.Size((16, 16)))
+
+
+# At 1e-4, rows in float32 themselves have lost four of their seven digits.
+cancelling = pytest.mark.parametrize(("difference", "rtol"), [(1e-2, 1e-4), (1e-3, 1e-4), (1e-4, 1e-3)])
+
+
+@cancelling
+@pytest.mark.parametrize("tokens", [2, 6])
+@pytest.mark.parametrize("variant", ["default", "products", "stream"])
+def test_tokens_that_nearly_cancel(difference: float, rtol: float, tokens: int, variant: str) -> None:
+    g, rows = single(opposite_tokens(difference, tokens))
+    with cost.using(**VARIANTS[variant]):
+        norms, products = reductions.row_dot(g, g), reductions.gram(g, g)
+    expected = flat(rows) @ flat(rows).mT
+    scale = expected.diagonal().sqrt()
+    assert_close(norms.double(), expected.diagonal(), rtol=rtol, atol=0)
+    assert float(((products - expected) / scale / scale[:, None]).abs().max()) < rtol
+
+
+@cancelling
+@pytest.mark.parametrize("variant", ["default", "products", "stream"])
+def test_pixels_that_nearly_cancel(difference: float, rtol: float, variant: str) -> None:
+    sign = torch.ones(8, 8, dtype=torch.float64)
+    sign[:, ::2] = -1
+    input = 1 + difference * randn(0, 4, 64, 8, 8)
+    grad = sign + difference * randn(1, 4, 64, 8, 8)
+    g, rows = single(factors.Conv(input, grad, (1, 1), (0, 0), (1, 1), torch.Size((64, 64, 1, 1))))
+    g3, rows3 = single(factors.Conv(input, grad[..., :6, :6], (1, 1), (0, 0), (1, 1), torch.Size((64, 64, 3, 3))))
+    with cost.using(**VARIANTS[variant]):
+        assert_close(reductions.row_dot(g, g).double(), flat(rows).square().sum(1), rtol=rtol, atol=0)
+        assert_close(reductions.row_dot(g3, g3).double(), flat(rows3).square().sum(1), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["default", "products", "stream", "stream_small"])
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 0.0])
+@pytest.mark.parametrize("form", ["dense", "outer", "outer_one_token", "rows", "conv"])
+def test_moments_around_a_large_mean(form: str, spread: float, variant: str) -> None:
+    """In float32, squares less the squared mean would be negative in half of all entries."""
+    n, like = 20, lambda seed, *shape: 1 + spread * randn(seed, *shape)
+    g, rows = single({
+        "dense": Dense(like(0, n, 3, 4)),
+        "outer": factors.Outer(like(0, n, 2, 3, 3), like(1, n, 2, 3, 4), torch.Size((6, 4))),
+        "outer_one_token": factors.Outer(like(0, n, 2, 1, 3), like(1, n, 2, 1, 4), torch.Size((6, 4))),
+        "rows": factors.Rows(torch.arange(3).expand(n, 3), like(0, n, 3, 4), torch.Size((5, 4))),
+        "conv": factors.Conv(like(0, n, 3, 5, 5), like(1, n, 4, 3, 3), (1, 1), (0, 0), (1, 1), torch.Size((4, 3, 3, 3))),
+    }[form])  # fmt: skip
+    with cost.using(**VARIANTS[variant]):
+        total, square = reductions.moments(g)
+    assert float(square.min()) >= 0
+    assert_close(total.double(), rows.sum(0), rtol=1e-5, atol=0)
+    expected = centred(rows)
+    noise = float((n * rows.mean(0).square()).max()) * 1e-11  # what rounding the rows to float32 makes of no variance
+    assert_close(square.double(), expected, rtol=2e-3 if spread < 1e-2 else 1e-4, atol=noise)
+
+
+def test_products_of_tokens_stream_the_entries_that_cancel() -> None:
+    """Some entries with no variance, among many with much."""
+    left, right = randn(0, 50, 2, 1, 6), randn(1, 50, 2, 1, 5)
+    left[:, 1, 0, 2], right[:, 1, 0, 3] = 3 + 1e-3 * randn(2, 50), 2.0
+    g, rows = single(factors.Outer(left, right, torch.Size((12, 5))))
+    assert_close(reductions.moments(g)[1].double(), centred(rows), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["dense", "outer", "outer_one_token", "outer_many_tokens", "rows", "conv", "transposed"])
+def test_half_precision_is_accumulated_in_float32(name: str, kind: torch.dtype) -> None:
+    g = factors.cast(examples(n=40)[name][0], kind)
+    rows = factors.dense(factors.cast(g, torch.float64))
+    v, matrix, weight = randn(1, *g.shape), randn(2, *g.shape, 3), randn(3, len(g))
+    found = [
+        (reductions.weighted_sum(g, weight), torch.einsum("n,n...->...", weight, rows)),
+        (reductions.square_sum(g), rows.square().sum(0)),
+        (reductions.moments(g)[0], rows.sum(0)),
+        (reductions.moments(g)[1], centred(rows)),
+        (reductions.row_dot(g, g), flat(rows).square().sum(1)),
+        (reductions.gram(g, g), flat(rows) @ flat(rows).mT),
+        (reductions.dot(g, v), flat(rows) @ v.flatten()),
+        (reductions.project(g, matrix), flat(rows) @ matrix.reshape(-1, 3)),
+    ]
+    for actual, expected in found:
+        assert actual.dtype == torch.float32
+        assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dtypes_are_promoted() -> None:
+    (a, rows_a), (b, rows_b) = make_dense(0, 3, (4, 5)), make_outer(1, 3, 1, 2, 4, 5)
+    a32 = factors.cast(a, torch.float32)
+    assert reductions.gram(a32, b).dtype == torch.float64
+    assert_close(reductions.gram(a32, b), flat(rows_a.float().double()) @ flat(rows_b).mT)
+    assert reductions.row_dot(factors.cast(a, torch.float16), factors.cast(b, torch.bfloat16)).dtype == torch.float32
+    mixed = Outer(b.left.float(), b.right, b.shape)
+    assert_close(reductions.row_dot(mixed, mixed), flat(factors.dense(mixed)).square().sum(1))
+
+
+# ---- surroundings -----------------------------------------------------------------------------------------------
+
+
+def everything(g: Factors) -> list[Tensor]:
+    v, weight = torch.ones(g.shape, dtype=torch.float64), torch.ones(len(g), dtype=torch.float64)
+    return [
+        reductions.weighted_sum(g, weight), reductions.square_sum(g), *reductions.moments(g), reductions.row_dot(g, g),
+        reductions.gram(g, g), reductions.dot(g, v), reductions.project(g, v.unsqueeze(-1)), factors.dense(g),
+    ]  # fmt: skip
+
+
+@same
+def test_results_are_plain_numbers_in_any_mode(name: str) -> None:
+    g, expected = EXAMPLES[name][0], everything(EXAMPLES[name][0])
+    tracked = replace(g, **{k: v.clone().requires_grad_() for k, v in vars(g).items()
+                            if isinstance(v, Tensor) and v.is_floating_point()})  # fmt: skip
+    with torch.inference_mode():
+        inferred = everything(g)
+    for found in (everything(tracked)[:-1], inferred):
+        for actual, target in zip(found, expected, strict=False):
+            assert not actual.requires_grad
+            close(actual, target)
+
+
+@same
+def test_autocast_does_not_reach_kernels(name: str) -> None:
+    g = factors.cast(EXAMPLES[name][0], torch.float32)
+    expected = everything(g)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = everything(g)
+        assert torch.is_autocast_enabled("cpu")
+    for actual, target in zip(found, expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert_close(actual, target, rtol=1e-5, atol=1e-5)
+
+
+def test_scratch_made_in_inference_mode_serves_later_calls() -> None:
+    g = EXAMPLES["outer"][0]
+
+    def work() -> list[Tensor]:  # a thread has no scratch yet
+        with torch.inference_mode():
+            everything(g)
+        return everything(g)
+
+    with ThreadPoolExecutor(1) as thread, cost.using(**VARIANTS["stream"]):
+        for actual, target in zip(thread.submit(work).result(), everything(g), strict=True):
+            close(actual, target)
+
+
+def test_scratch_in_use_is_not_handed_out_again() -> None:
+    like = torch.zeros(0)
+    with scratch.borrow(like, 10) as a, scratch.borrow(like, 2, 5) as b:
+        a.fill_(1)
+        b.fill_(2)
+        assert float(a.sum()) == 10
+    with scratch.borrow(like, 10) as c:
+        assert c.data_ptr() in (a.data_ptr(), b.data_ptr())
+
+
+@same
+def test_later_calls_do_not_touch_earlier_results(name: str) -> None:
+    with cost.using(**VARIANTS["stream_small"]):
+        first = everything(EXAMPLES[name][0])
+        copies = [t.clone() for t in first]
+        everything(SECOND[name][0])
+    for actual, copy in zip(first, copies, strict=True):
+        assert torch.equal(actual, copy)
+
+
+def test_two_threads_at_once() -> None:
+    g, (h, _) = make_outer(0, 8, 1, 6, 24, 20)[0], make_outer(1, 8, 1, 6, 24, 20)
+
+    def work(form: Factors) -> list[list[Tensor]]:
+        with cost.using(**VARIANTS["stream"], block=1000, wide=2000):
+            return [everything(form) for _ in range(3)]
+
+    expected = {id(form): everything(form) for form in (g, h)}
+    with ThreadPoolExecutor(2) as threads:
+        for form, results in zip((g, h) * 2, threads.map(work, (g, h) * 2), strict=True):
+            for found in results:
+                for actual, target in zip(found, expected[id(form)], strict=True):
+                    close(actual, target)
+
+
+def test_costs_are_restored() -> None:
+    before = cost.costs()
+    with pytest.raises(ZeroDivisionError), cost.using(block=7, outer_norm="stream"):
+        assert (cost.costs().block, cost.outer_norm(1000, 1, 500, 500)) == (7, "stream")
+        1 / 0  # noqa: B018
+    assert cost.costs() is before
+
+
+def test_the_cost_model_decides_by_shape() -> None:
+    assert cost.outer_norm(16, 128, 256, 1024) == "tokens"
+    assert cost.outer_norm(8, 512, 256, 256) == "stream"
+    assert cost.outer_gram(128, 128, 1, 1, 512, 512) == "tokens"
+    assert cost.outer_gram(64, 64, 64, 64, 512, 128) == "stream"
+    assert cost.conv_norm(128, 128, 100, 64, 9) == "pixels"
+    assert cost.conv_norm(32, 32, 34 * 34, 32 * 32, 9) == "stream"
+    like = torch.empty(0)
+    assert cost.conv_rows(like, 3, 1024, (3, 3)) == "native"
+    assert cost.conv_rows(like, 128, 64, (3, 3)) == "offsets"
+    assert cost.conv_rows(like, 128, 64, (1, 1)) == "tokens"
+    assert cost.conv_rows(like, 3, 1024, (1, 3, 3, 3)) == "offsets"
+    assert cost.conv_rows(like.double(), 3, 1024, (3, 3)) == "offsets"

@@ -84,7 +84,7 @@ def gradients(
             run, note = _verified(
                 problem, engine, statistics.emit, verify, again=statistics.again, max_bytes=max_bytes, coupled=coupled
             )
-            return statistics.finish(run)
+            return statistics.finish(run, note)
         kept: dict[str, Factors] = {}
         run, note = _verified(
             problem,

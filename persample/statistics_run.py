@@ -32,6 +32,7 @@ class Statistics(Quantities):
             raise QuantityError(f"quantities= is empty; ask for some of {list(NEEDS)}.")
         self.names, self.shapes = tuple(shapes), shapes
         self.unused: tuple[str, ...] = ()
+        self.note = ""  # what `Gradients` would carry: a notion under BatchNorm, how rows were verified
         self._n = 0
         kinds = dict.fromkeys(NEEDS[name] for name in self.requests)
         self._stored: dict[str, Parts] = {kind: {} for kind in kinds}
@@ -64,9 +65,9 @@ class Statistics(Quantities):
         """Whether a second backward pass is needed, once all norms are known."""
         return "clip" in self.requests
 
-    def finish(self, run: Pass) -> Statistics:
+    def finish(self, run: Pass, note: str = "") -> Statistics:
         """Take what the engine reports, and make the clipped sum by one weighted backward pass."""
-        self.losses, self.outputs, self.unused = run.losses, run.outputs, run.unused
+        self.losses, self.outputs, self.unused, self.note = run.losses, run.outputs, run.unused, note
         for parts in self._stored.values():
             ordered = {name: parts[name] for name in self.names}
             parts.clear()
@@ -120,7 +121,8 @@ class Statistics(Quantities):
         return super().project(projection)
 
     def __repr__(self) -> str:
-        return f"Statistics(N={len(self)}, parameters={len(self.names)}, quantities={list(self.requests)})"
+        note = f", {self.note}" if self.note else ""
+        return f"Statistics(N={len(self)}, parameters={len(self.names)}, quantities={list(self.requests)}{note})"
 
 
 def _normal(request: Request) -> tuple[str, dict[str, Any]]:

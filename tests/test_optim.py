@@ -229,7 +229,12 @@ def test_coupled_samples_are_refused() -> None:
         for opt in opts:
             with pytest.raises(BatchCoupledError, match="clipping its own row bounds nothing"):
                 opt.step(rows)  # type: ignore[arg-type]
+    for how in ({}, {"quantities": [("clip", {"max_norm": 1.0})]}):
+        with pytest.raises(BatchCoupledError, match="coupled='copy'"):
+            opts[0].step(persample.gradients(net, nn.CrossEntropyLoss(), x, y, coupled="copy", **how))  # type: ignore[arg-type]
     close(flat(net.parameters()), before, 0)
+    for how in ({}, {"quantities": [("clip", {"max_norm": 1.0})]}, {"verify": False}):
+        opts[0].step(persample.gradients(net, nn.CrossEntropyLoss(), x, y, coupled="eval", **how))  # type: ignore[arg-type]
     net.eval()
     for opt in opts:
         opt.step(persample.gradients(net, nn.CrossEntropyLoss(), x, y))  # type: ignore[arg-type]

@@ -68,14 +68,17 @@ class Clipping:
         return total.add(xi, alpha=self.noise_multiplier * self.max_norm)
 
 
+INDEPENDENT = ("", "eval", "coupled='eval'")  # notes on rows in which no sample moves another's
+
+
 def check_independent(G: Quantities) -> None:
     """Raise unless the rows are those of independent samples (``coupled="eval"`` included)."""
-    note = getattr(G, "note", "")
-    if note not in ("", "eval") and not note.startswith("verif"):
+    notes = str(getattr(G, "note", "")).split(", ")
+    if bad := [x for x in notes if x not in INDEPENDENT and not x.startswith(("verif", "not verif"))]:
         raise BatchCoupledError(
-            f"these gradients are of a batch-coupled model (coupled={note!r}): every sample moves the rows of all "
-            "others, so clipping its own row bounds nothing. Use a model without batch statistics (GroupNorm, "
-            "LayerNorm), or model.eval() for frozen ones."
+            f"these gradients are of a batch-coupled model ({bad[0]}): every sample moves the rows of all others, so "
+            "clipping its own row bounds nothing. Use a model without batch statistics (GroupNorm, LayerNorm), or "
+            "model.eval() for frozen ones."
         )
 
 

@@ -137,3 +137,19 @@ def grouped_mm(
         return samples_first(x[used], key).unflatten(0, (at.n, len(other)))
 
     yield other, lambda: outer(blocks(call.read(input)), blocks(g), other.shape)
+
+
+@rule(F.bilinear)
+def bilinear(call: Call, g: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Yields:
+    """``out[o] = sum_ij input1[i] weight[o, i, j] input2[j]``: three vectors a token, of which two are multiplied out."""
+    if not call.sampled(weight) and call.sampled(input1) and call.sampled(input2):
+        yield weight, lambda: _three(call.tokens(g), call.tokens(input1), call.tokens(input2), weight.shape)
+    if bias is not None:
+        yield bias, lambda: spread(call, g, bias)
+
+
+def _three(g: Tensor, x: Tensor, y: Tensor, shape: torch.Size) -> Outer:
+    o, i, j = shape
+    if o + i * j < o * i + j:
+        return product(g, (x.unsqueeze(3) * y.unsqueeze(2)).flatten(2), shape)
+    return product((g.unsqueeze(3) * x.unsqueeze(2)).flatten(2), y, shape)

@@ -134,9 +134,9 @@ def batch_statistics(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> str:
-    if training:
-        return "normalises with the statistics of the batch (training mode)"
-    return "normalises with the statistics of the batch (it has no running statistics)" if running_mean is None else ""
+    if running_mean is None:
+        return "normalises with the statistics of the batch (it has no running statistics)"
+    return "normalises with the statistics of the batch (training mode)" if training else ""
 
 
 @couples(torch.batch_norm, torch.native_batch_norm)

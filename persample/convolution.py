@@ -4,10 +4,10 @@ Row ``n`` of the gradient of a convolution's weight is, at kernel offset ``a``,
 
     ``sum_p grad[n, :, p] (x) input[n, :, p * stride + a * dilation - padding]``.
 
-Cut the padded input into its ``stride x stride`` *phase images* and lay ``grad`` out at the same row pitch (zeros between
-the rows).  Then ``p * stride + a * dilation`` is a constant distance in one of the phase images, so that the input at
-offset ``a`` is a plain *view*: `shifted` returns the tokens of ``grad`` once and one view of the input per offset, and
-nothing is ever copied per offset.  A convolution is thus a direct sum of ``Outer`` forms that share their left side.
+Cut the padded input into its ``stride x stride`` *phase images* and lay ``grad`` out at the same row pitch (zeros
+between the rows).  Then ``p * stride + a * dilation`` is a constant distance in one of the phase images, so that the
+input at offset ``a`` is a plain *view*: `shifted` returns the tokens of ``grad`` once and one view of the input per
+offset, and nothing is copied per offset.  A convolution is a direct sum of ``Outer`` forms that share their left side.
 
 Knows tensors and geometry only.  Any number of spatial dims; positions outside of the input read zero.
 """
@@ -148,15 +148,16 @@ def applied(input: Tensor, grad: Tensor, weight: Tensor, geo: Geometry) -> Tenso
         return grad.new_zeros(n)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geo.kernel) - 1]
     input, padding = _padded(input, tuple(grad.shape[2:]), geo)
-    moved = convolve(input, weight.reshape(-1, weight.shape[1], *geo.kernel), None, geo.stride, padding, geo.dilation, geo.groups)
+    weight = weight.reshape(-1, weight.shape[1], *geo.kernel)
+    moved = convolve(input, weight, None, geo.stride, padding, geo.dilation, geo.groups)
     return moved.mul_(grad).flatten(1).sum(1).view(n, -1).sum(1)
 
 
 def pixel_products(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     """Squared norms of all rows ``[N]`` without forming them, and ``[N]`` the size of the terms they are sums of.
 
-    ``sum_{p, q} <grad_p, grad_q> sum_a <x_{p + a}, x_{q + a}>``: products of all pixels once, then, for one dim after the
-    other, sums along the diagonals (Rochette et al. 2019 write the unfolded form of it).
+    ``sum_{p, q} <grad_p, grad_q> sum_a <x_{p + a}, x_{q + a}>``: products of all pixels once, then, for one dim after
+    the other, sums along the diagonals.
     """
     n, k, positions = len(input), geo.groups, tuple(grad.shape[2:])
     pads = _explicit_pads(tuple(input.shape[2:]), positions, geo)

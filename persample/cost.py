@@ -67,7 +67,7 @@ def outer_norm(n: int, t: int, o: int, i: int) -> str:
 
 
 def outer_gram(n: int, m: int, t: int, s: int, o: int, i: int) -> str:
-    """Inner products of ``N x M`` sums of outer products: of all tokens, against streaming both and multiplying rows."""
+    """Inner products of ``N x M`` sums of outer products: of all tokens, against streaming and multiplying rows."""
     c = costs()
     rows = n * m * o * i + (n * t + m * s) * o * i
     return c.outer_gram or ("tokens" if n * t * m * s * (o + i) < c.token_gram * rows else "stream")
@@ -82,7 +82,7 @@ def outer_moments(n: int, t: int) -> str:
 
 
 def conv_norm(channels: int, outputs: int, pixels: int, positions: int, offsets: int) -> str:
-    """Per group: products of ``pixels`` (padded input) and of ``positions`` (output), against one product per offset."""
+    """Per group: products of ``pixels`` (padded input) and ``positions`` (output), against one product per offset."""
     c = costs()
     gram = pixels**2 * channels + positions**2 * outputs + c.pixel_pass * pixels**2
     fits = pixels**2 <= 4 * c.block
@@ -92,7 +92,7 @@ def conv_norm(channels: int, outputs: int, pixels: int, positions: int, offsets:
 
 
 def conv_rows(like: Tensor, channels: int, positions: int, kernel: tuple[int, ...]) -> str:
-    """How the rows of a convolution are computed: unfolded to tokens, per kernel offset, or by a grouped convolution."""
+    """How the rows of a convolution are computed: unfolded to tokens, per kernel offset, by a grouped convolution."""
     c = costs()
     possible = len(kernel) <= 3  # dims of torch's convolutions
     if c.conv_rows and (possible or c.conv_rows != "native"):
@@ -117,5 +117,3 @@ def chunk(row: int, entries: int | None = None) -> int:
 def cancelled(dtype: torch.dtype) -> float:
     """Below this fraction of its terms, a sum has lost too many digits to be used (4 digits are left in float32)."""
     return float(16 * torch.finfo(dtype).eps ** 0.5)
-
-

@@ -1,20 +1,20 @@
 """Per-sample gradients of one parameter, in the cheapest exact form.
 
-``G [N, |P|]`` is the matrix whose row ``n`` is the gradient of the loss of sample ``n`` with respect to one parameter of
-shape ``P``.  It has ``N |P|`` entries, but what produces it leaves it *factored*:
+``G [N, |P|]`` is the matrix whose row ``n`` is the gradient of the loss of sample ``n`` with respect to one parameter
+of shape ``P``.  It has ``N |P|`` entries, but what produces it leaves it *factored*:
 
-====== ============================================ ================================================================
-form   stores                                       row ``n`` of ``G``
-====== ============================================ ================================================================
-Dense  ``value [N, *P]``                            ``value[n]``
-Outer  ``left [N, K, T, O]``, ``right [N, K, T, I]``  ``sum_t left[n, k, t] (x) right[n, k, t]``, for each of ``K`` blocks
-Rows   ``index [N, T]``, ``value [N, T, D]``          ``sum_t onehot(index[n, t]) (x) value[n, t]``
-Conv   ``input [N, K I, *S]``, ``grad [N, K O, *L]``  the correlation of both, see `persample.convolution`
-====== ============================================ ================================================================
+===== ============================================= ===========================================================
+form  stores                                        row ``n`` of ``G``
+===== ============================================= ===========================================================
+Dense ``value [N, *P]``                             ``value[n]``
+Outer ``left [N, K, T, O]``, ``right [N, K, T, I]`` ``sum_t left[n, k, t] (x) right[n, k, t]``, for all ``K`` blocks
+Rows  ``index [N, T]``, ``value [N, T, D]``         ``sum_t onehot(index[n, t]) (x) value[n, t]``
+Conv  ``input [N, K I, *S]``, ``grad [N, K O, *L]`` the correlation of both, see `persample.convolution`
+===== ============================================= ===========================================================
 
-The forms are closed under `add` (a parameter used several times) and `fold` (several samples counted as one), so that no
-reduction knows about tying.  A rule always returns the form it finds; `compact` is for who *keeps* gradients, and turns
-into `Dense` what is larger as factors.  What can be computed from a form is in `persample.reductions`.
+The forms are closed under `add` (a parameter used several times) and `fold` (several samples counted as one), so that
+no reduction knows about tying.  A rule always returns the form it finds; `compact` is for who *keeps* gradients, and
+turns into `Dense` what is larger as factors.  What can be computed from a form is in `persample.reductions`.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Conv:
-    """A convolution's weight: ``[n, o, i, a] = sum_p grad[n, o, p] input[n, block(o) I + i, p stride + a dilation - padding]``.
+    """A convolution's weight: ``sum_p grad[n, o, p] input[n, block(o) I + i, p stride + a dilation - padding]``.
 
-    Transposed convolutions are of this form too, with the roles of input and output gradient exchanged.  Leading spatial
-    dims that ``shape`` does not have belong to a kernel of size one: that is how samples and uses are folded in.
+    That is entry ``[n, o, i, a]``; what lies outside of the input reads zero.  Transposed convolutions are of this form
+    too, with the roles of input and output gradient exchanged.  One more leading spatial dim than ``shape`` has belongs
+    to a kernel of size one: that is how samples and uses are folded in.
     """
 
     input: Tensor  # [N, K I, *S]
@@ -224,7 +225,7 @@ def reshape(g: Factors, shape: Size) -> Factors:
     match g:
         case Outer():
             return replace(g, shape=shape)
-        case (Rows(shape=own) | Conv(shape=own)) if own == shape:
+        case Rows(shape=own) | Conv(shape=own) if own == shape:
             return g
         case _:
             return Dense(dense(g).reshape(len(g), *shape))

@@ -1,7 +1,7 @@
 """Sums of rows of a table (`Rows`), reduced without forming ``[N, V, D]``.
 
-A sample that looks up an entry several times adds up there, so what is not linear in ``G`` needs these sums first: one row
-for every pair of a sample and an entry that it looked up.  There are at most ``N T`` of them, however large the table.
+A sample that looks up an entry several times adds up there, so what is not linear in ``G`` needs these sums first: one
+row for every pair of a sample and an entry that it looked up.  They are at most ``N T``, however large the table.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """First and second moments of the rows, in parameter space: what is written block by block.
 
 Rows are squared, or centred, as they stream by, each block in cache.  Centring never takes the difference of large sums
-unchecked: a block is centred on its own mean and merged with what came before by the distance of the means (Welford 1962;
-Chan, Golub, LeVeque 1983), so that centred squares are sums of squares, and can't be negative.
+unchecked: a block is centred on its own mean and merged with what came before by the distance of the means (Welford
+1962; Chan, Golub, LeVeque 1983), so that centred squares are sums of squares, and can't be negative.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _merge_block(block: Tensor, count: int, mean: Tensor, square: Tensor) -> Non
 def _product_moments(g: Outer) -> tuple[Tensor, Tensor]:
     """Of outer products, from products of tokens: the sum, and the sum of squares less ``N mean^2``.
 
-    That difference is checked: where less than a hundredth of the squares is left, those rows of the parameter are streamed.
+    That difference is checked: where less than a hundredth of the squares is left, those rows of ``P`` are streamed.
     """
     total, centred = tokens.weighted_sum(g, None), tokens.square_sum(g)
     centred.addcmul_(total, total, value=-1 / len(g))

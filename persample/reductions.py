@@ -13,8 +13,8 @@ primitive        formula                result         serves
 ================ ====================== ============== ==========================================
 
 Each takes a form apart (`persample.streaming`) and reduces the pieces: `Dense` ones directly, `Rows` by table entry
-(`persample.lookup`), an `Outer` by products of tokens (`persample.tokens`) where `persample.cost` says so, else by blocks.
-Half precision is computed in float32: results are float32, or float64 for float64 factors.
+(`persample.lookup`), an `Outer` by products of tokens (`persample.tokens`) where `persample.cost` says so, else by
+blocks.  Half precision is computed in float32: results are float32, or float64 for float64 factors.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _gram(a: Piece, b: Piece) -> Tensor:
 
 
 def _prefers_tokens(a: Outer, b: Outer) -> bool:
-    (n, k, t, o), (m, _, s, _) = a.left.shape, b.left.shape
+    (n, _, t, o), (m, _, s, _) = a.left.shape, b.left.shape
     if a.left.shape[1::2] != b.left.shape[1::2] or cost.outer_gram(n, m, t, s, o, a.right.shape[3]) == "stream":
         return False
     if t == s == 1:

@@ -1,7 +1,7 @@
 """How kernels compute: into reused memory, without autograd and without autocast.
 
-Fresh memory costs more than arithmetic: writing into pages that the kernel has to hand out first runs at a tenth of the
-speed of writing into pages in use.  `borrow` hands out parts of buffers that the calling thread keeps for the next time.
+Fresh memory costs more than arithmetic: writing into pages that the system has to hand out first runs at a tenth of the
+speed of writing into pages in use.  `borrow` hands out parts of buffers that the calling thread keeps for next time.
 Other devices than the CPU have allocators of their own that do this, aware of streams.
 """
 

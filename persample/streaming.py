@@ -1,7 +1,7 @@
 """Every form streams itself: in pieces of a direct sum, and in blocks of some samples x a slice of the parameter.
 
-This is the default of every primitive: norms, Grams and projections add over blocks, moments are written block by block.
-A block is computed into reused memory and read while it is still in cache; ``[N, *P]`` never exists.
+This is the default of every primitive: norms, Grams and projections add over blocks, moments are written block by
+block.  A block is computed into reused memory and read while it is still in cache; ``[N, *P]`` never exists.
 
 A convolution is a direct sum over kernel offsets (`persample.convolution`); with few input channels, one grouped
 convolution gives whole rows; with one position or one offset it is an `Outer`.  Nothing but this file knows which.
@@ -68,7 +68,7 @@ def pieces(g: Factors, split: Split) -> Iterator[Piece]:
             yield from (Dense(part) for part in value.flatten(3).unbind(3))
         case Dense(value), "native":
             yield from (Dense(part) for part in value.split(split.step, 1))
-        case (Dense() | Outer() | Rows()), ("whole" | "tokens"):
+        case (Dense() | Outer() | Rows(), "whole" | "tokens"):
             yield g
         case _:
             yield from pieces(Dense(dense(g)), split)
@@ -132,7 +132,8 @@ def cuts(g: Piece, width: int) -> list[slice]:
             k, o, i = left.shape[1], left.shape[3], right.shape[3]
             step = max(1, width // max(1, i))
             if step < k * o:  # rows of one block at a time
-                return [slice((b * o + r) * i, (b * o + min(o, r + step)) * i) for b in range(k) for r in range(0, o, step)]
+                rows = [(b * o + r, b * o + min(o, r + step)) for b in range(k) for r in range(0, o, step)]
+                return [slice(first * i, last * i) for first, last in rows]
             step = size
         case Rows():
             step = max(1, width // g.shape[1]) * g.shape[1]
@@ -159,7 +160,7 @@ def streamed(g: Piece) -> Iterator[Block]:
 
 
 def tiles(g: Piece) -> tuple[int, list[slice]]:
-    """Samples and parts of blocks of the usual size: whole rows of a few samples, or parts of rows where they are long."""
+    """Samples and parts of blocks of the usual size: whole rows of a few samples, or parts of long rows."""
     entries = g.shape.numel()
     if entries <= cost.costs().wide:
         return cost.chunk(entries), cuts(g, entries)
@@ -172,12 +173,11 @@ def _write(g: Piece, at: slice, part: slice, out: Tensor) -> None:
         case Dense(value):
             out.copy_(value[at].reshape(len(out), g.shape.numel())[:, part])
         case Outer(left, right):
-            o, i = left.shape[3], right.shape[3]
-            if len(out[0]) < g.shape.numel():
-                block, row = divmod(part.start // i, o)
-                left, right = left[at, block, :, row : row + len(out[0]) // i].unsqueeze(1), right[at, block].unsqueeze(1)
-            else:
-                left, right = left[at], right[at]
+            left, right, i = left[at], right[at], right.shape[3]
+            if out.shape[1] < g.shape.numel():  # some rows of one block
+                block, row = divmod(part.start // i, left.shape[3])
+                right = right[:, block : block + 1]
+                left = left[:, block : block + 1, :, row : row + out.shape[1] // i]
             _multiply(left.flatten(0, 1).mT, right.flatten(0, 1), out)
         case Rows(index, value):
             first, last = part.start // g.shape[1], part.stop // g.shape[1]

@@ -1,12 +1,11 @@
 """Sums of outer products, reduced without forming them: products of tokens instead of rows.
 
-Each of these is one closed form of an `Outer`, for the shapes where `persample.cost` finds it cheaper than streaming rows.
+Each of these is one closed form of an `Outer`, for the shapes where `persample.cost` finds it cheaper than streaming.
 Inner products of sums of outer products factor into products of tokens (Goodfellow 2015, Li et al. 2021),
 
     ``<sum_t l_t (x) r_t, sum_s l'_s (x) r'_s> = sum_{t, s} <l_t, l'_s> <r_t, r'_s>``,
 
-but where the terms nearly cancel, so do the digits: what returns a sum of more than one term also returns the size of its
-terms, for the caller to judge.
+but where the terms nearly cancel, so do the digits: `norms` also returns the size of its terms, for callers to judge.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def gram(a: Outer, b: Outer) -> Tensor:
 
 
 def weighted_sum(g: Outer, weight: Tensor | None) -> Tensor:
-    """``weight^T G``, ``[K, O, I]``: the ordinary weight gradient, of scaled tokens, a part of the samples at a time."""
+    """``weight^T G``, ``[K, O, I]``: the ordinary weight gradient, of scaled tokens, some samples at a time."""
     (n, k, t, o), i = g.left.shape, g.right.shape[3]
     total = g.left.new_zeros(k, o, i)
     step = n if weight is None else cost.chunk(k * t * min(o, i), cost.costs().wide)

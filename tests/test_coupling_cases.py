@@ -53,12 +53,13 @@ def seeded(model: nn.Module) -> nn.Module:
 
 def agrees_with_autograd(C: Coupling, model: nn.Module, x: Any, y: Tensor, atol: float = 1e-10) -> None:
     """Rows by both routes, against autograd on the model as it is; their sums; what does not depend on the route."""
-    state = deepcopy(model.state_dict())
+    buffers = [(b, b.clone()) for b in model.buffers()]
     torch.random.manual_seed(5)
     losses = F.cross_entropy(model(*x) if isinstance(x, tuple) else model(x), y, reduction="none")
     parameters = {name: p for name, p in model.named_parameters() if name in C.names}
     rows = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in losses]
-    model.load_state_dict(state)
+    for b, before in buffers:
+        b.copy_(before)
     expected = {name: torch.stack(r) for name, r in zip(parameters, zip(*rows, strict=True), strict=True)}
     effects = []
     for route in ("samples", "statistics"):
@@ -485,6 +486,22 @@ def test_samples_of_unknown_place() -> None:
     )
     with pytest.raises(persample.PersampleError, match="'bn': can't tell where the samples are"):
         persample.coupling(model, CE, *data(6, 5))
+
+
+def test_changes_between_passes_are_noticed() -> None:
+    for change, what in (
+        (lambda m, x: m[0].weight.detach().mul_(2), "parameter '0.weight'"),
+        (lambda m, x: m[1].eval(), "the mode of module '1'"),
+        (lambda m, x: x.add_(1), "the batch"),
+    ):
+        model = seeded(layered(bn1()))
+        x, y = data(6, 5)
+        C = persample.coupling(model, CE, x, y)
+        C.gradients("loss"), model(x)  # a forward pass of the user's is no change
+        C.gradients("copy")
+        change(model, x)
+        with pytest.raises(persample.PersampleError, match=what):
+            C.gradients("copy")
 
 
 def test_checkpointing() -> None:

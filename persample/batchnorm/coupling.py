@@ -51,7 +51,7 @@ def coupling(
 
     Running statistics, ``num_batches_tracked``, ``.grad`` and the random state stay as they are.  Random masks
     (dropout) are those that a forward pass would draw now, and the same in everything the result computes.  It runs
-    passes when something is asked for: parameters, batch and mode must not change meanwhile.
+    passes when something is asked for, and raises `InplaceError` if parameters, batch or modes have changed since.
 
     Raises:
         BatchCoupledError: something else than BatchNorm couples the batch.
@@ -186,8 +186,7 @@ class Coupling:
     def norms(self, per_parameter: bool = False) -> Any:
         """``|G[n, m]|``, ``[N, N]``: how much loss ``n`` depends on the parameters through sample ``m``.
 
-        ``{name: [N, N]}`` per parameter.  ``N`` backward passes, each reduced on arrival.  Diagonal where nothing
-        couples.
+        ``{name: [N, N]}`` per parameter.  ``N`` backward passes, each reduced on arrival.
         """
         return {name: s.sqrt() for name, s in self._squares.items()} if per_parameter else self._total.sqrt()
 
@@ -229,16 +228,14 @@ class Coupling:
     def output_input_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """``|df_n/dx_m|_F``, ``[N, N]``: the Jacobian of the network between samples.
 
-        A pass for every output of every sample; with ``probes`` random sign vectors only ``N * probes``, unbiased for
-        the squares.
+        A pass for every output of every sample; or estimated (unbiased squares) from ``probes`` signs, ``N`` each.
         """
         return table.output_input_squares(self.network, probes, generator).sqrt()
 
     def loss_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """``|dl_n/dtheta|``, ``[N]``; or estimated from ``probes`` Gaussian directional derivatives, a pass each.
 
-        The squares are then unbiased, with a relative standard deviation of ``sqrt(2 / probes)``, whatever ``N`` and
-        ``K``.
+        The squares are then unbiased, with a relative standard deviation of ``sqrt(2 / probes)``.
         """
         if probes is None:
             return self.gradients("loss").norm()  # type: ignore[no-any-return]
@@ -258,15 +255,13 @@ class Coupling:
     def adjoints(self) -> dict[str, tuple[Tensor, Tensor]]:
         """``lambda_n``, ``{layer: (mean [N, C], variance [N, C])}``: which channel couples.
 
-        The total derivatives of every loss with respect to the statistics, later layers included.  ``min(N, K)``
-        passes.
+        Total derivatives of every loss with respect to the statistics, later layers included.  ``min(N, K)`` passes.
         """
         pieces = zip(self.network.by_node(self.network.adjoints), self.layers.items(), strict=True)
         return {name: (both[:, :channels], both[:, channels:]) for both, (name, channels) in pieces}
 
     def statistic_influence(self) -> Tensor:
-        """``T[n, m] = dl_n/dw_m``, ``[N, N]``: the derivative of loss ``n`` in the weight of sample ``m`` in all
-        statistics.
+        """``T[n, m] = dl_n/dw_m``, ``[N, N]``: the derivative of loss ``n`` in sample ``m``'s weight in the statistics.
 
         Weights are normalised, so rows sum to 0; rank at most ``K``.  ``min(N, K)`` passes, shared with `adjoints`.
         """
@@ -301,8 +296,7 @@ class Coupling:
     ) -> dict[str, Tensor]:
         """The diagonal of `ggn`, ``{name: [*P]}``: exactly by ``D`` products, for small networks.
 
-        Or without bias from ``draws`` targets drawn from the model, a backward pass each, where the loss is a
-        log-likelihood.
+        Or without bias from ``draws`` targets drawn from the model (for a log-likelihood), a backward pass each.
         """
         return ggn.diagonal(self.network, draws, generator, reduction)
 
@@ -313,9 +307,7 @@ class Coupling:
         return indices.data_coupling(self._total)
 
     def theta_coupling(self) -> Tensor:
-        """``|dl_n/dtheta - d_n| / |dl_n/dtheta|``, ``[N]``: the share of the statistics; it does not vanish with
-        ``N``.
-        """
+        """``|dl_n/dtheta - d_n| / |dl_n/dtheta|``, ``[N]``: the share of the statistics; no decay with ``N``."""
         return indices.theta_coupling(self.network, self.gradients("loss"))
 
     def participation(self) -> Tensor:

@@ -236,6 +236,6 @@ class Network:
         tol = tolerance(self.structure.losses.dtype)
         if abs(before - after) > tol * (abs(before) + abs(after)) + 1e-3 * tol:
             raise BatchCoupledError(
-                f"sample {n} has loss {before:.6g} within the batch, and {after:.6g} with the same BatchNorm statistics "
-                "but among other samples. So something else couples them, or they are not where batch_dim= says."
+                f"sample {n} has loss {before:.6g} within the batch, {after:.6g} with the same BatchNorm statistics "
+                "but among other samples. So something else couples, or they are not where batch_dim= says."
             )

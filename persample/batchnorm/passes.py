@@ -30,7 +30,7 @@ from ..curvature.objective import (
     untouched,
 )  # fmt: skip
 from ..engines.hooks import Seeds, along, forward
-from ..errors import CaptureError
+from ..errors import CaptureError, InplaceError
 from ..problem import Emit, Problem
 from .statistics import Explicit, Node, Pool, Replace, Replacement
 
@@ -66,11 +66,12 @@ class Point:
 
     problem: Problem
     random: RandomState
+    state: list[tuple[str, Any]]  # what must not change between passes
     passes: Passes = field(default_factory=Passes)
 
     @staticmethod
     def of(problem: Problem) -> Point:
-        return Point(problem, random_state(problem.model))
+        return Point(problem, random_state(problem.model), _state(problem))
 
     @property
     def n(self) -> int:
@@ -119,6 +120,12 @@ class Point:
     @contextmanager
     def _same(self) -> Iterator[None]:
         """Once more from the same state, and back to the one before."""
+        for (what, now), (_, before) in zip(_state(self.problem), self.state, strict=False):
+            if now != before:
+                raise InplaceError(
+                    f"{what} changed since the coupling was set up, so its results would belong to different points. "
+                    "Ask for what you need before the change, or call persample.coupling again after it."
+                )
         with untouched(self.problem.model), torch.enable_grad(), twice_differentiable():
             set_random_state(self.random)
             self.passes.forward += 1
@@ -196,6 +203,14 @@ def _towards(ends: list[Tensor], starts: list[Tensor], found: Reached, wrt: Sequ
     if not ends or not targets:
         return [None] * len(wrt)
     return list(torch.autograd.grad(ends, targets, starts, allow_unused=True, retain_graph=True)[: len(wrt)])
+
+
+def _state(problem: Problem) -> list[tuple[str, Any]]:
+    """Versions and places of the parameters and the batch, and the modes of the modules."""
+    batch = [x for tree in (problem.batch.inputs, problem.batch.targets) for x, _ in tree.tensors()]
+    parameters = [(f"parameter '{name}'", (p._version, p.data_ptr())) for name, p in problem.model.named_parameters()]
+    modes = [(f"the mode of module '{name}'", m.training) for name, m in problem.model.named_modules()]
+    return [*parameters, *modes, *(("the batch", x._version) for x in batch)]
 
 
 class _Under(nn.Module):

@@ -22,7 +22,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -90,19 +89,34 @@ class Call:
     couples: str = ""  # why this call makes samples depend on each other
     listener: Callable[[Call, Sequence[Tensor | None]], None] | None = None  # gets the gradients of the outputs
     results: tuple[Tensor, ...] = ()  # the outputs, detached, where the rule needs them
+    replay: Any = None  # what a node of ours in the graph has to hand on (see `rules.REPLAYED`)
+    expected: int = 0  # how many outputs the losses depend on
+    parts: dict[int, Tensor | None] = field(default_factory=dict)  # gradients of some outputs, in a backward that goes on
+    task: int = -1  # that backward
 
     @property
     def name(self) -> str:
         return function_name(self.func) + (f" (with '{self.where}')" if self.where else "")
 
-    def arrive(self, grads: Sequence[Tensor | None]) -> None:
-        """Called by autograd with the gradients of all outputs."""
-        if self.listener is not None:
-            self.listener(self, grads)
+    def arrive(self, i: int, grad: Tensor | None) -> None:
+        """Called by autograd with the gradient of output ``i``."""
+        if self.listener is None:
+            return
+        if (task := torch._C._current_graph_task_id()) != self.task:
+            self.task, self.parts = task, {}
+        self.parts[i] = grad
+        if len(self.parts) >= (self.expected or len(self.outputs)):
+            self.flush()
+
+    def flush(self) -> None:
+        """Pass on the gradients of all outputs that have one."""
+        parts, self.parts = self.parts, {}
+        if any(g is not None for g in parts.values()) and self.listener is not None:
+            self.listener(self, [parts.get(i) for i in range(len(self.outputs))])
 
     def release(self) -> None:
         """Let go of everything that takes memory."""
-        self.args, self.kwargs, self.shared, self.layouts, self.results = (), {}, [], {}, ()
+        self.args, self.kwargs, self.shared, self.layouts, self.results, self.parts = (), {}, [], {}, (), {}
 
     @property
     def layout(self) -> Layout:
@@ -174,13 +188,20 @@ class Capture(TorchFunctionMode):
     """Records the calls of a forward pass between `start` and `stop`."""
 
     def __init__(
-        self, model: nn.Module, wanted: set[int], listener: Listener | None = None, couplers: Collection[int] = ()
+        self,
+        model: nn.Module,
+        wanted: set[int],
+        listener: Listener | None = None,
+        couplers: Collection[int] = (),
+        once: bool = False,
     ) -> None:
         """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start;
         ``couplers``: which calls, counted
-        from the start, are known to couple the batch although their function needn't.
+        from the start, are known to couple the batch although their function needn't; ``once``: the graph will be
+        differentiated just once, with respect to recorded calls only.
         """
         super().__init__()
+        self.once = once
         self.active = False
         self.wanted = wanted
         self.listener = listener
@@ -311,7 +332,7 @@ class Capture(TorchFunctionMode):
             couples,
             self.listener,
         )
-        out = func(*args, **kwargs)
+        out = self._run(call, func, args, kwargs)
         if func in rules.NESTED:
             out = tuple(t.clone() for t in out)
         self._propagate(func, args, kwargs, tensors, sampled, out)
@@ -325,18 +346,20 @@ class Capture(TorchFunctionMode):
         self._attach(call, [_end(t, tensors, mutates) for t in outputs])
         return out
 
+    def _run(self, call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function itself, or what puts it into a graph that is ours alone."""
+        if self.once and call.shared and func in rules.REPLAYED and not kwargs and not _saves_elsewhere():
+            out = rules.REPLAYED[func](call, *args)
+            if out is not NotImplemented:
+                return out
+        return func(*args, **kwargs)
+
     def _attach(self, call: Call, given: list[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
         """Tie the call to the autograd nodes of its outputs: they own it, and tell it their gradients."""
-        ends, of_output = [end for end, _ in given], [f for _, f in given]
-        for end in ends:
+        for i, (end, gradient) in enumerate(given):
             assert end.grad_fn is not None
             _metadata(end.grad_fn).setdefault(_KEY, []).append((call, end.output_nr))
-        if len(ends) == 1:
-            ends[0].register_hook(lambda g: call.arrive((of_output[0](g),)))
-        elif ends:
-            _when_all_are_there(
-                ends, lambda gs: call.arrive([g if g is None else f(g) for g, f in zip(gs, of_output, strict=True)])
-            )
+            end.register_hook(lambda g, i=i, gradient=gradient: call.arrive(i, g if g is None else gradient(g)))
 
     # ---- what the outputs are -----------------------------------------------------------------------------------
 
@@ -451,6 +474,11 @@ def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: b
         yield into
 
 
+def _saves_elsewhere() -> bool:
+    """Whether saved-tensor hooks are active (checkpointing): they count what a forward saves."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+
+
 def _metadata(node: Node) -> dict[str, Any]:
     """What may be kept with an autograd node, for as long as its graph lives."""
     return node.metadata  # type: ignore[return-value]
@@ -472,25 +500,6 @@ def _end(t: Tensor, arguments: list[Tensor], mutates: bool) -> tuple[Tensor, Cal
         if base.is_contiguous() and t.is_contiguous() and id(base) not in known:
             return base, lambda g: g.reshape(shape)
     return t, lambda g: g
-
-
-def _when_all_are_there(ends: Sequence[Tensor], then: Callable[[list[Tensor | None]], None]) -> None:
-    """Call ``then`` once in a backward, with the gradients of all of ``ends`` that get one.
-
-    (PyTorch's own hook for several tensors never fires if the backward starts at one of them.)
-    """
-    nodes = [end.grad_fn for end in ends if end.grad_fn is not None]
-    arrived: dict[int, list[Tensor | None]] = {}
-
-    def hook(i: int, g: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        grads = arrived.setdefault(task, [None] * len(ends))
-        grads[i] = g
-        if sum(x is not None for x in grads) >= sum(map(torch._C._will_engine_execute_node, nodes)):
-            then(arrived.pop(task))
-
-    for i, end in enumerate(ends):
-        end.register_hook(partial(hook, i))
 
 
 def _is_wrapped(tensors: list[Tensor]) -> bool:
@@ -540,7 +549,9 @@ def reached(start: Iterable[Node | None]) -> Reached:
             for call, _ in found:
                 if call not in seen:
                     seen.add(call)
+                    call.expected = 0
                     result.calls.append(call)
+                call.expected += 1
             continue
         upstream = any(below[n] for n in visited)
         below[node] = upstream or bool(found)

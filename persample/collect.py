@@ -74,7 +74,7 @@ class Collect:
     def detach(self) -> None:
         """Stop listening."""
         for call in self.found.calls if self.listen else ():
-            call.listener = None
+            call.listener, call.parts = None, {}
 
     # ---- arrival ------------------------------------------------------------------------------------------------
 
@@ -146,6 +146,8 @@ class Collect:
 
     def finish(self) -> tuple[str, ...]:
         """Complete what got no gradient; rows of zeros for the unused parameters, whose names are returned."""
+        for call in self.found.calls:
+            call.flush()
         self.detach()
         with torch.no_grad():
             for key in sorted((k for k in self.terms if isinstance(k, Derivation)), key=lambda d: -d.order):

@@ -109,6 +109,7 @@ class Recorder:
         self._outputs: Any = None
         self._calls: list[weakref.ref[Call]] = []
         self._collect: Collect | None = None
+        self._task = -1  # the backward that it collects
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "_before"), prepend=True, with_kwargs=True),
             model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
@@ -247,9 +248,13 @@ class Recorder:
 
     def _listen(self, call: Call, grads: Any) -> None:
         """The first arrival of a backward begins a collection; the end of that backward completes it."""
-        if self._collect is None:
+        task = torch._C._current_graph_task_id()
+        if self._collect is None or task not in (self._task, -1):  # an earlier backward may have raised half way
+            self._task = task
             n = call.layout.n
             calls = [c for c in self._live() if not c.shared or c.layout.n == n]
+            for c in calls:
+                c.parts = c.parts if c.task == task else {}
             self._sink = _Sink(self._parameters, self._aliases, self.quantities)
             self._collect = Collect(
                 Reached(calls), self._parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False
@@ -266,6 +271,8 @@ class Recorder:
         return 1.0 / float(self.reduction() if callable(self.reduction) else self.reduction)
 
     def _finish(self) -> None:
+        for call in self._live():
+            call.flush()
         collect, self._collect = self._collect, None
         if collect is None or self.on_backward is None:
             return

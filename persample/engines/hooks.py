@@ -26,7 +26,8 @@ def hooks(problem: Problem, emit: Emit, *, again: bool = False, couplers: Collec
     """One forward and one backward pass of the whole batch; ``again``: keep the graph for `Pass.weighted`;
     ``couplers``: see `Capture`.
     """
-    capture = Capture(problem.model, {id(p) for p in problem.parameters.values()}, couplers=couplers)
+    wanted = {id(p) for p in problem.parameters.values()}
+    capture = Capture(problem.model, wanted, couplers=couplers, once=not again)
     with torch.enable_grad():
         outputs, losses, seeds, criterion = forward(problem, capture)
     found = reached(t.grad_fn for t, *_ in seeds)

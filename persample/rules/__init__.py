@@ -115,6 +115,10 @@ OPEN: dict[Function, Function] = {f: opened(f) for f in (F.multi_head_attention_
 # Whose outputs are computed from each other: copied, so that the gradient of one doesn't come through another.
 NESTED: set[Function] = {torch.lstm_cell}
 
+# What runs a function as one node of the graph, whose gradients come from the rule: ``(call, *arguments)`` to the outputs,
+# or ``NotImplemented``.
+REPLAYED: dict[Function, Function] = {}
+
 # Whose rule needs ``call.results``, the outputs.
 KEEPS: set[Function] = set()
 

@@ -1,76 +1,79 @@
 """Recurrences: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu``, padded and packed, and their cells.
 
-Several layers in one call are opened into one call per layer (with dropout in between, so its mask is that of the forward
-at hand).  What is left is one layer of one or two directions, in ``R`` *rows*: the states of all sequences at step 0, then those at step 1, ...
-``B`` of them at every step, or as many as are still running if packed.  A cell is a layer of one step.
+Several layers in one call are opened into one call per layer, with dropout in between: its mask is that of the forward at
+hand.  The gradients at the pre-activations of a layer (`persample.recurrence`) are the left factors of its weights; its
+inputs and previous states are the right ones.
 
-A layer's output *is* its sequence of states, so nothing is run again: all gates come from two products over all rows, and all derivatives of one step
-with respect to its gates are elementwise over all rows.  Given these, backpropagation through time is a linear recurrence:
-each step is one product with the recurrent weight and three to five elementwise operations.  It leaves the gradient at every pre-activation, the left factors;
-the layer's inputs and previous states are the right ones.
+Where nobody else differentiates the graph, a layer is put into it as one node with a backward of its own (`replayed`), so
+that backpropagation through time runs once, not once for the factors and once for what comes before the layer.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BatchCoupledError
-from ..factors import Dense
+from ..factors import Dense, Outer
 from ..layout import samples_first
-from . import KEEPS, OPEN, Yields, rule
+from ..recurrence import Given, Solved, Steps, Weights, gru, lstm, simple
+from . import KEEPS, OPEN, REPLAYED, Yields, rule
 from .affine import product
 from .derived import apart
 
 if TYPE_CHECKING:
     from ..capture import Call
 
-LAYERS: dict[Callable[..., Any], str] = {torch.lstm: "lstm", torch.gru: "gru", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu"}
-CELLS: dict[Callable[..., Any], str] = {
-    torch.lstm_cell: "lstm", torch.gru_cell: "gru", torch.rnn_tanh_cell: "tanh", torch.rnn_relu_cell: "relu",
+Solver = Callable[[Weights, Given], Solved]
+Function = Callable[..., Any]
+
+LAYERS: dict[Function, Solver] = {
+    torch.lstm: lstm, torch.gru: gru, torch.rnn_tanh: partial(simple, relu=False), torch.rnn_relu: partial(simple, relu=True),
 }  # fmt: skip
+CELLS: dict[Function, Solver] = {
+    torch.lstm_cell: lstm,
+    torch.gru_cell: gru,
+    torch.rnn_tanh_cell: partial(simple, relu=False),
+    torch.rnn_relu_cell: partial(simple, relu=True),
+}
 KEEPS.update({*LAYERS, *CELLS})
 
 
 # ---- several layers are several calls -----------------------------------------------------------------------------
 
 
-def opened(function: Callable[..., Any]) -> Callable[..., Any]:
+def opened(function: Function) -> Function:
     """``function`` layer by layer, time first; ``NotImplemented`` if it is called like that already."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 9:
             return NotImplemented
         packed = isinstance(args[3], (tuple, list))
-        if packed:
-            x, sizes, hx, weights, biases, layers, dropout, train, both = args
-            batch_first = False
-        else:
-            x, hx, weights, biases, layers, dropout, train, both, batch_first = args
+        x, *args_ = args
+        batch_first = False if packed else args_.pop()
+        sizes = [args_.pop(0)] if packed else []
+        hx, weights, biases, layers, dropout, train, both = args_
         if layers == 1 and not batch_first:
             return NotImplemented
-        states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         x = x.transpose(0, 1) if batch_first else x
         directions, each = 2 if both else 1, len(weights) // layers
-        finals: list[tuple[Tensor, ...]] = []
+        lasts = []
         for layer in range(layers):
-            own = [s.narrow(0, layer * directions, directions) for s in states] if layers > 1 else list(states)
-            h = own[0] if function is not torch.lstm else own
+            own = [s.narrow(0, layer * directions, directions) if layers > 1 else s for s in _states(hx)]
             w = list(weights[layer * each : (layer + 1) * each])
-            if packed:
-                x, *last = function(x, sizes, h, w, biases, 1, 0.0, train, both)
-            else:
-                x, *last = function(x, h, w, biases, 1, 0.0, train, both, False)
-            finals.append(tuple(last))
+            rest = [own if function is torch.lstm else own[0], w, biases, 1, 0.0, train, both]
+            x, *last = function(x, *sizes, *rest, *([] if packed else [False]))
+            lasts.append(last)
             if dropout and train and layer < layers - 1:
                 x = F.dropout(x, dropout)
-        last = [torch.cat(parts) if layers > 1 else parts[0] for parts in zip(*finals, strict=True)]
+        last = [torch.cat(parts) if layers > 1 else parts[0] for parts in zip(*lasts, strict=True)]
         return (x.transpose(0, 1) if batch_first else x, *last)
 
     return run
@@ -79,249 +82,177 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
 OPEN.update({function: opened(function) for function in LAYERS})
 
 
-# ---- one direction of one layer -----------------------------------------------------------------------------------
+def _states(hx: Any) -> list[Tensor]:
+    return list(hx) if isinstance(hx, (tuple, list)) else [hx]
+
+
+# ---- one layer ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Which sequences run at which step: ``sizes[t]`` of them, the first ones; step by step backwards if ``reverse``."""
+class _Layer:
+    """The arguments of a layer, or of a cell, in one form."""
 
-    sizes: Sequence[int]
-    reverse: bool = False
+    solver: Solver
+    input: Tensor  # [T, B, I], packed [R, I], of a cell [B, I]
+    states: list[Tensor]  # [directions, B, H], of a cell [B, H]
+    weights: list[Tensor]
+    biases: bool
+    directions: int
+    sizes: list[int]
 
-    def order(self) -> range:
-        return range(len(self.sizes) - 1, -1, -1) if self.reverse else range(len(self.sizes))
+    def of(self, direction: int, wide: torch.dtype) -> Weights:
+        each = len(self.weights) // self.directions
+        w = [w.to(wide) for w in self.weights[direction * each : (direction + 1) * each]]
+        return Weights(*w) if self.biases else Weights(w[0], w[1], None, None, *w[2:])
 
-    def before(self, rows: Tensor, initial: Tensor) -> Tensor:
-        """What each row's sequence had one step before: ``[R, *]`` from rows ``[R, *]`` and initial states ``[B, *]``."""
-        if len(self.sizes) == 1:
-            return initial
-        if self.sizes[0] == self.sizes[-1]:
-            b = self.sizes[0]
-            return torch.cat([rows[b:], initial] if self.reverse else [initial, rows[:-b]])
-        pieces, steps = [], rows.split(list(self.sizes))
-        for t, size in enumerate(self.sizes):
-            if self.reverse:
-                later = self.sizes[t + 1] if t + 1 < len(self.sizes) else 0
-                pieces += [steps[t + 1], initial[later:size]] if later else [initial[:size]]
-            else:
-                pieces.append(steps[t - 1][:size] if t else initial)
-        return torch.cat(pieces)
-
-
-class Weights(NamedTuple):
-    """Of one direction."""
-
-    ih: Tensor  # [G H, I]
-    hh: Tensor  # [G H, H]
-    b_ih: Tensor | None
-    b_hh: Tensor | None
-    hr: Tensor | None = None  # [P, H]: what makes states of lstm's cells, by default the identity
-
-
-class Solved(NamedTuple):
-    """Gradients at all pre-activations, and at the initial state."""
-
-    ih: Tensor  # [R, G H]
-    hh: Tensor  # [R, G H]; differs from ih for gru only
-    initial: list[Tensor]  # [B, H] for each state
-    hr: tuple[Tensor, Tensor] | None = None  # of a projection: gradient at its output, its input
-
-
-def _gates(x: Tensor, w: Tensor, b: Tensor | None, count: int) -> Tensor:
-    """``[R, G, H]``."""
-    return F.linear(x, w, b).unflatten(1, (count, -1))
-
-
-def _simple(
-    steps: Steps, x: Tensor, before: Tensor, h: Tensor, w: Weights, g: Tensor, final: list[Tensor], initial: list[Tensor], relu: bool
-) -> Solved:
-    """``h = act(a)``: the derivative of either activation is known from its value."""
-    slope = (h > 0).to(h.dtype) if relu else 1 - h * h
-    gate = torch.empty_like(h)
-    state = final[0]
-    for t, (g_t, k, out) in _backwards(steps, g, slope, gate):
-        s = state[: steps.sizes[t]]
-        torch.mul(s.add_(g_t), k, out=out)
-        torch.mm(out, w.hh, out=s)
-    return Solved(gate, gate, [state])
-
-
-def _gru(
-    steps: Steps, x: Tensor, before: Tensor, h: Tensor, w: Weights, g: Tensor, final: list[Tensor], initial: list[Tensor]
-) -> Solved:
-    """``h = (1 - z) n + z before`` with ``r, z = sigmoid(a_ih + a_hh)``, ``n = tanh(a_ih + r a_hh)``."""
-    a, b = _gates(x, w.ih, w.b_ih, 3), _gates(before, w.hh, w.b_hh, 3)
-    r, z = (a[:, :2] + b[:, :2]).sigmoid_().unbind(1)
-    n = torch.addcmul(a[:, 2], r, b[:, 2]).tanh_()
-    new = _tanh_backward(1 - z, n)  # of h with respect to what n is the tanh of
-    k = torch.stack([_sigmoid_backward(new * b[:, 2], r), _sigmoid_backward(before - n, z), new * r], 1)
-    hidden, gate = torch.empty_like(h), torch.empty_like(k)
-    state = final[0]
-    for t, (g_t, k_t, z_t, dh, out) in _backwards(steps, g, k, z, hidden, gate):
-        s = state[: steps.sizes[t]]
-        torch.add(s, g_t, out=dh)
-        torch.mul(dh.unsqueeze(1), k_t, out=out)
-        torch.mul(dh, z_t, out=s)
-        s.addmm_(out.flatten(1), w.hh)
-    ih = torch.cat([gate[:, :2], (hidden * new).unsqueeze(1)], 1)
-    return Solved(ih.flatten(1), gate.flatten(1), [state])
-
-
-def _lstm(
-    steps: Steps, x: Tensor, before: Tensor, h: Tensor, w: Weights, g: Tensor, final: list[Tensor], initial: list[Tensor]
-) -> Solved:
-    """``c = f c_before + i n``, ``h = o tanh(c)``, possibly projected, with ``i, f, o`` sigmoids and ``n`` a tanh."""
-    a = _gates(x, w.ih, w.b_ih, 4)
-    a += _gates(before, w.hh, w.b_hh, 4)
-    a[:, :2].sigmoid_(), a[:, 2].tanh_(), a[:, 3].sigmoid_()
-    i, f, n, o = a.unbind(1)
-    c = i * n
-    state = initial[1].clone()
-    for t, (f_t, c_t) in _forwards(steps, f, c):
-        s = state[: steps.sizes[t]]
-        s.copy_(c_t.addcmul_(f_t, s))
-    c_before = steps.before(c, initial[1])
-    c = c.tanh_()
-    k = torch.empty_like(a)
-    for out, value in zip(k.unbind(1), (_sigmoid_backward(n, i), _sigmoid_backward(c_before, f), _tanh_backward(i, n), _sigmoid_backward(c, o)), strict=True):
-        out.copy_(value)
-    through = _tanh_backward(o, c)  # of h with respect to c
-    gate = torch.empty_like(a)
-    hidden = torch.empty_like(g) if w.hr is not None else None
-    state, cell = final
-    parts = [g, k, through, f, gate] + ([hidden] if hidden is not None else [])
-    for t, (g_t, k_t, through_t, f_t, out, *proj) in _backwards(steps, *parts):
-        s, sc = state[: steps.sizes[t]], cell[: steps.sizes[t]]
-        dh = s.add_(g_t)
-        if w.hr is not None:
-            proj[0].copy_(dh)
-            dh = dh @ w.hr
-        sc.addcmul_(dh, through_t)
-        torch.mul(sc.unsqueeze(1), k_t[:, :3], out=out[:, :3])
-        torch.mul(dh, k_t[:, 3], out=out[:, 3])
-        sc.mul_(f_t)
-        torch.mm(out.flatten(1), w.hh, out=s)
-    gates = gate.flatten(1)
-    return Solved(gates, gates, [state, cell], None if hidden is None else (hidden, o * c))
-
-
-def _forwards(steps: Steps, *rows: Tensor) -> Any:
-    """The rows of each step, in the order in which the recurrence ran."""
-    pieces = list(zip(*(r.split(list(steps.sizes)) for r in rows), strict=True))
-    return ((t, pieces[t]) for t in steps.order())
-
-
-def _backwards(steps: Steps, *rows: Tensor) -> Any:
-    return _forwards(Steps(steps.sizes, not steps.reverse), *rows)
-
-
-def _sigmoid_backward(g: Tensor, y: Tensor) -> Tensor:
-    return torch.ops.aten.sigmoid_backward(g, y)
-
-
-def _tanh_backward(g: Tensor, y: Tensor) -> Tensor:
-    return torch.ops.aten.tanh_backward(g, y)
-
-
-# ---- rules --------------------------------------------------------------------------------------------------------
-
-
-SOLVERS: dict[str, Callable[..., Solved]] = {
-    "lstm": _lstm,
-    "gru": _gru,
-    "tanh": lambda *args: _simple(*args, relu=False),
-    "relu": lambda *args: _simple(*args, relu=True),
-}
+    @property
+    def wide(self) -> torch.dtype:
+        """What it is computed in: half precision would lose too much on the way back."""
+        return torch.promote_types(self.weights[0].dtype, torch.float32)
 
 
 @rule(*LAYERS)
 def layer(call: Call, g: Any, input: Tensor, *args: Any) -> Yields:
     packed = isinstance(args[2], (tuple, list))
-    sizes, (hx, weights, biases, layers, _, _, both) = (args[0].tolist(), args[1:8]) if packed else ([], args[:7])
+    sizes = args[0].tolist() if packed else [input.shape[1]] * input.shape[0]
+    hx, weights, biases, layers, _, _, both = args[1:8] if packed else args[:7]
     if layers != 1 or (not packed and args[7]):
         return  # not opened: somebody else's call
-    if not packed:
-        if call.layout.axis != 1 and call.n > 1:
-            raise BatchCoupledError(
-                f"{call.name}: the samples lie on the time axis, so the recurrence runs from sample to sample. Give the layer "
-                "batches of sequences (batch_first=True if the batch comes first), or say where the samples are with batch_dim=."
-            )
-        sizes = [input.shape[1]] * input.shape[0]
-    yield from _rows(call, LAYERS[call.func], g, input, hx, list(weights), biases, both, sizes)
+    if not packed and call.layout.axis != 1 and call.n > 1:
+        raise BatchCoupledError(
+            f"{call.name}: the samples lie on the time axis, so the recurrence runs from sample to sample. Give the layer "
+            "batches of sequences (batch_first=True if the batch comes first), or say where the samples are with batch_dim=."
+        )
+    one = _Layer(LAYERS[call.func], input, _states(hx), list(weights), biases, 2 if both else 1, sizes)
+    yield from _rows(call, one, g)
 
 
 @rule(*CELLS)
-def cell(call: Call, g: Any, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None) -> Yields:
+def cell(
+    call: Call, g: Any, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Yields:
     if input.ndim == 2 and (b_ih is None) == (b_hh is None):
         weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+        one = _Layer(CELLS[call.func], input, _states(hx), weights, b_ih is not None, 1, [len(input)])
         g = [g] if isinstance(g, Tensor) else g
-        yield from _rows(call, CELLS[call.func], [g[0], None, *g[1:]], input, hx, weights, b_ih is not None, False, [len(input)])
+        yield from _rows(call, one, [g[0], None, *g[1:]])
 
 
-def _rows(
-    call: Call, kind: str, grads: Sequence[Tensor | None], input: Tensor, hx: Any, weights: list[Tensor], biases: bool, both: bool, sizes: list[int]
-) -> Yields:
-    """All shared arguments of a layer; ``grads`` of the output, of the last state, and of lstm's last cell."""
-    states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
-    directions = 2 if both else 1
-    each = len(weights) // directions
-    wide = torch.promote_types(weights[0].dtype, torch.float32)
-    at, b = call.layout, sizes[0]
-
-    def flat(x: Tensor, width: int) -> Tensor:
-        return call.read(x).to(wide).reshape(-1, width)  # [R, width]
-
-    def slots(x: Tensor | None, d: int, like: Tensor) -> Tensor:
-        """``[B, H]``: direction ``d`` of an initial state, or of the gradient of a last one."""
-        x = torch.zeros_like(like) if x is None else x
-        return (x if x.ndim == 2 else x[d]).to(wide, copy=True)
+def _rows(call: Call, one: _Layer, grads: Sequence[Tensor | None]) -> Yields:
+    """All shared arguments; ``grads`` of the output, of the last state, and of lstm's last cell."""
+    at = call.layout
 
     @cache
-    def solved(d: int) -> tuple[Weights, Tensor, Tensor, Solved]:
-        given = [w.to(wide) for w in weights[d * each : (d + 1) * each]]
-        w = Weights(*given) if biases else Weights(given[0], given[1], None, None, *given[2:])
-        out = call.outcome()[0].chunk(directions, -1)[d]
-        h = flat_of(out)
-        g = torch.zeros_like(h) if grads[0] is None else flat_of(grads[0].chunk(directions, -1)[d])
-        steps = Steps(sizes, d == 1)
-        initial = [slots(call.read(s), d, s) for s in states]
-        final = [slots(x, d, s) for x, s in zip(grads[1:], states, strict=True)]
-        x = flat(input, input.shape[-1])
-        before = steps.before(h, initial[0])
-        return w, x, before, SOLVERS[kind](steps, x, before, h, w, g, final, initial)
+    def solved(direction: int) -> Solved:
+        return _solved(call, one, grads, direction)
 
-    def flat_of(x: Tensor) -> Tensor:
-        return x.to(wide).reshape(-1, x.shape[-1])
-
-    def tokens(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
         """``[N, T, *]``, from rows in the order of the output."""
-        rows = rows.to(dtype)
+        x = x.to(dtype)
         if at.n == 1:
-            return rows.unsqueeze(0)
-        rows = rows if call.func in CELLS or at.axis == 0 else rows.unflatten(0, (len(sizes), b))
-        return samples_first(rows, at).flatten(1, -2)
+            return x.unsqueeze(0)
+        return samples_first(x if at.axis == 0 else x.unflatten(0, (len(one.sizes), -1)), at).flatten(1, -2)
 
-    for i, p in enumerate(weights):
-        d, which = divmod(i, each)
-        yield p, lambda p=p, d=d, which=which: _weight(solved(d), which if biases or which < 2 else 4, p, tokens)
-    if not call.sampled(input):
-        yield input, lambda: apart(sum(s.ih @ w.ih for w, _, _, s in map(solved, range(directions))).view(input.shape).to(input.dtype), at)
-    for i, p in enumerate(states):
+    def weight(p: Tensor, direction: int, which: int) -> Outer | Dense:
+        """The factors of ``w_ih, w_hh, b_ih, b_hh, w_hr``."""
+        s = solved(direction)
+        if which == 4:
+            assert s.hr is not None
+            return product(rows(s.hr[0], p.dtype), rows(s.hr[1], p.dtype), p.shape)
+        left = rows(s.hh if which % 2 else s.ih, p.dtype)
+        if which > 1:
+            return Dense(left.sum(1))
+        x = s.before if which else call.read(one.input).reshape(len(s.before), -1)
+        return product(left, rows(x, p.dtype), p.shape)
+
+    def input_gradient() -> Tensor:
+        parts = [solved(d).ih @ one.of(d, one.wide).ih for d in range(one.directions)]
+        return torch.stack(parts).sum(0).view(one.input.shape).to(one.input.dtype)
+
+    def state_gradient(i: int) -> Tensor:
+        p = one.states[i]
+        return torch.stack([solved(d).initial[i] for d in range(one.directions)]).view(p.shape).to(p.dtype)
+
+    each = len(one.weights) // one.directions
+    for i, p in enumerate(one.weights):
+        direction, which = divmod(i, each)
+        which = which if one.biases or which < 2 else 4
+        yield p, partial(weight, p, direction, which)
+    if not call.sampled(one.input):
+        yield one.input, lambda: apart(input_gradient(), at)
+    for i, p in enumerate(one.states):
         if not call.sampled(p):
-            yield p, lambda i=i, p=p: apart(
-                torch.stack([solved(d)[3].initial[i] for d in range(directions)]).view(p.shape).to(p.dtype), call.outputs[-1][1] or at
-            )
+            yield p, lambda i=i: apart(state_gradient(i), call.outputs[-1][1] or at)  # type: ignore[misc]
+    if call.replay is not None:
+        wanted = call.replay.wanted
+        call.replay.passed = [
+            (input_gradient() if i == 0 else state_gradient(i - 1)) if want else None for i, want in enumerate(wanted)
+        ]
 
 
-def _weight(solved: tuple[Weights, Tensor, Tensor, Solved], which: int, p: Tensor, tokens: Callable[[Tensor, torch.dtype], Tensor]) -> Any:
-    """The factors of ``w_ih, w_hh, b_ih, b_hh, w_hr``."""
-    _, x, before, s = solved
-    if which == 4:
-        assert s.hr is not None
-        left, right = s.hr
-    else:
-        left, right = (s.hh if which % 2 else s.ih), (before if which else x)
-    if which in (2, 3):
-        return Dense(tokens(left, p.dtype).sum(1))
-    return product(tokens(left, p.dtype), tokens(right, p.dtype), p.shape)
+def _solved(call: Call, one: _Layer, grads: Sequence[Tensor | None], direction: int) -> Solved:
+    def flat(x: Tensor) -> Tensor:
+        return x.to(one.wide).reshape(-1, x.shape[-1])
+
+    def slots(x: Tensor) -> Tensor:
+        """``[B, H]``, a copy: initial states, or gradients of last ones."""
+        return (x if x.ndim == 2 else x[direction]).to(one.wide, copy=True)
+
+    h = flat(call.outcome()[0].chunk(one.directions, -1)[direction])
+    g = torch.zeros_like(h) if grads[0] is None else flat(grads[0].chunk(one.directions, -1)[direction])
+    initial = [slots(call.read(s)) for s in one.states]
+    final = [torch.zeros_like(s) if x is None else slots(x) for x, s in zip(grads[1:], initial, strict=True)]
+    given = Given(Steps(one.sizes, direction == 1), flat(call.read(one.input)), h, initial, g, final)
+    return one.solver(one.of(direction, one.wide), given)
+
+
+# ---- a layer as one node of the graph -----------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Replay:
+    """What a layer's node in the graph has to hand on to the layer's inputs."""
+
+    wanted: list[bool]  # of the input and the initial states: whether they have a gradient
+    passed: list[Tensor | None] | None = None  # by the rule
+
+
+class _Node(torch.autograd.Function):
+    """Outputs that are already there, with the rule's gradients of the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, outputs: list[Tensor], anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        call: Call = ctx.call
+        assert call.replay is not None
+        with torch._C.DisableTorchFunction():
+            if call.replay.passed is None:  # nobody listened
+                deque(layer(call, grads, *call.args), maxlen=0)
+        passed, call.replay.passed = call.replay.passed, None
+        assert passed is not None
+        return None, None, None, *passed
+
+
+def replayed(call: Call, *args: Any) -> Any:
+    """Run a layer's call outside of autograd, and put it back into the graph as one node."""
+    packed = isinstance(args[3], (tuple, list))
+    hx = args[2 if packed else 1]
+    if any(call.sampled(w) for w in call.args[3 if packed else 2]):
+        return NotImplemented
+    with torch.no_grad():
+        outputs = list(call.func(*args))
+    inputs = [args[0], *_states(hx)]
+    inputs = [x.detach() if call.wants(x) else x for x in inputs]
+    call.replay = Replay([x.requires_grad for x in inputs])
+    anchor = torch.empty(0, requires_grad=True)  # there is a gradient, also where none of the inputs has one
+    return _Node.apply(call, outputs, anchor, *inputs)  # type: ignore[no-untyped-call]
+
+
+REPLAYED.update(dict.fromkeys(LAYERS, replayed))

@@ -386,8 +386,8 @@ def test_gauss_newton_keeps_the_sum_over_outputs(name: str) -> None:
     torch.testing.assert_close(C.ggn().dense(), G, rtol=0, atol=TIGHT)
     exact = flat(C.ggn_diagonal(reduction="sum"), 0)
     torch.testing.assert_close(exact, len(C) * G.diagonal(), rtol=0, atol=TIGHT)
-    mc = flat(C.ggn_diagonal(draws=3000, generator=torch.Generator().manual_seed(0)), 0)
-    assert float((mc - G.diagonal()).norm() / G.diagonal().norm()) < 0.1
+    mc = flat(C.ggn_diagonal(draws=1000, generator=torch.Generator().manual_seed(0)), 0)
+    assert float((mc - G.diagonal()).norm() / G.diagonal().norm()) < 0.15
     theta = setup.copies()
     D = torch.stack([  # at fixed statistics the samples' own Jacobians
         flat(dict(zip(theta, torch.autograd.grad(y.sum(), list(theta.values()), retain_graph=True), strict=True)), 1)

@@ -2,6 +2,9 @@
 
 The layer: :func:`jacobian` gives ``d y / d x`` as a structured operator; :func:`convert` makes the BatchNorm modules of
 a model expose it after every forward, without changing anything else about them.
+
+The network: `persample.coupling`, and of what it returns the pictures ``plot_layers``, ``plot_spectrum``,
+``plot_notions``, ``plot_decay``.
 """
 
 from persample.batchnorm.jacobian import BatchNormJacobian, Spectrum

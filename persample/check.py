@@ -74,7 +74,7 @@ class CheckReport:
 
     def _cells(self) -> list[list[str]]:
         return [
-            [r.name, r.served, f"{r.error:.1e}", f"{r.sum_error:.1e}", r.verdict, f"{r.reason} {r.way_out}".strip()]
+            [r.name, r.served, _error(r.error), _error(r.sum_error), r.verdict, f"{r.reason} {r.way_out}".strip()]
             for r in self.rows
         ]
 
@@ -89,13 +89,12 @@ class CheckReport:
         below = (
             "" if self.failure is None else f"<p><b>{type(self.failure).__name__}</b>: {escape(str(self.failure))}</p>"
         )
-        return below + html_table(
-            _CHECK,
-            self._cells(),
-            self._title(),
-            [1.0] * len(self.rows),
-            [colour.get(r.verdict, "#D55E00") for r in self.rows],
-        )
+        marks = [colour.get(r.verdict, "#D55E00") for r in self.rows]
+        return html_table(_CHECK, self._cells(), self._title(), marks=marks) + below
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}" if value == value else "-"  # NaN: nothing was compared
 
 
 _CHECK = ("parameter", "served by", "row error", "sum error", "verdict", "reason and way out")
@@ -297,7 +296,8 @@ class Explanation:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(_EXPLAIN, self._cells(), self._title(), [r.kept / max(1, self.kept) for r in self.rows])
+        shares = [r.kept / max(1, self.kept) for r in self.rows]
+        return html_table(_EXPLAIN, self._cells(), self._title(), shares, bar_name="share of kept")
 
 
 _EXPLAIN = ("parameter", "shape", "served by", "form", "kept", "[N, *P]", "why")

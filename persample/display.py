@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .gradients import Gradients
     from .quantities import Quantities
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # told apart by everyone (Okabe and Ito 2008)
+# Told apart by everyone (Okabe and Ito 2008).
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def pyplot() -> Any:
@@ -49,21 +51,27 @@ def gradients_html(G: Gradients, limit: int = 40) -> str:
 
 
 def plot_norms(Q: Quantities, ax: Axes | None = None) -> Axes:
-    """Histogram of the gradient norms of the samples, on logarithmic bins."""
+    """Histogram of the gradient norms of the samples; on logarithmic bins where they differ by more than a decade."""
     ax = ax if ax is not None else pyplot().subplots(layout="constrained")[1]
     norm: Tensor = Q.norm().double().cpu()
     positive = norm[norm > 0]
+    logarithmic = False
     if len(positive):
         low, high = float(positive.min()), float(positive.max())
-        bins = (low * (high / low) ** (i / 30) for i in range(31)) if high > low else [low * 0.5, low * 2]
-        ax.hist(positive.numpy(), bins=sorted(bins), color=BLUE)
+        logarithmic = high > 10 * low
+        if logarithmic:
+            bins = [low * (high / low) ** (i / 30) for i in range(30)] + [high]
+        else:
+            bins = [low + (high - low) * i / 30 for i in range(30)] + [high] if high > low else [low * 0.5, low * 2]
+        ax.hist(positive.numpy(), bins=bins, color=BLUE)
         ax.axvline(float(norm.median()), color=ORANGE, linestyle="--", label=f"median {float(norm.median()):.3g}")
         ax.legend(frameon=False)
     zeros = len(norm) - len(positive)
     ax.set(
-        xscale="log",
+        xscale="log" if logarithmic else "linear",
         xlabel="gradient norm of a sample (unscaled loss)",
         ylabel="samples",
         title=f"{len(norm)} samples" + (f", {zeros} with gradient 0" if zeros else ""),
     )
+    ax.locator_params(axis="y", integer=True)
     return ax

@@ -20,15 +20,21 @@ def html_table(
     rows: Sequence[Sequence[str]],
     title: str = "",
     bars: Sequence[float] | None = None,
-    colours: Sequence[str] | None = None,
+    marks: Sequence[str] | None = None,
+    bar_name: str = "",
 ) -> str:
-    """The same as HTML; ``bars`` (0 to 1) adds a small bar to every row, ``colours`` one for its mark."""
+    """The same as HTML; ``bars`` (0 to 1) adds a small bar to the end of every row, ``marks`` a dot of that colour to
+    its beginning.
+    """
     body = []
     for i, row in enumerate(rows):
-        bar = "" if bars is None else _td(_bar(bars[i], colours[i] if colours else "#0072B2"), "td")
-        body.append(f"<tr>{''.join(_td(escape(str(c)), 'td') for c in row)}{bar}</tr>")
-    head = "".join(_td(escape(c), "th") for c in header) + ("" if bars is None else _td("", "th"))
-    caption = f"<caption style='text-align:left;caption-side:top'>{escape(title)}</caption>" if title else ""
+        mark = "" if marks is None else _td(_dot(marks[i]), "td")
+        bar = "" if bars is None else _td(_bar(bars[i]), "td")
+        body.append(f"<tr>{mark}{''.join(_td(escape(str(c)), 'td') for c in row)}{bar}</tr>")
+    names = [*([] if marks is None else [""]), *header, *([] if bars is None else [bar_name])]
+    head = "".join(_td(escape(name), "th") for name in names)
+    style = "text-align:left;caption-side:top;padding:2px 8px"
+    caption = f"<caption style='{style}'>{escape(title)}</caption>" if title else ""
     table = "<div style='overflow-x:auto'><table style='border-collapse:collapse'>"
     return f"{table}{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
@@ -37,9 +43,13 @@ def _td(content: str, tag: str) -> str:
     return f"<{tag} style='text-align:left;padding:2px 8px;border:none'>{content}</{tag}>"
 
 
-def _bar(share: float, colour: str) -> str:
+def _bar(share: float) -> str:
     width = max(0.0, min(1.0, share)) * 80
-    return f"<div style='background:{colour};height:10px;width:{width:.0f}px'></div>"
+    return f"<div style='background:#0072B2;height:10px;width:{width:.0f}px'></div>"
+
+
+def _dot(colour: str) -> str:
+    return f"<div style='background:{colour};height:10px;width:10px;border-radius:5px'></div>"
 
 
 def bytes_text(size: float) -> str:

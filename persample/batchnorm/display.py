@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
 import torch
+
+from ..display import pyplot
+from ..report import html_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,38 +28,34 @@ def summary(J: BatchNormJacobian) -> dict[str, str]:
     return facts
 
 
-def html(J: BatchNormJacobian) -> str:
-    """A table of the summary and of the channel that is strongest in each respect."""
-    facts = summary(J)
-    scale = J.scale.abs().amax(0)
-    channel = int(scale.argmax())
-    facts["largest |weight / s|"] = f"{float(scale[channel]):.4g} (channel {channel})"
-    if J.coupled:
-        leverage = J.leverage()
-        n, c = divmod(int(leverage.argmax()), leverage.shape[1])
-        facts["largest leverage"] = f"{float(leverage[n, c]):.4g} (sample {n}, channel {c})"
-    facts["rank per channel"] = _range(J.rank())
-    row = "<tr><th style='text-align:left'>{}</th><td>{}</td></tr>"
-    rows = "".join(row.format(escape(name), escape(value)) for name, value in facts.items())
-    return f"<table><caption>BatchNormJacobian</caption>{rows}</table>"
+def html(J: BatchNormJacobian, limit: int = 8) -> str:
+    """The summary, and one line for each of the channels that the layer amplifies most; ``O(N C S)``."""
+    scale, rank, share = J.scale.abs().amax(0), J.rank(), J.coupling_share()
+    sample = J.leverage().max(0)
+    channels = scale.argsort(descending=True)[:limit].tolist()
+    rows = [
+        [
+            str(c),
+            f"{float(scale[c]):.3g}",
+            str(int(rank[c])),
+            f"{float(sample.values[c]):.3g} (sample {int(sample.indices[c])})" if J.coupled else "0",
+            "-" if share[c].isnan() else f"{100 * float(share[c]):.3g} %",
+        ]
+        for c in channels
+    ]
+    header = ("channel", "|weight / s|", "rank", "largest leverage", "|J|² between samples")
+    more = f"; the {limit} channels with the largest |weight / s|" if len(scale) > limit else ""
+    bars = share[channels].nan_to_num().tolist()
+    return html_table(header, rows, f"{J!r}{more}", [x / (max(bars) or 1.0) for x in bars])
 
 
 def plot(J: BatchNormJacobian, ax: Axes | None, diagonal: bool) -> Axes:
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError("plot() needs matplotlib: pip install persample[plot]") from error
     norms = J.block_norms()
     if not diagonal:
         norms.fill_diagonal_(torch.nan)
     if ax is None:
-        ax = plt.subplots()[1]
+        ax = pyplot().subplots(layout="constrained")[1]
     image = ax.imshow(norms.cpu().numpy(), vmin=0)
     ax.figure.colorbar(image, ax=ax, label=r"$\|\partial y_n / \partial x_m\|_F$")
     ax.set(xlabel="input of sample m", ylabel="output of sample n", title="BatchNorm coupling")
     return ax
-
-
-def _range(values: torch.Tensor) -> str:
-    low, high = int(values.min()), int(values.max())
-    return str(low) if low == high else f"{low} to {high}"

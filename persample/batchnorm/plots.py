@@ -5,13 +5,16 @@ when drawing).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..display import PALETTE, pyplot
+from ..report import html_table
 from .notions import NOTIONS
+
+MARKERS = ("o", "s", "^", "x", "+")  # beside colours, for those who don't see them
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,26 +36,30 @@ def summary(coupling: Coupling) -> dict[str, str]:
 
 
 def html(coupling: Coupling) -> str:
-    """The summary, and the parameters that each layer's statistics depend on first."""
-    row = "<tr><th style='text-align:left'>{}</th><td>{}</td></tr>"
-    facts = dict(summary(coupling))
-    seen: set[str] = set()
-    for layer, channels in coupling.layers.items():
+    """One line for every BatchNorm call: its channels, the parameters that its statistics are the first to couple, and
+    how much the batch loss depends on the samples' weights in them, ``|sum_n T[n, :]|`` from that layer alone.
+    """
+    facts = "; ".join(f"{name}: {value}" for name, value in summary(coupling).items())
+    if not coupling.layers:
+        return html_table(("BatchNorm call",), [], f"Coupling({facts})")
+    network, rows, pull, seen = coupling.network, [], [], set[str]()
+    layers = zip(coupling.layers.items(), network.by_node(network.deviation * network.structure.total), strict=True)
+    for (layer, channels), part in layers:
         new = [name for name, on in coupling.coupled.items() if layer in on and name not in seen]
         seen.update(new)
-        facts[layer] = f"{channels} channels; first to couple {', '.join(new) or 'nothing new'}"
-    if coupling.layers:
-        facts["not coupled"] = ", ".join(coupling.uncoupled) or "none"
-    body = "".join(row.format(escape(name), escape(value)) for name, value in facts.items())
-    return f"<table><caption>Coupling</caption>{body}</table>"
+        pull.append(float(part.sum(1).norm()))
+        rows.append([layer, str(channels), ", ".join(new) or "nothing new", f"{pull[-1]:.3g}"])
+    rows.append(["-", "-", f"not coupled: {', '.join(coupling.uncoupled) or 'none'}", ""])
+    header = ("BatchNorm call", "channels", "first to couple", "pull on the summed loss")
+    return html_table(header, rows, f"Coupling({facts})", [*(x / (max(pull) or 1.0) for x in pull), 0.0])
 
 
 def heat_map(norms: Tensor, ax: Axes | None) -> Axes:
     """``[N, N]`` as colours, without the diagonal, which would hide the rest."""
     ax = ax or _axes()
     image = ax.imshow(norms.detach().cpu().double().fill_diagonal_(float("nan")).numpy(), vmin=0)
-    ax.figure.colorbar(image, ax=ax, label=r"$|\partial l_n / \partial \theta_m|$")
-    ax.set(xlabel="parameters as used by sample m", ylabel="loss n", title="coupling by BatchNorm, n != m")
+    ax.figure.colorbar(image, ax=ax, label=r"$\|\partial \ell_n / \partial \theta^{(m)}\|$")
+    ax.set(xlabel="parameters as used by sample m", ylabel="loss n", title="coupling by BatchNorm, n ≠ m")
     return ax
 
 
@@ -60,11 +67,13 @@ def plot_layers(coupling: Coupling, ax: Axes | None = None) -> Axes:
     """Coupling by layer and channel: the Frobenius norm of ``T`` from one channel's statistics alone, sorted."""
     ax = ax or _axes()
     start = 0
-    for name, adjoint, deviation in _by_layer(coupling):
+    for i, (name, adjoint, deviation) in enumerate(_by_layer(coupling)):
         strength = channel_strength(adjoint, deviation).sort(descending=True).values
-        ax.bar(range(start, start + len(strength)), strength.tolist(), width=1.0, label=name)
+        place, colour = range(start, start + len(strength)), PALETTE[i % len(PALETTE)]
+        ax.bar(place, strength.tolist(), width=1.0, label=name, color=colour)
         start += len(strength) + 1
-    ax.set(xlabel="channels, layer by layer", ylabel="|T| of the channel", title="which statistics couple the losses")
+    ax.set(xlabel="channels, layer by layer", ylabel=r"$\|T\|$ of the channel", title="which statistics couple")
+    ax.set_xticks([])
     return _legend(ax)
 
 
@@ -79,11 +88,12 @@ def plot_spectrum(coupling: Coupling, ax: Axes | None = None) -> Axes:
     """Singular values of the statistic-influence matrix ``T`` (rank at most ``K``), and of every layer's part of it."""
     ax = ax or _axes()
     parts = {name: adjoint @ deviation.mT for name, adjoint, deviation in _by_layer(coupling)}
-    for name, matrix in {"all layers": coupling.statistic_influence(), **parts}.items():
+    for i, (name, matrix) in enumerate({"all layers": coupling.statistic_influence(), **parts}.items()):
         values = torch.linalg.svdvals(matrix.double())
         values = values[values > 1e-12 * values[0]]
-        ax.semilogy(range(1, len(values) + 1), values.tolist(), marker=".", label=name, lw=1 if name in parts else 2)
-    ax.set(xlabel="k", ylabel="singular value of T", title="influence through the statistics")
+        style = {"label": name, "lw": 1 if name in parts else 2, "color": PALETTE[i % len(PALETTE)]}
+        ax.semilogy(range(1, len(values) + 1), values.tolist(), marker=".", **style)
+    ax.set(xlabel="k", ylabel="k-th singular value of T", title="influence through the statistics")
     return _legend(ax)
 
 
@@ -91,8 +101,9 @@ def plot_notions(coupling: Coupling, notions: Sequence[str] | None = None, ax: A
     """Norms of the per-sample gradients by each notion (all five by default), side by side; samples by their losses."""
     ax = ax or _axes()
     order = coupling.losses.argsort().cpu()
-    for notion in NOTIONS if notions is None else notions:
-        ax.plot(coupling.gradients(notion).norm().cpu()[order].tolist(), marker=".", lw=0.5, label=notion)
+    for i, notion in enumerate(NOTIONS if notions is None else notions):
+        norms = coupling.gradients(notion).norm().cpu()[order]
+        ax.plot(norms.tolist(), MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], ms=4, label=notion)
     ax.set(xlabel="samples, by their loss", ylabel="norm of the gradient", title="'the gradient of sample n'")
     return _legend(ax)
 
@@ -109,9 +120,12 @@ def plot_decay(couplings: Iterable[Coupling], ax: Axes | None = None) -> Axes:
         sizes.append(n)
         data.append(float(coupling.input_norms().fill_diagonal_(0).sum() / (n * (n - 1))))
         theta.append(float(coupling.theta_coupling().mean()))
-    ax.loglog(sizes, data, marker="o", label="|dl_n / dx_m|, n != m")
-    ax.loglog(sizes, theta, marker="o", label="share of dl_n / dtheta through the statistics")
-    ax.set(xlabel="N", title="what vanishes with the size of the batch")
+    through = r"share of $\partial \ell_n / \partial \theta$ through the statistics"
+    ax.loglog(sizes, theta, marker="s", color=PALETTE[1], label=through)
+    ax.loglog(sizes, data, marker="o", color=PALETTE[0], label=r"$\|\partial \ell_n / \partial x_m\|$, n ≠ m")
+    ax.set(xlabel="samples in the batch, N", ylabel="mean over samples", title="what vanishes in large batches")
+    ax.set_xticks(sizes, [str(n) for n in sizes])
+    ax.minorticks_off()
     return _legend(ax)
 
 
@@ -128,8 +142,5 @@ def _legend(ax: Axes) -> Axes:
 
 
 def _axes() -> Axes:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install persample[plot]") from error
-    return plt.subplots()[1]
+    ax: Axes = pyplot().subplots(layout="constrained")[1]
+    return ax

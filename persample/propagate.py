@@ -1,12 +1,12 @@
 """How operations move the samples of a batch: the `Layout` of an output, from those of the arguments.
 
-====================  ===================================================================================================
+====================  =================================================================================================
 views                 done again to a shadow of the tensor in which only the sample axis has a stride
 indexing, repeating   done again to the samples' numbers instead of their entries; so are concatenation and sorting
-writing into a part   the layout of the whole under which the part's entries belong to the samples that they come from
-anything else         samples stay where their size is found again; where that can't be told apart, the function is called
-                      once more for its shapes only (device "meta"), with one sample more
-====================  ===================================================================================================
+writing into a part   the layout of the whole under which the part's entries belong to the samples they come from
+anything else         samples stay where their size is found again; where that can't be told apart, the function is
+                      called once more for its shapes only (device "meta"), with one sample more
+====================  =================================================================================================
 
 ``None`` means "can't tell", and is an error only where a parameter meets such a tensor.
 """
@@ -31,9 +31,14 @@ Follow = Callable[[Function, tuple[Any, ...], dict[str, Any], Layout, Tensor], "
 
 
 def propagate(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, tensors: Sequence[Tensor], out: Tensor
+    func: Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sampled: Sampled,
+    tensors: Sequence[Tensor],
+    out: Tensor,
 ) -> Layout | None:
-    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that depend on samples."""
+    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that have samples."""
     if sampled[0][1].n == 1:
         return lone_sample(out)
     return _followed(func, args, kwargs, sampled, tensors, out)
@@ -45,14 +50,21 @@ def lone_sample(x: Tensor) -> Layout:
 
 
 def _followed(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, tensors: Sequence[Tensor], out: Tensor
+    func: Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sampled: Sampled,
+    tensors: Sequence[Tensor],
+    out: Tensor,
 ) -> Layout | None:
     first, layout = sampled[0]
     if any(at.alone is not None for _, at in sampled):
         return _one_by_one(func, args, kwargs, sampled, out)
     if args and first is args[0] and (follow := _MOVED.get(func)) is not None and not _is_choice(func, args):
         return follow(func, args, kwargs, layout, out)
-    if func in _MASKED and len(args) > 1 and first is args[1] and first.dtype is torch.bool:  # constants picked by a mask
+    if (
+        func in _MASKED and len(args) > 1 and first is args[1] and first.dtype is torch.bool
+    ):  # constants picked by a mask
         return _nonzero(func, (first,), {}, layout, out)
     if func in _JOINS:
         return _joined(args, kwargs, sampled, out)
@@ -175,7 +187,9 @@ def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor) -> Layout | No
 # ---- views ------------------------------------------------------------------------------------------------------
 
 
-def _reshaped(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _reshaped(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     """Reshaping keeps the order of all entries: follow the sample's place in the flat index."""
     old, new = args[0].shape, out.shape
     if prod(old) != prod(new):  # view(dtype)
@@ -195,7 +209,9 @@ def _reshaped(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], lay
     return None
 
 
-def _viewed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _viewed(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     """Do the same to a shadow in which only the sample axis has a stride."""
     x = args[0]
     if not x.numel():
@@ -213,7 +229,9 @@ def _viewed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layou
     axis = places[0]
     if view.shape[axis] == size and view.stride(axis) == 1:
         return replace(layout, axis=axis)
-    some = torch.arange(view.shape[axis]) * view.stride(axis) + view.storage_offset()  # a part of the samples
+    some: Tensor = (
+        torch.arange(view.shape[axis]).mul(view.stride(axis)).add(view.storage_offset())
+    )  # a part of the samples
     return owned(layout.n, axis, layout.owners()[some.clamp(max=layout.size - 1)])
 
 
@@ -251,7 +269,9 @@ def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
     return None
 
 
-def _indexed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _indexed(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     x, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
     if all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index):
         return _viewed(func, args, kwargs, layout, out)
@@ -263,7 +283,9 @@ def _indexed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layo
     return _read(layout, func(numbers, *args[1:], **kwargs), out)
 
 
-def _selected(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _selected(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     dim, index = _bind(args[1:], kwargs, "dim", "index")
     if dim % max(1, args[0].ndim) != layout.axis:
         return layout
@@ -274,18 +296,24 @@ def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout
     return _read(layout, func(_numbers(layout, args[0]), *args[1:], **kwargs), out)
 
 
-def _repeated(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _repeated(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     if len(args) == 1:  # repeat_interleave(counts): every sample's number as often as it says
         return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
     return _read(layout, func(_numbers(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
 
 
-def _nonzero(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _nonzero(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     """Where a mask is true: as many entries as there are, each of its place's sample."""
     return owned(layout.n, 0, layout.owners().to(args[0].device)[args[0].nonzero()[:, layout.axis]])
 
 
-def _sorted(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _sorted(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     """A list of samples in another order; a table sorted over the samples mixes them."""
     x = args[0]
     if _sort_axis(func, args, kwargs) != layout.axis:
@@ -301,7 +329,7 @@ def _sort_axis(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     place = 2 if func in _named("topk") else 1
     given = [a for a in (*args[place : place + 2], kwargs.get("dim")) if isinstance(a, int) and not isinstance(a, bool)]
     dim = given[0] if given else 0 if func in _named("msort") else -1
-    return dim % max(1, args[0].ndim)
+    return int(dim % max(1, args[0].ndim))
 
 
 def _joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
@@ -320,7 +348,9 @@ def _joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out
     if len(known) != len(parts) and out.is_floating_point():
         return None
     nobody = [out.new_full((p.shape[dim],), -1, dtype=torch.long) for p in parts]
-    owners = [layouts[id(p)].owners().to(out.device) if id(p) in layouts else no for p, no in zip(parts, nobody, strict=True)]
+    owners = [
+        layouts[id(p)].owners().to(out.device) if id(p) in layouts else no for p, no in zip(parts, nobody, strict=True)
+    ]
     return owned(first.n, dim, torch.cat(owners))
 
 
@@ -331,11 +361,11 @@ def _bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out
     if input.ndim == 2:
         at = layouts.get(id(input), sampled[-1][1])
         return at if at.axis == 0 else None
-    if (at := layouts.get(id(offsets))) is not None:
-        owners = at.owners()
+    if (by := layouts.get(id(offsets))) is not None:
+        owners = by.owners()
         if len(owners) == len(out) + 1:  # with the end of the last bag
             owners = owners[:-1] if int(owners[-1]) < 0 else owners[1:]
-        return owned(at.n, 0, owners) if len(owners) == len(out) and bool((owners >= 0).all()) else None
+        return owned(by.n, 0, owners) if len(owners) == len(out) and bool((owners >= 0).all()) else None
     at = sampled[0][1]
     if at.axis != 0 or input.shape[0] != at.size:
         return None
@@ -370,7 +400,9 @@ def _one_by_one(
 # ---- writing into a part ----------------------------------------------------------------------------------------
 
 
-def _written(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+def _written(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+) -> Layout | None:
     """What becomes of a constant into which samples are written."""
     value, layout = sampled[-1]
     if func is Tensor.__setitem__:
@@ -412,7 +444,9 @@ def _assigned(args: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor)
 # ---- sequences --------------------------------------------------------------------------------------------------
 
 
-def _packed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _packed(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     """``_pack_padded_sequence(input, lengths, batch_first)``: time-major, the longest sample first."""
     _, lengths, batch_first = args[:3]
     if layout.axis != (0 if batch_first else 1) or out.shape[:1] != (int(lengths.sum()),):
@@ -421,7 +455,9 @@ def _packed(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layou
     return owned(layout.n, 0, torch.cat([owners[: int((lengths > t).sum())] for t in range(int(lengths.max()))]))
 
 
-def _unpacked(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _unpacked(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     """``_pad_packed_sequence(data, batch_sizes, batch_first, ...)``: the first step names every sample."""
     _, batch_sizes, batch_first = args[:3]
     if out.ndim < 2:  # the lengths
@@ -429,7 +465,9 @@ def _unpacked(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], lay
     return owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
 
 
-def _recurred(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+def _recurred(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
     """One layer, time first or packed: its outputs, and its last states ``[directions, B, H]``."""
     if isinstance(args[3], (tuple, list)):  # packed
         return layout if out.ndim == 2 else owned(layout.n, 1, layout.owners()[: int(args[1][0])])

@@ -1,12 +1,12 @@
-"""Backpropagation through time, by hand: the gradient at every pre-activation of one direction of one recurrent layer.
+"""Backpropagation through time, by hand: the gradient at every pre-activation of one direction of a recurrent layer.
 
-A layer is ``R`` *rows*: the states of all sequences at step 0, then those at step 1, ...; ``B`` of them at every step, or as
-many as are still running (packed sequences, the longest first).  A cell is a layer of one step.
+A layer is ``R`` *rows*: the states of all sequences at step 0, then those at step 1, ...; ``B`` of them at every step,
+or as many as are still running (packed sequences, the longest first).  A cell is a layer of one step.
 
-The layer's outputs ``h [R, H]`` are given, so no recurrence runs again: all gates come from two products over all rows, and
-the derivatives of a step with respect to its gates are elementwise over all rows.  Given these, backpropagation is a
-*linear* recurrence: a step is one product with the recurrent weight and three to six elementwise operations on ``[B, H]``.
-This module knows tensors only.
+The layer's outputs ``h [R, H]`` are given, so no recurrence runs again: all gates come from two products over all
+rows, and the derivatives of a step with respect to its gates are elementwise over all rows.  Given these,
+backpropagation is a *linear* recurrence: a step is one product with the recurrent weight and three to six elementwise
+operations on ``[B, H]``.  This module knows tensors only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Steps:
     reverse: bool = False
 
     def before(self, rows: Tensor, initial: Tensor) -> Tensor:
-        """What every row's sequence had one step before: ``[R, *]`` from rows ``[R, *]`` and initial states ``[B, *]``."""
+        """What each row's sequence had one step before: ``[R, *]`` from rows ``[R, *]``, initial states ``[B, *]``."""
         sizes, b = self.sizes, self.sizes[0]
         if len(sizes) == 1:
             return initial
@@ -50,7 +50,9 @@ class Steps:
         steps = rows.split(list(sizes))
         if not self.reverse:
             return torch.cat([initial, *(step[:size] for step, size in zip(steps, sizes[1:], strict=False))])
-        pieces = [piece for step, size in zip(steps[1:], sizes, strict=False) for piece in (step, initial[len(step) : size])]
+        pieces = [
+            piece for step, size in zip(steps[1:], sizes, strict=False) for piece in (step, initial[len(step) : size])
+        ]
         return torch.cat([*pieces, initial[: sizes[-1]]])
 
     def forwards(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -85,7 +87,8 @@ class Solved(NamedTuple):
 
 def _gates(x: Tensor, w: Tensor, b: Tensor | None, count: int) -> Tensor:
     """``[R, G, H]``."""
-    return F.linear(x, w, b).unflatten(1, (count, -1))
+    gates: Tensor = F.linear(x, w, b).unflatten(1, (count, -1))
+    return gates
 
 
 def simple(w: Weights, given: Given, relu: bool) -> Solved:

@@ -127,8 +127,17 @@ def test_one_operation(name: str, shape: tuple[int, ...]) -> None:
 def test_selection_by_value() -> None:
     x = torch.arange(12.0).view(4, 3)
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]).bool()
-    for operation in (lambda m: x[m], lambda m: m.nonzero(), lambda m: torch.where(m)[0], lambda m: m.nonzero(as_tuple=True)[1]):
-        _, found = recorded(operation, mask, Layout(4)) if operation(mask).dtype is torch.int64 else recorded(lambda x: x[mask], x, Layout(4))
+    for operation in (
+        lambda m: x[m],
+        lambda m: m.nonzero(),
+        lambda m: torch.where(m)[0],
+        lambda m: m.nonzero(as_tuple=True)[1],
+    ):
+        _, found = (
+            recorded(operation, mask, Layout(4))
+            if operation(mask).dtype is torch.int64
+            else recorded(lambda x: x[mask], x, Layout(4))
+        )
         assert found is not None and found.owners().tolist() == [0, 0, 2, 2, 2, 3]
     _, found = recorded(lambda x: x.masked_select(mask), x, Layout(4))
     assert found is not None and found.owners().tolist() == [0, 0, 2, 2, 2, 3]
@@ -155,13 +164,27 @@ def starts() -> Iterator[tuple[tuple[int, ...], Layout]]:
 
 
 STEPS: list[Any] = [
-    lambda x: x.transpose(0, 1), lambda x: x.transpose(1, 2), lambda x: x.flatten(0, 1).unsqueeze(0), lambda x: x.flatten(1).unsqueeze(1),
-    lambda x: x.reshape(-1, 2, x.numel() // 2 // max(1, x.shape[0])) if x.shape[0] and (x.shape[1] * x.shape[2]) % 2 == 0 else x,
-    lambda x: x.flip(0), lambda x: x[:, :1], lambda x: x[: max(1, x.shape[0] // 2)], lambda x: x.repeat(1, 2, 1), lambda x: x.repeat(2, 1, 1),
-    lambda x: x.repeat_interleave(2, 0), lambda x: torch.cat([x, x.cos()], 0), lambda x: torch.cat([x, x.cos()], 2), lambda x: x.sum(1, keepdim=True),
-    lambda x: x.index_select(0, torch.arange(x.shape[0]).flip(0)), lambda x: x[torch.arange(x.shape[0]) % 2 == 0], lambda x: x @ x.mT,
-    lambda x: x.sin(), lambda x: torch.stack([x, x], 1).flatten(0, 1), lambda x: x.unfold(2, 2, 2).flatten(2) if x.shape[2] > 1 else x,
-]  # fmt: skip
+    lambda x: x.transpose(0, 1),
+    lambda x: x.transpose(1, 2),
+    lambda x: x.flatten(0, 1).unsqueeze(0),
+    lambda x: x.flatten(1).unsqueeze(1),
+    lambda x: x.reshape(-1, 2, x[0].numel() // 2) if len(x) and x[0].numel() % 2 == 0 else x,
+    lambda x: x.flip(0),
+    lambda x: x[:, :1],
+    lambda x: x[: max(1, len(x) // 2)],
+    lambda x: x.repeat(1, 2, 1),
+    lambda x: x.repeat(2, 1, 1),
+    lambda x: x.repeat_interleave(2, 0),
+    lambda x: torch.cat([x, x.cos()], 0),
+    lambda x: torch.cat([x, x.cos()], 2),
+    lambda x: x.sum(1, keepdim=True),
+    lambda x: x.index_select(0, torch.arange(len(x)).flip(0)),
+    lambda x: x[torch.arange(len(x)) % 2 == 0],
+    lambda x: x @ x.mT,
+    lambda x: x.sin(),
+    lambda x: torch.stack([x, x], 1).flatten(0, 1),
+    lambda x: x.unfold(2, 2, 2).flatten(2) if x.shape[2] > 1 else x,
+]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -28,7 +28,11 @@ def _float64() -> Iterator[None]:
 def losses(out: Any, _: Any = None) -> Tensor:
     """``[N]``, not linear in any of the outputs ``[N, ...]``."""
     out = [o for o in (out if isinstance(out, (tuple, list)) else (out,)) if o is not None]
-    return sum((o.sin() * torch.arange(1.0, 1 + o[0].numel()).view(o.shape[1:]).cos()).flatten(1).sum(1) + o.square().flatten(1).sum(1) for o in out)
+    return sum(
+        (o.sin() * torch.arange(1.0, 1 + o[0].numel()).view(o.shape[1:]).cos()).flatten(1).sum(1)
+        + o.square().flatten(1).sum(1)
+        for o in out
+    )
 
 
 def check(model: nn.Module, inputs: Any, batch_dim: Any = 0, tolerance: float = 1e-12) -> None:
@@ -37,13 +41,17 @@ def check(model: nn.Module, inputs: Any, batch_dim: Any = 0, tolerance: float = 
     reference = persample.gradients(model, losses, inputs, batch_dim=batch_dim, engine="loop")
     assert G.names == reference.names and G.unused == reference.unused
     for name in G.names:
-        torch.testing.assert_close(G[name], reference[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            G[name], reference[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 class Attention(nn.Module):
     """``nn.MultiheadAttention`` between two layers; all its outputs are seen, with the sample axis first."""
 
-    def __init__(self, how: str, masks: str = "", need_weights: bool = True, average: bool = True, **options: Any) -> None:
+    def __init__(
+        self, how: str, masks: str = "", need_weights: bool = True, average: bool = True, **options: Any
+    ) -> None:
         super().__init__()
         self.how, self.masks, self.weights, self.average = how, masks, need_weights, average
         k, v = options.get("kdim") or E, options.get("vdim") or E
@@ -71,7 +79,9 @@ class Attention(nn.Module):
         if "bool" in self.masks:
             options["attn_mask"] = torch.arange(t * s).view(t, s) % 3 == 1
         if "heads" in self.masks:  # a mask per sample and head, from the samples
-            options["attn_mask"] = (memory.mean(-1) if first else memory.mean(-1).t()).repeat_interleave(2, 0)[:, None].expand(2 * n, t, s)
+            options["attn_mask"] = (
+                (memory.mean(-1) if first else memory.mean(-1).t()).repeat_interleave(2, 0)[:, None].expand(2 * n, t, s)
+            )
         if "padding" in self.masks:
             options["key_padding_mask"] = (memory[..., 0] > 0.8) if first else (memory[..., 0] > 0.8).t()
         out, weights = self.attention(q, k, v, **options)
@@ -88,7 +98,9 @@ def axis(batch_first: bool) -> Any:
 
 
 @pytest.mark.parametrize("how", ["self", "cross", "three"])
-@pytest.mark.parametrize("bias, extra, batch_first", [*itertools.product([True, False], ["", "add_bias_kv", "add_zero_attn"], [True, False])])
+@pytest.mark.parametrize(
+    "bias, extra, batch_first", [*itertools.product([True, False], ["", "add_bias_kv", "add_zero_attn"], [True, False])]
+)
 def test_attention(how: str, bias: bool, extra: str, batch_first: bool) -> None:
     options = {extra: True} if extra else {}
     check(Attention(how, bias=bias, batch_first=batch_first, **options), pair(batch_first), axis(batch_first))
@@ -97,8 +109,12 @@ def test_attention(how: str, bias: bool, extra: str, batch_first: bool) -> None:
 @pytest.mark.parametrize("kdim, vdim", [(6, None), (None, 7), (6, 7)])
 @pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_attention_with_other_widths(kdim: int | None, vdim: int | None, extra: dict[str, bool], batch_first: bool) -> None:
-    check(Attention("three", kdim=kdim, vdim=vdim, batch_first=batch_first, **extra), pair(batch_first), axis(batch_first))
+def test_attention_with_other_widths(
+    kdim: int | None, vdim: int | None, extra: dict[str, bool], batch_first: bool
+) -> None:
+    check(
+        Attention("three", kdim=kdim, vdim=vdim, batch_first=batch_first, **extra), pair(batch_first), axis(batch_first)
+    )
 
 
 @pytest.mark.parametrize("need_weights, average", [(False, True), (True, True), (True, False)])
@@ -117,7 +133,11 @@ def test_attention_with_coinciding_sizes(how: str, n: int, t: int, s: int, batch
     """N equals T, S, the number of heads, the width of a head, the width, T times the heads."""
     for masks in ("", "padding"):
         for need_weights in (True, False):
-            check(Attention(how, masks, need_weights, batch_first=batch_first, add_bias_kv=True), pair(batch_first, n, t, s), axis(batch_first))
+            check(
+                Attention(how, masks, need_weights, batch_first=batch_first, add_bias_kv=True),
+                pair(batch_first, n, t, s),
+                axis(batch_first),
+            )
 
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -136,7 +156,9 @@ class Layer(nn.Module):
         causal = nn.Transformer.generate_square_subsequent_mask(t)
         if self.decoder:
             padding = (memory[..., 0] > 0.8) if self.batch_first else (memory[..., 0] > 0.8).t()
-            out = self.layer(x, memory, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding if self.padded else None)
+            out = self.layer(
+                x, memory, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding if self.padded else None
+            )
         else:
             padding = (memory[..., 0] > 0.8) if self.batch_first else (memory[..., 0] > 0.8).t()
             out = self.layer(memory, src_key_padding_mask=padding if self.padded else None)
@@ -172,13 +194,15 @@ def test_transformer(batch_first: bool, norm_first: bool) -> None:
                 self.net = nn.Transformer(E, 2, 1, 1, 11, dropout=0.0, batch_first=batch_first, norm_first=norm_first)
 
         def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-            out = self.net(memory, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1 if batch_first else 0]))
+            out = self.net(
+                memory, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1 if batch_first else 0])
+            )
             return out if batch_first else out.transpose(0, 1)
 
     check(Model(), pair(batch_first), axis(batch_first))
 
 
-# ---- dropout ----------------------------------------------------------------------------------------------------------
+# ---- dropout --------------------------------------------------------------------------------------------------------
 
 
 def same_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -211,11 +235,11 @@ def test_transformer_layers_with_dropout(kind: str, norm_first: bool) -> None:
     same_graph(Layer(layer, kind == "decoder", True, padded=True), pair(True))
 
 
-# ---- functional attention ---------------------------------------------------------------------------------------------
+# ---- functional attention -------------------------------------------------------------------------------------------
 
 
 class Functional(nn.Module):
-    """Attention written out, with learned queries, keys or memory that have no sample axis or are expanded to have one."""
+    """Attention written out, with learned queries, keys or memory without a sample axis, or expanded to have one."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -262,8 +286,8 @@ class Functional(nn.Module):
 
 
 FUNCTIONAL = [
-    "plain", "learned_query", "query_by_repeat", "broadcast_query", "learned_memory", "shared_memory_in_front", "learned_bias",
-    "grouped_query", "slices_of_one_weight", "chunks_of_one_weight", "heads_in_the_batch", "einsum",
+    "plain", "learned_query", "query_by_repeat", "broadcast_query", "learned_memory", "shared_memory_in_front",
+    "learned_bias", "grouped_query", "slices_of_one_weight", "chunks_of_one_weight", "heads_in_the_batch", "einsum",
 ]  # fmt: skip
 
 

@@ -63,7 +63,9 @@ class Bags(nn.Module):
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding_idx", [None, 0, -1])
-@pytest.mark.parametrize("shape, vocabulary", [((N, 6), V), ((N, 6), 2), ((N, N), V), ((N, 1), V), ((1, 3), V), ((D, D), 3)])
+@pytest.mark.parametrize(
+    "shape, vocabulary", [((N, 6), V), ((N, 6), 2), ((N, N), V), ((N, 1), V), ((1, 3), V), ((D, D), 3)]
+)
 def test_two_dimensions(mode: str, padding_idx: int | None, shape: tuple[int, int], vocabulary: int) -> None:
     ids = torch.randint(vocabulary, shape)
     if padding_idx == -1:
@@ -138,6 +140,6 @@ def test_what_couples_or_mutates() -> None:
         persample.gradients(nn.EmbeddingBag(V, D, scale_grad_by_freq=True), losses, ids)
     with pytest.raises(CaptureError, match="max_norm"):
         persample.gradients(nn.EmbeddingBag(V, D, max_norm=1.0), losses, ids)
+    bag, ids = nn.EmbeddingBag(V, D), torch.randint(V, (N, N))
     with pytest.raises(SampleAxisError, match="where the samples are"):
-        bag = nn.EmbeddingBag(V, D)
-        persample.gradients(bag, lambda out, _: losses(out), torch.randint(V, (N, N)), batch_dim=(1, 0, 0), verify=False)
+        persample.gradients(bag, losses, ids, batch_dim=(1, 0, 0), verify=False)

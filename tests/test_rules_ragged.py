@@ -1,4 +1,4 @@
-"""Samples whose entries are picked by value: routed tokens, adaptive softmax, masks; rows are those of one sample alone."""
+"""Samples whose entries are picked by value: routed tokens, adaptive softmax, masks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,21 @@ def _float64() -> Iterator[None]:
 
 
 def losses(out: Tensor, _: Any = None) -> Tensor:
-    return (out.sin() * torch.arange(1.0, 1 + out[0].numel()).view(out.shape[1:]).cos() + out.square()).flatten(1).sum(1)
+    return (
+        (out.sin() * torch.arange(1.0, 1 + out[0].numel()).view(out.shape[1:]).cos() + out.square()).flatten(1).sum(1)
+    )
 
 
-def check(model: nn.Module, inputs: Any, loss: Callable[..., Tensor] = losses, targets: Any = None, tolerance: float = 1e-11) -> None:
+def check(
+    model: nn.Module, inputs: Any, loss: Callable[..., Tensor] = losses, targets: Any = None, tolerance: float = 1e-11
+) -> None:
     G = persample.gradients(model, loss, inputs, targets)
     reference = persample.gradients(model, loss, inputs, targets, engine="loop")
     assert G.unused == reference.unused
     for name in G.names:
-        torch.testing.assert_close(G[name], reference[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            G[name], reference[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 # ---- experts --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import persample
-from persample import rules
 
 N, T, I, H = 4, 3, 5, 6
 
@@ -27,16 +26,24 @@ def _float64() -> Any:
 def losses(out: Any, _: Any = None) -> Tensor:
     """``[N]``, not linear in any of the outputs ``[N, ...]``."""
     out = out if isinstance(out, (tuple, list)) else (out,)
-    return sum((o.sin() * torch.arange(1.0, 1 + o[0].numel()).view(o.shape[1:]).cos()).flatten(1).sum(1) + o.square().flatten(1).sum(1) for o in out)
+    return sum(
+        (o.sin() * torch.arange(1.0, 1 + o[0].numel()).view(o.shape[1:]).cos()).flatten(1).sum(1)
+        + o.square().flatten(1).sum(1)
+        for o in out
+    )
 
 
-def check(model: nn.Module, inputs: Any, batch_dim: Any = 0, tolerance: float = 1e-12, unused: tuple[str, ...] = ()) -> None:
+def check(
+    model: nn.Module, inputs: Any, batch_dim: Any = 0, tolerance: float = 1e-12, unused: tuple[str, ...] = ()
+) -> None:
     """Hook rows are the loop's."""
     G = persample.gradients(model, losses, inputs, batch_dim=batch_dim, verify=False)
     reference = persample.gradients(model, losses, inputs, batch_dim=batch_dim, engine="loop")
     assert G.names == reference.names and G.unused == reference.unused == unused
     for name in G.names:
-        torch.testing.assert_close(G[name], reference[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            G[name], reference[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.fixture
@@ -59,9 +66,17 @@ KINDS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
 
 
 class Recurrent(nn.Module):
-    """A layer between two others, given sequences ``[N, T, I]`` (or ``[T, N, I]``), possibly packed, and possibly initial states."""
+    """A layer after another, given sequences ``[N, T, I]`` or ``[T, N, I]``, perhaps packed, or with initial states."""
 
-    def __init__(self, kind: str, lengths: bool = False, enforce_sorted: bool = False, returns: str = "all", learned: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        kind: str,
+        lengths: bool = False,
+        enforce_sorted: bool = False,
+        returns: str = "all",
+        learned: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__()
         layer, own = KINDS[kind]
         self.before = nn.Linear(I, I)
@@ -113,10 +128,24 @@ def test_gradient_at_some_outputs_only(kind: str, bidirectional: bool, returns: 
 
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layers, bidirectional, learned", [(1, False, False), (1, True, True), (2, False, True), (2, True, False)])
-@pytest.mark.parametrize("lengths, enforce_sorted", [([2, 3, 1, 3], False), ([3, 2, 2, 1], True), ([3, 3, 3, 3], True), ([1, 1, 2, 1], False)])
-def test_packed(kind: str, layers: int, bidirectional: bool, learned: bool, lengths: list[int], enforce_sorted: bool) -> None:
-    model = Recurrent(kind, enforce_sorted=enforce_sorted, num_layers=layers, bidirectional=bidirectional, learned=learned, batch_first=True)
+@pytest.mark.parametrize(
+    "layers, bidirectional, learned", [(1, False, False), (1, True, True), (2, False, True), (2, True, False)]
+)
+@pytest.mark.parametrize(
+    "lengths, enforce_sorted",
+    [([2, 3, 1, 3], False), ([3, 2, 2, 1], True), ([3, 3, 3, 3], True), ([1, 1, 2, 1], False)],
+)
+def test_packed(
+    kind: str, layers: int, bidirectional: bool, learned: bool, lengths: list[int], enforce_sorted: bool
+) -> None:
+    model = Recurrent(
+        kind,
+        enforce_sorted=enforce_sorted,
+        num_layers=layers,
+        bidirectional=bidirectional,
+        learned=learned,
+        batch_first=True,
+    )
     check(model, (sequences(), torch.tensor(lengths)))
 
 
@@ -125,7 +154,9 @@ def test_packed(kind: str, layers: int, bidirectional: bool, learned: bool, leng
 @pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
 @pytest.mark.parametrize("n", [N, 1])
 def test_learned_initial_state(kind: str, layers: int, bidirectional: bool, n: int) -> None:
-    check(Recurrent(kind, num_layers=layers, bidirectional=bidirectional, learned=True, batch_first=True), sequences(n=n))
+    check(
+        Recurrent(kind, num_layers=layers, bidirectional=bidirectional, learned=True, batch_first=True), sequences(n=n)
+    )
 
 
 @pytest.mark.usefixtures("no_fallback")

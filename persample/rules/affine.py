@@ -121,7 +121,13 @@ def _contracted(call: Call, equation: str, g: Tensor, rest: list[Tensor]) -> Den
 
 @rule(torch._grouped_mm)
 def grouped_mm(
-    call: Call, g: Tensor, input: Tensor, other: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    other: Tensor,
+    offs: Tensor | None = None,
+    bias: Any = None,
+    out_dtype: Any = None,
 ) -> Yields:
     """Rows ``[offs[k - 1] : offs[k]]`` times the matrix of expert ``k``, ``other [K, I, O]``."""
     at = call.layout
@@ -134,14 +140,17 @@ def grouped_mm(
 
     def blocks(x: Tensor) -> Tensor:
         """``[N, K, T, D]``."""
-        return samples_first(x[used], key).unflatten(0, (at.n, len(other)))
+        tokens: Tensor = samples_first(x[used], key).unflatten(0, (at.n, len(other)))
+        return tokens
 
     yield other, lambda: outer(blocks(call.read(input)), blocks(g), other.shape)
 
 
 @rule(F.bilinear)
-def bilinear(call: Call, g: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Yields:
-    """``out[o] = sum_ij input1[i] weight[o, i, j] input2[j]``: three vectors a token, of which two are multiplied out."""
+def bilinear(
+    call: Call, g: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Yields:
+    """``out[o] = sum_ij input1[i] weight[o, i, j] input2[j]``: of a token's three vectors two are multiplied out."""
     if not call.sampled(weight) and call.sampled(input1) and call.sampled(input2):
         yield weight, lambda: _three(call.tokens(g), call.tokens(input1), call.tokens(input2), weight.shape)
     if bias is not None:

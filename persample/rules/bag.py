@@ -1,7 +1,7 @@
 """Bags of table entries: their sum, mean or maximum, as one call for all bags.
 
-Position ``p`` of the flat index list lies in bag ``bag[p]``, and gives its entry the output gradient of that bag times a coefficient.
-A maximum sends each of its features to the entry that won it.
+Position ``p`` of the flat index list lies in bag ``bag[p]``, and gives its entry the output gradient of that bag times
+a coefficient.  A maximum sends each of its features to the entry that won it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def embedding_bag(
             return rows * bags.wins(table)
         if mode == "mean":
             return rows * bags.keep.unsqueeze(1) / bags.counts().clamp(min=1)[bags.bag].unsqueeze(1).to(g.dtype)
-        scale = bags.keep if per_sample_weights is None else call.read(per_sample_weights).reshape(-1)[bags.used] * bags.keep
+        scale = (
+            bags.keep
+            if per_sample_weights is None
+            else call.read(per_sample_weights).reshape(-1)[bags.used] * bags.keep
+        )
         return rows * scale.unsqueeze(1)
 
     if not call.sampled(weight):
@@ -79,7 +83,9 @@ class _Bags:
     padding: int | None
 
     @staticmethod
-    def of(input: Tensor, offsets: Tensor | None, include_last: bool, number: int, padding: int | None, size: int) -> _Bags:
+    def of(
+        input: Tensor, offsets: Tensor | None, include_last: bool, number: int, padding: int | None, size: int
+    ) -> _Bags:
         index = input.reshape(-1).long()
         places = torch.arange(len(index), device=index.device)
         if input.ndim == 2:
@@ -114,9 +120,15 @@ class _Bags:
 @couples(F.embedding_bag)
 def cut_apart(input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: object, **kwargs: object) -> str:
     """A flat list of indices, of which a batch of one sample still holds all."""
-    if offsets is not None and len(offsets) and not torch._C._functorch.is_functorch_wrapped_tensor(offsets) and int(offsets[0]):
+    if (
+        offsets is not None
+        and len(offsets)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(offsets)
+        and int(offsets[0])
+    ):
         raise SampleAxisError(
-            "embedding_bag with offsets: the flat list of indices can't be cut into the samples, which engine='loop', engine='vmap' and "
-            "verify need. Use engine='hooks' with verify=False, or give the model padded indices [N, T] (padding_idx)."
+            "embedding_bag with offsets: the flat list of indices can't be cut into the samples, which engine='loop', "
+            "engine='vmap' and verify need. Use engine='hooks' with verify=False, or give the model padded indices "
+            "[N, T] (padding_idx)."
         )
     return ""

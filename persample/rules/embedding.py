@@ -63,10 +63,14 @@ def _entries(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Rows | Dens
 
 def refuse_table_options(call: Call, max_norm: float | None, scale_grad_by_freq: bool) -> None:
     if max_norm is not None:
-        raise CaptureError(f"{call.name}: max_norm= changes the table during the forward pass. Renormalise it yourself, outside of the model.")
+        raise CaptureError(
+            f"{call.name}: max_norm= changes the table during the forward pass. Renormalise it yourself, outside the "
+            "model."
+        )
     if scale_grad_by_freq:
         raise BatchCoupledError(
-            f"{call.name}: scale_grad_by_freq=True divides by how often an entry occurs in the whole batch. Switch it off to get per-sample gradients."
+            f"{call.name}: scale_grad_by_freq=True divides by how often an entry occurs in the whole batch. Switch it "
+            "off to get per-sample gradients."
         )
 
 
@@ -81,4 +85,8 @@ def counts_the_batch(
     sparse: bool = False,
 ) -> str:
     """Only the gradient is coupled, not the value, so nothing but the option tells."""
-    return "divides gradients by how often an entry occurs in the batch (scale_grad_by_freq=True)" if scale_grad_by_freq else ""
+    return (
+        "divides gradients by how often an entry occurs in the batch (scale_grad_by_freq=True)"
+        if scale_grad_by_freq
+        else ""
+    )

@@ -1,11 +1,11 @@
 """Recurrences: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu``, padded and packed, and their cells.
 
-Several layers in one call are opened into one call per layer, with dropout in between: its mask is that of the forward at
-hand.  The gradients at the pre-activations of a layer (`persample.recurrence`) are the left factors of its weights; its
-inputs and previous states are the right ones.
+Several layers in one call are opened into one call per layer, with dropout in between: its mask is that of the forward
+at hand.  The gradients at the pre-activations of a layer (`persample.recurrence`) are the left factors of its weights;
+its inputs and previous states are the right ones.
 
-Where nobody else differentiates the graph, a layer is put into it as one node with a backward of its own (`replayed`), so
-that backpropagation through time runs once, not once for the factors and once for what comes before the layer.
+Where nobody else differentiates the graph, a layer is put into it as one node with a backward of its own (`replayed`),
+so that backpropagation through time runs once, not once for the factors and once for what comes before the layer.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ Solver = Callable[[Weights, Given], Solved]
 Function = Callable[..., Any]
 
 LAYERS: dict[Function, Solver] = {
-    torch.lstm: lstm, torch.gru: gru, torch.rnn_tanh: partial(simple, relu=False), torch.rnn_relu: partial(simple, relu=True),
-}  # fmt: skip
+    torch.lstm: lstm,
+    torch.gru: gru,
+    torch.rnn_tanh: partial(simple, relu=False),
+    torch.rnn_relu: partial(simple, relu=True),
+}
 CELLS: dict[Function, Solver] = {
     torch.lstm_cell: lstm,
     torch.gru_cell: gru,
@@ -121,8 +124,9 @@ def layer(call: Call, g: Any, input: Tensor, *args: Any) -> Yields:
         return  # not opened: somebody else's call
     if not packed and call.layout.axis != 1 and call.n > 1:
         raise BatchCoupledError(
-            f"{call.name}: the samples lie on the time axis, so the recurrence runs from sample to sample. Give the layer "
-            "batches of sequences (batch_first=True if the batch comes first), or say where the samples are with batch_dim=."
+            f"{call.name}: the samples lie on the time axis, so the recurrence runs from sample to sample. Give the "
+            "layer batches of sequences (batch_first=True if the batch comes first), or say where the samples are with "
+            "batch_dim=."
         )
     one = _Layer(LAYERS[call.func], input, _states(hx), list(weights), biases, 2 if both else 1, sizes)
     yield from _rows(call, one, g)
@@ -130,7 +134,14 @@ def layer(call: Call, g: Any, input: Tensor, *args: Any) -> Yields:
 
 @rule(*CELLS)
 def cell(
-    call: Call, g: Any, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    call: Call,
+    g: Any,
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
 ) -> Yields:
     if input.ndim == 2 and (b_ih is None) == (b_hh is None):
         weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
@@ -228,7 +239,7 @@ class _Node(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         call: Call = ctx.call
         assert call.replay is not None

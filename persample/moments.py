@@ -15,7 +15,7 @@ from torch import Tensor
 from . import cost, lookup, tokens
 from .factors import Dense, Factors, Outer, Rows, tensors
 from .scratch import borrow, kernel
-from .streaming import Piece, blocks, chunks, cuts, pieces, split_of, streamed, wide
+from .streaming import Piece, blocks, chunks, cuts, joined, pieces, split_of, streamed, wide
 
 
 @kernel
@@ -64,7 +64,7 @@ def _accumulated(g: Factors, take: Callable[..., None], count: int) -> list[Tens
             take(piece, at.start, *totals[number])
     if not totals:
         return [tensors(g)[-1].new_zeros(g.shape) for _ in range(count)]
-    return [split.joined(list(parts), g.shape) for parts in zip(*totals, strict=True)]
+    return [joined(list(parts), split, g.shape) for parts in zip(*totals, strict=True)]
 
 
 def _add_squares(g: Piece, count: int, total: Tensor) -> None:

@@ -46,7 +46,9 @@ def weighted_sum(g: Factors, weight: Tensor | None = None) -> Tensor:
         case Rows():
             return lookup.weighted_sum(g, weight)
         case Conv(input, grad):
-            grad = grad if weight is None else grad * weight.view(-1, *[1] * (grad.ndim - 1))
+            if weight is not None:  # into the smaller side
+                weight = weight.view(-1, *[1] * (grad.ndim - 1))
+                input, grad = (input * weight, grad) if input.numel() < grad.numel() else (input, grad * weight)
             return convolution.summed(input, grad, g.geometry).reshape(g.shape)
 
 
@@ -74,7 +76,7 @@ def project(g: Factors, matrix: Tensor) -> Tensor:
     matrix = matrix.to(tensors(g)[-1].dtype).reshape(*g.shape, k)
     found = matrix.new_zeros(len(g), k)
     split = split_of(g)
-    columns = matrix.flatten(2, -2).unbind(2) if split.how == "offsets" else (matrix,)
+    columns = matrix.flatten(2, -2).unbind(2) if split == "offsets" else (matrix,)
     for at, part in chunks(g, split):
         for piece, own in zip(pieces(part, split), columns, strict=True):
             match piece:

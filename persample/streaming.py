@@ -10,7 +10,6 @@ convolution gives whole rows; with one position or one offset it is an `Outer`. 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Size, Tensor
@@ -23,71 +22,52 @@ Piece = Dense | Outer | Rows
 Block = tuple[slice, slice, Tensor]  # samples, slice of the flat parameter, [n, width]
 
 
-@dataclass(frozen=True)
-class Split:
-    """A way to take the rows apart: "whole", as "tokens", by kernel "offsets", or "native", by slices of ``P[0]``."""
-
-    how: str
-    step: int = 0  # of the slices
-
-    def joined(self, parts: list[Tensor], shape: Size) -> Tensor:
-        """``[*P]`` from what was computed of each piece."""
-        return (torch.stack(parts, -1) if self.how == "offsets" else parts[0]).reshape(shape)
-
-
-def split_of(g: Factors) -> Split:
-    """The cheapest way to take the rows of ``g`` apart."""
+def split_of(g: Factors) -> str:
+    """The cheapest way to take the rows of ``g`` apart: not at all ("whole"), or as `persample.cost.conv_rows` says."""
     if not isinstance(g, Conv):
-        return Split("whole")
-    return Split(cost.conv_rows(g.grad, g.shape[1], g.grad.shape[2:].numel(), g.geometry.kernel), g.shape[0])
+        return "whole"
+    return cost.conv_rows(g.grad, g.shape[1], g.grad.shape[2:].numel(), g.geometry.kernel)
 
 
-def chunks(g: Factors, split: Split) -> Iterator[tuple[slice, Factors]]:
+def chunks(g: Factors, split: str) -> Iterator[tuple[slice, Factors]]:
     """Some samples at a time where taking apart needs memory."""
     step = len(g)
-    if isinstance(g, Conv) and split.how == "native":
+    if isinstance(g, Conv) and split == "native":
         step = cost.chunk(g.shape.numel())
-    if isinstance(g, Conv) and split.how == "offsets":
+    if isinstance(g, Conv) and split == "offsets":
         step = cost.chunk(max(g.shape[:2].numel(), g.input[:1].numel() + g.grad[:1].numel()))
     for i in range(0, len(g), max(1, step)):
         at = slice(i, min(i + step, len(g)))
         yield at, g if step >= len(g) else index(g, at)
 
 
-def pieces(g: Factors, split: Split) -> Iterator[Piece]:
+def pieces(g: Factors, split: str) -> Iterator[Piece]:
     """The pieces of ``g``, each with all samples."""
-    match g, split.how:
+    match g, split:
         case Conv(input, grad), "tokens":
             yield Outer(*convolution.unfolded(input, grad, g.geometry), Size((g.shape[0], g.shape[1:].numel())))
         case Conv(input, grad), "offsets":
             left, rights = convolution.shifted(input, grad, g.geometry)
             yield from (Outer(left, right, g.shape[:2]) for right in rights)
-        case Conv(), "native":
-            yield from _native(g, split.step)
+        case Conv(input, grad), "native":
+            yield Dense(convolution.native(input, grad, g.geometry))
         case Dense(value), "offsets":
             yield from (Dense(part) for part in value.flatten(3).unbind(3))
-        case Dense(value), "native":
-            yield from (Dense(part) for part in value.split(split.step, 1))
-        case (Dense() | Outer() | Rows(), "whole" | "tokens"):
+        case Dense(), _:
+            yield g
+        case Outer() | Rows(), "whole" | "tokens":
             yield g
         case _:
             yield from pieces(Dense(dense(g)), split)
 
 
-def _native(g: Conv, step: int) -> Iterator[Dense]:
-    geo, channels, outputs = g.geometry, g.shape[1], g.shape[0] // g.geometry.groups
-    for i in range(0, g.shape[0], step):
-        grad = g.grad[:, i : i + step]
-        if geo.groups == 1:
-            yield Dense(convolution.native(g.input, grad, geo))
-        else:  # whole groups
-            first, count = i // outputs, grad.shape[1] // outputs
-            input = g.input[:, first * channels : (first + count) * channels]
-            yield Dense(convolution.native(input, grad, replace(geo, groups=count)))
+def joined(parts: list[Tensor], split: str, shape: Size) -> Tensor:
+    """``[*P]`` from what was computed of each piece."""
+    return (torch.stack(parts, -1) if split == "offsets" else parts[0]).reshape(shape)
 
 
 def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
-    """The pieces of ``a`` next to the same pieces of ``b``, sized so that a piece may have all samples."""
+    """The pieces of ``a`` next to the same pieces of ``b``, of a kind that can have all samples."""
     if isinstance(b, Conv) and not isinstance(a, Conv):
         yield from ((x, y) for y, x in paired(b, a))
         return
@@ -95,12 +75,10 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
     if isinstance(a, Conv) and isinstance(b, Conv):
         if a.geometry.groups != b.geometry.groups:
             b = Dense(dense(b))
-        elif split.how != split_of(b).how:
-            split = replace(split, how="offsets")
-    if isinstance(a, Conv) and split.how == "native":
-        outputs = a.shape[0] // a.geometry.groups if a.geometry.groups > 1 else 1
-        step = cost.costs().wide // max(1, max(len(a), len(b)) * a.shape[1:].numel())
-        split = replace(split, step=min(a.shape[0], max(1, step // outputs) * outputs))
+        elif split != split_of(b):
+            split = "offsets"
+    if split == "native" and max(len(a), len(b)) * a.shape.numel() > cost.costs().wide:
+        split = "offsets"
     if b is a:
         yield from ((piece, piece) for piece in pieces(a, split))
     else:

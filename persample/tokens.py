@@ -57,7 +57,7 @@ def gram(a: Outer, b: Outer) -> Tensor:
 def weighted_sum(g: Outer, weight: Tensor | None) -> Tensor:
     """``weight^T G``, ``[K, O, I]``: the ordinary weight gradient, of scaled tokens, some samples at a time."""
     (n, k, t, o), i = g.left.shape, g.right.shape[3]
-    total = g.left.new_zeros(k, o, i)
+    total: Tensor | None = None
     step = n if weight is None else cost.chunk(k * t * min(o, i), cost.costs().wide)
     for s in range(0, n, max(1, step)):
         left, right = g.left[s : s + step], g.right[s : s + step]
@@ -65,8 +65,8 @@ def weighted_sum(g: Outer, weight: Tensor | None) -> Tensor:
             w = weight[s : s + step].view(-1, 1, 1, 1)
             left, right = (left * w, right) if o <= i else (left, right * w)
         left, right = (f.transpose(0, 1).flatten(1, 2) for f in (left, right))  # [K, N T, *]
-        total.baddbmm_(left.mT, right)
-    return total
+        total = torch.bmm(left.mT, right) if total is None else total.baddbmm_(left.mT, right)
+    return g.left.new_zeros(k, o, i) if total is None else total
 
 
 def square_sum(g: Outer) -> Tensor:

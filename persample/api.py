@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import microbatch
 from .engines import ENGINES, hooks
 from .engines import vmap as vmap_engine
 from .errors import RandomnessError
@@ -57,7 +58,9 @@ def gradients(
             ``"loss"`` or ``"influence"``; see `persample.coupling`.
         quantities: names of `Gradients` methods or ``(name, options)`` pairs; the run then reduces on arrival and
             returns `Statistics`.
-        max_bytes: a bound for what is computed at a time; results don't depend on it.
+        max_bytes: a bound for the memory of a pass, beyond the model, the result, and the blocks in which reductions
+            stream: the batch is run in slices of as many samples as fit, at least one.  Results don't depend on it.
+            A Gram matrix in ``S`` slices costs about ``(S + 3) / 2`` passes, everything else one.
         verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine.
             Costs about one sample.
         generator: its next draw seeds the forward pass (dropout), which leaves the global random state as it was.
@@ -78,22 +81,35 @@ def gradients(
         raise ValueError(
             f"coupled={coupled!r} needs engine='hooks': {engine!r} runs samples alone, which is another function."
         )
+    if max_bytes is not None and (max_bytes < 1 or coupled is not None):
+        raise ValueError(
+            f"max_bytes must be positive, got {max_bytes}."
+            if max_bytes < 1
+            else f"coupled={coupled!r} is about a whole batch, which max_bytes= would run in slices."
+        )
+
+    def sliced(part: Problem, emit: Emit, again: bool, replay: bool) -> tuple[Pass, str]:
+        return _verified(part, engine, emit, False if replay else verify, again=again)
+
     with _seeded(generator):
+        if quantities is not None and max_bytes is not None:
+            return microbatch.statistics(problem, quantities, max_bytes, sliced)
         if quantities is not None:
             statistics = Statistics(quantities, {name: p.shape for name, p in problem.parameters.items()})
-            run, note = _verified(
-                problem, engine, statistics.emit, verify, again=statistics.again, max_bytes=max_bytes, coupled=coupled
-            )
+            run, note = _verified(problem, engine, statistics.emit, verify, again=statistics.again, coupled=coupled)
             return statistics.finish(run, note)
         kept: dict[str, Factors] = {}
-        run, note = _verified(
-            problem,
-            engine,
-            lambda name, g: kept.__setitem__(name, compact(g)),
-            verify,
-            max_bytes=max_bytes,
-            coupled=coupled,
-        )
+        if engine == "hooks" and max_bytes is not None:
+            kept, run, note = microbatch.rows(problem, max_bytes, sliced)
+        else:
+            run, note = _verified(
+                problem,
+                engine,
+                lambda name, g: kept.__setitem__(name, compact(g)),
+                verify,
+                max_bytes=max_bytes,
+                coupled=coupled,
+            )
     return Gradients(
         {name: kept[name] for name in problem.parameters},
         run.losses,

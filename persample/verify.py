@@ -280,6 +280,13 @@ def random_state() -> list[Tensor]:
     return states
 
 
+def set_random_state(states: list[Tensor]) -> None:
+    """Back to what `random_state` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
 def _same_state(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -292,9 +299,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state_all(states[1:])
+        set_random_state(states)
         with torch.no_grad():
             for b, value in buffers:  # by value: native batch norm changes running statistics without a new version
                 if not torch.equal(b, value):

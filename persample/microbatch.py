@@ -1,0 +1,303 @@
+"""A batch in slices of samples, so that what is computed at a time stays within a number of bytes: ``max_bytes=``.
+
+Rows of independent samples don't depend on the slice that they are computed in, so every quantity can be put together:
+
+====================================== ===============================================================================
+rows, norms, derivatives, projections  one slice after the other
+sums, clipped sums, second moments     added
+variances                              merged by the distance of the means (Chan, Golub, LeVeque 1983)
+Gram matrices                          block by block: rows of one slice are kept while every later slice is run again
+====================================== ===============================================================================
+
+All but the last cost one pass over the batch; a Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.  Slices that
+are run again draw the same random numbers.  Every slice finds the buffers as they were before the first.
+
+What a sample takes is measured on a first slice of two samples: the most that tensors hold at a time during its pass.
+What the user gets (kept rows, results), the model, and the blocks in which reductions stream come on top.
+
+Slices of a batch whose samples are coupled are other functions of these samples: `BatchCoupledError`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import reductions
+from .batch import Batch, Tree, flatten, unflatten
+from .errors import BatchCoupledError
+from .factors import Dense, Factors, compact, dense
+from .problem import Emit, Pass, Problem
+from .quantities import NEEDS, Parts
+from .statistics_run import Request, Statistics
+from .verify import random_state, restored, set_random_state
+
+FIRST = 2  # samples whose bytes are measured
+
+Run = Callable[[Problem, Emit, bool, bool], tuple[Pass, str]]  # problem, emit, keep the graph, replay -> pass, note
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the samples, as a problem of its own."""
+
+    at: slice
+    problem: Problem
+    buffers: Buffers
+    random: list[Tensor]  # the state before its first run
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """The same buffers and draws once more; afterwards, nothing has happened."""
+        with restored(self.problem.model):
+            self.buffers.restore()
+            set_random_state(self.random)
+            yield
+
+
+# ---- results ----------------------------------------------------------------------------------------------------
+
+
+def rows(problem: Problem, max_bytes: int, run: Run) -> tuple[dict[str, Factors], Pass, str]:
+    """Factors of all samples, from slices; their own bytes are not counted."""
+    kept: dict[str, list[Factors]] = {name: [] for name in problem.parameters}
+    passes = []
+    note = ""
+
+    def once(part: Problem, meter: Meter) -> Pass:
+        nonlocal note
+        result, note = run(part, meter.unmetered(lambda name, g: kept[name].append(compact(g))), False, False)
+        passes.append(result)
+        return result
+
+    slices = list(sweep(problem, max_bytes, once))
+    whole = joined(slices, passes)
+    factors: dict[str, Factors] = {}
+    for name, p in problem.parameters.items():
+        parts = kept.pop(name)
+        if name in whole.unused:
+            factors[name] = Dense(p.detach().new_zeros(()).expand(problem.batch.n, *p.shape))
+        else:
+            factors[name] = concatenated(parts)
+    return factors, whole, note
+
+
+def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, run: Run) -> Statistics:
+    """The quantities of all samples, merged slice by slice."""
+    requests = [requests] if isinstance(requests, str) else list(requests)
+    shapes = {name: p.shape for name, p in problem.parameters.items()}
+    total = Statistics(requests, shapes)
+    passes: list[Pass] = []
+    paired = "gram" in (NEEDS[name] for name in total.requests)
+
+    def once(part: Problem, meter: Meter) -> Pass:
+        own = Statistics(requests, shapes)
+        result, note = run(part, meter.unmetered(own.emit), own.again, False)
+        take_in(total, own.finish(result, note))
+        passes.append(replace(result, weighted=None))
+        return result
+
+    budget = max_bytes // 2 if paired else max_bytes  # of a Gram matrix, the rows of two slices are there at a time
+    slices = list(sweep(problem, budget, once))
+    if paired:
+        fill_in(total._stored["gram"], slices, run)
+    whole = joined(slices, passes)
+    total.losses, total.outputs, total.unused = whole.losses, whole.outputs, whole.unused
+    return total
+
+
+def take_in(total: Statistics, more: Statistics) -> None:
+    """Merge the parts of further samples; the inner products across are left zero."""
+    n, m = len(total), len(more)
+    for kind, parts in total._stored.items():
+        for name, part in more._stored[kind].items():
+            parts[name] = MERGE[kind](parts[name], n, part, m) if n else part
+    if more._clipped is not None:
+        before = total._clipped
+        total._clipped = {name: c if before is None else before[name] + c for name, c in more._clipped.items()}
+    total._n, total.note = n + m, more.note
+
+
+def _merged_moments(a: tuple[Tensor, Tensor], n: int, b: tuple[Tensor, Tensor], m: int) -> tuple[Tensor, Tensor]:
+    (total, centred), (more, more_centred) = a, b
+    gap = more / m - total / n
+    return total + more, (centred + more_centred).add_(gap.square_(), alpha=n * m / (n + m))
+
+
+def _appended(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
+    return torch.cat([a, b])
+
+
+def _beside(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
+    found: Tensor = torch.block_diag(a, b)
+    return found
+
+
+def _added(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
+    return a + b
+
+
+# How the part of n samples and that of m more become one.
+MERGE: dict[str, Callable[[Any, int, Any, int], Any]] = {
+    "squares": _appended,
+    "dot": _appended,
+    "project": _appended,
+    "sum": _added,
+    "square_sum": _added,
+    "moments": _merged_moments,
+    "gram": _beside,
+}
+
+
+def fill_in(grams: Parts, slices: Sequence[Slice], run: Run) -> None:
+    """The inner products of samples in different slices: each slice once more, and all later ones against it."""
+    for i, one in enumerate(slices[:-1]):
+        kept: dict[str, Factors] = {}
+        with one.replayed():
+            run(one.problem, partial(_keep, kept), False, True)
+        for other in slices[i + 1 :]:
+            with other.replayed():
+                run(other.problem, partial(_cross, grams, kept, one.at, other.at), False, True)
+
+
+def _keep(kept: dict[str, Factors], name: str, g: Factors) -> None:
+    kept[name] = compact(g)
+
+
+def _cross(grams: Parts, kept: dict[str, Factors], rows: slice, columns: slice, name: str, g: Factors) -> None:
+    grams[name][rows, columns] = block = reductions.gram(kept[name], g)
+    grams[name][columns, rows] = block.mT
+
+
+# ---- slices -----------------------------------------------------------------------------------------------------
+
+
+def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pass]) -> Iterator[Slice]:
+    """Run ``once`` on slice after slice, all but the first about as large, and as large as ``max_bytes`` allows."""
+    n, start, size, meter = problem.batch.n, 0, FIRST, Meter()
+    buffers = Buffers(problem.model)
+    while start < n:
+        at = slice(start, min(n, start + size))
+        part = Slice(at, replace(problem, batch=narrowed(problem.batch, at)), buffers, random_state())
+        buffers.restore()
+        with nullcontext() if start else meter:
+            result = once(part.problem, meter)
+        if result.coupled and at.stop - at.start < n:
+            raise BatchCoupledError(
+                f"max_bytes={max_bytes} would run the batch in slices, but its samples depend on each other, and a "
+                "slice would be another function of its samples. Leave max_bytes out."
+            )
+        yield part
+        if not start:
+            most = max(1, max_bytes * at.stop // max(1, meter.most))
+            size = -(-(n - at.stop) // max(1, -(-(n - at.stop) // most)))
+        start = at.stop
+
+
+def narrowed(batch: Batch, at: slice) -> Batch:
+    """The samples of a slice, as views."""
+
+    def cut(tree: Tree) -> Tree:
+        leaves = [
+            x if axis is None else x.narrow(axis, at.start, at.stop - at.start)
+            for x, axis in zip(tree.leaves, tree.axes, strict=True)
+        ]
+        return Tree(leaves, tree.spec, tree.axes)
+
+    return Batch(at.stop - at.start, cut(batch.inputs), cut(batch.targets), batch.output_dim)
+
+
+def joined(slices: Sequence[Slice], passes: Sequence[Pass]) -> Pass:
+    """Losses and outputs of all samples; unused is what no slice uses."""
+    losses = [p.losses for p in passes if p.losses is not None]
+    trees = [s.problem.batch.outputs(p.outputs) for s, p in zip(slices, passes, strict=True)]
+    columns = zip(trees[0].axes, zip(*(t.leaves for t in trees), strict=True), strict=True)
+    leaves = [column[0] if axis is None else torch.cat(column, axis) for axis, column in columns]
+    unused = tuple(name for name in passes[0].unused if all(name in p.unused for p in passes))
+    return Pass(torch.cat(losses), unflatten(leaves, flatten(passes[0].outputs)[1]), unused)
+
+
+def concatenated(parts: Sequence[Factors]) -> Factors:
+    """The rows of one after the other, in their common form, or as `Dense`."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    values = [{f.name: getattr(g, f.name) for f in fields(g)} for g in parts]
+    if all(type(g) is type(first) and _alike(v, values[0]) for g, v in zip(parts, values, strict=True)):
+        held = [name for name, x in values[0].items() if isinstance(x, Tensor)]
+        joined: dict[str, Any] = {name: torch.cat([v[name] for v in values]) for name in held}
+        return replace(first, **joined)
+    return Dense(torch.cat([dense(g) for g in parts]))
+
+
+def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[k].shape[1:] == x.shape[1:] if isinstance(x, Tensor) else a[k] == x for k, x in b.items())
+
+
+# ---- memory and state -------------------------------------------------------------------------------------------
+
+
+class Meter(TorchDispatchMode):
+    """While it is active, ``most`` is the most bytes that what is computed has taken at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known: dict[int, weakref.ref[Any]] = {}  # storages
+        self.now = self.most = 0
+        self.resting = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.resting:
+            return func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs)):
+            self._see(t, computed=False)
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            self._see(t, computed=True)
+        return out
+
+    def unmetered(self, emit: Emit) -> Emit:
+        """``emit``, without counting what it computes."""
+
+        def resting(name: str, g: Factors) -> None:
+            self.resting = True
+            emit(name, g)
+            self.resting = False
+
+        return resting
+
+    def _see(self, t: Any, computed: bool) -> None:
+        if not isinstance(t, Tensor) or t.layout is not torch.strided:
+            return
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if computed else 0
+        if key not in self.known:
+            self.known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        del self.known[key]
+        self.now -= size
+
+
+class Buffers:
+    """A model's buffers as they are now, for every slice to begin with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = [(b, b.detach().clone()) for b in model.buffers()]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for b, value in self.values:
+                if not torch.equal(b, value):
+                    b.copy_(value)

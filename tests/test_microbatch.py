@@ -1,0 +1,192 @@
+"""`max_bytes=`: the batch in slices gives the same numbers, in less memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.measure import peak
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import persample
+from persample import microbatch
+from persample.factors import Conv, Dense, Factors, Outer, Rows, dense
+
+N = 7
+DIRECTION, PROJECTION = "direction", "projection"
+
+
+class Text(nn.Module):
+    """An embedding that is tied to the head, a convolution and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(6)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+    def forward(self, ids: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        h = self.norm(torch.tanh(self.conv(self.embed(ids).mT).mT) * scale)
+        return {"logits": F.linear(h, self.embed.weight), "scale": scale}
+
+
+def losses(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs["logits"].mT, y, reduction="none").sum(1)
+
+
+@pytest.fixture
+def given() -> tuple[Any, ...]:
+    model = Text().double()
+    return model, losses, (torch.randint(11, (N, 5)), torch.rand(1, dtype=torch.float64)), torch.randint(11, (N, 5))
+
+
+def requests(model: nn.Module) -> list[Any]:
+    size = sum(p.numel() for p in model.parameters())
+    v, r = torch.randn(size, dtype=torch.float64), torch.randn(size, 3, dtype=torch.float64)
+    options = [("clip", {"max_norm": 0.7}), ("dot", {DIRECTION: v}), ("project", {PROJECTION: r})]
+    return ["norm", "gram", "cosine", "sum", "mean", "second_moment", ("variance", {"ddof": 1}), *options]
+
+
+def close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+# Of one sample the factors of `Text` take about 5 kB in float64.
+@pytest.mark.parametrize("max_bytes", [1, 11_000, 16_000, 30_000, 10**9])
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_quantities_dont_depend_on_it(given: tuple[Any, ...], engine: str, max_bytes: int) -> None:
+    asked = requests(given[0])
+    whole = persample.gradients(*given, quantities=asked[:-3] + asked[-2:] if engine != "hooks" else asked)
+    options = {"engine": engine, "max_bytes": max_bytes, "verify": True}
+    if engine != "hooks":
+        asked.remove(asked[-3])  # clip needs hooks
+    S = persample.gradients(*given, quantities=asked, **options)
+    assert len(S) == N and S.unused == ("spare",) and S.names == whole.names
+    close(S.losses, whole.losses)
+    close(S.outputs["logits"], whole.outputs["logits"])
+    for method in ("norm", "gram", "cosine", "sum", "mean", "second_moment", "variance", "std", "dot", "project"):
+        close(getattr(S, method)(), getattr(whole, method)())
+    close(S.gram(per_parameter=True), whole.gram(per_parameter=True))
+    if engine == "hooks":
+        close(S.clip(), whole.clip())
+
+
+@pytest.mark.parametrize("max_bytes", [1, 11_000, 16_000])
+def test_rows_dont_depend_on_it(given: tuple[Any, ...], max_bytes: int) -> None:
+    whole = persample.gradients(*given)
+    G = persample.gradients(*given, max_bytes=max_bytes)
+    assert G.unused == ("spare",) and [type(g) for g in G.factors.values()] == [type(g) for g in whole.factors.values()]
+    close(G.dense(), whole.dense())
+    close(G.outputs, whole.outputs)
+    close(G.gram(), whole.gram())
+
+
+def test_slices_are_as_large_as_fits(given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    narrowed = microbatch.narrowed
+
+    def noted(batch: Any, at: slice) -> Any:
+        sizes.append(at.stop - at.start)
+        return narrowed(batch, at)
+
+    monkeypatch.setattr(microbatch, "narrowed", noted)
+    for max_bytes, expected in ((1, [2, 1, 1, 1, 1, 1]), (10**9, [2, 5])):
+        sizes.clear()
+        persample.gradients(*given, quantities=["norm"], max_bytes=max_bytes)
+        assert sizes == expected
+
+
+def test_memory_is_bounded() -> None:
+    model = nn.Sequential(nn.Linear(3, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 3))
+    x, y = torch.randn(2000, 3), torch.randint(3, (2000,))
+
+    def run(max_bytes: int | None = None) -> Tensor:
+        criterion = nn.CrossEntropyLoss(reduction="none")
+        return persample.gradients(
+            model, criterion, x, y, quantities=["norm"], verify=False, max_bytes=max_bytes
+        ).norm()
+
+    most, whole = peak(run)
+    assert most > 8 << 20
+    for bound in (2 << 20, 1 << 20):
+        found, parts = peak(lambda bound=bound: run(bound))
+        torch.testing.assert_close(parts, whole)
+        assert 0.5 * bound < found < 1.25 * bound
+
+
+def test_a_gram_matrix_sees_one_mask_per_sample() -> None:
+    model = nn.Sequential(nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 3)).double()
+    x, y = torch.randn(N, 5, dtype=torch.float64), torch.randint(3, (N,))
+    torch.manual_seed(1)
+    asked = ["norm", "gram", ("project", {PROJECTION: torch.eye(363, dtype=torch.float64)})]
+    S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=asked, max_bytes=4000, verify=False)
+    rows = S.project()
+    close(S.gram(), rows @ rows.T)
+    close(S.norm(), rows.norm(dim=1))
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm"], max_bytes=2000, verify=False)
+    assert torch.equal(drawn, torch.rand(1))  # running slices again draws nothing
+
+
+def test_every_slice_sees_the_same_buffers() -> None:
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return self.linear(x) * self.count
+
+    whole, parts = Drifting(), Drifting()
+    parts.load_state_dict(whole.state_dict())
+    x, y = torch.randn(N, 4), torch.randint(3, (N,))
+    a = persample.gradients(whole, nn.CrossEntropyLoss(), x, y, quantities=["gram"], verify=False)
+    b = persample.gradients(parts, nn.CrossEntropyLoss(), x, y, quantities=["gram"], verify=False, max_bytes=1)
+    torch.testing.assert_close(a.gram(), b.gram())
+    assert whole.count == parts.count == 1
+
+
+def test_coupled_batches_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    args = (model, nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(3, (N,)))
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(*args, max_bytes=1)
+    for options in ({}, {"quantities": ["norm"]}):
+        with pytest.raises(persample.BatchCoupledError, match="max_bytes=1 would run the batch in slices"):
+            persample.gradients(*args, max_bytes=1, params=r"2\.", verify=False, **options)
+    with pytest.raises(ValueError, match="whole batch"):
+        persample.gradients(*args, max_bytes=1, coupled="eval")
+    with pytest.raises(ValueError, match="positive"):
+        persample.gradients(*args, max_bytes=0)
+
+
+FORMS: list[Factors] = [
+    Dense(torch.randn(N, 4, 3)),
+    Outer(torch.randn(N, 1, 2, 4), torch.randn(N, 1, 2, 3), torch.Size((4, 3))),
+    Rows(torch.randint(4, (N, 2)), torch.randn(N, 2, 3), torch.Size((4, 3))),
+    Conv(torch.randn(N, 3, 5), torch.randn(N, 4, 5), (1,), (0,), (1,), torch.Size((4, 3, 1))),
+]
+
+
+@pytest.mark.parametrize("g", FORMS, ids=lambda g: type(g).__name__)
+def test_concatenated(g: Factors) -> None:
+    from persample.factors import index
+
+    parts = [index(g, at) for at in (slice(0, 2), slice(2, 3), slice(3, N))]
+    whole = microbatch.concatenated(parts)
+    assert type(whole) is type(g)
+    torch.testing.assert_close(dense(whole), dense(g))
+    mixed = microbatch.concatenated([parts[0], Dense(dense(parts[1])), parts[2]])
+    torch.testing.assert_close(dense(mixed), dense(g))
+
+
+def test_concatenated_of_other_tokens() -> None:
+    a = Outer(torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 3), torch.Size((4, 3)))
+    b = Outer(torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 3), torch.Size((4, 3)))
+    torch.testing.assert_close(dense(microbatch.concatenated([a, b])), torch.cat([dense(a), dense(b)]))

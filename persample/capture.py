@@ -91,7 +91,9 @@ class Call:
     results: tuple[Tensor, ...] = ()  # the outputs, detached, where the rule needs them
     replay: Any = None  # what a node of ours in the graph has to hand on (see `rules.REPLAYED`)
     expected: int = 0  # how many outputs the losses depend on
-    parts: dict[int, Tensor | None] = field(default_factory=dict)  # gradients of some outputs, in a backward that goes on
+    parts: dict[int, Tensor | None] = field(
+        default_factory=dict
+    )  # gradients of some outputs, in a backward that goes on
     task: int = -1  # that backward
 
     @property
@@ -284,7 +286,9 @@ class Capture(TorchFunctionMode):
     def _is_choice(
         self, kinds: Sequence[_Sampled | _Derived | None], sampled: Sequence[tuple[Tensor, Layout | None]]
     ) -> bool:
-        """Whether only numbers of the batch as a whole (the experts that are hit, the longest length) pick from shared tensors."""
+        """Whether only numbers of the batch as a whole (the experts that are hit, the longest length) pick from shared
+        tensors.
+        """
         numbers = all(at is None and not t.is_floating_point() for t, at in sampled)
         return numbers and any(isinstance(k, _Derived) for k in kinds)
 
@@ -318,11 +322,11 @@ class Capture(TorchFunctionMode):
                 live = [Shared(saved[id(t)], s.derivation) if s.tensor is t else s for s in live]
             elif id(t) not in keep and id(t) not in saved:
                 saved[id(t)] = t.detach()
-        swap = lambda t: saved.get(id(t), t) if isinstance(t, Tensor) else t  # noqa: E731
+        swap = lambda t: saved.get(id(t), t)  # noqa: E731
         call = Call(
             func,
-            tree_map(swap, args),
-            tree_map(swap, kwargs),
+            mapped(swap, args),
+            mapped(swap, kwargs),
             live,
             {id(saved[i]): layout for i, layout in layouts.items()},
             [],
@@ -333,7 +337,7 @@ class Capture(TorchFunctionMode):
             self.listener,
         )
         out = self._run(call, func, args, kwargs)
-        if func in rules.NESTED:
+        if func in rules.NESTED and call.replay is None:
             out = tuple(t.clone() for t in out)
         self._propagate(func, args, kwargs, tensors, sampled, out)
         outputs = [t for t in _results(args, kwargs, out, mutates) if t.requires_grad and t.grad_fn is not None]
@@ -416,18 +420,29 @@ class Capture(TorchFunctionMode):
 class Watch(TorchFunctionMode):
     """For engines that run samples alone: raises where that would be another function, or miss a parameter."""
 
-    def __init__(self, hidden: Mapping[int, str] | None = None) -> None:
+    def __init__(self, hidden: Mapping[int, str] | None = None, shared: Iterable[Tensor] = ()) -> None:
         """``hidden``: parameters (by id) that must not be used as they are, because functional copies stand for
-        them.
+        them; ``shared``: tensors without samples, on which statistics couple nothing (standardised weights).
         """
         super().__init__()
         self.hidden = hidden or {}
+        self.shared: dict[int, weakref.ref[Tensor]] = {}
+        self.share(shared)
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """These have no samples, nor has what is computed from them alone."""
+        self.shared.update((id(t), weakref.ref(t)) for t in tensors)
+
+    def _all_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        tensors = [t for t in _flat(args, kwargs) if isinstance(t, Tensor)]
+        return bool(tensors) and all((ref := self.shared.get(id(t))) is not None and ref() is t for t in tensors)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if reason := rules.coupling(func, args, kwargs):
+        shared = bool(self.shared) and self._all_shared(args, kwargs)
+        if (reason := rules.coupling(func, args, kwargs)) and not shared:
             raise BatchCoupledError(
                 f"{function_name(func)} {reason}, so a sample alone is another function than a sample of this batch. "
                 "Use "
@@ -441,7 +456,10 @@ class Watch(TorchFunctionMode):
                         "model's attribute, so torch.func does "
                         "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='hooks'."
                     )
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if shared:
+            self.share(tensors_in(out))
+        return out
 
 
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
@@ -474,9 +492,22 @@ def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: b
         yield into
 
 
+def mapped(f: Callable[[Tensor], Any], tree: Any) -> Any:
+    """``f`` of every tensor in a structure; the common ones without a pytree."""
+    if isinstance(tree, Tensor):
+        return f(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)(mapped(f, x) for x in tree)
+    if type(tree) is dict:
+        return {key: mapped(f, x) for key, x in tree.items()}
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    return tree_map(lambda x: f(x) if isinstance(x, Tensor) else x, tree)
+
+
 def _saves_elsewhere() -> bool:
     """Whether saved-tensor hooks are active (checkpointing): they count what a forward saves."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _metadata(node: Node) -> dict[str, Any]:
@@ -487,19 +518,23 @@ def _metadata(node: Node) -> dict[str, Any]:
 def _end(t: Tensor, arguments: list[Tensor], mutates: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The tensor whose gradient tells that of ``t``, and how.
 
-    That is ``t`` itself; but its base where a function returns a view of what it has just computed (``F.linear`` of
-    sequences does), as an in-place operation on such a view rewrites the graph around the view's own node; and the
+    That is ``t`` itself; but its base where a function returns a view of what it has just computed (``F.linear`` and
+    ``einsum`` do), as an in-place operation on such a view rewrites the graph around the view's own node; and the
     base where ``t`` is a part that was changed in place (``h[:, 0] += p``), as later uses don't go through the part.
     """
-    shape, base = t.shape, t._base
-    if base is not None and mutates:
-        whole, part = (base.shape, base.stride()), (shape, t.stride(), t.storage_offset() - base.storage_offset())
-        return base, lambda g: g.new_empty_strided(*whole).copy_(g).as_strided(*part)
-    if base is not None and base.grad_fn is not None and base.numel() == t.numel():
-        known = {id(a) for x in arguments for a in (x, x._base) if a is not None}
-        if base.is_contiguous() and t.is_contiguous() and id(base) not in known:
-            return base, lambda g: g.reshape(shape)
-    return t, lambda g: g
+    base = t._base
+    if base is None or base.grad_fn is None:
+        return t, lambda g: g
+    known = {id(a) for x in arguments for a in (x, x._base) if a is not None}
+    if not mutates and (base.numel() != t.numel() or id(base) in known):
+        return t, lambda g: g
+    whole, part = (base.shape, base.stride()), (t.shape, t.stride(), t.storage_offset() - base.storage_offset())
+
+    def gradient(g: Tensor) -> Tensor:
+        same = g.stride() == whole[1] and g.storage_offset() == 0
+        return (g if same else g.new_empty_strided(*whole).copy_(g)).as_strided(*part)
+
+    return base, gradient
 
 
 def _is_wrapped(tensors: list[Tensor]) -> bool:

@@ -8,6 +8,7 @@ parameter to the sink as soon as its last use has arrived.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import rules
 from .capture import Call, Derivation, Reached, Shared, reached
 from .errors import BatchCoupledError, CaptureError, PersampleError, SampleAxisError
-from .factors import Dense, Factors, add, dense
+from .factors import Dense, Factors, Outer, add, dense
 from .problem import Emit
 from .rules.derived import Diagonal, Lone, Rowlike, plain, pulled
 from .rules.fallback import by_samples, of_one
@@ -199,7 +200,7 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
         return []
     g = grads[0] if len(grads) == 1 else grads
     try:
-        inspect.signature(rule).bind(call, g, *call.args, **call.kwargs)
+        _signature(rule).bind(call, g, *call.args, **call.kwargs)
     except TypeError:
         return []
     found: list[tuple[Tensor, Rowlike]] = []
@@ -214,7 +215,8 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
         raise
     except Exception as error:
         raise CaptureError(
-            f"{call.name}: its rule raised {type(error).__name__}: {error}. Correct the rule or remove() it, or use engine='loop'."
+            f"{call.name}: its rule raised {type(error).__name__}: {error}. Correct the rule or remove() it, or use "
+            "engine='loop'."
         ) from error
     return [(tensor, _as_rows(call, tensor, rows)) for tensor, rows in found]
 
@@ -223,13 +225,18 @@ def _as_rows(call: Call, tensor: Tensor, rows: Any) -> Rowlike:
     """What a rule gave; a tensor ``[N, *P]`` is dense rows."""
     rows = Dense(rows) if isinstance(rows, Tensor) else rows
     if not isinstance(rows, Rowlike):
-        raise CaptureError(f"{call.name}: its rule gave a {type(rows).__name__} instead of factors or a tensor [N, *P].")
+        raise CaptureError(
+            f"{call.name}: its rule gave a {type(rows).__name__} instead of factors or a tensor [N, *P]."
+        )
     n = len(rows.value) if isinstance(rows, Diagonal) else len(rows)
     if n != call.n or rows.shape != tensor.shape:
         raise CaptureError(
             f"{call.name}: its rule gave rows of shape {(n, *rows.shape)} instead of {(call.n, *tensor.shape)}."
         )
     return rows
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tuple[Tensor, Rowlike]]:
@@ -278,12 +285,23 @@ def total(parts: Sequence[Rowlike | Lone]) -> Rowlike:
         for one in lone:
             rows[one.sample] += one.value
         return total([Dense(rows), *(p for p in parts if not isinstance(p, Lone))])
+    if len(parts) > 2 and (joined := _joined(parts)) is not None:
+        return joined
     if len(parts) > 1:
         half = len(parts) // 2
         return _plus(total(parts[:half]), total(parts[half:]))
     (rest,) = parts
     assert not isinstance(rest, Lone)
     return rest
+
+
+def _joined(parts: Sequence[Rowlike | Lone]) -> Outer | None:
+    """Many uses of one form (the steps of a loop): all tokens in a row, copied once."""
+    outers = [p for p in parts if isinstance(p, Outer)]
+    kinds = {(p.left.shape[1], p.left.shape[3], p.left.dtype, p.right.dtype) for p in outers}
+    if len(outers) < len(parts) or len(kinds) > 1:
+        return None
+    return Outer(torch.cat([p.left for p in outers], 2), torch.cat([p.right for p in outers], 2), outers[0].shape)
 
 
 def _plus(a: Rowlike, b: Rowlike) -> Rowlike:

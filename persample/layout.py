@@ -4,7 +4,8 @@ A tensor that depends on samples carries a `Layout`.  Its axis has ``outer * N *
 belongs to sample ``(i // inner) % N``: batch-first (``axis=0``), sequence-first (``axis=1``), flattened tokens
 (``inner=T``), heads folded into the batch (``inner=heads``) are all of this kind.  Where rows were picked by an
 index (packed sequences, experts that see some of the tokens), ``owner`` says to which sample each entry belongs;
--1 is nobody, which only integers can be.  In a loop over the samples (``for x in batch``), tensors are one sample's alone.
+-1 is nobody, which only integers can be.  In a loop over the samples (``for x in batch``), tensors are one sample's
+alone.
 How operations move samples is in `persample.propagate`.
 """
 

@@ -41,7 +41,10 @@ def propagate(
     """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that have samples."""
     if sampled[0][1].n == 1:
         return lone_sample(out)
-    return _followed(func, args, kwargs, sampled, tensors, out)
+    try:
+        return _followed(func, args, kwargs, sampled, tensors, out)
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError):  # a way to call the function that isn't known
+        return None
 
 
 def lone_sample(x: Tensor) -> Layout:
@@ -70,7 +73,7 @@ def _followed(
         return _joined(args, kwargs, sampled, out)
     if func is F.embedding_bag:
         return _bagged(args, kwargs, sampled, out)
-    if func in _WRITES and args and out is args[0] and out is not first:
+    if (func in _WRITES and args and out is args[0] and out is not first) or (func in _COPIES and args[0] is not first):
         return _written(func, args, kwargs, sampled, out)
     if func is torch.einsum:
         return _einsum(args, sampled, out)
@@ -299,7 +302,9 @@ def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout
 def _repeated(
     func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
 ) -> Layout | None:
-    if len(args) == 1:  # repeat_interleave(counts): every sample's number as often as it says
+    if (
+        len(args) == 1 and "repeats" not in kwargs
+    ):  # repeat_interleave(counts): every sample's number as often as it says
         return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
     return _read(layout, func(_numbers(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
 
@@ -415,7 +420,7 @@ def _written(
         return _assigned(args, layout, value, out)
     dim, index, source = _bind(args[1:], kwargs, "dim", "index", "source")
     if value is source and dim % out.ndim == layout.axis:
-        return _agrees(out, layout, layout.axis, index) if func in _named("index_add_", "index_copy_") else None
+        return _agrees(out, layout, layout.axis, index) if func in _PLACES else None
     return _kept(layout, value.ndim, out.shape)
 
 
@@ -513,3 +518,5 @@ _STACKS = _named("stack")
 _SPREADS = _named("expand", "expand_as", "broadcast_to")
 _REDUCES = _named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
 _WRITES = {Tensor.__setitem__} | _named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")
+_COPIES = _named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
+_PLACES = _named("index_add_", "index_copy_", "index_add", "index_copy")

@@ -24,7 +24,7 @@ from ..errors import BatchCoupledError
 from ..factors import Dense, Outer
 from ..layout import samples_first
 from ..recurrence import Given, Solved, Steps, Weights, gru, lstm, simple
-from . import KEEPS, OPEN, REPLAYED, Yields, rule
+from . import KEEPS, OPEN, REPLAYED, RULES, Yields, rule
 from .affine import product
 from .derived import apart
 
@@ -245,25 +245,26 @@ class _Node(torch.autograd.Function):
         assert call.replay is not None
         with torch._C.DisableTorchFunction():
             if call.replay.passed is None:  # nobody listened
-                deque(layer(call, grads, *call.args), maxlen=0)
+                deque(RULES[call.func](call, grads if len(grads) > 1 else grads[0], *call.args), maxlen=0)
         passed, call.replay.passed = call.replay.passed, None
         assert passed is not None
         return None, None, None, *passed
 
 
-def replayed(call: Call, *args: Any) -> Any:
-    """Run a layer's call outside of autograd, and put it back into the graph as one node."""
-    packed = isinstance(args[3], (tuple, list))
-    hx = args[2 if packed else 1]
-    if any(call.sampled(w) for w in call.args[3 if packed else 2]):
-        return NotImplemented
+def replayed(call: Call, input: Tensor, *args: Any) -> Any:
+    """Run a layer or a cell outside of autograd, and put it back into the graph as one node."""
+    packed = call.func in LAYERS and isinstance(args[2], (tuple, list))
+    hx, *rest = args[1:] if packed else args
+    weights = rest[0] if call.func in LAYERS else rest
+    if any(w is not None and w.requires_grad and not call.wants(w) for w in weights):
+        return NotImplemented  # they have a gradient of their own in this graph
     with torch.no_grad():
-        outputs = list(call.func(*args))
-    inputs = [args[0], *_states(hx)]
-    inputs = [x.detach() if call.wants(x) else x for x in inputs]
+        out = call.func(input, *args)
+    inputs = [x.detach() if call.wants(x) else x for x in (input, *_states(hx))]
     call.replay = Replay([x.requires_grad for x in inputs])
     anchor = torch.empty(0, requires_grad=True)  # there is a gradient, also where none of the inputs has one
-    return _Node.apply(call, outputs, anchor, *inputs)  # type: ignore[no-untyped-call]
+    outputs = _Node.apply(call, [out] if isinstance(out, Tensor) else list(out), anchor, *inputs)  # type: ignore[no-untyped-call]
+    return outputs[0] if isinstance(out, Tensor) else outputs
 
 
-REPLAYED.update(dict.fromkeys(LAYERS, replayed))
+REPLAYED.update(dict.fromkeys((*LAYERS, *CELLS), replayed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 from importlib.metadata import version as installed
 from pathlib import Path
 
@@ -19,7 +21,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["conf.py"]
+exclude_patterns = ["conf.py", "figures.py"]
 default_role = "py:obj"  # `single quotes` in docstrings: a link where there is something to link to
 
 html_theme = "furo"
@@ -29,8 +31,16 @@ html_theme_options = {"navigation_with_keys": True}
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-# The examples are pages too: turned into notebooks beside the other pages, executed, and shown with their output.
 HERE = Path(__file__).parent
+
+# Pictures are drawn by the library itself; again where anything it is made of has changed.
+figures = HERE / "figures.py"
+sources = [figures, *(HERE.parent / "persample").rglob("*.py")]
+drawn = list((HERE / "figures").glob("*.svg"))
+if not drawn or min(map(os.path.getmtime, drawn)) < max(map(os.path.getmtime, sources)):
+    runpy.run_path(str(figures))["draw"](HERE / "figures")
+
+# The examples are pages too: turned into notebooks beside the other pages, executed, and shown with their output.
 (HERE / "examples").mkdir(exist_ok=True)
 for old in (HERE / "examples").glob("*.ipynb"):
     if not (HERE.parent / "examples" / f"{old.stem}.py").exists():

@@ -8,18 +8,15 @@ axis is lost. Nothing is verified by the library (`verify=False`): what it retur
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -129,11 +126,18 @@ def product(m: Program, s: State, a: int, b: int) -> None:
     d, o = s.x.shape[-1], 1 + b % 4
     w = m.parameter("w", d, o)
     x = s.x
-    s.set([
-        lambda: x @ w, lambda: torch.matmul(x, w), lambda: F.linear(x, w.t()), lambda: torch.einsum("...i,io->...o", x, w),
-        lambda: (w.t() @ x.mT).mT, lambda: x.unsqueeze(-2).matmul(w).squeeze(-2), lambda: (x.unsqueeze(-1) * w).sum(-2),
-        lambda: torch.tensordot(x, w, 1),
-    ][a]())  # fmt: skip
+    s.set(
+        [
+            lambda: x @ w,
+            lambda: torch.matmul(x, w),
+            lambda: F.linear(x, w.t()),
+            lambda: torch.einsum("...i,io->...o", x, w),
+            lambda: (w.t() @ x.mT).mT,
+            lambda: x.unsqueeze(-2).matmul(w).squeeze(-2),
+            lambda: (x.unsqueeze(-1) * w).sum(-2),
+            lambda: torch.tensordot(x, w, 1),
+        ][a]()
+    )
 
 
 @step(TOKENS)
@@ -180,7 +184,11 @@ def activation(m: Program, s: State, a: int, b: int) -> None:
     if a < 3 and s.own:
         s.set([torch.relu_, torch.tanh_, lambda x: F.leaky_relu(x, 0.1, inplace=True)][a](s.x))
     else:
-        s.set([torch.relu, torch.tanh, F.gelu, F.silu, torch.sin, lambda x: x * x.sigmoid(), F.softplus, torch.abs][a](s.x))
+        s.set(
+            [torch.relu, torch.tanh, F.gelu, F.silu, torch.sin, lambda x: x * x.sigmoid(), F.softplus, torch.abs][a](
+                s.x
+            )
+        )
 
 
 @step()
@@ -188,9 +196,11 @@ def layer_norm(m: Program, s: State, a: int, b: int) -> None:
     last = list(s.x.shape[s.x.ndim - 1 - (a % 2 if s.form in ("ntd", "ncl", "fcl") else 0) :])
     if math.prod(last) > 1:
         kinds = [
-            lambda: nn.LayerNorm(last), lambda: nn.LayerNorm(last, bias=False), lambda: nn.RMSNorm(last),
+            lambda: nn.LayerNorm(last),
+            lambda: nn.LayerNorm(last, bias=False),
+            lambda: nn.RMSNorm(last),
             lambda: nn.LayerNorm(last, elementwise_affine=False),
-        ]  # fmt: skip
+        ]
         s.set(m.part(f"ln{last}_{b % 4}", kinds[b % 4])(s.x))
 
 
@@ -199,9 +209,12 @@ def channel_norm(m: Program, s: State, a: int, b: int) -> None:
     c = s.x.shape[1]
     if math.prod(s.x.shape[2:]) > 1:
         kinds = [
-            lambda: nn.GroupNorm(1, c), lambda: nn.GroupNorm(c, c), lambda: nn.InstanceNorm1d(c, affine=True),
-            lambda: nn.BatchNorm1d(c).eval(), lambda: nn.PReLU(c),
-        ]  # fmt: skip
+            lambda: nn.GroupNorm(1, c),
+            lambda: nn.GroupNorm(c, c),
+            lambda: nn.InstanceNorm1d(c, affine=True),
+            lambda: nn.BatchNorm1d(c).eval(),
+            lambda: nn.PReLU(c),
+        ]
         if s.x.ndim == 3 or a % 5 in (0, 1, 4):
             s.set(m.part(f"cn{c}_{a % 5}", kinds[a % 5])(s.x))
 
@@ -256,7 +269,12 @@ def spread(m: Program, s: State, a: int, b: int) -> None:
     """One token becomes several."""
     k = 1 + b % 4
     x = s.x.unsqueeze(1)
-    made = [x.expand(-1, k, -1), x.repeat(1, k, 1), s.x.repeat_interleave(k, 0).view(s.n, k, -1), torch.stack([s.x] * k, 1)]
+    made = [
+        x.expand(-1, k, -1),
+        x.repeat(1, k, 1),
+        s.x.repeat_interleave(k, 0).view(s.n, k, -1),
+        torch.stack([s.x] * k, 1),
+    ]
     s.set(made[a % 4], "ntd", own=a % 4 > 0)
 
 
@@ -264,16 +282,26 @@ def spread(m: Program, s: State, a: int, b: int) -> None:
 def pool(m: Program, s: State, a: int, b: int) -> None:
     x = s.x
     made = [
-        lambda: x.mean(1), lambda: x[:, 0], lambda: x[:, -1], lambda: x.max(1).values, lambda: x.sum(dim=1),
-        lambda: x.amax(-2), lambda: x.select(1, x.shape[1] - 1), lambda: x.softmax(1).mul(x).sum(1),
-    ]  # fmt: skip
+        lambda: x.mean(1),
+        lambda: x[:, 0],
+        lambda: x[:, -1],
+        lambda: x.max(1).values,
+        lambda: x.sum(dim=1),
+        lambda: x.amax(-2),
+        lambda: x.select(1, x.shape[1] - 1),
+        lambda: x.softmax(1).mul(x).sum(1),
+    ]
     s.set(made[a](), "nd", own=a not in (1, 2, 6))
 
 
 @step("tnd")
 def pool_time_first(m: Program, s: State, a: int, b: int) -> None:
     x = s.x
-    s.set([lambda: x.mean(0), lambda: x[0], lambda: x[-1], lambda: x.amax(0), lambda: x.unbind(0)[0]][a % 5](), "nd", own=a % 5 in (0, 3))
+    s.set(
+        [lambda: x.mean(0), lambda: x[0], lambda: x[-1], lambda: x.amax(0), lambda: x.unbind(0)[0]][a % 5](),
+        "nd",
+        own=a % 5 in (0, 3),
+    )
 
 
 @step("ntd")
@@ -282,10 +310,15 @@ def mix_tokens(m: Program, s: State, a: int, b: int) -> None:
     t = x.shape[1]
     w = m.parameter("mix", t, t)
     made = [
-        lambda: w @ x, lambda: torch.einsum("ts,nsd->ntd", w, x), lambda: F.linear(x.transpose(1, 2), w).transpose(1, 2),
-        lambda: (x.mT @ w).mT, lambda: x.cumsum(1) * w[0, 0], lambda: x.flip(1) + w[:, :1], lambda: x.roll(1, 1) * w[0].unsqueeze(-1),
+        lambda: w @ x,
+        lambda: torch.einsum("ts,nsd->ntd", w, x),
+        lambda: F.linear(x.transpose(1, 2), w).transpose(1, 2),
+        lambda: (x.mT @ w).mT,
+        lambda: x.cumsum(1) * w[0, 0],
+        lambda: x.flip(1) + w[:, :1],
+        lambda: x.roll(1, 1) * w[0].unsqueeze(-1),
         lambda: torch.matmul(w.tril(), x),
-    ]  # fmt: skip
+    ]
     s.set(made[a]())
 
 
@@ -304,14 +337,21 @@ def attention(m: Program, s: State, a: int, b: int) -> None:
         s.set(y if a < 4 else y.transpose(0, 1))
     elif d > 1:
         heads = 2 if d % 2 == 0 else 1
-        layer = m.part(f"enc{d}", lambda: nn.TransformerEncoderLayer(d, heads, 5, dropout=0.0, batch_first=True, norm_first=a == 6))
+        layer = m.part(
+            f"enc{d}", lambda: nn.TransformerEncoderLayer(d, heads, 5, dropout=0.0, batch_first=True, norm_first=a == 6)
+        )
         s.set(layer(s.x))
 
 
 @step("ntd")
 def split_heads(m: Program, s: State, a: int, b: int) -> None:
     if s.x.shape[-1] % 2 == 0:
-        s.set(s.x.view(s.n, s.x.shape[1], 2, -1).transpose(1, 2) if a % 2 else s.x.unflatten(-1, (2, -1)).permute(0, 2, 1, 3), "nhtd")
+        s.set(
+            s.x.view(s.n, s.x.shape[1], 2, -1).transpose(1, 2)
+            if a % 2
+            else s.x.unflatten(-1, (2, -1)).permute(0, 2, 1, 3),
+            "nhtd",
+        )
 
 
 @step("nhtd")
@@ -332,7 +372,10 @@ def heads_in_the_batch(m: Program, s: State, a: int, b: int) -> None:
 def recurrence(m: Program, s: State, a: int, b: int) -> None:
     d = s.x.shape[-1]
     kind = [nn.RNN, nn.GRU, nn.LSTM][a % 3]
-    layer = m.part(f"rnn{d}_{a}_{s.form}", lambda: kind(d, 2, batch_first=s.form == "ntd", bidirectional=a > 3, num_layers=1 + (a == 7)))
+    layer = m.part(
+        f"rnn{d}_{a}_{s.form}",
+        lambda: kind(d, 2, batch_first=s.form == "ntd", bidirectional=a > 3, num_layers=1 + (a == 7)),
+    )
     out, state = layer(s.x)
     state = state[0] if isinstance(state, tuple) else state
     if b % 2:
@@ -382,14 +425,21 @@ def from_frames(m: Program, s: State, a: int, b: int) -> None:
 def convolution(m: Program, s: State, a: int, b: int) -> None:
     c, k = s.x.shape[1], 1 + b % 3
     options: dict[str, Any] = [
-        {"padding": k // 2}, {"padding": "same"}, {"padding": k - 1, "dilation": 1 + b % 2}, {"groups": c, "padding": 1},
-        {"padding": k // 2, "padding_mode": "circular"}, {"bias": False, "padding": 1, "stride": 2},
-    ][a % 6]  # fmt: skip
+        {"padding": k // 2},
+        {"padding": "same"},
+        {"padding": k - 1, "dilation": 1 + b % 2},
+        {"groups": c, "padding": 1},
+        {"padding": k // 2, "padding_mode": "circular"},
+        {"bias": False, "padding": 1, "stride": 2},
+    ][a % 6]
     if a < 6:
         out = c if "groups" in options else 1 + b % 4
         layer = m.part(f"conv{c}_{a}_{b}", lambda: nn.Conv1d(c, out, k, **options))
     else:
-        layer = m.part(f"up{c}_{a}_{b}", lambda: nn.ConvTranspose1d(c, 1 + b % 4, k, stride=1 + a % 2, output_padding=a % 2 if a % 2 else 0))
+        layer = m.part(
+            f"up{c}_{a}_{b}",
+            lambda: nn.ConvTranspose1d(c, 1 + b % 4, k, stride=1 + a % 2, output_padding=a % 2 or 0),
+        )
     s.set(layer(s.x))
 
 
@@ -444,9 +494,15 @@ def features(m: Program, s: State, a: int, b: int) -> None:
     """Operations within the features."""
     x, d = s.x, s.x.shape[-1]
     made = [
-        lambda: x.sort(-1).values, lambda: x.flip(-1), lambda: x.roll(1, -1), lambda: x.softmax(-1), lambda: x / (x.norm(dim=-1, keepdim=True) + 1),
-        lambda: x - x.mean(-1, keepdim=True), lambda: x.gather(-1, x.argsort(-1)), lambda: F.pad(x, (1, b % 2)),
-    ]  # fmt: skip
+        lambda: x.sort(-1).values,
+        lambda: x.flip(-1),
+        lambda: x.roll(1, -1),
+        lambda: x.softmax(-1),
+        lambda: x / (x.norm(dim=-1, keepdim=True) + 1),
+        lambda: x - x.mean(-1, keepdim=True),
+        lambda: x.gather(-1, x.argsort(-1)),
+        lambda: F.pad(x, (1, b % 2)),
+    ]
     s.set(made[a]())
     if a == 4 and d % 2 == 0:
         left, right = x.chunk(2, -1)
@@ -459,9 +515,12 @@ def twice_as_many(m: Program, s: State, a: int, b: int) -> None:
     d = s.x.shape[-1]
     layer = m.part(f"siam{d}", lambda: nn.Linear(d, d))
     both = [
-        lambda: torch.cat([s.x, s.x * 2]), lambda: s.x.repeat(2, 1) * 1.5, lambda: torch.stack([s.x, -s.x], 1).flatten(0, 1),
-        lambda: torch.stack([s.x, -s.x]).flatten(0, 1), lambda: s.x.repeat_interleave(2, 0),
-    ][a % 5]()  # fmt: skip
+        lambda: torch.cat([s.x, s.x * 2]),
+        lambda: s.x.repeat(2, 1) * 1.5,
+        lambda: torch.stack([s.x, -s.x], 1).flatten(0, 1),
+        lambda: torch.stack([s.x, -s.x]).flatten(0, 1),
+        lambda: s.x.repeat_interleave(2, 0),
+    ][a % 5]()
     y = layer(both).tanh()
     if a % 5 in (2, 4):
         y = y.view(s.n, 2, d)
@@ -476,7 +535,12 @@ def pieces_of_the_batch(m: Program, s: State, a: int, b: int) -> None:
     d = s.x.shape[-1]
     layer = m.part(f"piece{d}", lambda: nn.Linear(d, d))
     k = 1 + b % 3
-    pieces = [lambda: s.x.split(k), lambda: s.x.chunk(k), lambda: [s.x[i : i + 1] for i in range(s.n)], lambda: s.x.unbind(0)][a % 4]()
+    pieces = [
+        lambda: s.x.split(k),
+        lambda: s.x.chunk(k),
+        lambda: [s.x[i : i + 1] for i in range(s.n)],
+        lambda: s.x.unbind(0),
+    ][a % 4]()
     out = [layer(p) for p in pieces]
     s.set(torch.stack(out) if a % 4 == 3 else torch.cat(out))
 
@@ -488,8 +552,14 @@ def reordered(m: Program, s: State, a: int, b: int) -> None:
     layer = m.part(f"order{d}", lambda: nn.Linear(d, d))
     order = s.x.detach().reshape(s.n, -1)[:, 0].argsort()
     back = order.argsort()
-    s.set([lambda: layer(s.x[order])[back], lambda: layer(s.x.flip(0)).flip(0), lambda: layer(s.x.roll(1, 0)).roll(-1, 0),
-           lambda: layer(s.x.index_select(0, order)).index_select(0, back)][a % 4]())  # fmt: skip
+    s.set(
+        [
+            lambda: layer(s.x[order])[back],
+            lambda: layer(s.x.flip(0)).flip(0),
+            lambda: layer(s.x.roll(1, 0)).roll(-1, 0),
+            lambda: layer(s.x.index_select(0, order)).index_select(0, back),
+        ][a % 4]()
+    )
 
 
 @step("nd fd")
@@ -536,9 +606,15 @@ def derived_weight(m: Program, s: State, a: int, b: int) -> None:
     d = s.x.shape[-1]
     w = m.parameter("dw", d, d)
     made = [
-        lambda: w / w.norm(dim=0), lambda: w.tril(), lambda: w + w.t(), lambda: w @ w, lambda: w.view(-1).view(d, d).t(), lambda: w * w.detach().abs(),
-        lambda: torch.cat([w[: d // 2], w[d // 2 :] * 2]), lambda: torch.outer(w[0], w[:, 0]),
-    ]  # fmt: skip
+        lambda: w / w.norm(dim=0),
+        lambda: w.tril(),
+        lambda: w + w.t(),
+        lambda: w @ w,
+        lambda: w.view(-1).view(d, d).t(),
+        lambda: w * w.detach().abs(),
+        lambda: torch.cat([w[: d // 2], w[d // 2 :] * 2]),
+        lambda: torch.outer(w[0], w[:, 0]),
+    ]
     s.set(F.linear(s.x, made[a]()))
 
 
@@ -585,13 +661,18 @@ class Drawn:
 
 step_of = st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 7), st.integers(0, 7))
 models = st.builds(
-    Drawn, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.sampled_from(["nd", "ntd", "tnd", "ids"]),
-    st.lists(step_of, min_size=1, max_size=7).map(tuple), st.booleans(),
-)  # fmt: skip
+    Drawn,
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(["nd", "ntd", "tnd", "ids"]),
+    st.lists(step_of, min_size=1, max_size=7).map(tuple),
+    st.booleans(),
+)
 
 
 def compare(drawn: Drawn, engine: str = "hooks") -> str:
-    """"exact", or the error's type; fails where rows are wrong."""
+    """ "exact", or the error's type; fails where rows are wrong."""
     try:
         p = drawn.problem()
         truth = rows(p, drawn.axis)

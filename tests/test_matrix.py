@@ -178,8 +178,11 @@ def check_model_side(d: Differences, g: Any, t: Truth) -> None:
     first = g.names[0]
     d.equal("select by name", g.select([first]).names, (first,))
     d.close("select by pattern", g.select(".*")[first], t.g.rows[first])
-    d.close("select by predicate", g.select(lambda name, p: name != first or len(g.names) == 1).flat(), torch.cat(
-        [matrix(r) for k, r in t.g.rows.items() if k != first or len(g.names) == 1], 1))
+    d.close(
+        "select by predicate",
+        g.select(lambda name, p: name != first or len(g.names) == 1).flat(),
+        torch.cat([matrix(r) for k, r in t.g.rows.items() if k != first or len(g.names) == 1], 1),
+    )
     parameters = {k: p for k, p in model.named_parameters() if k in t.g.rows}
     try:
         g.backward()

@@ -92,7 +92,7 @@ TRAPS: dict[str, str] = {
     "module_called_twice": "reuse_linear_twice reuse_conv_twice reuse_norm_twice reuse_in_list",
     "module_nested_or_in_sibling_branches": "reuse_nested reuse_branches reuse_block_twice reuse_lengths_differ",
     "children_called_with_keywords_none_or_int": "children_called_with_keywords inputs_tuple_with_none_and_int",
-    "several_inputs_tuple_or_dict_outputs": "inputs_nested inputs_keywords outputs_tuple outputs_dict outputs_dataclass",
+    "several_inputs_tuple_or_dict_outputs": "inputs_nested outputs_tuple outputs_dict outputs_dataclass",
     "child_module_named_output": "children_with_reserved_names",
     "multihead_attention_out_proj": "mha mha_sequence_first mha_kdim_vdim mha_bias_kv mha_everything transformer",
     "packed_sequences": "rnn_packed gru_packed lstm_packed lstm_packed_two_layers_bidirectional lstm_packed_sorted",
@@ -536,7 +536,9 @@ def test_per_sample_gradients_where_possible_and_grad_everywhere() -> None:
 def test_hundreds_of_steps_leave_nothing_behind(engine: str) -> None:
     """Memory flat, no hooks, no attributes, no modes."""
     model = nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True), nn.LSTM(6, 4, batch_first=True)).double()
-    model = nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True), nn.Linear(6, D)).double() if engine == "vmap" else model
+    model = (
+        nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True), nn.Linear(6, D)).double() if engine == "vmap" else model
+    )
     attributes = [set(vars(m)) for m in model.modules()]
     x, before = float64(3, 2, D), 0
 
@@ -545,7 +547,9 @@ def test_hundreds_of_steps_leave_nothing_behind(engine: str) -> None:
 
     for step in range(120 if engine == "loop" else 250):
         verify = None if step % 50 == 0 else False
-        G = persample.gradients(model, loss_fn, x, engine=engine, verify=verify, quantities=["norm"] if step % 2 else None)
+        G = persample.gradients(
+            model, loss_fn, x, engine=engine, verify=verify, quantities=["norm"] if step % 2 else None
+        )
         assert G.norm().shape == (3,)
         if step == 20:
             before = alive()

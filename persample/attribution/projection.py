@@ -46,8 +46,10 @@ class Projection:
 
     Args:
         dim: how many numbers are left of a row; inner products of rows of one layer have a relative error of about
-        ``sqrt(8/dim)``. seed: another seed is another, independent projection. tile: 1 is the most accurate, larger
-        ones (``tile^2`` must divide ``dim``) are cheaper; see the module's docstring.
+            ``sqrt(8/dim)``.
+        seed: another seed is another, independent projection.
+        tile: 1 is the most accurate, larger ones (``tile^2`` must divide ``dim``) are cheaper; see the module's
+            docstring.
     """
 
     dim: int

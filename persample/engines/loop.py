@@ -45,7 +45,7 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
     alone = batch.select(torch.tensor([n]))
     with torch.enable_grad():
         inputs = alone.inputs.map(lambda x, _: x.detach())
-        with Watch():
+        with Watch(shared=[*problem.model.parameters(), *problem.model.buffers()]):
             output = call_model(problem.model, inputs)
         loss = problem.loss_fn(output, alone.targets.whole())
         loss = loss.reshape(()) if is_per_sample(loss, 1) else loss

@@ -43,6 +43,7 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
         with _reparametrize_module(
             model, {**fixed, **values}, tie_weights=True, stack_weights=True
         ):  # around loss_fn too (penalties)
+            watch.share([*values.values(), *fixed.values()])
             outputs = call_model(model, inputs)
             loss = problem.loss_fn(outputs, targets)
         if not is_per_sample(loss, 1) and loss.ndim:
@@ -56,8 +57,9 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
     ]
     samples, dims = [[x.detach() for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
     run = vectorise(grad_and_value(one, has_aux=True), in_dims=(None, dims), randomness="different", chunk_size=chunk)
+    watch = Watch({id(p): name for name, p in problem.parameters.items()})
     try:
-        with Watch({id(p): name for name, p in problem.parameters.items()}):
+        with watch:
             rows, (losses, outputs) = run(values, samples)
     except (PersampleError, torch.OutOfMemoryError):
         raise

@@ -45,9 +45,10 @@ class PerSampleAdam(Optimizer):
     ``step(G)`` takes `Gradients`, or for ``group_size=1`` `Statistics` of ``quantities=["mean", "second_moment"]``.
 
     Args:
-        params: ``model.named_parameters()``. lr, betas, eps, weight_decay: as in `torch.optim.AdamW` (weight decay 0
-        by default). group_size: consecutive samples per group; it must divide every batch.  ``None``: the whole
-        batch, ordinary Adam.
+        params: ``model.named_parameters()``.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW` (weight decay 0 by default).
+        group_size: consecutive samples per group; it must divide every batch.  ``None``: the whole batch, ordinary
+            Adam.
     """
 
     def __init__(

@@ -104,8 +104,10 @@ class GradientSurgery(Optimizer):
     with ``A`` the averages, and ``A^T w`` the weights of samples.
 
     Args:
-        params: ``model.named_parameters()``. weighting: from a Gram matrix to weights; the step is ``lr`` times the
-        weighted sum, so ``1/M`` each is the mean. lr, momentum, nesterov, weight_decay: as in `torch.optim.SGD`.
+        params: ``model.named_parameters()``.
+        weighting: from a Gram matrix to weights; the step is ``lr`` times the weighted sum, so ``1/M`` each is the
+            mean.
+        lr, momentum, nesterov, weight_decay: as in `torch.optim.SGD`.
     """
 
     def __init__(

@@ -115,7 +115,8 @@ OPEN: dict[Function, Function] = {f: opened(f) for f in (F.multi_head_attention_
 # Whose outputs are computed from each other: copied, so that the gradient of one doesn't come through another.
 NESTED: set[Function] = {torch.lstm_cell}
 
-# What runs a function as one node of the graph, whose gradients come from the rule: ``(call, *arguments)`` to the outputs,
+# What runs a function as one node of the graph, whose gradients come from the rule: ``(call, *arguments)`` to the
+# outputs,
 # or ``NotImplemented``.
 REPLAYED: dict[Function, Function] = {}
 
@@ -123,7 +124,11 @@ REPLAYED: dict[Function, Function] = {}
 KEEPS: set[Function] = set()
 
 # What picks entries from a shared tensor.
-PICKS: set[Function] = {Tensor.__getitem__, *spellings("index_select", "select", "narrow", "gather", "take_along_dim"), F.embedding}
+PICKS: set[Function] = {
+    Tensor.__getitem__,
+    *spellings("index_select", "select", "narrow", "gather", "take_along_dim"),
+    F.embedding,
+}
 
 # What takes shape, type or place from an argument, and no gradient.
 INERT: set[Function] = {

@@ -114,9 +114,12 @@ def transposed(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: A
     if not isinstance(g, Diagonal) and input.ndim == 2 and tuple(d.shape) == (input.shape[1], input.shape[0]):
         probe = d.func(torch.empty(2, 3), *args, **kwargs)  # a permutation may also be the identity
         yield input, (lambda: transpose(g)) if probe.shape == (3, 2) else _same(g)
-    elif input.ndim == 3 and isinstance(g, Outer) and g.left.shape[1] == input.shape[0]:  # a matrix for each block
-        if d.func(torch.empty(2, 3, 5), *args, **kwargs).shape == (2, 5, 3):
-            yield input, lambda: Outer(g.right, g.left, input.shape)
+        return
+    blocks = input.ndim == 3 and isinstance(g, Outer) and g.left.shape[1] == input.shape[0]  # a matrix for each
+    if blocks and d.func(torch.empty(2, 3, 5), *args, **kwargs).shape == (2, 5, 3):
+        assert isinstance(g, Outer)
+        right, left = g.right, g.left
+        yield input, lambda: Outer(right, left, input.shape)
 
 
 @pullback(*spellings("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"))

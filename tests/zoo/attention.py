@@ -144,23 +144,41 @@ mha = [
     Case("mha_kdim_vdim", _mha((N, T, D), (N, S, 4), (N, S, 3), kdim=4, vdim=3)),
     Case("mha_bias_kv", _mha(add_bias_kv=True)),
     Case("mha_zero_attn", _mha(add_zero_attn=True)),
-    Case("mha_everything", _mha(
-        (N, T, D), (N, S, 4), (N, S, 4), kdim=4, vdim=4, add_bias_kv=True, add_zero_attn=True,
-        call={"need_weights": True})),
-    Case("mha_causal", _mha(
-        call={"need_weights": False, "is_causal": True, "attn_mask": torch.ones(T, T).triu(1).bool()})),
+    Case(
+        "mha_everything",
+        _mha(
+            (N, T, D),
+            (N, S, 4),
+            (N, S, 4),
+            kdim=4,
+            vdim=4,
+            add_bias_kv=True,
+            add_zero_attn=True,
+            call={"need_weights": True},
+        ),
+    ),
+    Case(
+        "mha_causal",
+        _mha(call={"need_weights": False, "is_causal": True, "attn_mask": torch.ones(T, T).triu(1).bool()}),
+    ),
     Case("mha_float_mask", _mha(call={"need_weights": False, "attn_mask": torch.arange(9.0).view(3, 3).double()})),
     Case("mha_padding", _mha(pad=True)),
     Case("mha_padding_weights", _mha(pad=True, call={"need_weights": True})),
     Case("mha_one_sample", _mha((1, T, D))),
     Case("mha_t_equals_n", _mha((3, 3, D))),
     Case("mha_sequence_first", _mha((T, N, D), dim=1, batch_first=False), batch_dim=1),
-    Case("mha_sequence_first_cross", _mha(
-        (T, N, D), (S, N, 4), (S, N, 3), dim=1, batch_first=False, kdim=4, vdim=3, add_bias_kv=True), batch_dim=1),
+    Case(
+        "mha_sequence_first_cross",
+        _mha((T, N, D), (S, N, 4), (S, N, 3), dim=1, batch_first=False, kdim=4, vdim=3, add_bias_kv=True),
+        batch_dim=1,
+    ),
     Case("mha_sequence_first_t_equals_n", _mha((3, 3, D), dim=1, batch_first=False), batch_dim=1),
     Case("mha_learned_queries", on(lambda: _LearnedQueries(True), normal(N, T, D))),
-    Case("mha_learned_queries_sequence_first", lambda: Problem(
-        _LearnedQueries(False), readout_dim1, torch.randn(T, N, D)), batch_dim=1),
+    Case(
+        "mha_learned_queries_sequence_first",
+        lambda: Problem(_LearnedQueries(False), readout_dim1, torch.randn(T, N, D)),
+        batch_dim=1,
+    ),
     Case("mha_transposed_inside", on(_Transposing, normal(N, T, D))),
     Case("mha_transposed_inside_t_equals_n", on(_Transposing, normal(4, 4, D))),
 ]
@@ -168,41 +186,91 @@ mha = [
 transformers = [
     Case("encoder_layer", on(lambda: nn.TransformerEncoderLayer(**ENCODER), normal(N, T, D))),
     Case("encoder_layer_eval", on(lambda: nn.TransformerEncoderLayer(**ENCODER).eval(), normal(N, T, D))),
-    Case("encoder_layer_norm_first_gelu", on(
-        lambda: nn.TransformerEncoderLayer(**ENCODER, norm_first=True, activation="gelu", bias=False),
-        normal(N, T, D))),
+    Case(
+        "encoder_layer_norm_first_gelu",
+        on(
+            lambda: nn.TransformerEncoderLayer(**ENCODER, norm_first=True, activation="gelu", bias=False),
+            normal(N, T, D),
+        ),
+    ),
     Case("encoder", on(lambda: _encoder(norm=True), normal(N, T, D))),
-    Case("encoder_causal", on(lambda: _Masked(_encoder(1), lambda x: {
-        "mask": _causal(x), "is_causal": True}), normal(N, T, D))),
+    Case(
+        "encoder_causal",
+        on(lambda: _Masked(_encoder(1), lambda x: {"mask": _causal(x), "is_causal": True}), normal(N, T, D)),
+    ),
     Case("encoder_padding", on(lambda: _Masked(_encoder(1), _padding), normal(N, 4, D))),
-    Case("encoder_sequence_first", lambda: Problem(
-        _encoder(batch_first=False), readout_dim1, torch.randn(T, N, D)), batch_dim=1),
-    Case("encoder_sequence_first_t_equals_n", lambda: Problem(
-        _encoder(batch_first=False), readout_dim1, torch.randn(4, 4, D)), batch_dim=1),
+    Case(
+        "encoder_sequence_first",
+        lambda: Problem(_encoder(batch_first=False), readout_dim1, torch.randn(T, N, D)),
+        batch_dim=1,
+    ),
+    Case(
+        "encoder_sequence_first_t_equals_n",
+        lambda: Problem(_encoder(batch_first=False), readout_dim1, torch.randn(4, 4, D)),
+        batch_dim=1,
+    ),
     Case("decoder_layer", on(lambda: nn.TransformerDecoderLayer(**ENCODER), normal(N, T, D), normal(N, S, D))),
-    Case("decoder_causal", on(lambda: _Masked(
-        nn.TransformerDecoder(nn.TransformerDecoderLayer(**ENCODER, norm_first=True), 2, nn.LayerNorm(D)),
-        lambda x, memory: {"tgt_mask": _causal(x), "tgt_is_causal": True}), normal(N, T, D), normal(N, S, D))),
-    Case("transformer", on(lambda: nn.Transformer(
-        **ENCODER, num_encoder_layers=1, num_decoder_layers=1), normal(N, S, D), normal(N, T, D))),
+    Case(
+        "decoder_causal",
+        on(
+            lambda: _Masked(
+                nn.TransformerDecoder(nn.TransformerDecoderLayer(**ENCODER, norm_first=True), 2, nn.LayerNorm(D)),
+                lambda x, memory: {"tgt_mask": _causal(x), "tgt_is_causal": True},
+            ),
+            normal(N, T, D),
+            normal(N, S, D),
+        ),
+    ),
+    Case(
+        "transformer",
+        on(
+            lambda: nn.Transformer(**ENCODER, num_encoder_layers=1, num_decoder_layers=1),
+            normal(N, S, D),
+            normal(N, T, D),
+        ),
+    ),
     Case("transformer_sequence_first", _sequence_first_transformer, batch_dim=1),
 ]
 
 by_hand = [
-    Case("sdpa_learned_bias", on(lambda: Fn(
-        _bias_by_hand, w=torch.randn(D, D), bias=torch.randn(T, T)), normal(N, T, D))),
-    Case("sdpa_learned_bias_t_equals_n", on(lambda: Fn(
-        _bias_by_hand, w=torch.randn(D, D), bias=torch.randn(4, 4)), normal(4, 4, D))),
-    Case("sdpa_grouped_queries", on(lambda: Fn(
-        _grouped_queries, q=torch.randn(D, 8), k=torch.randn(D, 4), v=torch.randn(D, 4)), normal(N, T, D))),
-    Case("attention_linear", on(lambda: Fn(
-        _linear_attention, q=torch.randn(D, 4), k=torch.randn(D, 4), v=torch.randn(D, 4)), normal(N, T, D))),
-    Case("attention_to_parameters", on(lambda: Fn(
-        lambda p, x: F.scaled_dot_product_attention(
-            x, p.k.expand(len(x), -1, -1), p.v.expand(len(x), -1, -1)),
-        k=torch.randn(7, D), v=torch.randn(7, D)), normal(N, T, D))),
-    Case("attention_to_memory_matrix", on(lambda: Fn(
-        lambda p, x: torch.softmax(x @ p.k.t(), -1) @ p.v, k=torch.randn(7, D), v=torch.randn(7, D)), normal(N, T, D))),
+    Case(
+        "sdpa_learned_bias", on(lambda: Fn(_bias_by_hand, w=torch.randn(D, D), bias=torch.randn(T, T)), normal(N, T, D))
+    ),
+    Case(
+        "sdpa_learned_bias_t_equals_n",
+        on(lambda: Fn(_bias_by_hand, w=torch.randn(D, D), bias=torch.randn(4, 4)), normal(4, 4, D)),
+    ),
+    Case(
+        "sdpa_grouped_queries",
+        on(
+            lambda: Fn(_grouped_queries, q=torch.randn(D, 8), k=torch.randn(D, 4), v=torch.randn(D, 4)), normal(N, T, D)
+        ),
+    ),
+    Case(
+        "attention_linear",
+        on(
+            lambda: Fn(_linear_attention, q=torch.randn(D, 4), k=torch.randn(D, 4), v=torch.randn(D, 4)),
+            normal(N, T, D),
+        ),
+    ),
+    Case(
+        "attention_to_parameters",
+        on(
+            lambda: Fn(
+                lambda p, x: F.scaled_dot_product_attention(x, p.k.expand(len(x), -1, -1), p.v.expand(len(x), -1, -1)),
+                k=torch.randn(7, D),
+                v=torch.randn(7, D),
+            ),
+            normal(N, T, D),
+        ),
+    ),
+    Case(
+        "attention_to_memory_matrix",
+        on(
+            lambda: Fn(lambda p, x: torch.softmax(x @ p.k.t(), -1) @ p.v, k=torch.randn(7, D), v=torch.randn(7, D)),
+            normal(N, T, D),
+        ),
+    ),
 ]
 
 cases = mha + transformers + by_hand

@@ -74,18 +74,26 @@ _geometries = [
     ("3d_grouped_strided", _conv(3, 2, 4, (2, 3, 1), groups=2, stride=(1, 2, 1), padding=(1, 0, 1)), C3),
     ("3d_dilated_same", _conv(3, 2, 3, (1, 2, 3), dilation=(1, 2, 1), padding="same", bias=False), C3),
     ("transposed_1d", _transposed(1, 2, 3, 3), C1),
-    ("transposed_1d_all_options",
-     _transposed(1, 4, 6, 3, stride=3, padding=1, output_padding=2, groups=2, dilation=2), (N, 4, 5)),
+    (
+        "transposed_1d_all_options",
+        _transposed(1, 4, 6, 3, stride=3, padding=1, output_padding=2, groups=2, dilation=2),
+        (N, 4, 5),
+    ),
     ("transposed_1d_no_bias", _transposed(1, 2, 3, 2, stride=2, bias=False), C1),
     ("transposed_2d", _transposed(2, 2, 3, 3), C2),
     ("transposed_2d_output_padding", _transposed(2, 2, 3, 3, stride=2, padding=1, output_padding=1), C2),
-    ("transposed_2d_all_options",
-     _transposed(2, 4, 2, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2, dilation=(1, 2)),
-     (N, 4, 3, 4)),
+    (
+        "transposed_2d_all_options",
+        _transposed(2, 4, 2, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2, dilation=(1, 2)),
+        (N, 4, 3, 4),
+    ),
     ("transposed_2d_depthwise", _transposed(2, 3, 3, 2, groups=3, stride=2, bias=False), (N, 3, 4, 3)),
     ("transposed_3d", _transposed(3, 2, 3, 2), C3),
-    ("transposed_3d_all_options", _transposed(
-        3, 2, 4, 2, stride=2, padding=(1, 0, 1), output_padding=(1, 0, 1), groups=2, dilation=(2, 1, 1)), C3),
+    (
+        "transposed_3d_all_options",
+        _transposed(3, 2, 4, 2, stride=2, padding=(1, 0, 1), output_padding=(1, 0, 1), groups=2, dilation=(2, 1, 1)),
+        C3,
+    ),
 ]
 
 _modes = [
@@ -107,19 +115,25 @@ layouts = [
     Case("conv_1d_first", alone(_conv(1, 2, 3, 3), *C1)),
     Case("conv_2d_first", alone(_conv(2, 2, 3, 3, padding=1), *C2)),
     Case("conv_net", _net),
-    Case("conv_circular_same_grouped", inner(
-        _conv(2, 4, 6, (3, 2), padding="same", padding_mode="circular", groups=2), N, 4, 6, 7)),
+    Case(
+        "conv_circular_same_grouped",
+        inner(_conv(2, 4, 6, (3, 2), padding="same", padding_mode="circular", groups=2), N, 4, 6, 7),
+    ),
     Case("conv_transposed_output_size", on(_OutputSize, lambda: torch.randn(N, 2, 5, 4))),
-    Case("functional_conv", fn(
-        lambda p, x: F.conv1d(x, p.w, p.b, stride=2, padding=1), (N, 2, 9), w=(3, 2, 3), b=(3,))),
-    Case("functional_conv_string_padding", fn(
-        lambda p, x: F.conv2d(x, weight=p.w, padding="same", groups=2), (N, 4, 5, 6), w=(6, 2, 3, 2))),
-    Case("functional_conv_transpose", fn(
-        lambda p, x: F.conv_transpose1d(x, p.w, stride=2, output_padding=1), (N, 2, 5), w=(2, 3, 3))),
+    Case(
+        "functional_conv", fn(lambda p, x: F.conv1d(x, p.w, p.b, stride=2, padding=1), (N, 2, 9), w=(3, 2, 3), b=(3,))
+    ),
+    Case(
+        "functional_conv_string_padding",
+        fn(lambda p, x: F.conv2d(x, weight=p.w, padding="same", groups=2), (N, 4, 5, 6), w=(6, 2, 3, 2)),
+    ),
+    Case(
+        "functional_conv_transpose",
+        fn(lambda p, x: F.conv_transpose1d(x, p.w, stride=2, output_padding=1), (N, 2, 5), w=(2, 3, 3)),
+    ),
     Case("torch_conv", fn(lambda p, x: torch.conv2d(x, p.w, p.b), (N, 2, 5, 6), w=(3, 2, 2, 3), b=(3,))),
     Case("conv_weight_flipped", fn(lambda p, x: F.conv1d(x, p.w.flip(-1)), (N, 2, 9), w=(3, 2, 3))),
-    Case("unfold_then_matmul", fn(
-        lambda p, x: p.w @ F.unfold(x, 3, padding=1), (N, 2, 5, 4), w=(3, 18))),
+    Case("unfold_then_matmul", fn(lambda p, x: p.w @ F.unfold(x, 3, padding=1), (N, 2, 5, 4), w=(3, 18))),
 ]
 
 cases = [Case(f"conv_{name}", inner(make, *shape)) for name, make, shape in _geometries + _modes] + layouts

@@ -60,6 +60,7 @@ def _all_tokens(x: Tensor) -> Tensor:
 
 def _contrastive() -> Problem:
     """Losses [N] that compare every sample with all others."""
+
     def loss(z: Tensor, _: Any = None) -> Tensor:
         z = F.normalize(z, dim=-1)
         return F.cross_entropy(z @ z.roll(1, 0).T, torch.arange(len(z)), reduction="none")
@@ -69,6 +70,7 @@ def _contrastive() -> Problem:
 
 def _centred_loss() -> Problem:
     """Losses [N] relative to their mean (baselines, advantages)."""
+
     def loss(y: Tensor, _: Any = None) -> Tensor:
         losses = readout(y)
         return (losses - losses.mean()).square()

@@ -137,26 +137,37 @@ lookups = [
     Case("embedding_rank3_ids", on(lambda: nn.Embedding(V, D), tokens(N, 2, T))),
     Case("embedding_duplicates", on(lambda: nn.Embedding(3, D), tokens(N, 6, vocabulary=2))),
     Case("embedding_large_vocabulary", on(lambda: nn.Embedding(50, D), tokens(N, T, vocabulary=50))),
-    Case("embedding_renormalised", on(
-        lambda: nn.Embedding(V, D, max_norm=1.0), tokens(N, T)),
-        raises=dict.fromkeys(("hooks", "vmap"), ("PersampleError", "the forward pass changes the weights"))),
+    Case(
+        "embedding_renormalised",
+        on(lambda: nn.Embedding(V, D, max_norm=1.0), tokens(N, T)),
+        raises=dict.fromkeys(("hooks", "vmap"), ("PersampleError", "the forward pass changes the weights")),
+    ),
     Case("embedding_padding", on(lambda: nn.Embedding(V, D, padding_idx=0), _padded_ids)),
     Case("embedding_negative_padding", on(lambda: nn.Embedding(6, D, padding_idx=-1), _padded_ids)),
     Case("embedding_t_equals_n", on(lambda: nn.Embedding(V, D), tokens(3, 3))),
     Case("embedding_one_sample", on(lambda: nn.Embedding(V, D), tokens(1, T))),
     Case("embedding_int32_ids", on(lambda: nn.Embedding(V, D), lambda: torch.randint(V, (N, T), dtype=torch.int32))),
-    Case("embedding_mean_of_tokens", on(
-        lambda: Fn(lambda p, ids: F.embedding(ids, p.w).mean(1).tanh(), w=torch.randn(V, D)), tokens(N, T))),
-    Case("embedding_scaled_in_place", on(
-        lambda: Fn(lambda p, ids: F.embedding(ids, p.w).mul_(D**0.5).tanh(), w=torch.randn(V, D)), tokens(N, T))),
-    Case("embedding_of_derived_table", on(
-        lambda: Fn(lambda p, ids: F.embedding(ids, p.w.cumsum(0)), w=torch.randn(V, D)), tokens(N, T))),
+    Case(
+        "embedding_mean_of_tokens",
+        on(lambda: Fn(lambda p, ids: F.embedding(ids, p.w).mean(1).tanh(), w=torch.randn(V, D)), tokens(N, T)),
+    ),
+    Case(
+        "embedding_scaled_in_place",
+        on(lambda: Fn(lambda p, ids: F.embedding(ids, p.w).mul_(D**0.5).tanh(), w=torch.randn(V, D)), tokens(N, T)),
+    ),
+    Case(
+        "embedding_of_derived_table",
+        on(lambda: Fn(lambda p, ids: F.embedding(ids, p.w.cumsum(0)), w=torch.randn(V, D)), tokens(N, T)),
+    ),
     Case("embedding_by_indexing", on(lambda: Fn(lambda p, ids: p.w[ids].tanh(), w=torch.randn(V, D)), tokens(N, T))),
-    Case("embedding_by_one_hot", on(
-        lambda: Fn(lambda p, ids: F.one_hot(ids, V).to(p.w.dtype) @ p.w, w=torch.randn(V, D)), tokens(N, T)),
-        raises=VMAP_NUMBERS),
-    Case("embedding_factored", on(
-        lambda: nn.Sequential(nn.Embedding(V, 2), nn.Linear(2, 8, bias=False)), tokens(N, T))),
+    Case(
+        "embedding_by_one_hot",
+        on(lambda: Fn(lambda p, ids: F.one_hot(ids, V).to(p.w.dtype) @ p.w, w=torch.randn(V, D)), tokens(N, T)),
+        raises=VMAP_NUMBERS,
+    ),
+    Case(
+        "embedding_factored", on(lambda: nn.Sequential(nn.Embedding(V, 2), nn.Linear(2, 8, bias=False)), tokens(N, T))
+    ),
 ]
 
 positions = [
@@ -164,8 +175,9 @@ positions = [
     Case("positions_arange_t_equals_n", _positions(lambda e, ids: e(torch.arange(ids.size(1))), 3, 3)),
     Case("positions_arange_unsqueezed", _positions(lambda e, ids: e(torch.arange(ids.size(1)).unsqueeze(0)))),
     Case("positions_arange_expanded", _positions(lambda e, ids: e(torch.arange(ids.size(1)).expand(ids.shape)))),
-    Case("positions_expanded_t_equals_n", _positions(
-        lambda e, ids: e(torch.arange(ids.size(1)).expand(ids.shape)), 3, 3)),
+    Case(
+        "positions_expanded_t_equals_n", _positions(lambda e, ids: e(torch.arange(ids.size(1)).expand(ids.shape)), 3, 3)
+    ),
     Case("positions_arange_repeated", _positions(lambda e, ids: e(torch.arange(ids.size(1)).repeat(len(ids), 1)))),
     Case("positions_weight_sliced", _positions(lambda e, ids: e.weight[: ids.size(1)])),
     Case("positions_weight_sliced_t_equals_n", _positions(lambda e, ids: e.weight[: ids.size(1)], 3, 3)),

@@ -129,49 +129,150 @@ _decoders = [
     ("qwen2_tied", _hf("Qwen2ForCausalLM", _text, tie_word_embeddings=True, **LLAMA)),
     ("gpt_neox", _hf("GPTNeoXForCausalLM", _text, use_cache=False, **TEXT)),
     ("bloom", _hf("BloomForCausalLM", _text, vocab_size=V, hidden_size=8, n_layer=1, n_head=2, use_cache=False)),
-    ("opt", _hf(
-        "OPTForCausalLM", _text, vocab_size=V, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=12,
-        max_position_embeddings=8, word_embed_proj_dim=8, use_cache=False, **BOS)),
-    ("mixtral", _hf(
-        "MixtralForCausalLM", _text, num_local_experts=2, num_experts_per_tok=1, experts_implementation="eager",
-        **LLAMA)),
-    ("mixtral_batched_experts", _hf(
-        "MixtralForCausalLM", _text, num_local_experts=2, num_experts_per_tok=1, experts_implementation="batched_mm",
-        **LLAMA)),
-    ("mamba", _hf(
-        "MambaModel", _text, vocab_size=V, hidden_size=6, num_hidden_layers=1, state_size=3, expand=2, conv_kernel=2,
-        time_step_rank=2, use_cache=False)),
+    (
+        "opt",
+        _hf(
+            "OPTForCausalLM",
+            _text,
+            vocab_size=V,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_dim=12,
+            max_position_embeddings=8,
+            word_embed_proj_dim=8,
+            use_cache=False,
+            **BOS,
+        ),
+    ),
+    (
+        "mixtral",
+        _hf(
+            "MixtralForCausalLM",
+            _text,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            experts_implementation="eager",
+            **LLAMA,
+        ),
+    ),
+    (
+        "mixtral_batched_experts",
+        _hf(
+            "MixtralForCausalLM",
+            _text,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            experts_implementation="batched_mm",
+            **LLAMA,
+        ),
+    ),
+    (
+        "mamba",
+        _hf(
+            "MambaModel",
+            _text,
+            vocab_size=V,
+            hidden_size=6,
+            num_hidden_layers=1,
+            state_size=3,
+            expand=2,
+            conv_kernel=2,
+            time_step_rank=2,
+            use_cache=False,
+        ),
+    ),
 ]
 
 _encoder_decoders = [
-    ("t5", _hf(
-        "T5ForConditionalGeneration", _pair, vocab_size=V, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2,
-        use_cache=False, relative_attention_num_buckets=4, relative_attention_max_distance=6, pad_token_id=0)),
+    (
+        "t5",
+        _hf(
+            "T5ForConditionalGeneration",
+            _pair,
+            vocab_size=V,
+            d_model=8,
+            d_kv=4,
+            d_ff=12,
+            num_layers=2,
+            num_heads=2,
+            use_cache=False,
+            relative_attention_num_buckets=4,
+            relative_attention_max_distance=6,
+            pad_token_id=0,
+        ),
+    ),
     ("bart", _hf("BartForConditionalGeneration", _pair, **BART)),
-    ("whisper", _hf(
-        "WhisperForConditionalGeneration",
-        lambda: {"input_features": torch.randn(N, 4, 12), "decoder_input_ids": _ids(N, 2)},
-        num_mel_bins=4, max_source_positions=6, max_target_positions=4, **_SPEECH)),
-    ("wav2vec2", _hf(
-        "Wav2Vec2ForCTC", lambda: {"input_values": torch.randn(N, 60)}, vocab_size=V, conv_dim=(4, 4),
-        conv_stride=(3, 2), conv_kernel=(4, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, mask_time_prob=0.0, **ONES)),
+    (
+        "whisper",
+        _hf(
+            "WhisperForConditionalGeneration",
+            lambda: {"input_features": torch.randn(N, 4, 12), "decoder_input_ids": _ids(N, 2)},
+            num_mel_bins=4,
+            max_source_positions=6,
+            max_target_positions=4,
+            **_SPEECH,
+        ),
+    ),
+    (
+        "wav2vec2",
+        _hf(
+            "Wav2Vec2ForCTC",
+            lambda: {"input_values": torch.randn(N, 60)},
+            vocab_size=V,
+            conv_dim=(4, 4),
+            conv_stride=(3, 2),
+            conv_kernel=(4, 3),
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            mask_time_prob=0.0,
+            **ONES,
+        ),
+    ),
 ]
 
 _encoders = [
     ("bert", _hf("BertForSequenceClassification", _masked, **TEXT)),
     ("bert_sdpa_tied", _hf("BertForMaskedLM", _text, attention="sdpa", **TEXT)),
     ("roberta", _hf("RobertaForSequenceClassification", _text, **TEXT, pad_token_id=1)),
-    ("distilbert", _hf(
-        "DistilBertForSequenceClassification", _masked, vocab_size=V, dim=8, n_layers=1, n_heads=2, hidden_dim=12,
-        max_position_embeddings=8)),
-    ("albert_shares_layers", _hf(
-        "AlbertForSequenceClassification", _text, embedding_size=5, num_hidden_groups=1,
-        **{**TEXT, "num_hidden_layers": 2})),
+    (
+        "distilbert",
+        _hf(
+            "DistilBertForSequenceClassification",
+            _masked,
+            vocab_size=V,
+            dim=8,
+            n_layers=1,
+            n_heads=2,
+            hidden_dim=12,
+            max_position_embeddings=8,
+        ),
+    ),
+    (
+        "albert_shares_layers",
+        _hf(
+            "AlbertForSequenceClassification",
+            _text,
+            embedding_size=5,
+            num_hidden_groups=1,
+            **{**TEXT, "num_hidden_layers": 2},
+        ),
+    ),
     ("electra", _hf("ElectraForTokenClassification", _text, embedding_size=5, **TEXT)),
-    ("deberta_relative", _hf(
-        "DebertaV2ForSequenceClassification", _text, relative_attention=True, max_relative_positions=4,
-        pos_att_type=["p2c", "c2p"], position_buckets=4, type_vocab_size=0, **TEXT)),
+    (
+        "deberta_relative",
+        _hf(
+            "DebertaV2ForSequenceClassification",
+            _text,
+            relative_attention=True,
+            max_relative_positions=4,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=4,
+            type_vocab_size=0,
+            **TEXT,
+        ),
+    ),
 ]
 
 _vision = [
@@ -179,19 +280,63 @@ _vision = [
     ("vit_sdpa", _hf("ViTForImageClassification", _pixels(), attention="sdpa", **IMAGE)),
     ("deit", _hf("DeiTForImageClassification", _pixels(), **IMAGE)),
     ("beit_relative", _hf("BeitForImageClassification", _pixels(), use_relative_position_bias=True, **IMAGE)),
-    ("swin", _hf(
-        "SwinForImageClassification", _pixels(16), image_size=16, patch_size=2, num_channels=2, embed_dim=4,
-        depths=[2, 1], num_heads=[1, 2], window_size=4, drop_path_rate=0.0)),
-    ("convnext", _hf(
-        "ConvNextForImageClassification", _pixels(), num_channels=2, patch_size=2, num_stages=2, hidden_sizes=[4, 6],
-        depths=[1, 1], drop_path_rate=0.0)),
-    ("resnet_eval", _hf(
-        "ResNetForImageClassification", _pixels(16), num_channels=2, embedding_size=4, hidden_sizes=[4, 6],
-        depths=[1, 1], layer_type="basic")),
-    ("segformer", _hf(
-        "SegformerForSemanticSegmentation", _pixels(16), num_channels=2, num_encoder_blocks=2, depths=[1, 1],
-        sr_ratios=[2, 1], hidden_sizes=[4, 8], patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2], decoder_hidden_size=6)),
+    (
+        "swin",
+        _hf(
+            "SwinForImageClassification",
+            _pixels(16),
+            image_size=16,
+            patch_size=2,
+            num_channels=2,
+            embed_dim=4,
+            depths=[2, 1],
+            num_heads=[1, 2],
+            window_size=4,
+            drop_path_rate=0.0,
+        ),
+    ),
+    (
+        "convnext",
+        _hf(
+            "ConvNextForImageClassification",
+            _pixels(),
+            num_channels=2,
+            patch_size=2,
+            num_stages=2,
+            hidden_sizes=[4, 6],
+            depths=[1, 1],
+            drop_path_rate=0.0,
+        ),
+    ),
+    (
+        "resnet_eval",
+        _hf(
+            "ResNetForImageClassification",
+            _pixels(16),
+            num_channels=2,
+            embedding_size=4,
+            hidden_sizes=[4, 6],
+            depths=[1, 1],
+            layer_type="basic",
+        ),
+    ),
+    (
+        "segformer",
+        _hf(
+            "SegformerForSemanticSegmentation",
+            _pixels(16),
+            num_channels=2,
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[4, 8],
+            patch_sizes=[3, 3],
+            strides=[2, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=6,
+        ),
+    ),
 ]
 
 _clip = _hf(

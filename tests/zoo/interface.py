@@ -168,18 +168,35 @@ cases = [
     Case("outputs_dict", _many(lambda a, b: {"logits": a, "hidden": [b, None]})),
     Case("outputs_named_tuple", _many(_Pair)),
     Case("outputs_dataclass", _many(_Output), samples_in_outputs=False),
-    Case("outputs_list_second_unused", lambda: Problem(
-        _Many(lambda a, b: [a, b.detach()]), lambda o, y: readout(o[0]), _x())),
-    Case("outputs_flattened_tokens", lambda: Problem(
-        _Flat(), lambda o, y: F.cross_entropy(o, y.reshape(-1), reduction="none").view(y.shape).sum(1),
-        torch.randn(N, T, D), torch.randint(3, (N, T))), samples_in_outputs=False),
-    Case("outputs_scalar_per_sample", lambda: Problem(
-        nn.Sequential(nn.Linear(D, 1), nn.Flatten(0)), lambda o, y: o.sin(), _x())),
+    Case(
+        "outputs_list_second_unused",
+        lambda: Problem(_Many(lambda a, b: [a, b.detach()]), lambda o, y: readout(o[0]), _x()),
+    ),
+    Case(
+        "outputs_flattened_tokens",
+        lambda: Problem(
+            _Flat(),
+            lambda o, y: F.cross_entropy(o, y.reshape(-1), reduction="none").view(y.shape).sum(1),
+            torch.randn(N, T, D),
+            torch.randint(3, (N, T)),
+        ),
+        samples_in_outputs=False,
+    ),
+    Case(
+        "outputs_scalar_per_sample",
+        lambda: Problem(nn.Sequential(nn.Linear(D, 1), nn.Flatten(0)), lambda o, y: o.sin(), _x()),
+    ),
     Case("targets_dict", _dict_targets),
     Case("targets_tuple", _tuple_targets),
     Case("targets_none", lambda: Problem(nn.Linear(D, 3), lambda o, y: o.logsumexp(1), _x())),
-    Case("batch_dim_one", lambda: Problem(
-        _SequenceFirst(), _sum_tokens_dim1, torch.randn(T, N, D), torch.randint(3, (T, N))), batch_dim=1),
-    Case("batch_dim_one_t_equals_n", lambda: Problem(
-        _SequenceFirst(), _sum_tokens_dim1, torch.randn(3, 3, D), torch.randint(3, (3, 3))), batch_dim=1),
+    Case(
+        "batch_dim_one",
+        lambda: Problem(_SequenceFirst(), _sum_tokens_dim1, torch.randn(T, N, D), torch.randint(3, (T, N))),
+        batch_dim=1,
+    ),
+    Case(
+        "batch_dim_one_t_equals_n",
+        lambda: Problem(_SequenceFirst(), _sum_tokens_dim1, torch.randn(3, 3, D), torch.randint(3, (3, 3))),
+        batch_dim=1,
+    ),
 ]

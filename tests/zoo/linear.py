@@ -103,12 +103,13 @@ products = [
     Case("mm_method", fn(lambda p, x: x.mm(p.w), X, w=(D, 6))),
     Case("addmm", fn(lambda p, x: torch.addmm(p.b, x, p.w), X, w=(D, 6), b=(6,))),
     Case("addmm_scaled", fn(lambda p, x: torch.addmm(p.b, x, p.w, beta=0.5, alpha=2.0), X, w=(D, 6), b=(6,))),
-    Case("addmm_conv1d_of_gpt2", fn(
-        lambda p, x: torch.addmm(p.b, x.view(-1, x.size(-1)), p.w).view(*x.shape[:-1], -1), X3, w=(D, 6), b=(6,))),
+    Case(
+        "addmm_conv1d_of_gpt2",
+        fn(lambda p, x: torch.addmm(p.b, x.view(-1, x.size(-1)), p.w).view(*x.shape[:-1], -1), X3, w=(D, 6), b=(6,)),
+    ),
     Case("bmm_expanded", fn(lambda p, x: torch.bmm(x, p.w.expand(x.size(0), -1, -1)), X3, w=(D, 6))),
     Case("bmm_unsqueezed", fn(lambda p, x: torch.bmm(x, p.w.unsqueeze(0).expand(len(x), D, 6)), X3, w=(D, 6))),
-    Case("baddbmm", fn(
-        lambda p, x: torch.baddbmm(p.b, x, p.w.expand(len(x), -1, -1)), X3, w=(D, 6), b=(6,))),
+    Case("baddbmm", fn(lambda p, x: torch.baddbmm(p.b, x, p.w.expand(len(x), -1, -1)), X3, w=(D, 6), b=(6,))),
     Case("einsum_linear", fn(lambda p, x: torch.einsum("ni,io->no", x, p.w), X, w=(D, 6))),
     Case("einsum_tokens", fn(lambda p, x: torch.einsum("nti,hio->nhto", x, p.w), X3, w=(2, D, 6))),
     Case("einsum_mixes_tokens", fn(lambda p, x: torch.einsum("nti,st->nsi", x, p.w), X3, w=(7, T))),
@@ -121,8 +122,10 @@ products = [
     Case("low_rank_product", fn(lambda p, x: x @ (p.a @ p.b), X3, a=(D, 2), b=(2, 6))),
     Case("cdist_to_centres", fn(lambda p, x: torch.cdist(x, p.w), X, w=(6, D))),
     Case("outer_with_sample_scalar", fn(lambda p, x: x[:, :1] * p.w, X, w=(6,))),
-    Case("complex_spectral_weight", fn(
-        lambda p, x: torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(p.w), n=6), (N, 6), w=(4, 2))),
+    Case(
+        "complex_spectral_weight",
+        fn(lambda p, x: torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(p.w), n=6), (N, 6), w=(4, 2)),
+    ),
 ]
 
 elementwise = [
@@ -145,8 +148,10 @@ elementwise = [
     Case("inplace_add_parameter", fn(lambda p, x: x.tanh().add_(p.b), X, b=(D,))),
     Case("inplace_mul_parameter", fn(lambda p, x: x.clone().mul_(p.s).add_(1), X, s=(D,))),
     Case("inplace_iadd", fn(lambda p, x: _iadd(x @ p.w, p.b), X, w=(D, 6), b=(6,))),
-    Case("cat_with_expanded", fn(
-        lambda p, x: torch.cat([p.cls.expand(len(x), -1, -1), x], 1).square(), X3, cls=(1, 1, D))),
+    Case(
+        "cat_with_expanded",
+        fn(lambda p, x: torch.cat([p.cls.expand(len(x), -1, -1), x], 1).square(), X3, cls=(1, 1, D)),
+    ),
     Case("stack_with_expanded", fn(lambda p, x: torch.stack([x, p.b.expand_as(x)], 1).sin(), X, b=(D,))),
     Case("expand_repeat", fn(lambda p, x: x * p.b.repeat(len(x), 1), X, b=(D,))),
     Case("written_by_setitem", fn(lambda p, x: _write(x, p.b), X3, b=(D,))),

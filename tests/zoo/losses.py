@@ -134,55 +134,84 @@ scalar = [
     Case("loss_cross_entropy_none", _criterion(lambda: nn.CrossEntropyLoss(reduction="none"), _labels)),
     Case("loss_cross_entropy_functional", _criterion(lambda: F.cross_entropy, _labels)),
     Case("loss_class_weights", _criterion(lambda: nn.CrossEntropyLoss(weight=_weights()), _labels)),
-    Case("loss_class_weights_sum", _criterion(
-        lambda: nn.CrossEntropyLoss(weight=_weights(), reduction="sum"), _labels)),
+    Case(
+        "loss_class_weights_sum", _criterion(lambda: nn.CrossEntropyLoss(weight=_weights(), reduction="sum"), _labels)
+    ),
     Case("loss_label_smoothing", _criterion(lambda: nn.CrossEntropyLoss(label_smoothing=0.2), _labels)),
     Case("loss_probability_targets", _criterion(nn.CrossEntropyLoss, lambda: torch.rand(N, V).softmax(1))),
     Case("loss_tokens_ignored", _criterion(nn.CrossEntropyLoss, _token_labels, N, T, D)),
-    Case("loss_tokens_ignored_weighted", _criterion(
-        lambda: nn.CrossEntropyLoss(weight=_weights(), label_smoothing=0.1), _token_labels, N, T, D)),
+    Case(
+        "loss_tokens_ignored_weighted",
+        _criterion(lambda: nn.CrossEntropyLoss(weight=_weights(), label_smoothing=0.1), _token_labels, N, T, D),
+    ),
     Case("loss_tokens_t_equals_n", _criterion(nn.CrossEntropyLoss, lambda: torch.randint(V, (4, 4)), 4, 4, D)),
     Case("loss_mse_features", _criterion(nn.MSELoss, _real)),
     Case("loss_mse_sum", _criterion(lambda: nn.MSELoss(reduction="sum"), _real)),
     Case("loss_l1", _criterion(nn.L1Loss, _real)),
     Case("loss_smooth_l1", _criterion(nn.SmoothL1Loss, _real)),
     Case("loss_huber", _criterion(lambda: nn.HuberLoss(delta=0.5), _real)),
-    Case("loss_bce_with_logits", _criterion(
-        lambda: nn.BCEWithLogitsLoss(weight=_weights(), pos_weight=_weights()), lambda: torch.rand(N, V))),
+    Case(
+        "loss_bce_with_logits",
+        _criterion(lambda: nn.BCEWithLogitsLoss(weight=_weights(), pos_weight=_weights()), lambda: torch.rand(N, V)),
+    ),
     Case("loss_bce", _criterion(nn.BCELoss, lambda: torch.rand(N, V), head=nn.Sigmoid())),
     Case("loss_nll", _criterion(nn.NLLLoss, _labels, head=nn.LogSoftmax(1))),
     Case("loss_nll_weighted", _criterion(lambda: nn.NLLLoss(weight=_weights()), _labels, head=nn.LogSoftmax(1))),
     Case("loss_poisson_nll", _criterion(nn.PoissonNLLLoss, lambda: torch.rand(N, V))),
-    Case("loss_kl_div_batchmean", _criterion(
-        lambda: nn.KLDivLoss(reduction="batchmean"), lambda: torch.rand(N, V).softmax(1), head=nn.LogSoftmax(1))),
+    Case(
+        "loss_kl_div_batchmean",
+        _criterion(
+            lambda: nn.KLDivLoss(reduction="batchmean"), lambda: torch.rand(N, V).softmax(1), head=nn.LogSoftmax(1)
+        ),
+    ),
     Case("loss_soft_margin", _criterion(nn.SoftMarginLoss, _signs)),
     Case("loss_hinge_embedding", _criterion(nn.HingeEmbeddingLoss, _signs)),
     Case("loss_multi_margin", _criterion(nn.MultiMarginLoss, _labels)),
     Case("loss_multi_label_soft_margin", _criterion(nn.MultiLabelSoftMarginLoss, lambda: torch.rand(N, V).round())),
     Case("loss_module_of_the_user", _criterion(_Module, _labels)),
     Case("loss_own_mean", _criterion(lambda: _unbatched_mean, _real)),
-    Case("loss_reads_numbers", _criterion(
-        lambda: lambda o, y: F.cross_entropy(o, y) * (2.0 if float(o.detach().max()) > 0.1 else 0.5), _labels),
-        raises=VMAP_NUMBERS),
+    Case(
+        "loss_reads_numbers",
+        _criterion(
+            lambda: lambda o, y: F.cross_entropy(o, y) * (2.0 if float(o.detach().max()) > 0.1 else 0.5), _labels
+        ),
+        raises=VMAP_NUMBERS,
+    ),
     Case("loss_scalar_one_sample", _criterion(nn.CrossEntropyLoss, lambda: torch.tensor([3]), 1, D)),
-    Case("loss_vector_one_sample", _criterion(
-        lambda: nn.CrossEntropyLoss(reduction="none"), lambda: torch.tensor([3]), 1, D)),
+    Case(
+        "loss_vector_one_sample",
+        _criterion(lambda: nn.CrossEntropyLoss(reduction="none"), lambda: torch.tensor([3]), 1, D),
+    ),
 ]
 
 vector = [
-    Case("loss_vector_of_token_means", _criterion(
-        lambda: lambda o, y: F.cross_entropy(o, y, reduction="none").mean(1),
-        lambda: torch.randint(V, (N, T)), N, T, D)),
-    Case("loss_vector_weighted_by_target", _criterion(
-        lambda: lambda o, y: (o - y).square().mean(1) * y[:, 0].abs(), _real)),
+    Case(
+        "loss_vector_of_token_means",
+        _criterion(
+            lambda: lambda o, y: F.cross_entropy(o, y, reduction="none").mean(1),
+            lambda: torch.randint(V, (N, T)),
+            N,
+            T,
+            D,
+        ),
+    ),
+    Case(
+        "loss_vector_weighted_by_target",
+        _criterion(lambda: lambda o, y: (o - y).square().mean(1) * y[:, 0].abs(), _real),
+    ),
     Case("loss_penalty_by_attribute", _penalty_by_attribute),
-    Case("loss_penalty_by_list", _penalty_by_list, raises={
-        "vmap": ("CaptureError", "torch.func swaps the model's parameters, not those in the user's list")}),
+    Case(
+        "loss_penalty_by_list",
+        _penalty_by_list,
+        raises={"vmap": ("CaptureError", "torch.func swaps the model's parameters, not those in the user's list")},
+    ),
     Case("loss_penalty_in_scalar", _penalty_in_scalar),
     Case("loss_penalty_only", _penalty_only),
     Case("loss_penalty_times_sample", _weighted_penalty),
-    Case("loss_constant_for_some_samples", _criterion(
-        lambda: lambda o, y: torch.where(y == 2, o.detach().sum(1), o.logsumexp(1)), _labels)),
+    Case(
+        "loss_constant_for_some_samples",
+        _criterion(lambda: lambda o, y: torch.where(y == 2, o.detach().sum(1), o.logsumexp(1)), _labels),
+    ),
 ]
 
 cases = scalar + vector

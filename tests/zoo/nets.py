@@ -84,8 +84,11 @@ class _ResidualBlock(nn.Module):
     def __init__(self, i: int, o: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.GroupNorm(2, o), nn.ReLU(inplace=True),
-            nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.GroupNorm(2, o),
+            nn.Conv2d(i, o, 3, stride, 1, bias=False),
+            nn.GroupNorm(2, o),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(o, o, 3, 1, 1, bias=False),
+            nn.GroupNorm(2, o),
         )
         self.skip = nn.Conv2d(i, o, 1, stride, bias=False) if stride > 1 else nn.Identity()
 
@@ -98,8 +101,13 @@ class _ResidualBlock(nn.Module):
 class _ResNet(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), _ResidualBlock(4, 4, 1), _ResidualBlock(4, 6, 2),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.ReLU(inplace=True),
+            _ResidualBlock(4, 4, 1),
+            _ResidualBlock(4, 6, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, 3),
         )
 
 
@@ -225,20 +233,29 @@ class _Hypernetwork(nn.Module):
 def _gpt(fused: bool, checkpointed: bool = False, n: int = N, t: int = T) -> Problem:
     labels = torch.randint(V, (n, t))
     return Problem(
-        _GPT(fused, checkpointed), lambda o, y: F.cross_entropy(o.transpose(1, 2), y, reduction="none").mean(1),
-        torch.randint(V, (n, t)), labels)
+        _GPT(fused, checkpointed),
+        lambda o, y: F.cross_entropy(o.transpose(1, 2), y, reduction="none").mean(1),
+        torch.randint(V, (n, t)),
+        labels,
+    )
 
 
 cases = [
-    Case("net_residual", lambda: Problem(
-        _ResNet(), nn.CrossEntropyLoss(), torch.randn(N, 1, 6, 6), torch.randint(3, (N,)))),
+    Case(
+        "net_residual",
+        lambda: Problem(_ResNet(), nn.CrossEntropyLoss(), torch.randn(N, 1, 6, 6), torch.randint(3, (N,))),
+    ),
     Case("net_gpt", lambda: _gpt(False)),
     Case("net_gpt_fused_attention", lambda: _gpt(True)),
     Case("net_gpt_t_equals_n", lambda: _gpt(False, n=3, t=3)),
     Case("net_gpt_one_sample", lambda: _gpt(True, n=1)),
     Case("net_vit", lambda: Problem(_ViT(), nn.CrossEntropyLoss(), torch.randn(N, 2, 6, 4), torch.randint(3, (N,)))),
-    Case("net_vit_fused_attention", lambda: Problem(
-        _ViT(True), nn.CrossEntropyLoss(label_smoothing=0.1), torch.randn(N, 2, 6, 4), torch.randint(3, (N,)))),
+    Case(
+        "net_vit_fused_attention",
+        lambda: Problem(
+            _ViT(True), nn.CrossEntropyLoss(label_smoothing=0.1), torch.randn(N, 2, 6, 4), torch.randint(3, (N,))
+        ),
+    ),
     Case("net_vit_t_equals_n", lambda: Problem(_ViT(), readout, torch.randn(7, 2, 6, 4))),
     Case("net_mixer", on(lambda: _Mixer(T), normal(N, T, D))),
     Case("net_mixer_t_equals_n", on(lambda: _Mixer(4), normal(4, 4, D))),
@@ -253,6 +270,9 @@ cases = [
     Case("net_tokens_stacked_first_then_back_t_equals_n", on(_TimeFirstLoop, normal(4, 4, D))),
     Case("net_tokens_first_inside", on(_TokensFirst, normal(N, T, D))),
     Case("net_tokens_first_inside_t_equals_n", on(_TokensFirst, normal(4, 4, D))),
-    Case("net_gpt_checkpointed", lambda: _gpt(True, checkpointed=True), raises={
-        "vmap": ("CaptureError", "torch.func does not support saved-tensor hooks")}),
+    Case(
+        "net_gpt_checkpointed",
+        lambda: _gpt(True, checkpointed=True),
+        raises={"vmap": ("CaptureError", "torch.func does not support saved-tensor hooks")},
+    ),
 ]

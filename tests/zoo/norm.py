@@ -30,8 +30,12 @@ def _trained(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 def _eval_net() -> Problem:
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3), _trained(lambda: nn.BatchNorm2d(3))(), nn.ReLU(inplace=True), nn.Flatten(),
-        nn.Linear(36, 5), _trained(lambda: nn.BatchNorm1d(5))(),
+        nn.Conv2d(2, 3, 3),
+        _trained(lambda: nn.BatchNorm2d(3))(),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+        _trained(lambda: nn.BatchNorm1d(5))(),
     )
     return Problem(model.eval(), readout, torch.randn(N, 2, 5, 6))
 
@@ -90,13 +94,17 @@ cases = [Case(f"norm_{name}", inner(_trained(make), *shape)) for name, make, sha
     Case("norm_batch_first_eval", alone(_trained(lambda: nn.BatchNorm2d(5)), N, 5, 2, 3)),
     Case("norm_batch_eval_net", _eval_net),
     Case("norm_instance_train", inner(_instance_train(), N, 5, 6)),
-    Case("norm_layer_functional", fn(
-        lambda p, x: F.layer_norm(x, (6,), weight=p.w, bias=p.b), (N, T, 6), w=(6,), b=(6,))),
+    Case(
+        "norm_layer_functional", fn(lambda p, x: F.layer_norm(x, (6,), weight=p.w, bias=p.b), (N, T, 6), w=(6,), b=(6,))
+    ),
     Case("norm_layer_bias_only", fn(lambda p, x: F.layer_norm(x, (6,), bias=p.b), (N, T, 6), b=(6,))),
     Case("norm_group_functional", fn(lambda p, x: F.group_norm(x, 2, p.w, p.b), (N, 6, 5), w=(6,), b=(6,))),
     Case("norm_rms_functional", fn(lambda p, x: F.rms_norm(x, (6,), p.w, 1e-5), (N, T, 6), w=(6,))),
-    Case("norm_instance_functional", fn(
-        lambda p, x: F.instance_norm(x, weight=p.w, bias=p.b), (N, 5, 6), w=(5,), b=(5,))),
-    Case("norm_layer_of_parameter_scale", fn(
-        lambda p, x: F.layer_norm(x * p.s, (6,), p.w.exp()), (N, T, 6), s=(6,), w=(6,))),
+    Case(
+        "norm_instance_functional", fn(lambda p, x: F.instance_norm(x, weight=p.w, bias=p.b), (N, 5, 6), w=(5,), b=(5,))
+    ),
+    Case(
+        "norm_layer_of_parameter_scale",
+        fn(lambda p, x: F.layer_norm(x * p.s, (6,), p.w.exp()), (N, T, 6), s=(6,), w=(6,)),
+    ),
 ]

@@ -179,17 +179,25 @@ packed = [
 special = [
     Case("rnn_relu", _rnn("rnn", nonlinearity="relu"), raises=NO_VMAP),
     Case("lstm_projection", _rnn("lstm", proj_size=3), raises=NO_VMAP),
-    Case("lstm_projection_everything", _rnn(
-        "lstm", proj_size=3, num_layers=2, bidirectional=True, initial=((N, 4, 3), (N, 4, H)))),
+    Case(
+        "lstm_projection_everything",
+        _rnn("lstm", proj_size=3, num_layers=2, bidirectional=True, initial=((N, 4, 3), (N, 4, H))),
+    ),
     Case("lstm_packed_projection", _packed("lstm", proj_size=3, num_layers=2), raises=VMAP_NUMBERS),
-    Case("gru_dropout_eval", on(
-        lambda: _Recurrent("gru", num_layers=2, dropout=0.5).eval(), normal(N, T, I)), raises=NO_VMAP),
+    Case(
+        "gru_dropout_eval",
+        on(lambda: _Recurrent("gru", num_layers=2, dropout=0.5).eval(), normal(N, T, I)),
+        raises=NO_VMAP,
+    ),
     Case("lstm_dropout_zero", _rnn("lstm", num_layers=2, dropout=0.0), raises=NO_VMAP),
     Case("lstm_tagger_applied_twice", on(_Tagger, tokens(N, T)), raises=NO_VMAP),
     Case("gru_encoder_decoder", on(_Seq2Seq, normal(N, T, I), normal(N, 2, I)), raises=NO_VMAP),
     Case("rnn_cell", on(lambda: _Cell(nn.RNNCell(I, H)), normal(N, T, I)), raises=NO_VMAP),
-    Case("rnn_cell_relu_no_bias", on(
-        lambda: _Cell(nn.RNNCell(I, H, bias=False, nonlinearity="relu")), normal(N, T, I)), raises=NO_VMAP),
+    Case(
+        "rnn_cell_relu_no_bias",
+        on(lambda: _Cell(nn.RNNCell(I, H, bias=False, nonlinearity="relu")), normal(N, T, I)),
+        raises=NO_VMAP,
+    ),
     Case("gru_cell", on(lambda: _Cell(nn.GRUCell(I, H)), normal(N, T, I)), raises=NO_VMAP),
     Case("gru_cell_no_bias", on(lambda: _Cell(nn.GRUCell(I, H, bias=False)), normal(N, T, I)), raises=NO_VMAP),
     Case("lstm_cell", on(lambda: _Cell(nn.LSTMCell(I, H)), normal(N, T, I)), raises=NO_VMAP),

@@ -152,24 +152,41 @@ def _moved_axis(dim: int) -> Callable[[], Problem]:
 
 
 cases = [
-    Case("adaptive_softmax", on(lambda: _Adaptive(False), normal(N, D), lambda: torch.tensor([0, 4, 8, 5])),
-         raises=VMAP_NUMBERS),
-    Case("adaptive_softmax_log_prob", on(
-        lambda: _Adaptive(True), normal(N, D), lambda: torch.tensor([0, 4, 8, 5]))),
-    Case("adaptive_softmax_head_bias", on(
-        lambda: _Adaptive(False, head_bias=True), normal(N, D), lambda: torch.tensor([9, 1, 4, 2])),
-        raises=VMAP_NUMBERS),
+    Case(
+        "adaptive_softmax",
+        on(lambda: _Adaptive(False), normal(N, D), lambda: torch.tensor([0, 4, 8, 5])),
+        raises=VMAP_NUMBERS,
+    ),
+    Case("adaptive_softmax_log_prob", on(lambda: _Adaptive(True), normal(N, D), lambda: torch.tensor([0, 4, 8, 5]))),
+    Case(
+        "adaptive_softmax_head_bias",
+        on(lambda: _Adaptive(False, head_bias=True), normal(N, D), lambda: torch.tensor([9, 1, 4, 2])),
+        raises=VMAP_NUMBERS,
+    ),
     Case("linear_cross_entropy_in_model", on(_LinearCrossEntropy, normal(N, D), lambda: torch.randint(6, (N,)))),
     Case("criterion_with_parameters", _criterion_with_parameters),
     *lazy,
-    Case("wrapped_in_data_parallel", on(
-        lambda: nn.DataParallel(nn.Sequential(nn.Linear(D, 3), nn.Tanh())), normal(N, D))),
-    Case("checkpoint", on(lambda: _Checkpointed(
-        lambda body, x: checkpoint(body, x, use_reentrant=False)), normal(N, D)), raises=CHECKPOINT),
-    Case("checkpoint_sequential", on(lambda: _Checkpointed(
-        lambda body, x: checkpoint_sequential(body, 2, x, use_reentrant=False)), normal(N, T, D)), raises=CHECKPOINT),
-    Case("module_containers", on(_Jitter, normal(N, D)), raises={
-        "vmap": ("CaptureError", "a parameter is held in a partial function, where torch.func can't swap it")}),
+    Case(
+        "wrapped_in_data_parallel", on(lambda: nn.DataParallel(nn.Sequential(nn.Linear(D, 3), nn.Tanh())), normal(N, D))
+    ),
+    Case(
+        "checkpoint",
+        on(lambda: _Checkpointed(lambda body, x: checkpoint(body, x, use_reentrant=False)), normal(N, D)),
+        raises=CHECKPOINT,
+    ),
+    Case(
+        "checkpoint_sequential",
+        on(
+            lambda: _Checkpointed(lambda body, x: checkpoint_sequential(body, 2, x, use_reentrant=False)),
+            normal(N, T, D),
+        ),
+        raises=CHECKPOINT,
+    ),
+    Case(
+        "module_containers",
+        on(_Jitter, normal(N, D)),
+        raises={"vmap": ("CaptureError", "a parameter is held in a partial function, where torch.func can't swap it")},
+    ),
     Case("parts_in_another_mode", on(_SubMode, normal(N, D))),
     Case("grad_enabled_inside_no_grad", on(_GradInside, normal(N, D)), unused=("a.weight", "a.bias")),
     Case("copied_model", _copied),

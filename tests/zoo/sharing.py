@@ -244,8 +244,10 @@ reuse = [
     Case("reuse_conv_twice", on(lambda: _Twice(nn.Conv2d(2, 2, 3, padding=1)), normal(N, 2, 4, 5))),
     Case("reuse_conv_on_two_sizes", on(lambda: _Twice(nn.Conv1d(2, 2, 3)), normal(N, 2, 9))),
     Case("reuse_norm_twice", on(lambda: _Twice(nn.LayerNorm(D)), normal(N, T, D))),
-    Case("reuse_block_twice", on(
-        lambda: _Twice(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, D))), normal(N, D))),
+    Case(
+        "reuse_block_twice",
+        on(lambda: _Twice(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, D))), normal(N, D)),
+    ),
     Case("reuse_branches", on(lambda: _Branches(nn.Linear(D, D)), normal(N, D))),
     Case("reuse_branches_no_bias", on(lambda: _Branches(nn.Linear(9, 11, bias=False)), normal(N, 9))),
     Case("reuse_lengths_differ", on(lambda: _LengthsDiffer(nn.Linear(D, 6)), normal(N, T, D))),
@@ -254,27 +256,35 @@ reuse = [
     Case("reuse_shared_weight", on(_SharedWeight, normal(N, D))),
     Case("reuse_hand_written_recurrence", on(_Recursion, normal(N, T, D))),
     Case("reuse_parameter_in_two_roles", fn(lambda p, x: (x @ p.w * p.w.sum()).tanh() + p.w[0], (N, D), w=(D, D))),
-    Case("reuse_as_kernel_and_matrix", fn(
-        lambda p, x: F.conv1d(x, p.w).flatten(1) @ p.w.flatten(1).repeat(1, 2).t(), (N, 2, 6), w=(3, 2, 3))),
+    Case(
+        "reuse_as_kernel_and_matrix",
+        fn(lambda p, x: F.conv1d(x, p.w).flatten(1) @ p.w.flatten(1).repeat(1, 2).t(), (N, 2, 6), w=(3, 2, 3)),
+    ),
     Case("children_with_reserved_names", on(_OutputNamed, normal(N, D))),
     Case("hooks_of_the_user", on(_hooked, normal(N, D))),
 ]
 
 inplace = [
-    Case("inplace_relu", on(
-        lambda: nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), normal(N, D))),
+    Case(
+        "inplace_relu", on(lambda: nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), normal(N, D))
+    ),
     Case("inplace_relu_last", on(lambda: nn.Sequential(nn.Linear(D, 6), nn.ReLU(inplace=True)), normal(N, D))),
     Case("inplace_residual", on(lambda: _Residual(True), normal(N, D))),
     Case("residual", on(lambda: _Residual(False), normal(N, T, D))),
     Case("inplace_everywhere", on(_InplaceEverywhere, normal(N, 2, 6))),
-    Case("inplace_dropout_eval", on(
-        lambda: nn.Sequential(nn.Linear(D, 6), nn.Dropout(inplace=True), nn.Linear(6, 3)).eval(), normal(N, D))),
+    Case(
+        "inplace_dropout_eval",
+        on(lambda: nn.Sequential(nn.Linear(D, 6), nn.Dropout(inplace=True), nn.Linear(6, 3)).eval(), normal(N, D)),
+    ),
 ]
 
 absent = [
     Case("frozen_layers", on(_Frozen, normal(N, D))),
-    Case("unused_layers", on(_Unused, normal(N, D)),
-         unused=("never.weight", "never.bias", "dropped.weight", "dropped.bias")),
+    Case(
+        "unused_layers",
+        on(_Unused, normal(N, D)),
+        unused=("never.weight", "never.bias", "dropped.weight", "dropped.bias"),
+    ),
     Case("cut_by_detach", on(_CutByDetach, normal(N, D)), unused=("a.weight", "a.bias")),
     Case("no_grad_statistic_of_weight", on(_NoGradThenShared, normal(N, D))),
 ]
@@ -288,12 +298,18 @@ derived = [
     Case("spectral_norm_eval", on(_net(_spectral(lambda: nn.Linear(D, 6), False)), normal(N, D))),
     Case("spectral_norm_conv_eval", on(_net(_spectral(lambda: nn.Conv1d(2, 3, 3, padding=1), False)), normal(N, 2, D))),
     Case("spectral_norm_train_converged", on(_net(_spectral(lambda: nn.Linear(D, 3), True)), normal(N, D))),
-    Case("orthogonal_matrix_exp", on(
-        _net(lambda: parametrizations.orthogonal(nn.Linear(D, D), orthogonal_map="matrix_exp")), normal(N, D))),
-    Case("orthogonal_cayley", on(
-        _net(lambda: parametrizations.orthogonal(nn.Linear(D, D), orthogonal_map="cayley")), normal(N, D))),
-    Case("orthogonal_householder", on(
-        _net(lambda: parametrizations.orthogonal(nn.Linear(D, 3), orthogonal_map="householder")), normal(N, D))),
+    Case(
+        "orthogonal_matrix_exp",
+        on(_net(lambda: parametrizations.orthogonal(nn.Linear(D, D), orthogonal_map="matrix_exp")), normal(N, D)),
+    ),
+    Case(
+        "orthogonal_cayley",
+        on(_net(lambda: parametrizations.orthogonal(nn.Linear(D, D), orthogonal_map="cayley")), normal(N, D)),
+    ),
+    Case(
+        "orthogonal_householder",
+        on(_net(lambda: parametrizations.orthogonal(nn.Linear(D, 3), orthogonal_map="householder")), normal(N, D)),
+    ),
     Case("parametrized_symmetric", on(_net(_symmetric), normal(N, T, D))),
 ]
 

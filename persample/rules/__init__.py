@@ -110,7 +110,7 @@ def opened(func: Function) -> Function:
 
 # What runs instead of a function that hides several calls; a function of torch that returns ``NotImplemented`` has
 # none to show.
-OPEN: dict[Function, Function] = {f: opened(f) for f in (F.multi_head_attention_forward,)}
+OPEN: dict[Function, Function] = {}
 
 # Whose outputs are computed from each other: copied, so that the gradient of one doesn't come through another.
 NESTED: set[Function] = {torch.lstm_cell}

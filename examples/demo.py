@@ -21,6 +21,7 @@ import persample
 STEPS = int(os.environ.get("PERSAMPLE_DEMO_STEPS", "240"))
 PICTURE = Path(os.environ.get("PERSAMPLE_DEMO_PICTURE", "build/demo.png"))
 BATCH, FLIPPED = 128, 0.05
+torch.set_num_threads(1)  # tensors this small gain nothing from more
 
 
 # %% [markdown]

@@ -16,18 +16,32 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo.case import Problem, readout
-from zoo.oracle import rows
+from zoo.oracle import Rows, rows
 
 import persample
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch, about unusual options
 TOLERANCE = 1e-9
 EXPLORES = os.environ.get("HYPOTHESIS_PROFILE") == "explore"
+
+
+def examples(n: int) -> settings:
+    """So many in a test run, twenty times as many where new ones are looked for."""
+    return settings(max_examples=20 * n if EXPLORES else n, suppress_health_check=[*HealthCheck])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def float64() -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
 
 # ---- random models ------------------------------------------------------------------------------------------------
 
@@ -196,10 +210,10 @@ def layer_norm(m: Program, s: State, a: int, b: int) -> None:
     last = list(s.x.shape[s.x.ndim - 1 - (a % 2 if s.form in ("ntd", "ncl", "fcl") else 0) :])
     if math.prod(last) > 1:
         kinds = [
-            lambda: nn.LayerNorm(last),
-            lambda: nn.LayerNorm(last, bias=False),
-            lambda: nn.RMSNorm(last),
-            lambda: nn.LayerNorm(last, elementwise_affine=False),
+            lambda: nn.LayerNorm(last, 0.1),
+            lambda: nn.LayerNorm(last, 0.1, bias=False),
+            lambda: nn.RMSNorm(last, 0.1),
+            lambda: nn.LayerNorm(last, 0.1, elementwise_affine=False),
         ]
         s.set(m.part(f"ln{last}_{b % 4}", kinds[b % 4])(s.x))
 
@@ -209,9 +223,9 @@ def channel_norm(m: Program, s: State, a: int, b: int) -> None:
     c = s.x.shape[1]
     if math.prod(s.x.shape[2:]) > 1:
         kinds = [
-            lambda: nn.GroupNorm(1, c),
-            lambda: nn.GroupNorm(c, c),
-            lambda: nn.InstanceNorm1d(c, affine=True),
+            lambda: nn.GroupNorm(1, c, 0.1),
+            lambda: nn.GroupNorm(c, c, 0.1),
+            lambda: nn.InstanceNorm1d(c, 0.1, affine=True),
             lambda: nn.BatchNorm1d(c).eval(),
             lambda: nn.PReLU(c),
         ]
@@ -671,23 +685,131 @@ models = st.builds(
 )
 
 
-def compare(drawn: Drawn, engine: str = "hooks") -> str:
-    """ "exact", or the error's type; fails where rows are wrong."""
+def truth_of(drawn: Drawn) -> tuple[Problem, Rows]:
+    """The model and its rows by plain autograd, one sample at a time."""
     try:
         p = drawn.problem()
         truth = rows(p, drawn.axis)
     except (RuntimeError, ValueError, IndexError, NotImplementedError):  # no model at all
         assume(False)
     assume(truth.rows and bool(truth.flat.isfinite().all()))
-    options: dict[str, Any] = {"engine": engine, "verify": False, "batch_dim": (drawn.axis, 0, 0)}
-    try:
-        G = persample.gradients(p.model, p.loss_fn, p.inputs, None, **options)
-    except persample.PersampleError as error:
-        return f"{type(error).__name__}: {error}"
+    return p, truth
+
+
+def hold(G: persample.Gradients, truth: Rows) -> None:
+    """The rows are those."""
     scale = 1 + float(truth.flat.abs().max())
     for name, want in truth.rows.items():
         off = float((G[name] - want).abs().max()) if want.numel() else 0.0
         assert off < TOLERANCE * scale, f"{name}: off by {off:.2g} where the largest is {scale:.2g}"
-    assert torch.allclose(G.losses, truth.losses, atol=1e-9)
     assert set(G.unused) == set(truth.unused)
-    return "exact"
+
+
+def run(drawn: Drawn, p: Problem, **options: Any) -> Any:
+    return persample.gradients(p.model, p.loss_fn, p.inputs, None, batch_dim=(drawn.axis, 0, 0), **options)
+
+
+@given(models)
+@examples(220)
+def test_random_models_are_exact(drawn: Drawn) -> None:
+    p, truth = truth_of(drawn)
+    G = run(drawn, p, verify=False)
+    hold(G, truth)
+    assert torch.allclose(G.losses, truth.losses, atol=1e-9)
+
+
+@given(models)
+@examples(60)
+def test_random_models_raise_no_false_alarm(drawn: Drawn) -> None:
+    p, truth = truth_of(drawn)
+    hold(run(drawn, p, verify=True), truth)
+
+
+@given(models)
+@examples(40)
+def test_random_models_in_the_vmap_engine(drawn: Drawn) -> None:
+    p, truth = truth_of(drawn)
+    try:
+        G = run(drawn, p, verify=False, engine="vmap")
+    except persample.CaptureError:  # what torch.func can't follow
+        return
+    hold(G, truth)
+
+
+@given(models)
+@examples(60)
+def test_random_models_under_a_recorder(drawn: Drawn) -> None:
+    """The user's losses and backward, without and with quantities."""
+    p, truth = truth_of(drawn)
+    got: list[Any] = []
+    with persample.extend(p.model, batch_dim=drawn.axis) as recorder:
+        losses = readout(p.model(*p.inputs))
+        hold(recorder.gradients(losses), truth)
+    handle = persample.extend(p.model, on_backward=got.append, reduction="mean", batch_dim=drawn.axis)
+    losses = readout(p.model(*p.inputs))
+    if losses.requires_grad:
+        losses.mean().backward()
+        hold(got[0], truth)
+    handle.remove()
+
+
+@given(models)
+@examples(40)
+def test_quantities_of_random_models(drawn: Drawn) -> None:
+    p, truth = truth_of(drawn)
+    S = run(drawn, p, verify=False, quantities=["norm", "gram", "variance"])
+    scale = 1 + float(truth.flat.square().sum(1).max())
+    assert torch.allclose(S.norm().square(), truth.flat.square().sum(1), atol=TOLERANCE * scale)
+    assert torch.allclose(S.gram(), truth.flat @ truth.flat.T, atol=TOLERANCE * scale)
+    variance = torch.cat([v.flatten() for v in S.variance().values()])
+    assert torch.allclose(variance, truth.flat.var(0, unbiased=False), atol=TOLERANCE * scale)
+
+
+# ---- random models that couple the samples ------------------------------------------------------------------------
+
+COUPLINGS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x - x.mean(0),
+    lambda x: x / (1 + x.abs().max()),
+    lambda x: x.softmax(0),
+    lambda x: x.sort(0).values,
+    lambda x: x + 0.3 * x.roll(1, 0),
+    lambda x: x + 0.3 * x.flip(0),
+    lambda x: x.cumsum(0),
+    lambda x: x - 0.5 * x[:1],
+    lambda x: torch.softmax(x.flatten(1) @ x.flatten(1).T, -1) @ x.flatten(1),
+    lambda x: x * (1 + x.detach().std()),
+    lambda x: x + x[torch.arange(len(x) - 1, -1, -1)].tanh(),
+    lambda x: x * x.sum(),
+]
+
+
+class Coupled(nn.Module):
+    """A random model, with samples coupled at one place of it: before, or behind."""
+
+    def __init__(self, program: Program, how: Callable[[Tensor], Tensor], first: bool) -> None:
+        super().__init__()
+        self.program, self.how, self.first = program, how, first
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        out: Tensor = self.program(self.how(x) if self.first else x, ids)
+        return out if self.first else self.how(out)
+
+
+@given(models, st.integers(0, len(COUPLINGS) - 1), st.booleans())
+@examples(120)
+def test_coupling_never_goes_unnoticed(drawn: Drawn, how: int, first: bool) -> None:
+    """An error, or what the gradients of the batch's own losses say is true for every parameter."""
+    assume(drawn.axis == 0 and drawn.n > 1 and drawn.form != "ids")
+    p, truth = truth_of(drawn)
+    x, ids = p.inputs
+    model = Coupled(p.model, COUPLINGS[how], first)
+    try:
+        G = persample.gradients(model, readout, (x, ids), verify=True)
+    except persample.PersampleError:
+        return
+    parameters = list(model.parameters())
+    losses = readout(model(x, ids))
+    for n in range(drawn.n):
+        wanted = torch.autograd.grad(losses[n], parameters, retain_graph=True, materialize_grads=True)
+        for name, want in zip(G.names, wanted, strict=True):
+            assert torch.allclose(G[name][n], want, atol=1e-6 * (1 + float(truth.flat.abs().max())))

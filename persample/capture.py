@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from . import rules
 from .errors import BatchCoupledError, CaptureError, HigherOrderError, InplaceError, SampleAxisError
 from .layout import Layout, samples_first
-from .propagate import lone_sample, mixes, propagate
+from .propagate import found_again, lone_sample, mixes, propagate
 
 _KEY = "persample"  # of a recorded call in its autograd node's metadata
 
@@ -95,6 +96,7 @@ class Call:
         default_factory=dict
     )  # gradients of some outputs, in a backward that goes on
     task: int = -1  # that backward
+    hooks: list[RemovableHandle] = field(default_factory=list)  # that tell it the gradients of its outputs
 
     @property
     def name(self) -> str:
@@ -109,6 +111,12 @@ class Call:
         self.parts[i] = grad
         if len(self.parts) >= (self.expected or len(self.outputs)):
             self.flush()
+
+    def hear_last(self) -> None:
+        """Be told of gradients after the user's own hooks have changed them."""
+        for handle in self.hooks:
+            if (hooks := handle.hooks_dict_ref()) and next(reversed(hooks)) != handle.id:
+                hooks[handle.id] = hooks.pop(handle.id)
 
     def flush(self) -> None:
         """Pass on the gradients of all outputs that have one."""
@@ -181,6 +189,7 @@ class _Sampled:
 @dataclass(frozen=True)
 class _Derived:
     derivation: Derivation | None  # None: a parameter or a buffer
+    version: int = -1  # of the tensor: what is changed through a view of it is another tensor
 
 
 Listener = Callable[[Call, Sequence[Tensor | None]], None]
@@ -241,7 +250,27 @@ class Capture(TorchFunctionMode):
 
     def _kind(self, t: Tensor) -> _Sampled | _Derived | None:
         entry = self.known.get(id(t))
-        return entry[1] if entry is not None and entry[0]() is t else None
+        kind = entry[1] if entry is not None and entry[0]() is t else None
+        if isinstance(kind, _Sampled) or not t.requires_grad or t.grad_fn is None:
+            return kind
+        seen = (kind is not None and kind.version == t._version) or _is_wrapped([t])
+        return kind if seen else self._unseen(t)
+
+    def _unseen(self, t: Tensor) -> _Sampled | _Derived:
+        """What a tensor is whose making the mode has not seen (a custom ``autograd.Function``, a change through a
+        view), by its graph.
+        """
+        calls, leaves = behind(t)
+        if calls:
+            layout = next((layout for call in calls for _, layout in call.outputs if layout is not None), None)
+            kind: _Sampled | _Derived = _Sampled(None if layout is None else found_again(layout, t))
+        else:
+            sources = [Shared(p, None) for p in leaves if id(p) in self.wanted]
+            self.count += 1
+            made = Derivation(behind, (), {}, get_gradient_edge(t), t.shape, sources, self.count, {})
+            kind = _Derived(made if sources else None, t._version)
+        self._mark(t, kind)
+        return kind
 
     # ---- one call -----------------------------------------------------------------------------------------------
 
@@ -269,7 +298,7 @@ class Capture(TorchFunctionMode):
             before = {id(t): t._version for t in tensors} if tensors else {}
             out = func(*args, **kwargs)
             if any(isinstance(k, _Derived) for k in kinds):
-                self._derive(func, args, kwargs, tensors, before, out)
+                self._derive(func, args, kwargs, [] if func in rules.INERT else self._live(tensors, kinds), before, out)
             return out
         couples = (
             "makes a sample's values depend on the other samples"
@@ -313,9 +342,10 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         keep = {id(s.tensor) for s in live}
         layouts = {id(t): layout for t, layout in sampled}
-        inputs = [t.grad_fn for t in tensors if t.grad_fn is not None and id(t) not in keep]
-        saved: dict[int, Tensor] = {}
         mutates = rules.mutates(func)
+        part = {id(args[0])} if mutates and args[0]._base is not None else set()  # the rest of it stays what it was
+        inputs = [t.grad_fn for t in tensors if t.grad_fn is not None and id(t) not in keep - part]
+        saved: dict[int, Tensor] = {}
         for t in tensors:
             if mutates and t is args[0]:
                 saved[id(t)] = t.detach().clone()
@@ -363,7 +393,8 @@ class Capture(TorchFunctionMode):
         for i, (end, gradient) in enumerate(given):
             assert end.grad_fn is not None
             _metadata(end.grad_fn).setdefault(_KEY, []).append((call, end.output_nr))
-            end.register_hook(lambda g, i=i, gradient=gradient: call.arrive(i, g if g is None else gradient(g)))
+            hook = lambda g, i=i, gradient=gradient: call.arrive(i, g if g is None else gradient(g))  # noqa: E731
+            call.hooks.append(end.register_hook(hook))
 
     # ---- what the outputs are -----------------------------------------------------------------------------------
 
@@ -382,6 +413,8 @@ class Capture(TorchFunctionMode):
                 continue  # changed in place, or handed through: the samples stay where they are
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 layout = propagate(func, args, kwargs, known, tensors, t) if known else None
+            if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
+                continue  # a constant
             self._mark(t, _Sampled(layout))
             if t._base is not None and not isinstance(self._kind(t._base), _Sampled) and rules.mutates(func):
                 self._mark(t._base, _Sampled(None))
@@ -391,7 +424,7 @@ class Capture(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        tensors: list[Tensor],
+        sources: list[Shared],
         before: dict[int, int],
         out: Any,
     ) -> None:
@@ -400,10 +433,9 @@ class Capture(TorchFunctionMode):
                 if self._kind(t) is None:
                     self._mark(t, _Derived(None))
             else:
-                sources = [] if func in rules.INERT else self._live(tensors, [self._kind(a) for a in tensors])
                 self.count += 1
                 made = Derivation(func, args, kwargs, get_gradient_edge(t), t.shape, sources, self.count, before)
-                self._mark(t, _Derived(made if sources else None))
+                self._mark(t, _Derived(made if sources else None, t._version))
 
     def _refuse_higher_order(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         position = 4 if func is torch.autograd.grad else 3
@@ -543,6 +575,24 @@ def _is_wrapped(tensors: list[Tensor]) -> bool:
 
 
 # ---- the walk ---------------------------------------------------------------------------------------------------
+
+
+def behind(t: Tensor) -> tuple[list[Call], list[Tensor]]:
+    """The recorded calls and, without passing through these, the leaves that a tensor was computed from."""
+    calls: dict[int, Call] = {}
+    leaves: dict[int, Tensor] = {}
+    stack, seen = [t.grad_fn], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found = _metadata(node).get(_KEY, ())
+        calls.update((id(call), call) for call, _ in found)
+        if (variable := getattr(node, "variable", None)) is not None:
+            leaves[id(variable)] = variable
+        stack.extend(n for n, _ in node.next_functions if not found)
+    return list(calls.values()), list(leaves.values())
 
 
 @dataclass(eq=False)

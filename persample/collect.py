@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .capture import Call, Derivation, Reached, Shared, reached
+from .capture import Call, Derivation, Reached, Shared, _flat, reached
 from .errors import BatchCoupledError, CaptureError, PersampleError, SampleAxisError
 from .factors import Dense, Factors, Outer, add, dense
 from .problem import Emit
 from .rules.derived import Diagonal, Lone, Rowlike, plain, pulled
 from .rules.fallback import by_samples, of_one
+from .scratch import kernel
 
 Key = int | Derivation  # a parameter by its id, or a derived tensor
 Served = tuple[Callable[..., Any], str]  # the function a parameter was used by, and "rule" or "fallback"
@@ -64,6 +65,7 @@ class Collect:
                 self._expect(shared)
             if listen:
                 call.listener = self.arrive
+                call.hear_last()
 
     def _expect(self, shared: Shared) -> None:
         key = key_of(shared)
@@ -79,9 +81,10 @@ class Collect:
 
     # ---- arrival ------------------------------------------------------------------------------------------------
 
+    @kernel
     def arrive(self, call: Call, grads: Sequence[Tensor | None]) -> None:
         """The output gradients of a call are there."""
-        with torch.no_grad(), torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):
+        with torch._C.DisableTorchFunction():
             if call.shared:
                 for shared, rows, how in factors_of(call, [self._prepared(call, g) for g in grads]):
                     self.terms.setdefault(key_of(shared), []).append(rows)
@@ -145,12 +148,13 @@ class Collect:
             for p, row in zip(used, rows, strict=True):
                 self.terms.setdefault(id(p), []).append(Dense(row))
 
+    @kernel
     def finish(self) -> tuple[str, ...]:
         """Complete what got no gradient; rows of zeros for the unused parameters, whose names are returned."""
         for call in self.found.calls:
             call.flush()
         self.detach()
-        with torch.no_grad():
+        with torch._C.DisableTorchFunction():
             for key in sorted((k for k in self.terms if isinstance(k, Derivation)), key=lambda d: -d.order):
                 for p, g in pull_back(key, total(self.terms.pop(key)), self.leaves[key]):
                     self.terms.setdefault(id(p), []).append(g)
@@ -180,14 +184,16 @@ class Collect:
 def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Shared, Rowlike | Lone, str]]:
     """The factors of every shared argument of a call, and whether they are by its ``"rule"`` or the ``"fallback"``."""
     shared = {id(s.tensor): s for s in call.shared}
-    served: dict[int, Rowlike] = {}
+    served: list[tuple[Tensor, Rowlike]] = []
     try:
-        served = {id(t): rows for t, rows in _by_rule(call, grads)} if call.layout.alone is None else {}
+        served = _by_rule(call, grads) if call.layout.alone is None else []
     except CaptureError:
         if call.n > 1:  # one sample's rows are the gradient, however its tensors lie
             raise
-    yield from ((shared[i], rows, "rule") for i, rows in served.items())
-    if rest := [s.tensor for i, s in shared.items() if i not in served]:
+    uses, times = (Counter(id(t) for t in ts) for ts in (_flat(call.args, call.kwargs), [t for t, _ in served]))
+    known = {i for i in times if times[i] == uses[i]}  # an argument may stand in several places
+    yield from ((shared[id(t)], rows, "rule") for t, rows in served if id(t) in known)
+    if rest := [s.tensor for i, s in shared.items() if i not in known]:
         one = 0 if call.n == 1 else call.layout.alone
         for tensor, rows in by_samples(call, grads, rest) if one is None else of_one(call, grads, rest, one):
             yield shared[id(tensor)], rows, "fallback"
@@ -204,13 +210,14 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
     except TypeError:
         return []
     found: list[tuple[Tensor, Rowlike]] = []
+    unusual: set[int] = set()
     try:
         for tensor, factors in rule(call, g, *call.args, **call.kwargs):
             if call.wants(tensor):
                 try:
                     found.append((tensor, factors() if callable(factors) else factors))
                 except NotImplementedError:  # an unusual layout: the fallback serves this tensor
-                    found = [(t, rows) for t, rows in found if t is not tensor]
+                    unusual.add(id(tensor))
     except (PersampleError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -218,7 +225,7 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
             f"{call.name}: its rule raised {type(error).__name__}: {error}. Correct the rule or remove() it, or use "
             "engine='loop'."
         ) from error
-    return [(tensor, _as_rows(call, tensor, rows)) for tensor, rows in found]
+    return [(tensor, _as_rows(call, tensor, rows)) for tensor, rows in found if id(tensor) not in unusual]
 
 
 def _as_rows(call: Call, tensor: Tensor, rows: Any) -> Rowlike:
@@ -241,7 +248,7 @@ _signature = functools.cache(inspect.signature)
 
 def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tuple[Tensor, Rowlike]]:
     """From rows of a derived tensor to those of the parameters it was derived from."""
-    steps = None if isinstance(rows, Dense) and rows.value.is_complex() else pulled(d, rows)
+    steps = None if isinstance(rows, Dense | Diagonal) and rows.value.is_complex() else pulled(d, rows)
     if steps is None:
         yield from _by_autograd(d, plain(rows), leaves)
         return

@@ -235,7 +235,7 @@ def transpose(g: Factors) -> Factors:
     """The gradient of a matrix ``[O, I]`` that was used as its transpose ``[I, O]``."""
     o, i = g.shape
     match g:
-        case Outer(left, right, _) if left.shape[1] == 1:
+        case Outer(left, right, _) if (left.shape[1], left.shape[3], right.shape[3]) == (1, o, i):
             return Outer(right, left, Size((i, o)))
         case _:
             return Dense(dense(g).mT)

@@ -98,6 +98,11 @@ def _followed(
     return found
 
 
+def found_again(layout: Layout, out: Tensor) -> Layout | None:
+    """The layout of something that an unseen function has computed from a tensor with this one."""
+    return lone_sample(out) if layout.n == 1 else _kept(layout, out.ndim, out.shape)
+
+
 def mixes(
     func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
 ) -> bool:

@@ -130,10 +130,19 @@ PICKS: set[Function] = {
     F.embedding,
 }
 
-# What takes shape, type or place from an argument, and no gradient.
+# What takes only type and place from an argument: a constant, whatever its size.
+FRESH: set[Function] = {*spellings("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")}
+
+# What takes the shape of an argument, but no value.
+SHAPED: set[Function] = {
+    *spellings("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
+}
+
+# What passes no gradient on.
 INERT: set[Function] = {
-    *spellings("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
-    *spellings("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "result_type", "is_same_size"),
+    *FRESH,
+    *SHAPED,
+    *spellings("result_type", "is_same_size"),
     *spellings(
         "eq",
         "ne",

@@ -7,7 +7,7 @@ differentiated by autograd, one row at a time, by the engine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from ..factors import Conv, Dense, Factors, Outer, Rows, cast, reshape, scale, transpose
+from ..factors import Conv, Dense, Factors, Outer, Rows, cast, outer, reshape, scale, transpose
 from ..layout import Layout
 from . import Yields, pullback, spellings
 
@@ -115,8 +115,8 @@ def transposed(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: A
         probe = d.func(torch.empty(2, 3), *args, **kwargs)  # a permutation may also be the identity
         yield input, (lambda: transpose(g)) if probe.shape == (3, 2) else _same(g)
         return
-    blocks = input.ndim == 3 and isinstance(g, Outer) and g.left.shape[1] == input.shape[0]  # a matrix for each
-    if blocks and d.func(torch.empty(2, 3, 5), *args, **kwargs).shape == (2, 5, 3):
+    blocks = isinstance(g, Outer) and (g.left.shape[1], g.left.shape[3], g.right.shape[3]) == tuple(d.shape)
+    if blocks and d.func(torch.empty(2, 3, 5), *args, **kwargs).shape == (2, 5, 3):  # a matrix for each
         assert isinstance(g, Outer)
         right, left = g.right, g.left
         yield input, lambda: Outer(right, left, input.shape)
@@ -168,13 +168,16 @@ def _padded(g: Diagonal, shape: Size, dim: int, start: int, length: int) -> Diag
 
 @pullback(F.embedding)
 def looked_up(
-    d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
-) -> Yields:
+    d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, padding_idx: int | None = None,
+    max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Yields:  # fmt: skip
+    if scale_grad_by_freq:
+        return
     index = d.read(input)
     if isinstance(g, Diagonal):
         if g.axis >= index.ndim:
             return
-        index, value = index.movedim(g.axis, 0)[g.places].flatten(1), g.value
+        index, value = index.movedim(g.axis, 0)[g.places].reshape(len(g.value), -1), g.value
     elif isinstance(g, Dense):
         value = g.value
         index = index.reshape(1, -1).expand(len(value), -1)
@@ -190,13 +193,51 @@ def table_rows(index: Tensor, value: Tensor, weight: Tensor, padding_idx: int | 
     return Rows(index, value, weight.shape)
 
 
+def _rows(g: Rowlike, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``[N, T, O]`` and ``[N, T, I]``: the rows of a product, and what its other factor ``x [*, I]`` has there."""
+    if isinstance(g, Diagonal) and g.axis < x.ndim - 1:
+        n = len(g.value)
+        return g.value.reshape(n, -1, g.shape[-1]), x.movedim(g.axis, 0)[g.places].reshape(n, -1, x.shape[-1])
+    if isinstance(g, Dense):
+        n, tokens = len(g.value), x.reshape(1, -1, x.shape[-1])
+        return g.value.reshape(n, -1, g.shape[-1]), tokens.expand(n, -1, -1)
+    return None
+
+
+def _times(g: Rowlike, w: Tensor) -> Rowlike:
+    """Rows along the last axis, each times a matrix ``[O, I]``."""
+    assert isinstance(g, Dense | Diagonal)
+    value = g.value @ w
+    return replace(g, value=value, shape=Size((*g.shape[:-1], w.shape[1]))) if isinstance(g, Diagonal) else Dense(value)
+
+
+@pullback(F.linear)
+def linear(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Yields:
+    if weight.ndim != 2 or (pair := _rows(g, d.read(input))) is None:
+        return
+    left, tokens = pair
+    yield weight, lambda: cast(outer(left.unsqueeze(1), tokens.unsqueeze(1), weight.shape), weight.dtype)
+    yield input, lambda: _times(g, d.read(weight).to(left.dtype))
+    if bias is not None and bias.ndim == 1:
+        yield bias, lambda: Dense(left.sum(1).to(bias.dtype))
+
+
+@pullback(*spellings("matmul", "mm"))
+def matmul(d: Derivation, g: Rowlike, input: Tensor, other: Tensor) -> Yields:
+    if input.ndim < 2 or other.ndim != 2 or (pair := _rows(g, d.read(input))) is None:
+        return
+    left, tokens = pair
+    yield other, lambda: cast(outer(tokens.unsqueeze(1), left.unsqueeze(1), other.shape), other.dtype)
+    yield input, lambda: _times(g, d.read(other).to(left.dtype).mT)
+
+
 @pullback(*spellings("mul", "rmul", "multiply"))
 def scaled(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> Yields:
     if isinstance(g, Diagonal):
         return
     for p, factor in ((input, other), (other, input)):
         if isinstance(p, Tensor) and p.requires_grad and p.shape == d.shape and _is_number(factor):
-            yield p, partial(scale, g, factor)
+            yield p, partial(scale, g, d.read(factor) if isinstance(factor, Tensor) else factor)
 
 
 @pullback(*spellings("div", "truediv", "true_divide"))

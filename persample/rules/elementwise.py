@@ -76,16 +76,16 @@ def div(call: Call, g: Tensor, input: Any, other: Any, *, rounding_mode: str | N
     if isinstance(input, Tensor) and not call.sampled(input):
         yield input, lambda: spread(call, g / call.read(other), input)
     if isinstance(other, Tensor) and not call.sampled(other):
-        yield other, lambda: spread(call, -g * call.read(input) / other.square(), other)
+        yield other, lambda: spread(call, -g * call.read(input) / call.read(other).square(), other)
 
 
 @rule(torch.where, Tensor.where)
 def where(call: Call, g: Tensor, condition: Any, input: Any = None, other: Any = None) -> Yields:
     if torch.is_tensor(input) and torch.is_tensor(condition) and condition.dtype is torch.bool:
         if not call.sampled(input):
-            yield input, lambda: spread(call, g.masked_fill(~condition, 0), input)
+            yield input, lambda: spread(call, g.masked_fill(~call.read(condition), 0), input)
         if isinstance(other, Tensor) and not call.sampled(other):
-            yield other, lambda: spread(call, g.masked_fill(condition, 0), other)
+            yield other, lambda: spread(call, g.masked_fill(call.read(condition), 0), other)
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)

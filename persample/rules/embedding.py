@@ -52,7 +52,7 @@ def index_select(call: Call, g: Tensor, input: Tensor, dim: int, index: Tensor) 
 
 def _entries(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Rows | Dense:
     """Every index is a token; what it picks is an entry of the table."""
-    index = index.long() % len(table)
+    index = call.read(index).long() % len(table)
     places = samples_first(index, call.layout).flatten(1)
     values = call.tokens(g, table.ndim - 1)
     if table.ndim == 2:

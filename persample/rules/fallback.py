@@ -60,6 +60,9 @@ def _random(call: Call) -> RandomnessError:
 
 def _runner(call: Call, wanted: list[Tensor]) -> Any:
     """The call as a function of the wanted tensors and a replacement for its other arguments."""
+    for x in tree_leaves((call.args, call.kwargs)):
+        if isinstance(x, Tensor):
+            call.read(x)
     place = {id(t): i for i, t in enumerate(wanted)}
 
     from ..capture import tensors_in  # capture imports the rules
@@ -113,9 +116,6 @@ def _known(layout: Layout | None) -> Layout:
 def _again(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The call once more, with a graph: its outputs, and the wanted tensors that they depend on."""
     run = _runner(call, wanted)
-    for x in tree_leaves((call.args, call.kwargs)):
-        if isinstance(x, Tensor):
-            call.read(x)
     before = torch.get_rng_state()
     with torch.enable_grad():
         values = [t.detach().requires_grad_() for t in wanted]

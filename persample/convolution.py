@@ -22,9 +22,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import functional as F
 
+from . import cost
 from .scratch import borrow
 
 
@@ -106,18 +107,49 @@ def _phase_image(input: Tensor, phase: tuple[int, ...], size: list[int], geo: Ge
     return image.flatten(2)
 
 
-def write_rows(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
-    """All rows into ``out [N, K O, I, *kernel]``: one product per kernel offset."""
+def dense(input: Tensor, grad: Tensor, geo: Geometry, shape: Size, out: Tensor | None) -> Tensor:
+    """All rows ``[N, *P]``, into ``out`` if there is one, some samples at a time.
+
+    By kernel offset, the fastest layout in memory has the kernel's dims first; it is what a new tensor gets.
+    """
+    n, positions, step = len(input), grad.shape[2:].numel(), cost.chunk(input[:1].numel() + grad[:1].numel())
+    how = cost.conv_rows(grad, shape[1], positions, geo.kernel)
+    if how == "native":
+        step = min(step, cost.chunk(shape.numel()))
+    elif how == "offsets" and out is None:
+        out = grad.new_empty(*shape[2:], n, *shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
+    elif how == "offsets" and cost.conv_unfolds(positions, shape[0] // geo.groups):
+        how = "tokens"
+    out = grad.new_empty(n, *shape) if out is None else out
+    write = {"tokens": _write_tokens, "native": _write_native, "offsets": _write_offsets}[how]
+    for i in range(0, n, step):
+        write(input[i : i + step], grad[i : i + step], geo, out[i : i + step])
+    return out
+
+
+def _write_offsets(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
     left, rights = shifted(input, grad, geo)
-    (n, k, _, o), i = left.shape, rights[0].shape[3]
-    left = left.flatten(0, 1).mT
     for offset, right in zip(product(*map(range, out.shape[3:])), rights, strict=True):
-        target = out[_at(offset)]
-        if target.is_contiguous() and target.dtype == left.dtype:
-            torch.bmm(left, right.flatten(0, 1), out=target.view(n * k, o, i))
-        else:
-            with borrow(left, n * k, o, i) as rows:
-                target.copy_(torch.bmm(left, right.flatten(0, 1), out=rows).view(target.shape))
+        write_products(left, right, out[_at(offset)])
+
+
+def _write_tokens(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
+    write_products(*unfolded(input, grad, geo), out)
+
+
+def _write_native(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
+    out.copy_(native(input, grad, geo).view(out.shape))
+
+
+def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """``sum_t left[n, k, t] (x) right[n, k, t]`` into ``out``, of as many entries."""
+    left, right = left.flatten(0, 1).mT, right.flatten(0, 1)
+    size = len(left), left.shape[1], right.shape[2]
+    if out.is_contiguous() and out.dtype == left.dtype:
+        torch.bmm(left, right, out=out.view(size))
+    else:
+        with borrow(left, *size) as rows:
+            out.copy_(torch.bmm(left, right, out=rows).view(out.shape))
 
 
 def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Size, Tensor
 
-from . import convolution, cost
+from . import convolution
 from .convolution import Geometry
 from .scratch import kernel
 
@@ -51,6 +51,13 @@ class Outer:
     right: Tensor  # [N, K, T, I]
     shape: Size  # P
 
+    def __post_init__(self) -> None:
+        left, right = self.left.shape, self.right.shape
+        if not len(left) == len(right) == 4 or left[:3] != right[:3]:
+            raise _misfit("left [N, K, T, O] and right [N, K, T, I]", left=left, right=right)
+        if left[1] * left[3] * right[3] != Size(self.shape).numel():
+            raise _misfit("K O I entries in shape", left=left, right=right, shape=self.shape)
+
     def __len__(self) -> int:
         return len(self.left)
 
@@ -59,9 +66,16 @@ class Outer:
 class Rows:
     """Sums of rows: ``sum_t onehot(index[n, t]) (x) value[n, t]``, ``[V, D]``."""
 
-    index: Tensor  # [N, T] int64
+    index: Tensor  # [N, T] int64 or int32
     value: Tensor  # [N, T, D]
     shape: Size  # P = [V, D]
+
+    def __post_init__(self) -> None:
+        index, value = self.index.shape, self.value.shape
+        if len(index) != 2 or index != value[:2] or value[2:] != self.shape[1:] or len(self.shape) != 2:
+            raise _misfit("index [N, T], value [N, T, D] and shape [V, D]", index=index, value=value, shape=self.shape)
+        if self.index.dtype not in (torch.int64, torch.int32):
+            raise _misfit("an int64 or int32 index", index=self.index.dtype)
 
     def __len__(self) -> int:
         return len(self.value)
@@ -82,6 +96,24 @@ class Conv:
     padding: tuple[int, ...]  # below the first entry of each spatial dim; beyond the last, all reads zero
     dilation: tuple[int, ...]
     shape: Size  # P = [K O, I, *kernel]
+
+    def __post_init__(self) -> None:
+        input, grad, shape = self.input.shape, self.grad.shape, self.shape
+        dims = {len(input) - 2, len(grad) - 2, *map(len, (self.stride, self.padding, self.dilation))}
+        if len(dims) != 1 or len(input) - len(shape) not in (0, 1) or len(input) != len(grad) or len(input) < 3:
+            raise _misfit(
+                "as many strides, paddings and dilations as spatial dims", input=input, grad=grad, shape=shape
+            )
+        groups = input[1] // shape[1] if shape[1] else 0
+        if (
+            input[0] != grad[0]
+            or grad[1] != shape[0]
+            or groups * shape[1] != input[1]
+            or (groups and shape[0] % groups)
+        ):
+            raise _misfit(
+                "input [N, K I, *S], grad [N, K O, *L], shape [K O, I, *]", input=input, grad=grad, shape=shape
+            )
 
     def __len__(self) -> int:
         return len(self.input)
@@ -251,46 +283,23 @@ def dense(g: Factors, out: Tensor | None = None) -> Tensor:
     match g:
         case Dense(value):
             return value if out is None else out.copy_(value)
-        case Outer():
-            return _dense_outer(g, out)
+        case Outer(left, right, shape):
+            out = left.new_empty(len(g), *shape) if out is None else out
+            convolution.write_products(left, right, out)
+            return out
         case Rows(index, value, shape):
             out = value.new_zeros(len(value), *shape) if out is None else out.zero_()
-            return out.scatter_add_(1, index.unsqueeze(-1).expand_as(value), value.to(out.dtype))
-        case Conv():
-            return _dense_conv(g, out)
-
-
-def _dense_outer(g: Outer, out: Tensor | None) -> Tensor:
-    (n, k, _, o), i = g.left.shape, g.right.shape[3]
-    left, right = g.left.flatten(0, 1).mT, g.right.flatten(0, 1)
-    if out is None or (out.is_contiguous() and out.dtype == left.dtype):
-        rows = left.new_empty(n, *g.shape) if out is None else out
-        torch.bmm(left, right, out=rows.view(n * k, o, i))
-        return rows
-    return out.copy_(torch.bmm(left, right).view(n, *g.shape))
-
-
-def _dense_conv(g: Conv, out: Tensor | None) -> Tensor:
-    geo, n, size = g.geometry, len(g), g.input[:1].numel() + g.grad[:1].numel()
-    how = cost.conv_rows(g.grad, g.shape[1], g.grad.shape[2:].numel(), geo.kernel)
-    if how == "offsets" and out is None:  # in memory, kernel offsets come first
-        out = g.grad.new_empty(*g.shape[2:], n, *g.shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
-    elif how == "offsets" and cost.conv_unfolds(g.grad.shape[2:].numel(), g.shape[0] // geo.groups):
-        how = "tokens"
-    out = g.grad.new_empty(n, *g.shape) if out is None else out
-    step = cost.chunk(max(size, g.shape.numel() if how == "native" else 0))
-    for i in range(0, n, step):
-        input, grad, part = g.input[i : i + step], g.grad[i : i + step], out[i : i + step]
-        if how == "tokens":
-            _dense_outer(Outer(*convolution.unfolded(input, grad, geo), g.shape), part)
-        elif how == "native":
-            part.copy_(convolution.native(input, grad, geo).view(part.shape))
-        else:
-            convolution.write_rows(input, grad, geo, part)
-    return out
+            return out.scatter_add_(1, index.long().unsqueeze(-1).expand_as(value), value.to(out.dtype))
+        case Conv(input, grad):
+            return convolution.dense(input, grad, g.geometry, g.shape, out)
 
 
 # ---- details ----------------------------------------------------------------------------------------------------
+
+
+def _misfit(expected: str, **found: object) -> ValueError:
+    given = ", ".join(f"{name} {tuple(f) if isinstance(f, Size) else f}" for name, f in found.items())
+    return ValueError(f"These factors do not fit together: expected {expected}, got {given}.")
 
 
 def _cat(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -309,7 +318,7 @@ def _table_as_outer(rows: Rows, other: Outer) -> bool:
 
 
 def _as_outer(g: Rows) -> Outer:
-    left = g.value.new_zeros(*g.index.shape, g.shape[0]).scatter_(2, g.index.unsqueeze(-1), 1)
+    left = g.value.new_zeros(*g.index.shape, g.shape[0]).scatter_(2, g.index.long().unsqueeze(-1), 1)
     return Outer(left.unsqueeze(1), g.value.unsqueeze(1), g.shape)
 
 

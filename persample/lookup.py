@@ -26,7 +26,7 @@ class Entries:
 
 def entries(g: Rows) -> Entries:
     n = len(g)
-    key = g.index * n + torch.arange(n, device=g.index.device).unsqueeze(1)
+    key = g.index.long() * n + torch.arange(n, device=g.index.device).unsqueeze(1)
     found, place = torch.unique(key.flatten(), return_inverse=True)
     value = g.value.new_zeros(len(found), g.shape[1]).index_add_(0, place, g.value.flatten(0, 1))
     if not n:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from . import cost, lookup, tokens
-from .factors import Dense, Factors, Outer, Rows, tensors
+from .factors import Dense, Factors, Outer, Rows, dtype, tensors
 from .scratch import borrow, kernel
 from .streaming import Piece, blocks, chunks, cuts, joined, pieces, split_of, streamed, wide
 
 
 @kernel
 def square_sum(g: Factors) -> Tensor:
-    """``1^T (G o G)``, ``[*P]``: the second moment, not divided by ``N``."""
+    """``1^T (G o G)``, ``[*P]``: the second moment, not divided by ``N``; of absolute values, if they are complex."""
+    if dtype(g).is_complex:
+        return square_sum(wide(g)).sum(-1)
     g = wide(g)
     match g:
         case Dense(value) if _small(value):
@@ -35,7 +37,13 @@ def square_sum(g: Factors) -> Tensor:
 
 @kernel
 def moments(g: Factors) -> tuple[Tensor, Tensor]:
-    """``1^T G`` and ``sum_n (G_n - mean)^2``, both ``[*P]``, not divided by ``N``; the latter is never negative."""
+    """``1^T G`` and ``sum_n (G_n - mean)^2``, both ``[*P]``, not divided by ``N``; the latter is never negative.
+
+    Of complex rows, the squares are those of absolute values.
+    """
+    if dtype(g).is_complex:
+        total, square = moments(wide(g))
+        return torch.view_as_complex(total), square.sum(-1)
     g = wide(g)
     match g:
         case Dense(value) if _small(value):

@@ -14,7 +14,8 @@ primitive        formula                result         serves
 
 Each takes a form apart (`persample.streaming`) and reduces the pieces: `Dense` ones directly, `Rows` by table entry
 (`persample.lookup`), an `Outer` by products of tokens (`persample.tokens`) where `persample.cost` says so, else by
-blocks.  Half precision is computed in float32: results are float32, or float64 for float64 factors.
+blocks.  Half precision is computed in float32: results are float32, or float64 for float64 factors.  A complex entry of
+a parameter counts as the two real ones that it is: inner products are real.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import convolution, cost, lookup, tokens
-from .factors import Conv, Dense, Factors, Outer, Rows, index, tensors
+from .factors import Conv, Dense, Factors, Outer, Rows, dtype, index, tensors
 from .moments import moments, square_sum
 from .scratch import kernel
 from .streaming import Piece, alike, blocks, chunks, common, cuts, paired, pieces, split_of, streamed, tiles, wide
@@ -34,6 +35,8 @@ __all__ = ["dot", "gram", "moments", "project", "row_dot", "square_sum", "weight
 @kernel
 def weighted_sum(g: Factors, weight: Tensor | None = None) -> Tensor:
     """``weight^T G``, ``[*P]``: ones (or no weight) give the batch gradient, clip factors a clipped one."""
+    if dtype(g).is_complex:
+        return torch.view_as_complex(weighted_sum(wide(g), weight))
     g = wide(g)
     if weight is not None:
         weight = weight.to(tensors(g)[-1].dtype)
@@ -55,6 +58,8 @@ def weighted_sum(g: Factors, weight: Tensor | None = None) -> Tensor:
 @kernel
 def dot(g: Factors, v: Tensor) -> Tensor:
     """``G v``, ``[N]``: the derivative of every sample's loss in the direction ``v [*P]``."""
+    if dtype(g).is_complex:
+        return dot(wide(g), torch.view_as_real(v.to(dtype(g))))
     g = wide(g)
     v = v.to(tensors(g)[-1].dtype).reshape(g.shape)
     match g:
@@ -70,7 +75,9 @@ def dot(g: Factors, v: Tensor) -> Tensor:
 
 @kernel
 def project(g: Factors, matrix: Tensor) -> Tensor:
-    """``G R``, ``[N, k]``, for ``R [*P, k]``."""
+    """``G R``, ``[N, k]``, for ``R [*P, k]``: one `dot` for every column."""
+    if dtype(g).is_complex:
+        return project(wide(g), torch.view_as_real(matrix.to(dtype(g))).movedim(-1, -2))
     g = wide(g)
     k = matrix.shape[-1]
     matrix = matrix.to(tensors(g)[-1].dtype).reshape(*g.shape, k)

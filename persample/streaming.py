@@ -86,17 +86,19 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
 
 
 def wide(g: Factors) -> Factors:
-    """``g`` with one dtype, of at least float32."""
+    """``g`` with one dtype, of at least float32, and real: a complex entry is two, its real and its imaginary part."""
     found, kind = {t.dtype for t in tensors(g)[isinstance(g, Rows) :]}, dtype(g)
+    if kind.is_complex:
+        return Dense(torch.view_as_real(dense(g).resolve_conj()))
     if len(found) == 1 and kind.itemsize >= 4:
         return g
     return cast(g, torch.promote_types(kind, torch.float32))
 
 
 def common(a: Factors, b: Factors) -> tuple[Factors, Factors]:
-    """Both with one dtype, of at least float32."""
+    """Both `wide`, with one dtype."""
     kind = torch.promote_types(torch.promote_types(dtype(a), dtype(b)), torch.float32)
-    return cast(a, kind), cast(b, kind)
+    return wide(cast(a, kind)), wide(cast(b, kind))
 
 
 # ---- blocks -----------------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def _write(g: Piece, at: slice, part: slice, out: Tensor) -> None:
         case Rows(index, value):
             first, last = part.start // g.shape[1], part.stop // g.shape[1]
             inside = (index[at] >= first) & (index[at] < last)
-            place = torch.where(inside, index[at] - first, 0).unsqueeze(-1).expand_as(value[at])
+            place = torch.where(inside, index[at].long() - first, 0).unsqueeze(-1).expand_as(value[at])
             out = out.zero_().view(len(out), last - first, g.shape[1])
             out.scatter_add_(1, place, torch.where(inside.unsqueeze(-1), value[at], 0))
 

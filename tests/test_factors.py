@@ -135,3 +135,20 @@ def test_no_samples() -> None:
     for name, (g, rows) in examples(n=0).items():
         assert dense(g).shape == rows.shape, name
         assert len(fold(g, 2)) == 0
+
+
+def test_factors_that_do_not_fit_together() -> None:
+    x = randn
+    with pytest.raises(ValueError, match=r"left \[N, K, T, O\].*got left \(2, 1, 3, 4\), right \(2, 1, 4, 5\)"):
+        Outer(x(0, 2, 1, 3, 4), x(0, 2, 1, 4, 5), Size((4, 5)))
+    with pytest.raises(ValueError, match=r"K O I entries.*shape \(4, 6\)"):
+        Outer(x(0, 2, 1, 3, 4), x(0, 2, 1, 3, 5), Size((4, 6)))
+    with pytest.raises(ValueError, match=r"index \[N, T\]"):
+        Rows(torch.zeros(2, 3, dtype=torch.int64), x(0, 2, 3, 4), Size((9, 5)))
+    with pytest.raises(ValueError, match=r"int64 or int32.*got index torch\.float32"):
+        Rows(torch.zeros(2, 3), x(0, 2, 3, 4), Size((9, 4)))
+    ones = (1, 1)
+    with pytest.raises(ValueError, match="as many strides"):
+        Conv(x(0, 2, 3, 5, 5), x(0, 2, 4, 5, 5), (1,), ones, ones, Size((4, 3, 3, 3)))
+    with pytest.raises(ValueError, match=r"input \[N, K I, \*S\]"):
+        Conv(x(0, 2, 3, 5, 5), x(0, 2, 4, 5, 5), ones, ones, ones, Size((4, 2, 3, 3)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from persample import cost, factors, reductions, scratch
+from persample import cost, factors, lookup, reductions, scratch
 from persample.factors import Dense, Factors, Outer
 
 EXAMPLES, SECOND, LARGER = examples(), examples(seed=5), examples(seed=5, n=5)
@@ -249,6 +249,38 @@ def test_dtypes_are_promoted() -> None:
     assert reductions.row_dot(factors.cast(a, torch.float16), factors.cast(b, torch.bfloat16)).dtype == torch.float32
     mixed = Outer(b.left.float(), b.right, b.shape)
     assert_close(reductions.row_dot(mixed, mixed), flat(factors.dense(mixed)).square().sum(1))
+
+
+def test_complex_entries_are_two_real_ones() -> None:
+    value = torch.complex(randn(0, 5, 2, 3), randn(1, 5, 2, 3))
+    other, v = torch.complex(randn(2, 4, 2, 3), randn(3, 4, 2, 3)), torch.complex(randn(4, 2, 3), randn(5, 2, 3))
+    g, matrix, weight = Dense(value), torch.stack([v, v.conj(), 1j * v], -1), randn(6, 5)
+    real = flat(torch.view_as_real(value))
+    total, square = reductions.moments(g)
+    close(total, value.sum(0))
+    close(square, (value - value.mean(0)).abs().square().sum(0))
+    close(reductions.square_sum(g), value.abs().square().sum(0))
+    close(reductions.weighted_sum(g, weight), torch.einsum("n,nab->ab", weight.to(value.dtype), value))
+    close(reductions.row_dot(g, g), real.square().sum(1))
+    close(reductions.gram(g, g), real @ real.mT)
+    close(reductions.gram(g, Dense(other)), real @ flat(torch.view_as_real(other)).mT)
+    close(reductions.dot(g, v), real @ torch.view_as_real(v).flatten())
+    columns = [torch.view_as_real(column).flatten() for column in matrix.unbind(-1)]
+    close(reductions.project(g, matrix), real @ torch.stack(columns, -1))
+    close(reductions.row_dot(Dense(value[:4].conj()), Dense(other)), (value[:4] * other).real.flatten(1).sum(1))
+
+
+@every_kernel
+def test_int32_indices(variant: str) -> None:
+    g, rows = make_rows(0, 3, 6, 5, 3)
+    with cost.using(**VARIANTS[variant]):
+        check(replace(g, index=g.index.int()), rows)
+
+
+def test_int32_indices_of_a_large_table_do_not_overflow() -> None:
+    index = torch.tensor([[0], [2**30], [2**30 + 1]], dtype=torch.int32)  # times N, beyond 2^31
+    found = lookup.entries(factors.Rows(index, randn(0, 3, 1, 2), torch.Size((2**30 + 2, 2))))
+    assert (found.sample.tolist(), found.entry.tolist()) == ([0, 1, 2], index.flatten().tolist())
 
 
 # ---- surroundings -----------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from matplotlib import pyplot as plt
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 # What takes minutes runs on less here, and in full with its own command.
-SMALLER = {"attribution": {"PERSAMPLE_ATTRIBUTION_TRAIN": "500", "PERSAMPLE_ATTRIBUTION_MODELS": "100"}}
+SMALLER = {
+    "attribution": {"PERSAMPLE_ATTRIBUTION_TRAIN": "500", "PERSAMPLE_ATTRIBUTION_MODELS": "100"},
+    "optimizers": {"PERSAMPLE_OPTIMIZERS_SEEDS": "1"},
+}
 
 
 def test_there_are_examples() -> None:

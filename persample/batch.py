@@ -8,8 +8,8 @@ in the shape of (a prefix of) that argument, as for ``torch.vmap``'s ``in_dims``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -223,12 +223,19 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
     Recorders that the user has attached (`persample.extend`) don't notice.
     """
+    with suspended(model):
+        return _call(model, inputs)
+
+
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Recorders of this model, or of parts of it, don't listen meanwhile."""
     with ExitStack() as stack:
         for module in model.modules():
             for hook in module._forward_pre_hooks.values():
-                if (suspended := getattr(hook, "suspended", None)) is not None:
-                    stack.enter_context(suspended())
-        return _call(model, inputs)
+                if (pause := getattr(hook, "suspended", None)) is not None:
+                    stack.enter_context(pause())
+        yield
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

@@ -89,6 +89,7 @@ class Call:
     where: str  # a parameter or buffer among its arguments
     couples: str = ""  # why this call makes samples depend on each other
     listener: Callable[[Call, Sequence[Tensor | None]], None] | None = None  # gets the gradients of the outputs
+    begun: Callable[[int], None] | None = None  # is told that a backward has come here
     results: tuple[Tensor, ...] = ()  # the outputs, detached, where the rule needs them
     replay: Any = None  # what a node of ours in the graph has to hand on (see `rules.REPLAYED`)
     expected: int = 0  # how many outputs the losses depend on
@@ -96,6 +97,7 @@ class Call:
         default_factory=dict
     )  # gradients of some outputs, in a backward that goes on
     task: int = -1  # that backward
+    owner: Any = None  # who had it recorded: several may watch one model
     hooks: list[RemovableHandle] = field(default_factory=list)  # that tell it the gradients of its outputs
 
     @property
@@ -108,6 +110,8 @@ class Call:
             return
         if (task := torch._C._current_graph_task_id()) != self.task:
             self.task, self.parts = task, {}
+            if self.begun is not None:
+                self.begun(task)
         self.parts[i] = grad
         if len(self.parts) >= (self.expected or len(self.outputs)):
             self.flush()
@@ -205,14 +209,20 @@ class Capture(TorchFunctionMode):
         listener: Listener | None = None,
         couplers: Collection[int] = (),
         once: bool = False,
+        owner: Any = None,
+        begun: Callable[[int], None] | None = None,
     ) -> None:
         """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start;
         ``couplers``: which calls, counted
         from the start, are known to couple the batch although their function needn't; ``once``: the graph will be
-        differentiated just once, with respect to recorded calls only.
+        differentiated just once, with respect to recorded calls only; ``owner``: of the calls, see `reached`;
+        ``begun``: told of
+        every backward that comes to a call, by its number.
         """
         super().__init__()
         self.once = once
+        self.owner, self.begun = self if owner is None else owner, begun
+        self.recorded: list[weakref.ref[Call]] = []
         self.active = False
         self.wanted = wanted
         self.listener = listener
@@ -394,7 +404,12 @@ class Capture(TorchFunctionMode):
             assert end.grad_fn is not None
             _metadata(end.grad_fn).setdefault(_KEY, []).append((call, end.output_nr))
             hook = lambda g, i=i, gradient=gradient: call.arrive(i, g if g is None else gradient(g))  # noqa: E731
-            call.hooks.append(end.register_hook(hook))
+            if self.listener is None:
+                call.hooks.append(end.register_hook(hook))
+            else:  # whoever calls backward() executes the node, after all hooks that change its gradient
+                end.grad_fn.register_prehook(lambda gs, hook=hook, number=end.output_nr: hook(gs[number]))
+        call.owner, call.begun = self.owner, self.begun
+        self.recorded.append(weakref.ref(call))
 
     # ---- what the outputs are -----------------------------------------------------------------------------------
 
@@ -605,8 +620,8 @@ class Reached:
     opaque: list[str] = field(default_factory=list)  # nodes that hide a graph of their own
 
 
-def reached(start: Iterable[Node | None]) -> Reached:
-    """Walk the graph from these nodes; at a recorded call, go on with its sampled inputs.
+def reached(start: Iterable[Node | None], owner: Any = None) -> Reached:
+    """Walk the graph from these nodes; at a recorded call (of this owner), go on with its sampled inputs.
 
     Differentiating towards the roots passes through every recorded output, and computes no weight gradient.
     """
@@ -615,7 +630,7 @@ def reached(start: Iterable[Node | None]) -> Reached:
     stack: list[tuple[Node, list[Node] | None]] = [(node, None) for node in start if node is not None]
     while stack:
         node, visited = stack.pop()
-        found = _metadata(node).get(_KEY, ())
+        found = [pair for pair in _metadata(node).get(_KEY, ()) if owner is None or pair[0].owner is owner]
         if visited is None:
             if node in below:
                 continue

@@ -25,7 +25,7 @@ from .reductions import weighted_sum
 from .report import bytes_text, html_table, text_table
 from .rules import RULES
 from .rules.derived import Diagonal, plain
-from .verify import LossDiffers, NoDropout, Probe, find_coupling, restored, tolerance
+from .verify import LossDiffers, NoDropout, Probe, find_coupling, restored, slack, tolerance
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
     rows = []
     for name, g in ordinary.items():
         off, size = (sums[name].double() - g.double()).norm(), g.double().norm()
-        summed_wrong = bool(off > tolerance(g.dtype) * (size + 1e-2 * total))
+        summed_wrong = bool(off > tolerance(g.dtype) * (size + slack(g.dtype) * total))
         verdict = "wrong" if name in bad or summed_wrong else "unused" if name in run.unused else "exact"
         rows.append(
             _row(name, run, max(errors[name]), float(off / size) if size > 0 else float(off), verdict, summed_wrong)

@@ -121,6 +121,11 @@ class Collect:
             self._emit(self.names[key], total(parts))
 
     def _emit(self, name: str, rows: Rowlike) -> None:
+        if name in self.emitted:
+            raise CaptureError(
+                f"parameter '{name}' was used by calls that nobody expected, after its rows were complete. Compute the "
+                "losses inside the recorded region, or use persample.gradients."
+            )
         rows = plain(rows)
         self.emitted.add(name)
         self.emit(name, rows)
@@ -361,7 +366,7 @@ def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
     coupled: dict[str, Call] = {}
     for call in found.calls:
         if call.couples:
-            upstream = (names[id(p)] for p in parameters_of(reached(call.inputs)) if id(p) in names)
+            upstream = (names[id(p)] for p in parameters_of(reached(call.inputs, call.owner)) if id(p) in names)
             coupled.update((name, call) for name in upstream if name not in coupled)
     if coupled:
         listed = [name for name in parameters if name in coupled]

@@ -13,6 +13,7 @@ is touched.
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, detached, flatten
+from .batch import Batch, detached, flatten, suspended
 from .capture import Call, Capture, Reached, reached
 from .collect import Collect, check_complete, check_uncoupled
-from .errors import CaptureError, LossError
+from .errors import CaptureError, LossError, SampleAxisError
 from .factors import Factors, compact
 from .gradients import Gradients
 from .problem import Pass, Selection, named_parameters, select
@@ -110,6 +111,9 @@ class Recorder:
         self._calls: list[weakref.ref[Call]] = []
         self._collect: Collect | None = None
         self._task = -1  # the backward that it collects
+        self._ends = -1  # the backward whose end is awaited
+        self._arrived: list[Call] = []
+        self._creates = False  # that backward is recorded for differentiation
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "_before"), prepend=True, with_kwargs=True),
             model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
@@ -142,14 +146,18 @@ class Recorder:
         for call in self._live():
             call.listener = None
         self._calls, self._outputs, self._collect = [], None, None
+        if (capture := self._capture) is not None and not self._entered:  # a forward was interrupted from outside
+            capture.stop()
+            self._capture = None
+            if (modes := torch.overrides._get_current_function_mode_stack()) and modes[-1] is capture:
+                capture.__exit__(None, None, None)
 
     def _new_capture(self) -> Capture:
         found, aliases = named_parameters(self.model)  # requires_grad may have changed
         self._aliases = aliases
         self._parameters = {name: found[name] for name in select(found, aliases, self._params)}
-        return Capture(
-            self.model, {id(p) for p in self._parameters.values()}, self._listen if self.on_backward else None
-        )
+        wanted = {id(p) for p in self._parameters.values()}
+        return Capture(self.model, wanted, self._listen if self.on_backward else None, owner=self, begun=self._begun)
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
@@ -175,12 +183,12 @@ class Recorder:
         capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._capture = None
         if self.on_backward is not None and output is not None:
-            found = reached(t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor))
+            found = reached((t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor)), self)
             check_complete(found, self._parameters)
             check_uncoupled(found, self._parameters)
-            self._calls = [ref for ref in self._calls if ref() is not None] + [
-                weakref.ref(call) for call in found.calls
-            ]
+            self._calls = [ref for ref in [*self._calls, *capture.recorded] if ref() is not None]
+            for call in self._live():
+                call.expected = 0  # which outputs a loss will depend on is not known here
 
     def _live(self) -> list[Call]:
         return [call for ref in self._calls if (call := ref()) is not None]
@@ -194,6 +202,8 @@ class Recorder:
         `CaptureError` for losses that
         no recorded forward leads to.
         """
+        if self.on_backward is not None:
+            raise CaptureError("this handle listens to backward(); for losses of your own, extend the model once more.")
         if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise LossError(
@@ -203,7 +213,7 @@ class Recorder:
         if capture is not None:
             active, capture.active = capture.active, False
         try:
-            found = reached([losses.grad_fn])
+            found = reached([losses.grad_fn], self)
             if not found.calls and not any(id(p) in found.leaves for p in self._known_parameters().values()):
                 raise CaptureError(
                     "no recorded forward of the model leads to these losses. Run the model inside the with-block (or "
@@ -227,7 +237,9 @@ class Recorder:
         collect = Collect(found, self._parameters, sink.emit, len(losses), release=False)
         try:
             if found.roots:
-                torch.autograd.grad(losses, found.roots, torch.ones_like(losses), retain_graph=True, allow_unused=True)
+                with suspended(self.model):  # other recorders of this model don't take this for a backward of the user
+                    ones = torch.ones_like(losses)
+                    torch.autograd.grad(losses, found.roots, ones, retain_graph=True, allow_unused=True)
             unused = collect.finish()
         finally:
             collect.detach()
@@ -246,11 +258,20 @@ class Recorder:
 
     # ---- someone else's backward --------------------------------------------------------------------------------
 
+    def _begun(self, task: int) -> None:
+        """A backward has come to a recorded call: be there when it ends."""
+        if task != self._ends and not self._asleep and self.on_backward is not None:
+            self._ends = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
     def _listen(self, call: Call, grads: Any) -> None:
         """The first arrival of a backward begins a collection; the end of that backward completes it."""
+        if self._asleep:
+            return
         task = torch._C._current_graph_task_id()
+        task = self._ends if task == -1 else task  # at the end of that backward
         if self._collect is None or task not in (self._task, -1):  # an earlier backward may have raised half way
-            self._task = task
+            self._task, self._arrived, self._creates = task, [], torch.is_grad_enabled()
             n = call.layout.n
             calls = [c for c in self._live() if not c.shared or c.layout.n == n]
             for c in calls:
@@ -259,7 +280,12 @@ class Recorder:
             self._collect = Collect(
                 Reached(calls), self._parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False
             )
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if call.shared and call.layout.n != self._collect.n:
+            raise SampleAxisError(
+                f"this backward is of losses of {self._collect.n} and of {call.layout.n} samples, so its rows are not "
+                "those of one batch: call backward() for each of them."
+            )
+        self._arrived.append(call)
         self._collect.arrive(call, grads)
 
     def _scale(self, n: int) -> float:
@@ -274,10 +300,34 @@ class Recorder:
         for call in self._live():
             call.flush()
         collect, self._collect = self._collect, None
+        arrived, self._arrived = self._arrived, []
         if collect is None or self.on_backward is None:
+            return
+        if self._creates:  # what comes back from derivatives of this backward is no gradient of the losses
+            for call in arrived:
+                call.listener = _second
+        if missing := self._missing(arrived):
+            _skipped(f"it ran towards some inputs only, and did not come to {missing.name}")
             return
         unused = collect.finish()
         self.on_backward(self._sink.result(Pass(None, self._outputs, unused)))
+
+    def _missing(self, arrived: list[Call]) -> Call | None:
+        """A call upstream of those that got a gradient, which got none: a whole backward would have come there."""
+        found = reached((node for call in arrived for node in call.inputs), self)
+        for call in found.calls:
+            call.expected = 0
+        return next((call for call in found.calls if call.shared and call not in arrived), None)
+
+
+def _second(call: Call, grads: Any) -> None:
+    """In place of a listener, once a backward was itself recorded for differentiation."""
+    call.listener = None
+    _skipped("it differentiates an earlier backward (create_graph=True)")
+
+
+def _skipped(why: str) -> None:
+    warnings.warn(f"persample.extend reports nothing of a backward: {why}.", UserWarning, stacklevel=2)
 
 
 def _listed(quantities: Iterable[Request]) -> list[Request]:

@@ -112,6 +112,15 @@ class Statistics(Quantities):
             raise QuantityError(f"this run clipped at {self.requests['clip']['max_norm']}; the rows are gone.")
         return self._clipped
 
+    def variance(self, ddof: int | None = None) -> dict[str, Tensor]:
+        """The variance; with the ``ddof`` that this run was asked for, unless another is given."""
+        return super().variance(self.requests.get("variance", {}).get("ddof", 0) if ddof is None else ddof)
+
+    def std(self, ddof: int | None = None) -> dict[str, Tensor]:
+        """The square root of `variance`, with the ``ddof`` that this run was asked for, unless another is given."""
+        asked = {**self.requests.get("variance", {}), **self.requests.get("std", {})}
+        return super().std(asked.get("ddof", 0) if ddof is None else ddof)
+
     def dot(self, direction: Any = None) -> Tensor:
         """The directional derivatives of this run; see `Gradients.dot`."""
         return super().dot(direction)

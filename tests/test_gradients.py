@@ -346,6 +346,7 @@ def test_statistics_of_several_quantities_in_one_pass() -> None:
         assert torch.allclose(S.mean()[name], G.mean()[name], atol=1e-12)
         assert torch.allclose(S.second_moment()[name], G.second_moment()[name], atol=1e-12)
         assert torch.allclose(S.variance(ddof=1)[name], G.variance(ddof=1)[name], atol=1e-12)
+        assert torch.equal(S.variance()[name], S.variance(ddof=1)[name])  # what was asked for
         assert torch.allclose(S.norm(per_parameter=True)[name], G.norm(per_parameter=True)[name], atol=1e-12)
     assert len(S) == N and S.unused == () and torch.allclose(S.losses, G.losses)
 

@@ -332,3 +332,115 @@ def test_gradients_of_an_extended_model_are_none_of_the_recorders_business(engin
         losses = losses_of(model, x, y)
         assert close(persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine).flat(), reference.flat())
         assert close(recorder.gradients(losses).flat(), reference.flat())
+
+
+def test_handles_and_recorders_of_one_model_do_not_disturb_each_other() -> None:
+    model, (x, y) = net(), batch()
+    whole = nn.Sequential(model, nn.Linear(5, 5)).double()
+    inner, outer = [], []
+    handles = [
+        persample.extend(model, on_backward=inner.append, reduction="mean"),
+        persample.extend(model, on_backward=inner.append, reduction="mean"),
+        persample.extend(whole, on_backward=outer.append, reduction="mean"),
+    ]
+    reference = persample.gradients(whole, nn.CrossEntropyLoss(), x, y, engine="loop")
+    with persample.extend(whole) as recorder:
+        losses = losses_of(whole, x, y)
+        G = recorder.gradients(losses)
+        assert not inner
+        losses.mean().backward()
+    for handle in handles:
+        handle.remove()
+    assert close(G.flat(), reference.flat()) and no_hooks(whole)
+    assert [len(inner), len(outer)] == [2, 1] and close(outer[0].flat(), reference.flat())
+    size = inner[0].flat().shape[1]
+    assert all(close(rows.flat(), reference.flat()[:, :size]) for rows in inner)
+
+
+def test_a_backward_of_two_batches_is_refused() -> None:
+    model, got = net(), []
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    loss = losses_of(model, *batch(1)).sum() + losses_of(model, *batch(2, n=3)).sum()
+    with pytest.raises(persample.SampleAxisError, match=r"4 samples|3 samples"):
+        loss.backward()
+    assert not got
+    x, y = batch(3)
+    losses_of(model, x, y).sum().backward()
+    handle.remove()
+    reference = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    assert len(got) == 1 and close(got[0].flat(), reference.flat())
+
+
+def test_a_loss_on_intermediate_results_counts() -> None:
+    class Aux(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.net[0](x).tanh()
+            self.aux = self.net[2](h * 2).square().mean(1)
+            return self.net[2](h)
+
+    model, (x, y), got = Aux(), batch(), []
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    out = model(x)
+    (F.cross_entropy(out, y, reduction="sum") + model.aux.sum()).backward()
+    handle.remove()
+    for n in range(N):
+        loss = F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]) + model.aux.sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        assert close(got[0].flat()[n], torch.cat([g.flatten() for g in grads]))
+
+
+def test_what_is_no_whole_backward_of_the_losses_is_not_reported() -> None:
+    model, (x, y), got = net(), batch(), []
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    with pytest.warns(UserWarning, match=r"some inputs only.*0\.weight"):
+        losses_of(model, x, y).mean().backward(inputs=[model[2].weight])
+    assert not got
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(losses_of(model, x, y).mean(), x, create_graph=True)
+    assert len(got) == 1
+    with pytest.warns(UserWarning, match="create_graph=True"):
+        g.square().sum().backward()
+    handle.remove()
+    reference = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    assert len(got) == 1 and close(got[0].flat(), reference.flat())
+
+
+def test_hooks_that_the_user_sets_later_count() -> None:
+    model, (x, y), got = net(), batch(), []
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    out = model(x)
+    out.register_hook(lambda g: 3 * g)
+    F.cross_entropy(out, y).backward()
+    handle.remove()
+    for name, p in model.named_parameters():
+        assert close(got[0].mean()[name], p.grad)
+
+
+def test_a_forward_that_is_interrupted_from_outside_can_be_cleaned_up() -> None:
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.net(x)
+            raise SystemExit
+
+    model, (x, _) = Interrupted(), batch()
+    handle = persample.extend(model)
+    with pytest.raises(SystemExit):
+        model(x)
+    handle.remove()
+    assert not torch.overrides._get_current_function_mode_stack() and no_hooks(model)
+
+
+def test_a_handle_that_listens_takes_no_losses() -> None:
+    model, (x, y) = net(), batch()
+    handle = persample.extend(model, on_backward=print, reduction="mean")
+    with pytest.raises(persample.CaptureError, match="extend the model once more"):
+        handle.gradients(losses_of(model, x, y))
+    handle.remove()

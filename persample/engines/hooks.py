@@ -30,7 +30,7 @@ def hooks(problem: Problem, emit: Emit, *, again: bool = False, couplers: Collec
     capture = Capture(problem.model, wanted, couplers=couplers, once=not again)
     with torch.enable_grad():
         outputs, losses, seeds, criterion = forward(problem, capture)
-    found = reached(t.grad_fn for t, *_ in seeds)
+    found = reached((t.grad_fn for t, *_ in seeds), capture)
     check_complete(found, problem.parameters)
     check_uncoupled(found, problem.parameters)
     collect = Collect(found, problem.parameters, emit, problem.batch.n, release=True)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Call, Capture, Reached, function_name, reached
+from .calls import Call, Reached, function_name, reached
+from .capture import Capture
 from .collect import check_complete, check_uncoupled, factors_of, leaves_of
 from .engines import ENGINES
 from .engines.hooks import forward, hooks

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .capture import Call, Derivation, Reached, Shared, _flat, reached
+from .calls import Call, Derivation, Reached, Shared, flat, reached
 from .errors import BatchCoupledError, CaptureError, PersampleError, SampleAxisError
 from .factors import Dense, Factors, Outer, add, dense
 from .problem import Emit
@@ -195,7 +195,7 @@ def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Sha
     except CaptureError:
         if call.n > 1:  # one sample's rows are the gradient, however its tensors lie
             raise
-    uses, times = (Counter(id(t) for t in ts) for ts in (_flat(call.args, call.kwargs), [t for t, _ in served]))
+    uses, times = (Counter(id(t) for t in ts) for ts in (flat(call.args, call.kwargs), [t for t, _ in served]))
     known = {i for i in times if times[i] == uses[i]}  # an argument may stand in several places
     yield from ((shared[id(t)], rows, "rule") for t, rows in served if id(t) in known)
     if rest := [s.tensor for i, s in shared.items() if i not in known]:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch, detached, flatten, suspended
-from .capture import Call, Capture, Reached, reached
+from .calls import Call, Reached, reached
+from .capture import Capture
 from .collect import Collect, check_complete, check_uncoupled
 from .errors import CaptureError, LossError, SampleAxisError
 from .factors import Factors, compact

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .batch import call_model
-from .capture import Capture, _results, _Sampled, function_name
+from .calls import function_name
+from .capture import Capture, _results, _Sampled
 from .engines import ENGINES
 from .engines.hooks import forward
 from .engines.loop import one_sample

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..batch import detached
-from ..capture import reached
+from ..calls import reached
 from ..errors import BatchCoupledError, BatchNormError
 from ..factors import Factors, compact
 from ..problem import Pass, Problem

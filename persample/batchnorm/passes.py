@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from ..batch import Batch, Tree, call_model, detached, flatten
-from ..capture import Capture, Reached, reached
+from ..calls import Reached, reached
+from ..capture import Capture
 from ..collect import Collect, check_complete
 from ..curvature.objective import (
     Objective,

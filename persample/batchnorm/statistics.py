@@ -35,7 +35,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import rules
-from ..capture import Capture, function_name
+from ..calls import function_name
+from ..capture import Capture
 from ..errors import BatchCoupledError, BatchNormError
 from ..layout import Layout
 

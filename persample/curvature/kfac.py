@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from ..capture import Capture, Reached, reached
+from ..calls import Reached, reached
+from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
 from ..errors import KroneckerError, LossError
 from ..factors import Factors, outer

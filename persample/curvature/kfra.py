@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Watch
 from ..errors import KroneckerError
 from ..losses import LossFunction
 from ..problem import Selection, pose
+from ..watch import Watch
 from .kfac import kfac, loss_hessians, root
 from .kronecker import Kronecker
 from .layers import Layer

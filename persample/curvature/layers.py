@@ -26,7 +26,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from ..capture import Call, Reached
+from ..calls import Call, Reached
 from ..collect import parameters_of
 from ..convolution import Geometry
 from ..factors import Conv, Factors, Outer

@@ -18,10 +18,10 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_unflatten
 
 from ..batch import call_model
-from ..capture import Watch
 from ..errors import CaptureError, DirectionError, PersampleError, RandomnessError
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
+from ..watch import Watch
 from .objective import Objective, random_state, twice_differentiable, untouched
 from .operator import flatten, unflatten
 from .products import hessian

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..batch import Tree, call_model, detached
-from ..capture import Capture, reached
+from ..calls import reached
+from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
 from ..losses import ignored, is_per_sample, lone_losses, warn_if_not_mean
 from ..problem import Emit, Pass, Problem, Weighted

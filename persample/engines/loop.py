@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, call_model, detached, flatten, unflatten
-from ..capture import Watch
 from ..errors import LossError
 from ..factors import Dense
 from ..losses import ignored, is_per_sample
 from ..problem import Emit, Pass, Problem
+from ..watch import Watch
 
 
 def loop(problem: Problem, emit: Emit) -> Pass:

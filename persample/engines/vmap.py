@@ -17,11 +17,11 @@ from torch.func import vmap as vectorise
 from torch.nn.utils.stateless import _reparametrize_module
 
 from ..batch import Batch, call_model, detached, flatten, unflatten
-from ..capture import Watch
 from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
 from ..losses import ignored, is_per_sample
 from ..problem import Emit, Pass, Problem
+from ..watch import Watch
 from .loop import one_sample
 
 ROW_BYTES = 1 << 28  # of individual gradients computed at a time, unless the caller says otherwise

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calls import Call
 from ..factors import Dense, Outer, outer
 from ..layout import Layout, samples_first
 from . import Yields, rule, spellings
 from .elementwise import spread
-
-if TYPE_CHECKING:
-    from ..capture import Call
 
 
 def product(left: Tensor, right: Tensor, shape: torch.Size) -> Outer:

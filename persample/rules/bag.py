@@ -7,12 +7,12 @@ a coefficient.  A maximum sends each of its features to the entry that won it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calls import Call
 from ..errors import SampleAxisError
 from ..factors import Rows
 from ..layout import Layout, samples_first
@@ -20,9 +20,6 @@ from ..propagate import owned
 from . import Yields, couples, rule
 from .derived import apart
 from .embedding import refuse_table_options
-
-if TYPE_CHECKING:
-    from ..capture import Call
 
 
 @rule(F.embedding_bag)

@@ -5,17 +5,14 @@ A transposed convolution is the adjoint of a convolution: for the weight, input 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calls import Call
 from ..factors import Conv, Dense, Factors, fold
 from . import Yields, rule
-
-if TYPE_CHECKING:
-    from ..capture import Call
-
 
 Placing = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
 

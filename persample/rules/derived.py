@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
+from ..calls import Derivation
 from ..factors import Conv, Dense, Factors, Outer, Rows, cast, outer, reshape, scale, transpose
 from ..layout import Layout
 from . import Yields, pullback, spellings
-
-if TYPE_CHECKING:
-    from ..capture import Derivation
 
 
 @dataclass(frozen=True)

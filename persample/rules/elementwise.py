@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calls import Call
 from ..factors import Dense
 from . import Yields, rule, spellings
 from .derived import apart
-
-if TYPE_CHECKING:
-    from ..capture import Call
 
 
 def spread(call: Call, g: Tensor, p: Tensor) -> Any:

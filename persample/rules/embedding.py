@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calls import Call
 from ..errors import BatchCoupledError, CaptureError
 from ..factors import Dense, Rows
 from ..layout import samples_first
 from . import Yields, couples, rule, spellings
 from .derived import Diagonal, apart, table_rows
-
-if TYPE_CHECKING:
-    from ..capture import Call
 
 
 @rule(F.embedding)

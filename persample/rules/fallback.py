@@ -7,21 +7,19 @@ doesn't act on every sample alone, once per sample with the output gradient of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..calls import Call, tensors_in
 from ..errors import CaptureError, InplaceError, RandomnessError
 from ..factors import Dense
 from ..layout import Layout, samples_first
 from . import mutates, spellings
 from .derived import Lone
-
-if TYPE_CHECKING:
-    from ..capture import Call
 
 _DRAWS = {
     *spellings(
@@ -64,8 +62,6 @@ def _runner(call: Call, wanted: list[Tensor]) -> Any:
         if isinstance(x, Tensor):
             call.read(x)
     place = {id(t): i for i, t in enumerate(wanted)}
-
-    from ..capture import tensors_in  # capture imports the rules
 
     def run(values: Sequence[Tensor], replace: dict[int, Tensor]) -> list[Tensor]:
         def swap(t: Any) -> Any:

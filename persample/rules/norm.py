@@ -6,18 +6,16 @@ statistics it couples the samples, and the rule's rows are those of the gain and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calls import Call
 from ..factors import Dense
 from . import Yields, couples, rule
 from .conv import channels
-
-if TYPE_CHECKING:
-    from ..capture import Call
 
 
 def _features(call: Call, g: Tensor, p: Tensor) -> Dense:

@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calls import Call
 from ..errors import BatchCoupledError
 from ..factors import Dense, Outer
 from ..layout import samples_first
@@ -27,9 +28,6 @@ from ..recurrence import Given, Solved, Steps, Weights, gru, lstm, simple
 from . import KEEPS, OPEN, REPLAYED, RULES, Yields, rule
 from .affine import product
 from .derived import apart
-
-if TYPE_CHECKING:
-    from ..capture import Call
 
 Solver = Callable[[Weights, Given], Solved]
 Function = Callable[..., Any]

@@ -1,0 +1,59 @@
+"""What engines that run samples alone have to look out for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import rules
+from .calls import flat, function_name, tensors_in
+from .errors import BatchCoupledError, CaptureError
+
+
+class Watch(TorchFunctionMode):
+    """For engines that run samples alone: raises where that would be another function, or miss a parameter."""
+
+    def __init__(self, hidden: Mapping[int, str] | None = None, shared: Iterable[Tensor] = ()) -> None:
+        """``hidden``: parameters (by id) that must not be used as they are, because functional copies stand for
+        them; ``shared``: tensors without samples, on which statistics couple nothing (standardised weights).
+        """
+        super().__init__()
+        self.hidden = hidden or {}
+        self.shared: dict[int, weakref.ref[Tensor]] = {}
+        self.share(shared)
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """These have no samples, nor has what is computed from them alone."""
+        self.shared.update((id(t), weakref.ref(t)) for t in tensors)
+
+    def _all_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        tensors = [t for t in flat(args, kwargs) if isinstance(t, Tensor)]
+        return bool(tensors) and all((ref := self.shared.get(id(t))) is not None and ref() is t for t in tensors)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        shared = bool(self.shared) and self._all_shared(args, kwargs)
+        if (reason := rules.coupling(func, args, kwargs)) and not shared:
+            raise BatchCoupledError(
+                f"{function_name(func)} {reason}, so a sample alone is another function than a sample of this batch. "
+                "Use "
+                "engine='hooks' with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', or call model.eval()."
+            )
+        if self.hidden:
+            for t in flat(args, kwargs):
+                if isinstance(t, Tensor) and id(t) in self.hidden:
+                    raise CaptureError(
+                        f"parameter '{self.hidden[id(t)]}' is used through a reference of its own, not through the "
+                        "model's attribute, so torch.func does "
+                        "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='hooks'."
+                    )
+        out = func(*args, **kwargs)
+        if shared:
+            self.share(tensors_in(out))
+        return out

@@ -10,6 +10,7 @@ from .api import gradients
 from .batchnorm.coupling import Coupling, coupling
 from .check import check, explain
 from .errors import (
+    ArgumentError,
     BatchCoupledError,
     CaptureError,
     EmptyBatchError,
@@ -29,6 +30,7 @@ from .rules import pullback, rule
 from .statistics_run import Statistics
 
 __all__ = [
+    "ArgumentError",
     "BatchCoupledError",
     "CaptureError",
     "Coupling",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import microbatch
-from .engines import ENGINES, hooks
+from .engines import ENGINES, check_engine, hooks
 from .engines import vmap as vmap_engine
-from .errors import RandomnessError
+from .errors import ArgumentError, RandomnessError
 from .factors import Factors, compact
 from .gradients import Gradients
 from .losses import LossFunction
@@ -69,24 +71,27 @@ def gradients(
         `Gradients`, or `Statistics` with ``quantities=``.
 
     Raises:
-        LossError, SampleAxisError, EmptyBatchError, UnknownParameterError: what was given doesn't fit.
+        ArgumentError, LossError, SampleAxisError, EmptyBatchError, UnknownParameterError: what was given doesn't fit.
         BatchCoupledError: samples depend on each other, and ``coupled`` doesn't say which notion is meant.
         CaptureError, InplaceError, HigherOrderError, RandomnessError, VerificationError: the engine can't serve this
         model, and says why.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {list(ENGINES)}, got {engine!r}.")
+    check_engine(engine)
     if coupled is not None and engine != "hooks":
-        raise ValueError(
+        raise ArgumentError(
             f"coupled={coupled!r} needs engine='hooks': {engine!r} runs samples alone, which is another function."
         )
-    if max_bytes is not None and (max_bytes < 1 or coupled is not None):
-        raise ValueError(
-            f"max_bytes must be positive, got {max_bytes}."
-            if max_bytes < 1
-            else f"coupled={coupled!r} is about a whole batch, which max_bytes= would run in slices."
-        )
+    if max_bytes is not None:
+        if not isinstance(max_bytes, Real) or not max_bytes >= 1:
+            raise ArgumentError(f"max_bytes must be a positive number of bytes, got {max_bytes!r}.")
+        if coupled is not None:
+            raise ArgumentError(
+                f"coupled={coupled!r} is about a whole batch, which max_bytes={max_bytes} would run in slices."
+            )
+        max_bytes = int(min(max_bytes, sys.maxsize))
+    if verify not in (None, True, False):
+        raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}.")
 
     def sliced(part: Problem, emit: Emit, again: bool, replay: bool) -> tuple[Pass, str]:
         return _verified(part, engine, emit, False if replay else verify, again=again)

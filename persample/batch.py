@@ -14,6 +14,7 @@ from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
 
@@ -44,15 +45,35 @@ class Tree:
 
     def sample(self, n: int) -> Any:
         """Sample ``n`` alone, as a batch of one."""
-        return self.map(lambda x, axis: x.narrow(axis, n, 1))
+        return self.narrow(n, 1).whole()
 
     def select(self, index: Tensor) -> Tree:
         """The samples of ``index``."""
-        leaves = [
-            x if axis is None else x.index_select(axis, index.to(x.device))
-            for x, axis in zip(self.leaves, self.axes, strict=True)
-        ]
-        return Tree(leaves, self.spec, self.axes)
+        return self._cut(lambda x, axis: x.index_select(axis, index.to(x.device)))
+
+    def narrow(self, start: int, length: int) -> Tree:
+        """Consecutive samples, as views where tensors are strided."""
+
+        def cut(x: Tensor, axis: int) -> Tensor:
+            if x.layout is torch.strided:
+                return x.narrow(axis, start, length)
+            return x.index_select(axis, torch.arange(start, start + length, device=x.device))
+
+        return self._cut(cut)
+
+    def _cut(self, cut: Callable[[Tensor, int], Tensor]) -> Tree:
+        pairs = zip(self.leaves, self.axes, strict=True)
+        return Tree([x if axis is None else _cut(cut, x, axis) for x, axis in pairs], self.spec, self.axes)
+
+
+def _cut(cut: Callable[[Tensor, int], Tensor], x: Tensor, axis: int) -> Tensor:
+    try:
+        return cut(x, axis)
+    except (NotImplementedError, TypeError) as error:
+        raise SampleAxisError(
+            f"single samples can't be taken out of a {type(x).__name__} of layout {x.layout} and shape "
+            f"{tuple(x.shape)}: {str(error).split('. ')[0]}. Give a dense tensor (or torch.sparse_coo)."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -157,6 +178,11 @@ def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis]
     axes: list[Axis] = []
     default = isinstance(dim, int)
     for x, claimed in zip(leaves, dims, strict=True):
+        if isinstance(x, Tensor) and x.is_nested:
+            raise SampleAxisError(
+                f"{what}: a nested tensor has samples of several shapes, which the recorded calls can't be told apart "
+                "by. Pad them to one (torch.nested.to_padded_tensor) and mask what was added."
+            )
         if not isinstance(x, Tensor) or claimed is None or (x.ndim == 0 and default):
             axes.append(None)
         elif not -x.ndim <= claimed < x.ndim:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .calls import Call, Reached, function_name, reached
 from .capture import Capture
 from .collect import check_complete, check_uncoupled, factors_of, leaves_of
-from .engines import ENGINES
+from .engines import ENGINES, check_engine
 from .engines.hooks import forward, hooks
-from .errors import BatchCoupledError, PersampleError, VerificationError
+from .errors import ArgumentError, BatchCoupledError, PersampleError, VerificationError
 from .factors import Dense, Factors, nbytes
 from .losses import LossFunction
 from .problem import Pass, Problem, Selection, pose
@@ -26,6 +26,7 @@ from .reductions import weighted_sum
 from .report import bytes_text, html_table, text_table
 from .rules import RULES
 from .rules.derived import Diagonal, plain
+from .statistics_run import Statistics
 from .verify import LossDiffers, NoDropout, Probe, find_coupling, restored, slack, tolerance
 
 
@@ -124,6 +125,9 @@ def check(
     Whatever the engine raises becomes part of the report; ``report.raise_if_bad()`` raises it.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
+    check_engine(engine)
+    if not isinstance(samples, int) or samples < 0:
+        raise ArgumentError(f"samples must be how many samples to run alone, 0 or more, got {samples!r}.")
     chosen = (
         torch.randperm(problem.batch.n, generator=generator or torch.Generator().manual_seed(0))[:samples]
         .sort()
@@ -324,6 +328,12 @@ def explain(
     what the run would raise.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
+    check_engine(engine)
+    streamed = quantities is not None
+    clipped = (
+        quantities is not None
+        and "clip" in Statistics(quantities, {k: p.shape for k, p in problem.parameters.items()}).requests
+    )
     n = problem.batch.n
     if engine != "hooks":
         why = "torch.func, all samples at once" if engine == "vmap" else "one sample at a time: the definition"
@@ -338,8 +348,6 @@ def explain(
         check_complete(found, problem.parameters)
         check_uncoupled(found, problem.parameters)
         uses = _uses(found, problem)
-    streamed = quantities is not None
-    clipped = streamed and any(q == "clip" or q[0] == "clip" for q in quantities or ())
     rows = [_explain_one(name, p, n, uses[name], streamed, clipped) for name, p in problem.parameters.items()]
     return Explanation(engine, n, tuple(rows))
 

@@ -10,6 +10,10 @@ class PersampleError(Exception):
     """The parent of every error this library raises on purpose."""
 
 
+class ArgumentError(PersampleError, ValueError):
+    """An argument that is none of what it may be."""
+
+
 class LossError(PersampleError, ValueError):
     """The losses are not one number per sample, and can't be made so."""
 

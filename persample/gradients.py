@@ -5,6 +5,7 @@ The rows of every parameter are kept as factors (`persample.factors`), so most q
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -73,9 +74,12 @@ class Gradients(Quantities):
         return {name: PARTS[kind](self._read(name), pieces[name]) for name in self.names}
 
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
-        if weight is not None and weight.shape != (len(self),):
+        if weight is not None and (
+            not isinstance(weight, Tensor) or weight.shape != (len(self),) or weight.is_complex() or weight.is_sparse
+        ):
+            got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
             raise QuantityError(
-                f"weight must have shape [{len(self)}], one number per sample, got {list(weight.shape)}."
+                f"weight must be a dense real tensor of shape [{len(self)}], one number per sample, got {got}."
             )
         return {
             name: reductions.weighted_sum(self._read(name), weight).to(dtype(self.factors[name])) for name in self.names
@@ -111,16 +115,28 @@ class Gradients(Quantities):
         """``{name: [N, *P]}``: all individual gradients, written into ``out`` where given (much faster than fresh
         memory).
         """
-        return {name: dense(self._read(name), None if out is None else out[name]) for name in self.names}
+        if out is None:
+            return {name: dense(self._read(name)) for name in self.names}
+        if wrong := [n for n, shape in self.shapes.items() if n not in out or out[n].shape != (len(self), *shape)]:
+            shape = [len(self), *self.shapes[wrong[0]]]
+            raise QuantityError(
+                f"out must have a tensor of shape {shape} for '{wrong[0]}', and one for each parameter."
+            )
+        return {name: dense(self._read(name), out[name]) for name in self.names}
 
     def flat(self, out: Tensor | None = None) -> Tensor:
-        """``[N, D]``: all individual gradients, parameters side by side in the order of ``names``."""
+        """``[N, D]``: all individual gradients, parameters side by side in the order of ``names``, in a type that
+        holds those of all parameters.
+        """
         size = sum(shape.numel() for shape in self.shapes.values())
         if out is None:
-            kind = next(iter(self.factors.values()))
-            out = torch.empty(len(self), size, dtype=dtype(kind), device=tensors(kind)[-1].device)
-        elif out.shape != (len(self), size):
-            raise QuantityError(f"out must have shape [{len(self)}, {size}], got {list(out.shape)}.")
+            kinds = [dtype(g) for g in self.factors.values()]
+            device = tensors(next(iter(self.factors.values())))[-1].device
+            out = torch.empty(len(self), size, dtype=functools.reduce(torch.promote_types, kinds), device=device)
+        elif out.shape != (len(self), size) or not (out.is_floating_point() or out.is_complex()):
+            raise QuantityError(
+                f"out must have shape [{len(self)}, {size}] and not be of integers, got {list(out.shape)}, {out.dtype}."
+            )
         for (name, shape), column in zip(
             self.shapes.items(), out.split([s.numel() for s in self.shapes.values()], 1), strict=True
         ):

@@ -27,6 +27,8 @@ def is_per_sample(losses: Any, n: int) -> bool:
     """Whether a criterion's value is already ``[N]``; an error if it is neither that nor a scalar."""
     if not isinstance(losses, Tensor):
         raise LossError(f"loss_fn must return a tensor, got {type(losses).__name__}.")
+    if losses.layout is not torch.strided:
+        raise LossError(f"loss_fn returned losses of layout {losses.layout}; return losses.to_dense().")
     if not losses.is_floating_point():
         raise LossError(f"loss_fn returned losses of type {losses.dtype}; they must be real numbers.")
     if losses.shape == (n,):
@@ -53,6 +55,11 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
             "reduced can't be taken apart. "
             "Let the model return its predictions (for transformers: leave out labels=, use outputs.logits), and "
             "give loss_fn."
+        )
+    if sparse := [x.layout for x in outputs.leaves if isinstance(x, Tensor) and x.layout is not torch.strided]:
+        raise LossError(
+            f"the model returned outputs of layout {sparse[0]}, of which loss_fn can't be given one sample alone: "
+            "return outputs.to_dense(), or let loss_fn return [N] losses."
         )
     trees = (outputs, targets)
     samples = [[x for x, axis in zip(t.leaves, t.axes, strict=True) if axis is not None] for t in trees]

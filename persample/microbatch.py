@@ -33,12 +33,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import reductions
-from .batch import Batch, Tree, flatten, unflatten
+from .batch import Batch, flatten, unflatten
 from .errors import BatchCoupledError
 from .factors import Dense, Factors, compact, dense
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
-from .statistics_run import Request, Statistics
+from .statistics_run import Request, Statistics, listed
 from .verify import random_state, restored, set_random_state
 
 FIRST = 2  # samples whose bytes are measured
@@ -93,7 +93,7 @@ def rows(problem: Problem, max_bytes: int, run: Run) -> tuple[dict[str, Factors]
 
 def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, run: Run) -> Statistics:
     """The quantities of all samples, merged slice by slice."""
-    requests = [requests] if isinstance(requests, str) else list(requests)
+    requests = listed(requests)
     shapes = {name: p.shape for name, p in problem.parameters.items()}
     total = Statistics(requests, shapes)
     passes: list[Pass] = []
@@ -205,15 +205,8 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
 
 def narrowed(batch: Batch, at: slice) -> Batch:
     """The samples of a slice, as views."""
-
-    def cut(tree: Tree) -> Tree:
-        leaves = [
-            x if axis is None else x.narrow(axis, at.start, at.stop - at.start)
-            for x, axis in zip(tree.leaves, tree.axes, strict=True)
-        ]
-        return Tree(leaves, tree.spec, tree.axes)
-
-    return Batch(at.stop - at.start, cut(batch.inputs), cut(batch.targets), batch.output_dim)
+    start, n = at.start, at.stop - at.start
+    return Batch(n, batch.inputs.narrow(start, n), batch.targets.narrow(start, n), batch.output_dim)
 
 
 def joined(slices: Sequence[Slice], passes: Sequence[Pass]) -> Pass:

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batch import Batch
-from .errors import UnknownParameterError
+from .errors import ArgumentError, LossError, UnknownParameterError
 from .factors import Factors
 from .losses import LossFunction
 
-Selection = str | Iterable[str] | Callable[[str, Tensor], bool] | None
+Selection = str | re.Pattern[str] | Iterable[str] | Callable[[str, Tensor], bool] | None
 Emit = Callable[[str, Factors], None]
 Weighted = Callable[[Tensor], dict[str, Tensor]]
 
@@ -67,21 +67,37 @@ def select(
     """
     if params is None:
         return list(available)
-    if isinstance(params, str):
-        pattern = re.compile(params)
-        chosen = {aliases.get(name, name) for name in [*available, *aliases] if pattern.match(name)}
+    if isinstance(params, (str, re.Pattern)):
+        try:
+            chosen = {aliases.get(name, name) for name in [*available, *aliases] if re.match(params, name)}
+        except (re.error, TypeError) as error:
+            raise UnknownParameterError(
+                f"params={params!r} is no regular expression for names: {error}. Escape what is meant as it stands, or "
+                "give a list of names."
+            ) from None
         if not chosen:
             raise UnknownParameterError(f"params={params!r} matches none of the parameters {_some(available)}.")
     elif callable(params):
-        chosen = {name for name, p in available.items() if params(name, p)}
+        try:
+            chosen = {name for name, p in available.items() if params(name, p)}
+        except TypeError as error:
+            raise UnknownParameterError(
+                f"the predicate params= can't be called with (name, parameter): {error}."
+            ) from error
         if not chosen:
             raise UnknownParameterError(f"the predicate params= accepts none of the parameters {_some(available)}.")
-    else:
+    elif isinstance(params, Iterable):
         wanted = list(params)
         chosen = {aliases.get(name, name) for name in wanted}
+        if not wanted:
+            raise UnknownParameterError("params= is empty: it names no parameter. Leave it out for all of them.")
         if unknown := [name for name in wanted if aliases.get(name, name) not in available]:
             why = " (it does not require grad)" if set(unknown) & set(frozen) else ""
             raise UnknownParameterError(f"no parameter {unknown[0]!r}{why}; there are {_some(available)}.")
+    else:
+        raise UnknownParameterError(
+            f"params= must be a regular expression, names, or a predicate (name, parameter), got {params!r}."
+        )
     return [name for name in available if name in chosen]
 
 
@@ -90,6 +106,17 @@ def _some(names: Iterable[str]) -> str:
     return (
         ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "") or "(none that require grad)"
     )
+
+
+def check_model(model: Any) -> None:
+    """Raise for what is no module, and for one without values."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if empty := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ArgumentError(
+            f"parameter '{empty[0]}' is on the device 'meta', where it has no values. Give it some first "
+            "(model.to_empty(device=...), then load a state)."
+        )
 
 
 def pose(
@@ -103,6 +130,9 @@ def pose(
 ) -> Problem:
     """Check and gather what the user gave; of a compiled model, the original."""
     model = getattr(model, "_orig_mod", model)
+    check_model(model)
+    if not callable(loss_fn):
+        raise LossError(f"loss_fn must be a function (outputs, targets) or a criterion, got {loss_fn!r}.")
     found, aliases = named_parameters(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     names = select(found, aliases, params, frozen)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -143,8 +144,7 @@ class Quantities(abc.ABC):
         all
         parameters of at most ``max_norm`` (Abadi et al. 2016, algorithm 1, without noise and not divided by N).
         """
-        if not max_norm > 0:
-            raise QuantityError(f"max_norm must be positive, got {max_norm}.")
+        check_max_norm(max_norm)
         norm = self.norm()
         return self._weighted(torch.where(norm > max_norm, max_norm / norm, 1.0))
 
@@ -154,6 +154,7 @@ class Quantities(abc.ABC):
 
     def variance(self, ddof: int = 0) -> dict[str, Tensor]:
         """``1/(N - ddof) sum_n (G_n - mean)^2``, ``{name: [*P]}``: centred before squaring, never negative."""
+        check_ddof(ddof)
         if len(self) <= ddof:
             raise QuantityError(f"a variance with ddof={ddof} needs more than {ddof} sample(s), but N = {len(self)}.")
         return {name: centred / (len(self) - ddof) for name, (_, centred) in self._parts("moments").items()}
@@ -181,7 +182,7 @@ class Quantities(abc.ABC):
         behind = 1 if kind == "project" else 0
         if isinstance(argument, Tensor):
             size = sum(shape.numel() for shape in self.shapes.values())
-            if argument.ndim != 1 + behind or len(argument) != size:
+            if argument.ndim != 1 + behind or len(argument) != size or 0 in argument.shape[1:]:
                 raise QuantityError(
                     f"a flat {what} must have shape [{size}{', k' * behind}] for these parameters, got "
                     f"{list(argument.shape)}."
@@ -191,17 +192,39 @@ class Quantities(abc.ABC):
                 name: x.reshape((*shape, *x.shape[1:]))
                 for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)
             }
+        if not isinstance(argument, Mapping):
+            raise QuantityError(f"the {what} must be a tensor or {{name: tensor}}, got {type(argument).__name__}.")
         if missing := [name for name in self.names if name not in argument]:
             raise UnknownParameterError(
                 f"the {what} has no entry for parameter '{missing[0]}'; it needs all of {list(self.names)[:8]}."
             )
+        k: int | str = "k"  # the same for all
         for name, shape in self.shapes.items():
-            got = argument[name].shape
-            if got[: len(shape)] != shape or len(got) != len(shape) + behind:
+            piece = argument[name]
+            got = list(piece.shape) if isinstance(piece, Tensor) else type(piece).__name__
+            k = got[-1] if behind and k == "k" and len(got) == len(shape) + 1 and isinstance(got[-1], int) else k
+            if got != [*shape, *[k] * behind] or k == 0:
                 raise QuantityError(
-                    f"the {what} for '{name}' must have shape {[*shape, *['k'] * behind]}, got {list(got)}."
+                    f"the {what} for '{name}' must be a tensor of shape {[*shape, *[k or 'k'] * behind]}, got {got}."
                 )
         return {name: argument[name] for name in self.names}
+
+
+def check_max_norm(max_norm: Any) -> None:
+    """Raise for a bound of norms that is no positive number."""
+    number = isinstance(max_norm, Real) or (isinstance(max_norm, Tensor) and max_norm.numel() == 1)
+    if not number or not max_norm > 0:
+        raise QuantityError(f"max_norm must be a positive number, got {max_norm!r}.")
+
+
+def check_ddof(ddof: Any) -> None:
+    """Raise for degrees of freedom that are no number."""
+    if not isinstance(ddof, Real) or not float(ddof) >= 0:
+        raise QuantityError(f"ddof must be a number, 0 or more (1 for the unbiased variance), got {ddof!r}.")
+
+
+# Of the options of a quantity, before the run.
+CHECKS: dict[str, Callable[[Any], None]] = {"clip": check_max_norm, "variance": check_ddof, "std": check_ddof}
 
 
 def _total(parts: Parts) -> Tensor:

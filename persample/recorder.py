@@ -13,6 +13,7 @@ is touched.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +26,11 @@ from .batch import Batch, detached, flatten, suspended
 from .calls import Call, Reached, reached
 from .capture import Capture
 from .collect import Collect, check_complete, check_uncoupled
-from .errors import CaptureError, LossError, SampleAxisError
+from .errors import ArgumentError, CaptureError, LossError, SampleAxisError
 from .factors import Factors, compact
 from .gradients import Gradients
-from .problem import Pass, Selection, named_parameters, select
-from .statistics_run import Request, Statistics
+from .problem import Pass, Selection, check_model, named_parameters, select
+from .statistics_run import Request, Statistics, listed
 
 Reduction = str | float | Callable[[], float] | None
 Result = Gradients | Statistics
@@ -90,16 +91,19 @@ class Recorder:
         batch_dim: Any,
     ) -> None:
         if (reduction is None) != (on_backward is None):
-            raise ValueError(
+            raise ArgumentError(
                 "on_backward= and reduction= go together: whoever calls backward() on a reduced loss must say how it "
                 "was reduced ('sum', 'mean', a number "
                 "or a function). To give the [N] losses yourself, use neither, and call gradients(losses)."
             )
-        if isinstance(reduction, str) and reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum', 'mean', a number or a function, got {reduction!r}.")
+        check_model(model)
+        if not callable(reduction) and reduction not in (None, "sum", "mean"):
+            _number(reduction)
+        if on_backward is not None and not callable(on_backward):
+            raise ArgumentError(f"on_backward must be a function of the result, got {on_backward!r}.")
         self.model = model
         self.reduction, self.on_backward = reduction, on_backward
-        self.quantities = None if quantities is None else _listed(quantities)
+        self.quantities = None if quantities is None else listed(quantities)
         self.batch_dim = batch_dim
         found, aliases = named_parameters(model)
         self.names = select(found, aliases, params)
@@ -205,7 +209,7 @@ class Recorder:
         """
         if self.on_backward is not None:
             raise CaptureError("this handle listens to backward(); for losses of your own, extend the model once more.")
-        if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses):
+        if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses) or losses.is_sparse:
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise LossError(
                 f"gradients() needs the losses of all samples, [N] and not reduced (reduction='none'), got {shape}."
@@ -242,6 +246,13 @@ class Recorder:
                     ones = torch.ones_like(losses)
                     torch.autograd.grad(losses, found.roots, ones, retain_graph=True, allow_unused=True)
             unused = collect.finish()
+        except RuntimeError as error:
+            if "a second time" not in str(error):
+                raise
+            raise CaptureError(
+                "an earlier backward() has freed the graph of these losses. Call gradients(losses) before backward(), "
+                "or backward(retain_graph=True)."
+            ) from error
         finally:
             collect.detach()
 
@@ -295,7 +306,7 @@ class Recorder:
         if self.reduction == "sum":
             return 1.0
         assert not isinstance(self.reduction, str) and self.reduction is not None
-        return 1.0 / float(self.reduction() if callable(self.reduction) else self.reduction)
+        return 1.0 / _number(self.reduction() if callable(self.reduction) else self.reduction)
 
     def _finish(self) -> None:
         for call in self._live():
@@ -331,8 +342,18 @@ def _skipped(why: str) -> None:
     warnings.warn(f"persample.extend reports nothing of a backward: {why}.", UserWarning, stacklevel=2)
 
 
-def _listed(quantities: Iterable[Request]) -> list[Request]:
-    return [quantities] if isinstance(quantities, str) else list(quantities)
+def _number(reduction: Any) -> float:
+    """What the loss is of the sum of the per-sample losses."""
+    try:
+        factor = float("nan") if isinstance(reduction, str) else float(reduction)
+    except (TypeError, ValueError):
+        factor = float("nan")
+    if not math.isfinite(factor) or factor == 0:
+        raise ArgumentError(
+            "reduction must be 'sum', 'mean', a number c other than 0 (the loss is c times the sum of the samples' "
+            f"losses), or a function that returns c, got {reduction!r}."
+        )
+    return factor
 
 
 class _Sink:

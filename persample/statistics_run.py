@@ -7,7 +7,7 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import QuantityError
 from .factors import Factors
 from .problem import Pass, Weighted
-from .quantities import NEEDS, PARTS, Parts, Quantities
+from .quantities import CHECKS, NEEDS, PARTS, Parts, Quantities
 
 Request = str | tuple[str, dict[str, Any]]
 
@@ -27,7 +27,7 @@ class Statistics(Quantities):
     """
 
     def __init__(self, requests: Iterable[Request], shapes: dict[str, torch.Size]) -> None:
-        self.requests = dict(_normal(r) for r in ([requests] if isinstance(requests, str) else requests))
+        self.requests = dict(_normal(r) for r in listed(requests))
         if not self.requests:
             raise QuantityError(f"quantities= is empty; ask for some of {list(NEEDS)}.")
         self.names, self.shapes = tuple(shapes), shapes
@@ -46,8 +46,7 @@ class Statistics(Quantities):
         options = self.requests[kind]
         if len(options) != 1:
             raise QuantityError(
-                f"ask for {kind} with its argument: ('{kind}', "
-                f"{{'{'direction' if kind == 'dot' else 'projection'}': ...}})."
+                f"ask for {kind} with its argument: quantities=[('{kind}', {{'{OPTIONS[kind]}': ...}})]."
             )
         return next(iter(options.values()))
 
@@ -134,12 +133,36 @@ class Statistics(Quantities):
         return f"Statistics(N={len(self)}, parameters={len(self.names)}, quantities={list(self.requests)}{note})"
 
 
-def _normal(request: Request) -> tuple[str, dict[str, Any]]:
-    name, options = (request, {}) if isinstance(request, str) else request
-    if name not in NEEDS:
+# What may be said about a quantity, beside its name.
+OPTIONS = {"clip": "max_norm", "variance": "ddof", "std": "ddof", "dot": "direction", "project": "projection"}
+
+
+def listed(requests: Any) -> list[Request]:
+    """What ``quantities=`` asks for; a name alone is a list of one."""
+    if isinstance(requests, str):
+        return [requests]
+    if not isinstance(requests, Iterable):
+        raise QuantityError(
+            f"quantities= must be a list of names or (name, options) pairs, got {requests!r}; there are {list(NEEDS)}."
+        )
+    return list(requests)
+
+
+def _normal(request: Any) -> tuple[str, dict[str, Any]]:
+    pair = (request, {}) if isinstance(request, str) else request
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], Mapping)):
+        raise QuantityError(
+            f"quantities= must be a list of names or (name, options) pairs, with options a dict; got {request!r} in it."
+        )
+    name, options = pair
+    if name not in list(NEEDS):
         raise QuantityError(f"unknown quantity {name!r}; a statistics run offers {list(NEEDS)}.")
+    if unknown := [option for option in options if option != OPTIONS.get(name)]:
+        way = f"its option is {OPTIONS[name]!r}" if name in OPTIONS else "it has none"
+        raise QuantityError(f"quantity {name!r} has no option {unknown[0]!r}: {way}.")
     if name == "clip" and "max_norm" not in options:
-        raise QuantityError("ask for clip with its bound: ('clip', {'max_norm': 1.0}).")
+        raise QuantityError("ask for clip with its bound: quantities=[('clip', {'max_norm': 1.0})].")
+    CHECKS.get(name, lambda _: None)(next(iter(options.values()), 0))
     return name, dict(options)
 
 

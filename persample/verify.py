@@ -27,7 +27,7 @@ from .capture import Capture, _results, _Sampled
 from .engines import ENGINES
 from .engines.hooks import forward
 from .engines.loop import one_sample
-from .errors import BatchCoupledError, VerificationError
+from .errors import BatchCoupledError, PersampleError, VerificationError
 from .factors import Factors, dense, device, index
 from .layout import one_sample as part_of
 from .losses import batch_losses
@@ -112,7 +112,16 @@ class Probe:
 
 def _alone(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The definition: the loss and gradients of sample ``n`` as a batch of one."""
-    loss, _, grads = one_sample(problem, n, list(problem.parameters.values()))
+    try:
+        loss, _, grads = one_sample(problem, n, list(problem.parameters.values()))
+    except (PersampleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"the batch runs, but sample {n} alone does not ({type(error).__name__}: {error}), so the rows can't be "
+            "held against the definition. Let the model take any number of samples; or use verify=False for the rows "
+            "within this batch."
+        ) from error
     return loss, grads
 
 

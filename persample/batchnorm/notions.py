@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import reductions
 from ..curvature.objective import set_random_state
+from ..errors import ArgumentError
 from ..factors import Dense, Factors, compact, dense, index
 from ..problem import Emit, Pass, Problem
 from ..verify import remember, verified
@@ -175,7 +176,7 @@ def coupled_pass(problem: Problem, notion: str, emit: Emit, verify: bool | None)
     Random numbers are drawn as by one forward pass; buffers (running statistics) stay as they are.
     """
     if notion not in NOTIONS:
-        raise ValueError(f"coupled must be one of {list(NOTIONS)}, got {notion!r}.")
+        raise ArgumentError(f"coupled must be one of {list(NOTIONS)}, got {notion!r}.")
     network = Network(Point.of(problem))
     if verify or (verify is None and verified(problem, "coupled") is None):
         network.verify()

@@ -13,10 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..errors import ArgumentError
 from ..problem import Emit, Pass, Problem
 from .hooks import hooks
 from .loop import loop
 from .vmap import vmap
 
 ENGINES: dict[str, Callable[[Problem, Emit], Pass]] = {"hooks": hooks, "vmap": vmap, "loop": loop}
-__all__ = ["ENGINES", "hooks", "loop", "vmap"]
+
+
+def check_engine(engine: str) -> None:
+    """Raise for what is no engine's name."""
+    if engine not in list(ENGINES):
+        raise ArgumentError(f"engine must be one of {list(ENGINES)}, got {engine!r}.")
+
+
+__all__ = ["ENGINES", "check_engine", "hooks", "loop", "vmap"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, call_model, detached, flatten, unflatten
-from ..errors import LossError
+from ..errors import LossError, SampleAxisError
 from ..factors import Dense
 from ..losses import ignored, is_per_sample
 from ..problem import Emit, Pass, Problem
@@ -48,6 +48,12 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
         with Watch(shared=[*problem.model.parameters(), *problem.model.buffers()]):
             output = call_model(problem.model, inputs)
         loss = problem.loss_fn(output, alone.targets.whole())
+        if isinstance(loss, Tensor) and loss.shape == (batch.n,) and batch.n > 1:
+            raise SampleAxisError(
+                f"sample {n} alone has {batch.n} losses: the model or loss_fn has the number of samples N = {batch.n} "
+                "built in (a constant of that size), so that a sample alone is another function. Take the size from "
+                "the inputs; or use engine='hooks' with verify=False for the rows within this batch."
+            )
         loss = loss.reshape(()) if is_per_sample(loss, 1) else loss
     if loss.ndim:
         raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")

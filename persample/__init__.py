@@ -1,8 +1,8 @@
 """Per-sample quantities of any PyTorch model: individual gradients, norms, inner products, moments, projections.
 
-The alphabet of shapes, used in every docstring: ``N, M`` samples; ``T, S`` tokens or positions; ``K`` blocks; ``O, I``
-out
-and in features; ``P`` a parameter's shape; ``D`` all parameters, or a width; ``V`` a vocabulary; ``C`` channels.
+The alphabet of shapes, used in every docstring: ``N, M`` samples; ``T, S`` tokens or positions; ``K`` blocks;
+``O, I`` out and in features; ``P`` a parameter's shape; ``D`` all parameters, or a width; ``V`` a vocabulary; ``C``
+channels.
 """
 
 from . import adapters, attribution, batchnorm, curvature, einsum, factors, optim, statistics

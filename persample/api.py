@@ -40,9 +40,8 @@ def gradients(
     """Per-sample gradients ``G [N, D]``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``.
 
     The loss of sample ``n`` is what ``loss_fn(outputs, targets)`` says of that sample alone: an ``[N]`` result is
-    taken as it is, a scalar
-    criterion (any ``nn.*Loss()``) is applied to batches of one.  Class weights then cancel in a mean over one sample,
-    and there is no ``1/N``.
+    taken as it is, a scalar criterion (any ``nn.*Loss()``) is applied to batches of one.  Class weights then cancel
+    in a mean over one sample, and there is no ``1/N``.
 
     Args:
         model: any module; its ``.grad``, buffers beyond an ordinary forward pass, and hooks stay as they are.

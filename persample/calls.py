@@ -173,11 +173,11 @@ class Call:
 
 def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The leaves of the arguments; the common flat case without a pytree."""
-    if any(isinstance(a, (tuple, list, dict)) for a in args) or any(
-        isinstance(v, (tuple, list, dict)) for v in kwargs.values()
-    ):
-        return tree_leaves((args, kwargs))
-    return [*args, *kwargs.values()]
+    leaves = [*args, *kwargs.values()]
+    for x in leaves:
+        if isinstance(x, (tuple, list, dict)):
+            return tree_leaves((args, kwargs))
+    return leaves
 
 
 def tensors_in(out: Any) -> Iterator[Tensor]:

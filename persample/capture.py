@@ -59,11 +59,9 @@ class Capture(TorchFunctionMode):
         begun: Callable[[int], None] | None = None,
     ) -> None:
         """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start;
-        ``couplers``: which calls, counted
-        from the start, are known to couple the batch although their function needn't; ``once``: the graph will be
-        differentiated just once, with respect to recorded calls only; ``owner``: of the calls, see `reached`;
-        ``begun``: told of
-        every backward that comes to a call, by its number.
+        ``couplers``: which calls, counted from the start, are known to couple the batch although their function
+        needn't; ``once``: the graph will be differentiated just once, with respect to recorded calls only; ``owner``:
+        of the calls, see `reached`; ``begun``: told of every backward that comes to a call, by its number.
         """
         super().__init__()
         self.once = once
@@ -272,12 +270,11 @@ class Capture(TorchFunctionMode):
         for t in _results(args, kwargs, out, rules.mutates(func)):
             if any(t is a for a, _ in sampled):
                 continue  # changed in place, or handed through: the samples stay where they are
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                layout = propagate(func, args, kwargs, known, tensors, t) if known else None
+            layout = propagate(func, args, kwargs, known, tensors, t) if known else None
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
                 continue  # a constant
             self._mark(t, _Sampled(layout))
-            if t._base is not None and not isinstance(self._kind(t._base), _Sampled) and rules.mutates(func):
+            if rules.mutates(func) and t._base is not None and not isinstance(self._kind(t._base), _Sampled):
                 self._mark(t._base, _Sampled(None))
 
     def _derive(
@@ -351,4 +348,5 @@ def _end(t: Tensor, arguments: list[Tensor], mutates: bool) -> tuple[Tensor, Cal
 
 def is_wrapped(tensors: list[Tensor]) -> bool:
     """Inside a user's own vmap or grad, samples are not on an axis of their own."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    functorch = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None and any(map(functorch.is_functorch_wrapped_tensor, tensors))

@@ -116,13 +116,11 @@ def check(
 ) -> CheckReport:
     """Whether per-sample gradients of this model are right: a report with one line per parameter.
 
-    ``samples`` random samples are run alone, through the definition, and compared with their rows; the sum of all rows
-    is compared with the
-    ordinary gradient of the summed losses; completeness, the sample axis and batch coupling are checked on the way.
-    With random draws
-    (dropout) all of it is done with dropout off.  Random state and buffers are restored.  It costs about ``samples + 3
-    N`` sample passes.
-    Whatever the engine raises becomes part of the report; ``report.raise_if_bad()`` raises it.
+    ``samples`` random samples are run alone, through the definition, and compared with their rows; the sum of all
+    rows is compared with the ordinary gradient of the summed losses; completeness, the sample axis and batch coupling
+    are checked on the way.  With random draws (dropout) all of it is done with dropout off.  Random state and buffers
+    are restored.  It costs about ``samples + 3 N`` sample passes.  Whatever the engine raises becomes part of the
+    report; ``report.raise_if_bad()`` raises it.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)
@@ -322,10 +320,9 @@ def explain(
     """What a run of `persample.gradients` with these arguments would do, before it is done: a report with one line per
     parameter.
 
-    It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients of
-    zeros.  ``kept`` is what
-    `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A statistics run keeps neither.  Raises
-    what the run would raise.
+    It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients
+    of zeros.  ``kept`` is what `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A
+    statistics run keeps neither.  Raises what the run would raise.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)

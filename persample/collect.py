@@ -1,9 +1,8 @@
 """From output gradients to the complete factors of every parameter.
 
 `Collect` is told which calls the losses depend on.  It listens to them, turns each arriving output gradient into
-factors,
-adds up the uses of a parameter (tied weights, reused modules, derived tensors pulled back), and hands the factors of a
-parameter to the sink as soon as its last use has arrived.
+factors, adds up the uses of a parameter (tied weights, reused modules, derived tensors pulled back), and hands the
+factors of a parameter to the sink as soon as its last use has arrived.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ class Collect:
         listen: bool = True,
     ) -> None:
         """``release``: let go of each call's tensors once its gradient has arrived; ``scale``: what undoes a
-        reduction; ``listen``: else
-        somebody else listens, and passes on what arrives.
+        reduction; ``listen``: else somebody else listens, and passes on what arrives.
         """
         self.found, self.parameters, self.emit, self.n = found, parameters, emit, n
         self.release, self.scale, self.listen = release, scale, listen
@@ -210,9 +208,7 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
     if rule is None or any(g is not None and g.is_complex() for g in grads):  # rules leave conjugates to autograd
         return []
     g = grads[0] if len(grads) == 1 else grads
-    try:
-        _signature(rule).bind(call, g, *call.args, **call.kwargs)
-    except TypeError:
+    if not _takes(rule, 2 + len(call.args), tuple(call.kwargs)):
         return []
     found: list[tuple[Tensor, Rowlike]] = []
     unusual: set[int] = set()
@@ -248,7 +244,14 @@ def _as_rows(call: Call, tensor: Tensor, rows: Any) -> Rowlike:
     return rows
 
 
-_signature = functools.cache(inspect.signature)
+@functools.lru_cache(maxsize=4096)
+def _takes(rule: Callable[..., Any], count: int, names: tuple[str, ...]) -> bool:
+    """Whether ``rule`` can be called with so many positional arguments, and these keywords."""
+    try:
+        inspect.signature(rule).bind(*range(count), **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
 
 
 def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tuple[Tensor, Rowlike]]:

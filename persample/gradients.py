@@ -25,12 +25,10 @@ class Gradients(Quantities):
     parameter.
 
     ``names`` are those of ``model.named_parameters()`` (a tied parameter once; it answers to all its names);
-    ``unused`` lists
-    the parameters that no loss depends on, whose rows are zeros.  ``losses [N]`` and ``outputs`` are those of the same
-    pass,
-    detached; rows are not differentiable.  Factors may alias tensors of the model's forward pass: if one of them has
-    been
-    changed in place since, reading raises `InplaceError` instead of returning a wrong number.
+    ``unused`` lists the parameters that no loss depends on, whose rows are zeros.  ``losses [N]`` and ``outputs`` are
+    those of the same pass, detached; rows are not differentiable.  Factors may alias tensors of the model's forward
+    pass: if one of them has been changed in place since, reading raises `InplaceError` instead of returning a wrong
+    number.
     """
 
     def __init__(

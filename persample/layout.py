@@ -2,10 +2,9 @@
 
 A tensor that depends on samples carries a `Layout`.  Its axis has ``outer * N * inner`` entries, and entry ``i``
 belongs to sample ``(i // inner) % N``: batch-first (``axis=0``), sequence-first (``axis=1``), flattened tokens
-(``inner=T``), heads folded into the batch (``inner=heads``) are all of this kind.  Where rows were picked by an
-index (packed sequences, experts that see some of the tokens), ``owner`` says to which sample each entry belongs;
--1 is nobody, which only integers can be.  In a loop over the samples (``for x in batch``), tensors are one sample's
-alone.
+(``inner=T``), heads folded into the batch (``inner=heads``) are all of this kind.  Where rows were picked by an index
+(packed sequences, experts that see some of the tokens), ``owner`` says to which sample each entry belongs; -1 is
+nobody, which only integers can be.  In a loop over the samples (``for x in batch``), tensors are one sample's alone.
 How operations move samples is in `persample.propagate`.
 """
 
@@ -59,7 +58,10 @@ def samples_first(x: Tensor, layout: Layout) -> Tensor:
         out = x.new_zeros(layout.n, 1, *x.shape)
         out[layout.alone, 0] = x
         return out
-    x = x.movedim(layout.axis, 0)
+    if layout.axis != 0:
+        x = x.movedim(layout.axis, 0)
+    if layout.plain:
+        return x.unsqueeze(1)
     if layout.owner is None:
         x = x.unflatten(0, (layout.outer, layout.n, layout.inner))
         return x.transpose(0, 1).flatten(1, 2)

@@ -1,21 +1,24 @@
 """One loss per sample, from any criterion: the loss of sample ``n`` is what the criterion says of sample ``n`` alone.
 
 ``loss_fn(outputs, targets)`` that returns ``[N]`` is taken as it is.  One that returns a scalar (any ``nn.*Loss()``
-with its
-default reduction) is called with batches of one, ``loss_fn(outputs[n:n+1], targets[n:n+1])``, vectorised by ``vmap``,
-or in a loop where ``vmap`` can't follow (``.item()``).  So there is no ``1/N`` to configure.  Note what follows: class
-weights cancel in a (weighted) mean over one sample, and a mean over positions is one over that sample's positions.
+with its default reduction) is called with batches of one, ``loss_fn(outputs[n:n+1], targets[n:n+1])``, vectorised by
+``vmap``, or in a loop where ``vmap`` can't follow (``.item()``).  So there is no ``1/N`` to configure.  Note what
+follows: class weights cancel in a (weighted) mean over one sample, and a mean over positions is one over that
+sample's positions.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn import functional as F
 
 from .batch import Batch, Tree, unflatten
 from .errors import LossError
@@ -44,6 +47,48 @@ def is_per_sample(losses: Any, n: int) -> bool:
         f"loss_fn returned shape {tuple(losses.shape)} for N = {n} samples; it must return [N] (reduction='none', then "
         f"reduced over everything but the samples) or a scalar (meant for one sample alone).{hint}"
     )
+
+
+_CRITERIA: dict[type[nn.Module], LossFunction] = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.NLLLoss: F.nll_loss,
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.BCELoss: F.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+}
+
+
+def unreduced(loss_fn: Any, outputs: Any, targets: Any, n: int) -> Tensor | None:
+    """``[N]``: the lone losses from a criterion of torch's own with ``reduction="none"``, cheaper than `lone_losses`;
+    ``None`` where the two might differ: other criteria, class weights, ignored targets, broadcasting.
+    """
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        return None
+    ignore: int | None
+    if type(loss_fn) in _CRITERIA and all(b is None for b in loss_fn._buffers.values()):
+        each, reduction, ignore = copy(loss_fn), loss_fn.reduction, getattr(loss_fn, "ignore_index", None)
+        each.reduction = "none"
+    elif any(loss_fn is f for f in _CRITERIA.values()):
+        each, reduction = partial(loss_fn, reduction="none"), "mean"
+        ignore = -100 if loss_fn in (F.cross_entropy, F.nll_loss) else None
+    else:
+        return None
+    with torch._C.DisableTorchFunction():  # questions that nobody has to follow
+        if targets.is_floating_point():  # probabilities, not classes
+            ignore = None
+        shape = outputs.shape if ignore is None else outputs.shape[:1] + outputs.shape[2:]
+        fits = outputs.shape[:1] == (n,) and targets.shape == shape and reduction in ("mean", "sum")
+        if not fits or (ignore is not None and bool(targets.eq(ignore).any())):
+            return None
+    losses: Tensor = each(outputs, targets)
+    if losses.shape[:1] != (n,):
+        return None
+    if losses.ndim > 1:
+        losses = losses.flatten(1).mean(1) if reduction == "mean" else losses.flatten(1).sum(1)
+    return losses
 
 
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
@@ -154,4 +199,4 @@ def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) ->
     return losses if bad is None else losses.masked_fill(bad, 0)
 
 
-__all__ = ["LossFunction", "ignored", "is_per_sample", "lone_losses", "per_sample", "warn_if_not_mean"]
+__all__ = ["LossFunction", "ignored", "is_per_sample", "lone_losses", "per_sample", "unreduced", "warn_if_not_mean"]

@@ -134,7 +134,7 @@ def pose(
     if not callable(loss_fn):
         raise LossError(f"loss_fn must be a function (outputs, targets) or a criterion, got {loss_fn!r}.")
     found, aliases = named_parameters(model)
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    frozen = (name for name, p in model.named_parameters() if not p.requires_grad)
     names = select(found, aliases, params, frozen)
     if not names:
         raise UnknownParameterError("the model has no parameter that requires grad, so there is no gradient to take.")

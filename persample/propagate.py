@@ -41,10 +41,25 @@ def propagate(
     """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that have samples."""
     if sampled[0][1].n == 1:
         return lone_sample(out)
+    if func not in _SPECIAL and _stays(sampled, out):
+        return sampled[0][1]
     try:
-        return _followed(func, args, kwargs, sampled, tensors, out)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return _followed(func, args, kwargs, sampled, tensors, out)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError):  # a way to call the function that isn't known
         return None
+
+
+def _stays(sampled: Sampled, out: Tensor) -> bool:
+    """The short way to what `_followed` finds for most calls: all samples stay where they are."""
+    first, layout = sampled[0]
+    shape = out.shape
+    if len(sampled) == 1 and first.ndim == len(shape) and layout.alone is None:
+        places = [axis for axis, size in enumerate(shape) if size == layout.size]
+        return first.shape == shape or places == [layout.axis]
+    return layout.alone is None and all(
+        x.shape == shape and at.axis == layout.axis and same(at, layout) for x, at in sampled
+    )
 
 
 def lone_sample(x: Tensor) -> Layout:
@@ -108,6 +123,8 @@ def mixes(
 ) -> bool:
     """Whether entries of different samples surely meet, one on one."""
     (x, a), *others = sampled
+    if not others and func not in _MOVED:
+        return False
     if any(at is not None and at.alone is not None for _, at in sampled):
         lone = func not in _JOINS | _STACKS and func not in _WRITES and func not in _MOVED and a is not None and a.n > 1
         return lone and a is not None and not all(b is None or same(a, b) for _, b in others)
@@ -525,3 +542,5 @@ _REDUCES = _named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linal
 _WRITES = {Tensor.__setitem__} | _named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")
 _COPIES = _named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
 _PLACES = _named("index_add_", "index_copy_", "index_add", "index_copy")
+_SPECIAL = {*_MOVED, *_WHERE, *_MASKED, *_JOINS, *_STACKS, *_SPREADS, *_REDUCES, *_WRITES, *_COPIES}
+_SPECIAL |= {F.embedding_bag, torch.einsum}

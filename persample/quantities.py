@@ -1,10 +1,8 @@
 """The named quantities: what `Gradients` and `Statistics` answer, each a line or two over parts.
 
 A *part* is what one parameter contributes: a primitive of `persample.reductions` applied to its factors.  In *sample
-space*
-(``[N]``, ``[N, M]``) the parts of all parameters add up; in *parameter space* (``[*P]``) they stay apart, in a
-dictionary.
-A new quantity is a method of `Quantities`, and a line in `NEEDS` if a statistics run shall offer it.
+space* (``[N]``, ``[N, M]``) the parts of all parameters add up; in *parameter space* (``[*P]``) they stay apart, in a
+dictionary.  A new quantity is a method of `Quantities`, and a line in `NEEDS` if a statistics run shall offer it.
 
 Rows are gradients of *unscaled* per-sample losses, and ``mean`` is over the ``N`` samples of the batch.
 """
@@ -141,8 +139,7 @@ class Quantities(abc.ABC):
 
     def clip(self, max_norm: float) -> dict[str, Tensor]:
         """``sum_n min(1, max_norm / |G_n|) G_n``, ``{name: [*P]}``: the sum of rows, each clipped to an L2 norm over
-        all
-        parameters of at most ``max_norm`` (Abadi et al. 2016, algorithm 1, without noise and not divided by N).
+        all parameters of at most ``max_norm`` (Abadi et al. 2016, algorithm 1, without noise and not divided by N).
         """
         check_max_norm(max_norm)
         norm = self.norm()

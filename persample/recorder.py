@@ -1,10 +1,9 @@
 """`extend`: per-sample gradients in code that owns its own forward and backward.
 
 As a context manager around any training code, ``recorder.gradients(losses)`` takes the ``[N]`` losses and does one
-backward of
-its own, leaving the graph, every ``.grad`` and the user's own ``backward()`` as they are.  As a persistent handle it
-only
-listens: whoever calls ``backward()``, the callback gets the per-sample gradients of that backward.
+backward of its own, leaving the graph, every ``.grad`` and the user's own ``backward()`` as they are.  As a
+persistent handle it only listens: whoever calls ``backward()``, the callback gets the per-sample gradients of that
+backward.
 
 On the model there are one forward pre-hook and one forward hook of the root module, until ``remove()``; nothing else
 is touched.
@@ -60,17 +59,14 @@ def extend(
         handle.remove()
 
     ``reduction`` says how that loss was made of the per-sample losses, so that rows come out unscaled: ``"sum"``,
-    ``"mean"`` (a row is N
-    times the sample's contribution; for a mean over tokens, N times the sample's share), a number ``c`` (the loss is
-    ``c`` times the sum),
-    or a function that returns ``c`` at every backward (gradient scalers, accumulation).  ``callback`` gets one
-    `Gradients` (or `Statistics`, with
-    ``quantities=``) per backward.  Parameters that act in the loss outside the model's forward (penalties) are not
-    part of those rows.
+    ``"mean"`` (a row is N times the sample's contribution; for a mean over tokens, N times the sample's share), a
+    number ``c`` (the loss is ``c`` times the sum), or a function that returns ``c`` at every backward (gradient
+    scalers, accumulation).  ``callback`` gets one `Gradients` (or `Statistics`, with ``quantities=``) per backward.
+    Parameters that act in the loss outside the model's forward (penalties) are not part of those rows.
 
     ``params``, ``batch_dim`` (an int, or a dict for keyword arguments) and ``quantities`` are as for
-    `persample.gradients`.
-    The handle does not go along when the model is copied or pickled.  Batch-coupled models raise `BatchCoupledError`.
+    `persample.gradients`.  The handle does not go along when the model is copied or pickled.  Batch-coupled models
+    raise `BatchCoupledError`.
     """
     return Recorder(
         model, reduction=reduction, on_backward=on_backward, quantities=quantities, params=params, batch_dim=batch_dim
@@ -204,8 +200,7 @@ class Recorder:
         """Per-sample gradients of ``losses [N]``, by one backward pass that keeps the graph and touches no ``.grad``.
 
         With ``quantities=`` the result is a `Statistics`.  Raises `LossError` for losses that are not ``[N]``,
-        `CaptureError` for losses that
-        no recorded forward leads to.
+        `CaptureError` for losses that no recorded forward leads to.
         """
         if self.on_backward is not None:
             raise CaptureError("this handle listens to backward(); for losses of your own, extend the model once more.")

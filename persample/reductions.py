@@ -202,18 +202,27 @@ def gram(a: Factors, b: Factors) -> Tensor:
     """``A B^T``, ``[N, M]``: inner products of all rows of ``a`` with all rows of ``b``."""
     same = b is a
     a, b = (wide(a),) * 2 if same else common(a, b)
-    found = _zeros(a, len(a), len(b))
     step = cost.costs().samples
+    if min(len(a), len(b)) > 0 and max(len(a), len(b)) <= step:
+        return _tile(a, b)
+    found = _zeros(a, len(a), len(b))
     for i in range(0, len(a), step):
         for j in range(i if same else 0, len(b), step):
             rows, cols = slice(i, i + step), slice(j, j + step)
             x = index(a, rows)
             y = x if same and i == j else index(b, cols)
-            for pair in paired(x, y):
-                found[rows, cols] += _gram(*pair)
+            found[rows, cols] = _tile(x, y)
             if same and i != j:
                 found[cols, rows] = found[rows, cols].mT
     return found
+
+
+def _tile(a: Factors, b: Factors) -> Tensor:
+    found: Tensor | None = None
+    for pair in paired(a, b):
+        products = _gram(*pair)
+        found = products if found is None else found.add_(products)
+    return _zeros(a, len(a), len(b)) if found is None else found
 
 
 def _gram(a: Piece, b: Piece) -> Tensor:

@@ -63,6 +63,8 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):  # most often, within another kernel
+            return function(*args, **kwargs)
         with torch.no_grad():
             active = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
             if not active:

@@ -42,6 +42,9 @@ def norms(g: Outer) -> tuple[Tensor, Tensor]:
 def gram(a: Outer, b: Outer) -> Tensor:
     """``A B^T``, ``[N, M]``, from the products of all tokens, those of some samples with all others at a time."""
     (n, k, t), (m, _, s) = a.left.shape[:3], b.left.shape[:3]
+    if k == t == s == 1:
+        left, right = (x[:, 0, 0] @ y[:, 0, 0].mT for x, y in ((a.left, b.left), (a.right, b.right)))
+        return left.mul_(right)
     found = a.left.new_empty(n, m)
     lefts, rights = (f.transpose(0, 1).flatten(1, 2).mT for f in (b.left, b.right))  # [K, *, M S]
     step = cost.chunk(k * t * m * s, cost.costs().wide)

@@ -1,11 +1,10 @@
 """Is it right?  One sample alone, through the definition, against what an engine computed for the batch.
 
-A sample run alone is the only check that catches a wrong sample axis, a missed use, and coupling that no one declared.
-`Probe` listens to a run and keeps one row; `Probe.verdicts` runs that sample alone and compares.  It restores the
-random state and
-the model's buffers.  Random draws (dropout) belong to one pass, so where the run drew any, both sides are run once
-more with
-dropout off.  It costs about one sample, and with random draws one more pass of the batch.
+A sample run alone is the only check that catches a wrong sample axis, a missed use, and coupling that no one
+declared.  `Probe` listens to a run and keeps one row; `Probe.verdicts` runs that sample alone and compares.  It
+restores the random state and the model's buffers.  Random draws (dropout) belong to one pass, so where the run drew
+any, both sides are run once more with dropout off.  It costs about one sample, and with random draws one more pass of
+the batch.
 """
 
 from __future__ import annotations
@@ -234,8 +233,7 @@ class _Trace(Capture):
 
 def find_coupling(problem: Problem, n: int) -> tuple[str, int]:
     """The first call (its name, and its place among all calls) whose value for sample ``n`` changes when all other
-    samples are replaced by
-    copies of it; ``("", 0)`` if there is none.
+    samples are replaced by copies of it; ``("", 0)`` if there is none.
     """
     logs = []
     for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n))):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample.losses import per_sample
+from persample.losses import per_sample, unreduced
 
 N, C, T = 4, 5, 3
 weights = torch.linspace(0.5, 2, C, dtype=torch.float64)
@@ -54,6 +54,62 @@ def test_scalar_criterion_is_meant_for_one_sample_alone(
 ) -> None:
     expected = torch.stack([criterion(out[n : n + 1], y[n : n + 1]) for n in range(N)])
     assert torch.allclose(per_sample(criterion, out, y), expected, rtol=1e-12, atol=0)
+
+
+SPLIT: list[tuple[str, Any, Tensor, Tensor]] = [
+    ("cross_entropy", nn.CrossEntropyLoss(), scores(C), labels()),
+    ("sum", nn.CrossEntropyLoss(reduction="sum"), scores(C, T), labels(T)),
+    ("smoothing", nn.CrossEntropyLoss(label_smoothing=0.1), scores(C, T), labels(T)),
+    ("probabilities", nn.CrossEntropyLoss(), scores(C, T), scores(C, T).softmax(1)),
+    ("one_sample", nn.CrossEntropyLoss(), scores(C)[:1], labels()[:1]),
+    ("nll", nn.NLLLoss(), scores(C, T).log_softmax(1), labels(T)),
+    ("mse", nn.MSELoss(), scores(C, T), scores(C, T) * 2),
+    ("mse_of_numbers", nn.MSELoss(), scores(), scores() * 2),
+    ("l1", nn.L1Loss(reduction="sum"), scores(C), scores(C) * 2),
+    ("huber", nn.HuberLoss(delta=0.3), scores(C), scores(C) * 3),
+    ("smooth_l1", nn.SmoothL1Loss(beta=0.3), scores(C), scores(C) * 3),
+    ("bce", nn.BCELoss(), scores(C).sigmoid(), scores(C).sigmoid()),
+    ("bce_logits", nn.BCEWithLogitsLoss(), scores(C), scores(C).sigmoid()),
+    ("function", F.cross_entropy, scores(C, T), labels(T)),
+    ("function_mse", F.mse_loss, scores(C), scores(C) * 2),
+]
+
+
+class Doubled(nn.MSELoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return 2 * super().forward(input, target)
+
+
+def replaced() -> nn.MSELoss:
+    criterion = nn.MSELoss()
+    criterion.forward = lambda out, y: (out - 2 * y).square().mean()  # type: ignore[method-assign]
+    return criterion
+
+
+WHOLE: list[tuple[str, Any, Tensor, Tensor]] = [
+    ("class_weights", nn.CrossEntropyLoss(weights), scores(C), labels()),
+    ("positive_weights", nn.BCEWithLogitsLoss(pos_weight=weights), scores(C), scores(C).sigmoid()),
+    ("ignored", nn.CrossEntropyLoss(ignore_index=int(labels(T)[0, 0])), scores(C, T), labels(T)),
+    ("ignored_by_function", F.cross_entropy, scores(C), labels().index_fill(0, torch.tensor([1]), -100)),
+    ("broadcast", nn.MSELoss(), scores(C, 1), scores(C, T)),
+    ("one_distribution_over_the_batch", nn.CrossEntropyLoss(), scores(), scores().softmax(0)),
+    ("of_a_subclass", Doubled(), scores(C), scores(C) * 2),
+    ("replaced_forward", replaced(), scores(C), scores(C) * 2),
+    ("another_criterion", nn.SoftMarginLoss(), scores(C), scores(C).sign()),
+]
+
+
+@pytest.mark.parametrize(("criterion", "out", "y"), [c[1:] for c in SPLIT], ids=[c[0] for c in SPLIT])
+def test_the_short_way_for_criteria_of_torch_gives_the_same(criterion: Any, out: Tensor, y: Tensor) -> None:
+    expected = torch.stack([criterion(out[n : n + 1], y[n : n + 1]) for n in range(len(out))])
+    found = unreduced(criterion, out, y, len(out))
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("criterion", "out", "y"), [c[1:] for c in WHOLE], ids=[c[0] for c in WHOLE])
+def test_the_short_way_is_not_taken_where_it_might_differ(criterion: Any, out: Tensor, y: Tensor) -> None:
+    assert unreduced(criterion, out, y, N) is None
 
 
 def test_per_sample_losses_are_taken_as_they_are() -> None:

@@ -35,8 +35,7 @@ def influence_function(model: nn.Module, loss_fn: LossFunction, train: Iterable[
     """Captum's ``IntermediateQuantitiesInfluenceFunction`` with gradients as embeddings: grad-dot influence.
 
     ``influence(test_batch)`` is ``[n_test, n_train]``, ``self_influence()`` the squared norms ``[n_train]``.
-    ``train`` is anything
-    that can be iterated over several times and gives ``(*inputs, targets)`` batches.
+    ``train`` is anything that can be iterated over several times and gives ``(*inputs, targets)`` batches.
     """
     return _influence_class()(model, loss_fn, train, options)
 

@@ -1,10 +1,9 @@
 """dattri: the gradient function of an ``AttributionTask``.
 
 dattri asks its task for ``grad(params, batch) -> [N, D]``, gradients of the task's loss for each sample, with
-``params`` one flat
-vector.  Its loss acts on single samples of a functional model; here the model itself runs, with those parameters, in
-whatever
-mode it is in (dattri's own runs on samples alone, so that BatchNorm must be in evaluation mode).
+``params`` one flat vector.  Its loss acts on single samples of a functional model; here the model itself runs, with
+those parameters, in whatever mode it is in (dattri's own runs on samples alone, so that BatchNorm must be in
+evaluation mode).
 """
 
 from __future__ import annotations

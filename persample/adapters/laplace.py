@@ -1,10 +1,8 @@
 """laplace-torch: curvature backends whose gradients and Jacobians come from persample.
 
 ``Laplace(model, "classification", hessian_structure="full", backend=empirical_fisher_backend())``.  Its losses are
-sums over
-samples, with a factor 1/2 for regression in its own code; rows here are of the unscaled ``lossfunc`` with reduction
-"mean"
-over a batch of one, which is what its own backends compute.
+sums over samples, with a factor 1/2 for regression in its own code; rows here are of the unscaled ``lossfunc`` with
+reduction "mean" over a batch of one, which is what its own backends compute.
 """
 
 from __future__ import annotations

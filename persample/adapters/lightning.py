@@ -14,9 +14,9 @@ from ._log import GradientLog
 def callback(module: Callable[[Any], nn.Module] = lambda pl_module: pl_module, **options: Any) -> Any:
     """``Trainer(callbacks=[callback()])``: logs ``gradient_noise_scale`` and norms at every training batch.
 
-    ``module`` picks the part of the ``LightningModule`` whose *forward* sees the batch: itself where ``training_step``
-    calls
-    ``self(x)``, else for example ``lambda m: m.net``.  The loss is taken for a mean; say otherwise by ``reduction=``.
+    ``module`` picks the part of the ``LightningModule`` whose *forward* sees the batch: itself where
+    ``training_step`` calls ``self(x)``, else for example ``lambda m: m.net``.  The loss is taken for a mean; say
+    otherwise by ``reduction=``.
     """
     base = needed("pytorch_lightning", "pytorch-lightning").Callback
 

@@ -1,8 +1,7 @@
 """TorchJD: per-sample losses as objectives.
 
 A ``Weighting`` maps the Gram matrix ``K = G G^T`` to weights ``w``, and the update is ``w^T G``; an ``Aggregator``
-maps the rows
-themselves.  TorchJD's Jacobians are of unscaled losses, as are the rows here.
+maps the rows themselves.  TorchJD's Jacobians are of unscaled losses, as are the rows here.
 """
 
 from __future__ import annotations

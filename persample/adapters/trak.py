@@ -1,8 +1,7 @@
 """TRAK: a gradient computer for ``TRAKer``.
 
 TRAK's features are projected gradients of a *model output function* (for classification the margin ``log p/(1-p)``),
-and
-``Q`` its derivative of the loss.  ``TRAKer(..., gradient_computer=gradient_computer(output_fn))``.
+and ``Q`` its derivative of the loss.  ``TRAKer(..., gradient_computer=gradient_computer(output_fn))``.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ def gradient_computer(output_fn: OutputFunction = margin, **options: Any) -> typ
     """A class for TRAK's ``gradient_computer=``: per-sample gradients of ``output_fn(outputs, targets)`` by persample.
 
     Batches are ``(*inputs, targets)``.  The loss derivative ``compute_loss_grad`` is the task's own.  ``options``
-    (``engine=``,
-    ``params=``, ...) go to `persample.gradients`.
+    (``engine=``, ``params=``, ...) go to `persample.gradients`.
     """
     base = needed("trak.gradient_computers", "traker").AbstractGradientComputer
 

@@ -13,11 +13,10 @@ from ._log import GradientLog
 def callback(**options: Any) -> Any:
     """``Trainer(..., callbacks=[callback()])``: adds ``gradient_noise_scale`` and norms to what the trainer logs.
 
-    The trainer owns loss and backward; nothing of the training changes.  Its loss is a mean over tokens, so a sample's
-    row is N times
-    its share; with gradient accumulation each micro-batch counts as a batch, and its loss may carry a factor that
-    scales all norms but
-    not the noise scale.  ``options`` (``params=``, ``reduction=``, ...) go to `persample.extend`.
+    The trainer owns loss and backward; nothing of the training changes.  Its loss is a mean over tokens, so a
+    sample's row is N times its share; with gradient accumulation each micro-batch counts as a batch, and its loss may
+    carry a factor that scales all norms but not the noise scale.  ``options`` (``params=``, ``reduction=``, ...) go
+    to `persample.extend`.
     """
     base = needed("transformers", "transformers").TrainerCallback
 

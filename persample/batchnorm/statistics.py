@@ -87,8 +87,8 @@ def live(h: Tensor, members: Tensor | None) -> Tensor:
 
 
 class Copies:
-    """The statistics of the batch as constants, with a leaf ``[M, C]`` for each: row ``m`` is the copy that
-    sample ``m`` uses.
+    """The statistics of the batch as constants, with a leaf ``[M, C]`` for each: row ``m`` is the copy that sample
+    ``m`` uses.
     """
 
     def __init__(self) -> None:

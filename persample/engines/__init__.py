@@ -1,6 +1,5 @@
 """Where the factors come from.  One contract: ``engine(problem, emit)`` calls ``emit(name, factors)`` once per
-parameter
-that is asked for, complete, and returns the losses and outputs of the very same pass.
+parameter that is asked for, complete, and returns the losses and outputs of the very same pass.
 
 ======  ===================================================================================================
 hooks   the default: one forward and backward of the whole batch, factors from the recorded calls

@@ -19,7 +19,7 @@ from ..batch import Tree, call_model, detached
 from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
-from ..losses import ignored, is_per_sample, lone_losses, warn_if_not_mean
+from ..losses import ignored, is_per_sample, lone_losses, unreduced, warn_if_not_mean
 from ..problem import Emit, Pass, Problem, Weighted
 
 
@@ -71,7 +71,12 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                 batch.n, [*((x, axis) for x, axis in leaves if isinstance(x, Tensor)), *batch.targets.tensors()]
             )
             outputs = call_model(problem.model, inputs)
-            whole = problem.loss_fn(outputs, batch.targets.whole())
+            targets = batch.targets.whole()
+            whole = None
+            if batch.targets.axes == [0] and isinstance(batch.output_dim, int) and batch.output_dim == 0:
+                whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
+            if whole is None:
+                whole = problem.loss_fn(outputs, targets)
     finally:
         capture.stop()
     if is_per_sample(whole, batch.n):

@@ -2,8 +2,8 @@
 
 It returns `Dense` rows, and the losses and outputs of the same pass.  Random draws are each sample's own
 (``randomness="different"``) and belong to those losses.  It needs a model that ``torch.func`` can follow: no
-``.item()``, no
-in-place change of buffers (BatchNorm in training mode is refused, never replaced by a norm over single samples).
+``.item()``, no in-place change of buffers (BatchNorm in training mode is refused, never replaced by a norm over
+single samples).
 """
 
 from __future__ import annotations

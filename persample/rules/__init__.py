@@ -2,8 +2,7 @@
 
 A **rule** belongs to a function and has that function's own signature after ``(call, g)``, with ``g`` the gradient of
 the output.  For each argument that may be shared it yields ``(argument, lambda: factors)``; the lambda runs only if
-that
-argument's gradient is asked for.  ``call.samples(x)`` and ``call.tokens(x)`` bring an argument or ``g`` into the
+that argument's gradient is asked for.  ``call.samples(x)`` and ``call.tokens(x)`` bring an argument or ``g`` into the
 sample-first shapes ``[N, k, *rest]`` and ``[N, T, D]``, whatever the layout was.
 
 A rule is an optimisation, never a requirement: what no rule serves goes through `persample.rules.fallback`.
@@ -15,6 +14,7 @@ A **pull-back** is the same for tensors derived from parameters only (``weight.t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,6 +84,7 @@ def coupling(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
     return predicate(*args, **kwargs) if predicate is not None else ""
 
 
+@lru_cache(maxsize=4096)
 def mutates(func: Function) -> bool:
     """Whether the function changes its first argument: ``add_``, ``__iadd__``, ``__setitem__``."""
     name = getattr(func, "__name__", "")
@@ -116,8 +117,7 @@ OPEN: dict[Function, Function] = {}
 NESTED: set[Function] = {torch.lstm_cell}
 
 # What runs a function as one node of the graph, whose gradients come from the rule: ``(call, *arguments)`` to the
-# outputs,
-# or ``NotImplemented``.
+# outputs, or ``NotImplemented``.
 REPLAYED: dict[Function, Function] = {}
 
 # Whose rule needs ``call.results``, the outputs.

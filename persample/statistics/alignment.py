@@ -41,8 +41,8 @@ def confusion(G: Quantities, by: By = None) -> Any:
 def stiffness(G: Quantities, by: By = None) -> Any:
     """Mean sign and mean cosine of ``g_i . g_j`` over ``i != j``, a `Stiffness`; zero rows count with 0.
 
-    Fort et al. 2019, "Stiffness: a new perspective on generalization in neural networks", secs. 2.1-2.2.
-    Needs ``quantities=["gram"]``.
+    Fort et al. 2019, "Stiffness: a new perspective on generalization in neural networks", secs. 2.1-2.2.  Needs
+    ``quantities=["gram"]``.
     """
     several(G, "stiffness")
 

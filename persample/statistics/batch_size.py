@@ -18,9 +18,9 @@ from .parts import By, HasMoments, along_mean, centred_total, mean_loss, mean_sq
 def norm_test(G: HasMoments, by: By = None) -> Any:
     """``theta = sqrt(S / (B |gbar|^2))``, a scalar, with ``S`` the trace of the unbiased covariance.
 
-    Byrd et al. 2012, "Sample size selection in optimization methods for machine learning", eq. 3.9: the relative error
-    of the mean gradient.  A threshold ``theta0`` asks for ``B (theta / theta0)^2`` samples.
-    Needs ``quantities=["norm", "mean"]``.
+    Byrd et al. 2012, "Sample size selection in optimization methods for machine learning", eq. 3.9: the relative
+    error of the mean gradient.  A threshold ``theta0`` asks for ``B (theta / theta0)^2`` samples.  Needs
+    ``quantities=["norm", "mean"]``.
     """
     n = several(G, "the norm test")
     means = mean_square(G)

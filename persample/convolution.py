@@ -40,6 +40,10 @@ class Geometry:
     dilation: tuple[int, ...]
     deep: bool = False  # whether the first dim is not the weight's: uses and samples that were folded in
 
+    @property
+    def offsets(self) -> int:
+        return prod(self.kernel)
+
     def reach(self, positions: tuple[int, ...]) -> tuple[int, ...]:
         """How many entries of the padded input the given output positions read, per dim."""
         sides = zip(positions, self.kernel, self.stride, self.dilation, strict=True)
@@ -199,21 +203,54 @@ def pixel_products(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, 
     with ExitStack() as stack:
         a = torch.bmm(x.mT, x, out=stack.enter_context(borrow(x, n * k, prod(sides), prod(sides))))
         a = a.view(n * k, *sides, *sides)
-        for d, (count, length) in enumerate(zip(geo.kernel, positions, strict=True)):
-            a = _diagonal_sums(a, d, count, length, geo, stack)
+        for d, length in enumerate(positions):
+            a = _diagonal_sums(a, (1 + d, 1 + d + len(sides)), d, length, geo, stack)
         a = a.reshape(n * k, prod(positions) ** 2)
         b = stack.enter_context(borrow(g, n * k, prod(positions), prod(positions)))
         b = torch.bmm(g.mT, g, out=b).view(a.shape)
         return multiplied(a, b, n)
 
 
-def _diagonal_sums(a: Tensor, d: int, count: int, length: int, geo: Geometry, stack: ExitStack) -> Tensor:
-    """``sum_j a[.., p s + j e, .., q s + j e, ..]`` for the ``d``-th spatial dim: ``p, q`` become positions."""
-    dims, step, gap = len(geo.kernel), geo.stride[d], geo.dilation[d]
+def pixel_gram(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], geo: Geometry) -> Tensor:
+    """Inner products of all rows of two batches ``(input, grad)``, ``[N, M]``, in the way of `pixel_products`."""
+    n, m, positions = len(a[0]), len(b[0]), tuple(a[1].shape[2:])
+    x, sides = _pixels(*a, geo)
+    y = x if b[0] is a[0] else _pixels(*b, geo)[0]
+    g, h = (_tokens(grad, geo.groups) for grad in (a[1], b[1]))
+    found, p = x.new_empty(n, m), prod(positions)
+    step = cost.chunk(geo.groups * m * prod(sides) ** 2, cost.costs().wide)
+    for i in range(0, n, step):
+        s = min(step, n - i)
+        with ExitStack() as stack:
+            left, right = (t[:, i * size : (i + s) * size] for t, size in ((x, prod(sides)), (g, p)))
+            products = torch.bmm(left, y.mT, out=stack.enter_context(borrow(x, len(x), left.shape[1], y.shape[1])))
+            products = products.view(len(x), s, *sides, m, *sides)
+            for d, length in enumerate(positions):
+                products = _diagonal_sums(products, (2 + d, 3 + d + len(sides)), d, length, geo, stack)
+            own = torch.bmm(right, h.mT, out=stack.enter_context(borrow(g, len(g), s * p, m * p)))
+            found[i : i + s] = own.view(-1, s, p, m, p).mul_(products.reshape(-1, s, p, m, p)).sum((0, 2, 4))
+    return found
+
+
+def _pixels(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, tuple[int, ...]]:
+    """What is read of the padded input, ``[K, N pixels, I]``, and how many pixels that is per dim."""
+    pads = _explicit_pads(tuple(input.shape[2:]), tuple(grad.shape[2:]), geo)
+    pixels = F.pad(input, pads) if any(pads) else input
+    return _tokens(pixels, geo.groups), tuple(pixels.shape[2:])
+
+
+def _tokens(x: Tensor, groups: int) -> Tensor:
+    """``[N, K C, *S]`` to the tokens of all samples ``[K, N S, C]``."""
+    return _split(x.flatten(2), groups).transpose(0, 1).flatten(1, 2)
+
+
+def _diagonal_sums(a: Tensor, axes: tuple[int, int], d: int, length: int, geo: Geometry, stack: ExitStack) -> Tensor:
+    """``sum_j a[.., p s + j e, .., q s + j e, ..]``: the ``axes`` of the ``d``-th spatial dim become positions."""
+    count, step, gap = geo.kernel[d], geo.stride[d], geo.dilation[d]
     terms = []
     for j in range(count):
-        cut = [slice(None)] * (2 * dims + 1)
-        cut[1 + d] = cut[1 + d + dims] = slice(j * gap, j * gap + (length - 1) * step + 1, step)
+        cut = [slice(None)] * a.ndim
+        cut[axes[0]] = cut[axes[1]] = slice(j * gap, j * gap + (length - 1) * step + 1, step)
         terms.append(a[tuple(cut)])
     if count == 1:
         return terms[0]

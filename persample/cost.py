@@ -30,6 +30,7 @@ class Costs:
     token_norm: float = 0.9  # norms from products of tokens, against streaming rows
     token_gram: float = 0.8  # the same for all pairs of samples
     pixel_norm: float = 1.1  # norms of convolutions from products of pixels
+    pixel_gram: float = 1.0  # the same for all pairs of samples
     pixel_pass: float = 80  # multiplications that one pass over products of pixels is worth
     native_channels: int = 32  # up to so many input channels, a grouped convolution beats one product per offset,
     native_positions: int = 256  # and from so many output positions on
@@ -39,6 +40,7 @@ class Costs:
     outer_gram: Literal["tokens", "stream"] | None = None
     outer_moments: Literal["products", "stream"] | None = None
     conv_norm: Literal["pixels", "stream"] | None = None
+    conv_gram: Literal["pixels", "stream"] | None = None
     conv_rows: Literal["offsets", "native", "tokens"] | None = None
 
 
@@ -89,6 +91,15 @@ def conv_norm(channels: int, outputs: int, pixels: int, positions: int, offsets:
     return c.conv_norm or (
         "pixels" if fits and gram < c.pixel_norm * positions * outputs * channels * offsets else "stream"
     )
+
+
+def conv_gram(n: int, m: int, channels: int, outputs: int, pixels: int, positions: int, offsets: int) -> str:
+    """Per group, for all pairs of samples: products of pixels and positions, against streaming and multiplying rows."""
+    c = costs()
+    gram = n * m * (pixels**2 * channels + positions**2 * outputs + c.pixel_pass * pixels**2)
+    rows = (n * m + (n + m) * positions) * outputs * channels * offsets
+    fits = m * pixels**2 <= 4 * c.wide
+    return c.conv_gram or ("pixels" if fits and gram < c.pixel_gram * rows else "stream")
 
 
 def conv_rows(like: Tensor, channels: int, positions: int, kernel: tuple[int, ...]) -> str:

@@ -170,18 +170,24 @@ def _streamed_norms(g: Conv) -> Tensor:
 
 
 def _prefers_pixels(g: Conv) -> bool:
-    geo, positions = g.geometry, tuple(g.grad.shape[2:])
-    if not (g.grad.numel() and g.input.numel()):
-        return False
-    sizes = g.shape[1], g.shape[0] // geo.groups, geo.pixels(positions), g.grad.shape[2:].numel(), g.shape[2:].numel()
-    return cost.conv_norm(*sizes) == "pixels"
+    return bool(g.grad.numel() and g.input.numel()) and cost.conv_norm(*_sizes(g)) == "pixels"
+
+
+def _sizes(g: Conv) -> tuple[int, int, int, int, int]:
+    """Of one group: input and output channels, pixels read, output positions, kernel offsets."""
+    pixels, positions = g.geometry.pixels(tuple(g.grad.shape[2:])), g.grad.shape[2:].numel()
+    return g.shape[1], g.shape[0] // g.geometry.groups, pixels, positions, g.geometry.offsets
 
 
 def _pixel_norms(g: Conv) -> Tensor:
+    return _checked(g, *_pixel_products(g))
+
+
+def _pixel_products(g: Conv) -> tuple[Tensor, ...]:
     step = cost.chunk(g.geometry.groups * g.geometry.pixels(tuple(g.grad.shape[2:])) ** 2)
     parts = zip(g.input.split(step), g.grad.split(step), strict=True)
     found = [convolution.pixel_products(input, grad, g.geometry) for input, grad in parts]
-    return _checked(g, *(torch.cat(f) for f in zip(*found, strict=True)))
+    return tuple(torch.cat(f) for f in zip(*found, strict=True))
 
 
 def _checked(g: Factors, value: Tensor, size: Tensor) -> Tensor:
@@ -218,6 +224,8 @@ def gram(a: Factors, b: Factors) -> Tensor:
 
 
 def _tile(a: Factors, b: Factors) -> Tensor:
+    if isinstance(a, Conv) and isinstance(b, Conv) and _prefers_pixel_pairs(a, b):
+        return convolution.pixel_gram((a.input, a.grad), (b.input, b.grad), a.geometry)
     found: Tensor | None = None
     for pair in paired(a, b):
         products = _gram(*pair)
@@ -252,11 +260,20 @@ def _prefers_tokens(a: Outer, b: Outer) -> bool:
         return False
     if t == s == 1:
         return True
-    for g in (a,) if b is a else (a, b):  # what cancels inside of a row would show in all its products
-        value, size = tokens.norms(g)
-        if (value < cost.cancelled(value.dtype) * size).any():
-            return False
-    return True
+    return _intact(*(tokens.norms(g) for g in ((a,) if b is a else (a, b))))
+
+
+def _prefers_pixel_pairs(a: Conv, b: Conv) -> bool:
+    if a.geometry != b.geometry or a.grad.shape[2:] != b.grad.shape[2:] or not (a.input.numel() and a.grad.numel()):
+        return False
+    if cost.conv_gram(len(a), len(b), *_sizes(a)) == "stream":
+        return False
+    return _intact(*(_pixel_products(g) for g in ((a,) if b is a else (a, b))))
+
+
+def _intact(*norms: tuple[Tensor, ...]) -> bool:
+    """Whether no row's own terms nearly cancel: that would show in all its products."""
+    return not any(bool((value < cost.cancelled(value.dtype) * size).any()) for value, size in norms)
 
 
 def _zeros(g: Factors, *shape: int) -> Tensor:

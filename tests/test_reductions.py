@@ -24,9 +24,9 @@ SMALL = {"block": 40, "wide": 60, "samples": 2, "long": 4}
 VARIANTS = {
     "default": {},
     "stream": {"outer_norm": "stream", "outer_gram": "stream", "outer_moments": "stream", "conv_norm": "stream",
-               "conv_rows": "offsets"},
+               "conv_gram": "stream", "conv_rows": "offsets"},
     "products": {"outer_norm": "tokens", "outer_gram": "tokens", "outer_moments": "products", "conv_norm": "pixels",
-                 "conv_rows": "native", "few": 0},
+                 "conv_gram": "pixels", "conv_rows": "native", "few": 0},
     "tokens": {"outer_norm": "tokens", "outer_gram": "tokens", "conv_norm": "stream", "conv_rows": "tokens"},
 }  # fmt: skip
 VARIANTS |= {f"{name}_small": SMALL | changes for name, changes in VARIANTS.items()}
@@ -184,6 +184,10 @@ def test_pixels_that_nearly_cancel(difference: float, rtol: float, variant: str)
     with cost.using(**VARIANTS[variant]):
         assert_close(reductions.row_dot(g, g).double(), flat(rows).square().sum(1), rtol=rtol, atol=0)
         assert_close(reductions.row_dot(g3, g3).double(), flat(rows3).square().sum(1), rtol=rtol, atol=0)
+        products = reductions.gram(g3, g3)
+    expected = flat(rows3) @ flat(rows3).mT
+    scale = expected.diagonal().sqrt()
+    assert float(((products - expected) / scale / scale[:, None]).abs().max()) < rtol
 
 
 @pytest.mark.parametrize("variant", ["default", "products", "stream", "stream_small"])
@@ -381,6 +385,8 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert cost.outer_gram(64, 64, 64, 64, 512, 128) == "stream"
     assert cost.conv_norm(128, 128, 100, 64, 9) == "pixels"
     assert cost.conv_norm(32, 32, 34 * 34, 32 * 32, 9) == "stream"
+    assert cost.conv_gram(32, 32, 256, 256, 36, 16, 9) == "pixels"
+    assert cost.conv_gram(32, 32, 128, 128, 100, 64, 9) == "stream"
     like = torch.empty(0)
     assert cost.conv_rows(like, 3, 1024, (3, 3)) == "native"
     assert cost.conv_rows(like, 128, 64, (3, 3)) == "offsets"

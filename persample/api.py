@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import microbatch
-from .engines import ENGINES, check_engine, hooks
+from .engines import ENGINES, check_engine, compiled, hooks
 from .engines import vmap as vmap_engine
 from .errors import ArgumentError, RandomnessError
 from .factors import Factors, compact
@@ -48,8 +48,8 @@ def gradients(
         loss_fn: ``loss_fn(outputs, targets) ->`` ``[N]`` or a scalar.
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; nested as you like.
         targets: as ``inputs``, or ``None``; passed to ``loss_fn``.
-        engine: ``"hooks"`` (one forward and backward pass, any model), ``"vmap"`` (``torch.func``), ``"loop"`` (one
-            sample at a time: the definition).
+        engine: ``"hooks"`` (one forward and backward pass, any model), ``"vmap"`` (``torch.func``), ``"compiled"``
+            (the same by ``torch.compile``), ``"loop"`` (one sample at a time: the definition).
         params: which parameters: a regular expression for ``re.match``, names, or a predicate ``(name, parameter)``;
             all that require grad by default.
         batch_dim: where the samples are: an int for all tensors, or ``(inputs, targets[, outputs])`` with an int,
@@ -143,8 +143,8 @@ def _verified(
     def run(emit: Emit, couplers: tuple[int, ...]) -> Pass:
         if engine == "hooks":
             return hooks(problem, emit, again=again, couplers=couplers)
-        if engine == "vmap":
-            return vmap_engine(problem, emit, max_bytes=max_bytes)
+        if engine in ("vmap", "compiled"):
+            return (vmap_engine if engine == "vmap" else compiled)(problem, emit, max_bytes=max_bytes)
         return ENGINES[engine](problem, emit)
 
     known = verified(problem, engine)

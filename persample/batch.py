@@ -230,7 +230,10 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     leaves, spec = tree_flatten(tree)
     if len(leaves) == 1 and leaves[0] is tree and is_dataclass(tree) and not isinstance(tree, type):
         leaves, spec = tree_flatten({f.name: getattr(tree, f.name) for f in fields(tree)})
-        return leaves, _Fields(tree, spec)
+        like = copy(tree)
+        for f in fields(tree):  # the structure holds no tensors
+            object.__setattr__(like, f.name, None)
+        return leaves, _Fields(like, spec)
     return leaves, spec
 
 
@@ -250,7 +253,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     Recorders that the user has attached (`persample.extend`) don't notice.
     """
     with suspended(model):
-        return _call(model, inputs)
+        return apply(model, inputs)
 
 
 @contextmanager
@@ -264,7 +267,8 @@ def suspended(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def apply(model: nn.Module, inputs: Any) -> Any:
+    """`call_model`, with recorders listening."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):

@@ -333,7 +333,7 @@ def explain(
     )
     n = problem.batch.n
     if engine != "hooks":
-        why = "torch.func, all samples at once" if engine == "vmap" else "one sample at a time: the definition"
+        why = "one sample at a time: the definition" if engine == "loop" else "torch.func, all samples at once"
         rows = [
             _explained(name, p, n, f"engine='{engine}'", "Dense", None, why) for name, p in problem.parameters.items()
         ]

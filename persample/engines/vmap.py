@@ -8,18 +8,21 @@ single samples).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad_and_value
 from torch.func import vmap as vectorise
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_map
 
-from ..batch import Batch, call_model, detached, flatten, unflatten
+from ..batch import Batch, apply, flatten, suspended, unflatten
 from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
-from ..losses import ignored, is_per_sample
+from ..losses import LossFunction, ignored, is_per_sample
 from ..problem import Emit, Pass, Problem
 from ..watch import Watch
 from .loop import one_sample
@@ -29,38 +32,55 @@ ROW_BYTES = 1 << 28  # of individual gradients computed at a time, unless the ca
 
 def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
     """One vectorised pass; ``max_bytes`` bounds the rows that are computed at a time."""
+    return vectorised(problem, emit, max_bytes, eager)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What one vectorised call is given; tensors of samples have their sample axis in ``dims``."""
+
+    batch: Batch  # for its structure, and for what all samples share
+    values: dict[str, Tensor]  # what is differentiated
+    fixed: dict[str, Tensor]  # the other parameters, and the buffers
+    samples: list[list[Tensor]]
+    dims: list[list[int]]
+
+
+Found = tuple[dict[str, Tensor], tuple[Tensor, list[Tensor]]]  # rows, (losses, outputs)
+Run = Callable[[Problem, Pieces, list[Any]], Found]
+
+
+def vectorised(problem: Problem, emit: Emit, max_bytes: int | None, run: Run) -> Pass:
+    """The batch by ``run``, as many samples at a time as there is memory for their rows."""
     batch, model = problem.batch, problem.model
     values = {name: p.detach() for name, p in problem.parameters.items()}
     fixed = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name not in values}
     row = sum(p.numel() * p.element_size() for p in values.values())
-    chunk = max(1, (max_bytes or ROW_BYTES) // max(1, row))
+    chunks = -(-batch.n // max(1, (max_bytes or ROW_BYTES) // max(1, row)))
+    size = -(-batch.n // chunks)  # all but the last are of one size
+    trees = batch.inputs, batch.targets
+    dims = [[axis for axis in tree.axes if axis is not None] for tree in trees]
+    found: list[Found] = []
     spec: list[Any] = []
+    for start in range(0, batch.n, size):
+        part = min(size, batch.n - start)
+        samples = [[x.detach().narrow(a, start, part) for x, a in tree.tensors() if a is not None] for tree in trees]
+        spec = []
+        with suspended(model):
+            found.append(run(problem, Pieces(batch, values, fixed, samples, dims), spec))
+    rows, (losses, outputs) = tree_map(lambda *parts: _cat([x.detach() for x in parts]), *found)
+    whole = _joined(spec, outputs)
+    bad = ignored(losses, batch.outputs(whole), batch.targets)
+    for name, value in rows.items():
+        emit(name, Dense(value if bad is None else value.masked_fill(bad.view(-1, *[1] * (value.ndim - 1)), 0)))
+    return Pass(losses if bad is None else losses.masked_fill(bad, 0), whole, _unused(problem, rows))
 
-    def one(values: dict[str, Tensor], pieces: list[list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        inputs, targets = (
-            _alone(tree, given) for tree, given in zip((batch.inputs, batch.targets), pieces, strict=True)
-        )
-        with _reparametrize_module(
-            model, {**fixed, **values}, tie_weights=True, stack_weights=True
-        ):  # around loss_fn too (penalties)
-            watch.share([*values.values(), *fixed.values()])
-            outputs = call_model(model, inputs)
-            loss = problem.loss_fn(outputs, targets)
-        if not is_per_sample(loss, 1) and loss.ndim:
-            raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")
-        leaves, structure = flatten(outputs)
-        spec[:] = [structure, Batch(1, batch.inputs, batch.targets, batch.output_dim).outputs(outputs).axes, leaves]
-        return loss.reshape(()), [x for x in leaves if isinstance(x, Tensor)]
 
-    trees = [
-        [(x, a) for x, a in zip(t.leaves, t.axes, strict=True) if a is not None] for t in (batch.inputs, batch.targets)
-    ]
-    samples, dims = [[x.detach() for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
-    run = vectorise(grad_and_value(one, has_aux=True), in_dims=(None, dims), randomness="different", chunk_size=chunk)
-    watch = Watch({id(p): name for name, p in problem.parameters.items()})
+def eager(problem: Problem, pieces: Pieces, spec: list[Any]) -> Found:
+    """As `rows_of`, watched."""
     try:
-        with watch:
-            rows, (losses, outputs) = run(values, samples)
+        with watching(problem) as watch:
+            return rows_of(problem.model, problem.loss_fn, pieces, spec, watch)
     except (PersampleError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
@@ -68,12 +88,49 @@ def vmap(problem: Problem, emit: Emit, *, max_bytes: int | None = None) -> Pass:
         raise CaptureError(
             f"torch.func can't follow this model: {error}\nUse engine='hooks' or engine='loop'."
         ) from error
-    losses, rows = losses.detach(), detached(rows)  # the criterion may have parameters of its own
-    outputs = detached(_joined(spec, outputs))
-    bad = ignored(losses, batch.outputs(outputs), batch.targets)
-    for name, value in rows.items():
-        emit(name, Dense(value if bad is None else value.masked_fill(bad.view(-1, *[1] * (value.ndim - 1)), 0)))
-    return Pass(losses if bad is None else losses.masked_fill(bad, 0), outputs, _unused(problem, rows))
+
+
+def watching(problem: Problem) -> Watch:
+    """Raises where samples alone are another function, or a parameter is used that is not the model's attribute."""
+    return Watch({id(p): name for name, p in problem.parameters.items()})
+
+
+def rows_of(
+    model: nn.Module, loss_fn: LossFunction, pieces: Pieces, spec: list[Any], watch: Watch | None = None
+) -> Found:
+    """Rows, losses and outputs of some samples; ``spec`` is told the structure of the outputs."""
+
+    def one(values: dict[str, Tensor], samples: list[list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        return alone(model, loss_fn, replace(pieces, values=values, samples=samples), spec, watch)
+
+    run = vectorise(grad_and_value(one, has_aux=True), in_dims=(None, pieces.dims), randomness="different")
+    return run(pieces.values, pieces.samples)
+
+
+def alone(
+    model: nn.Module, loss_fn: LossFunction, pieces: Pieces, spec: list[Any], watch: Watch | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the outputs of one sample, whose tensors come without their sample axis."""
+    batch = pieces.batch
+    inputs, targets = (_batch_of_one(*both) for both in zip((batch.inputs, batch.targets), pieces.samples, strict=True))
+    swapped = {**pieces.fixed, **pieces.values}
+    with _reparametrize_module(model, swapped, tie_weights=True, stack_weights=True):  # around loss_fn too (penalties)
+        if watch is not None:
+            watch.share(swapped.values())
+        outputs = apply(model, inputs)
+        loss = loss_fn(outputs, targets)
+    if not is_per_sample(loss, 1) and loss.ndim:
+        raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")
+    leaves, structure = flatten(outputs)
+    axes = replace(batch, n=1).outputs(outputs).axes
+    spec[:] = [structure, axes, [None if isinstance(x, Tensor) else (x,) for x in leaves]]
+    return loss.reshape(()), [x for x in leaves if isinstance(x, Tensor)]
+
+
+def first(pieces: Pieces) -> Pieces:
+    """The first sample alone."""
+    both = zip(pieces.samples, pieces.dims, strict=True)
+    return replace(pieces, samples=[[x.select(a, 0) for x, a in zip(*part, strict=True)] for part in both])
 
 
 def _unused(problem: Problem, rows: dict[str, Tensor]) -> tuple[str, ...]:
@@ -85,7 +142,7 @@ def _unused(problem: Problem, rows: dict[str, Tensor]) -> tuple[str, ...]:
     return tuple(name for name, g in zip(zero, grads, strict=True) if g is None)
 
 
-def _alone(tree: Any, given: list[Tensor]) -> Any:
+def _batch_of_one(tree: Any, given: list[Tensor]) -> Any:
     """One sample as a batch of one."""
     it = iter(given)
     return unflatten(
@@ -93,18 +150,22 @@ def _alone(tree: Any, given: list[Tensor]) -> Any:
     )
 
 
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _joined(spec: list[Any], outputs: list[Tensor]) -> Any:
     """The outputs of all samples, as the model would return them for the batch."""
-    structure, axes, leaves = spec
-    it = iter(outputs)
+    structure, axes, others = spec
+    each = iter(outputs)
     joined = []
-    for leaf, axis in zip(leaves, axes, strict=True):
-        if not isinstance(leaf, Tensor):
-            joined.append(leaf)
+    for other, axis in zip(others, axes, strict=True):
+        if other is not None:
+            joined.append(other[0])
+            continue
+        x = next(each)
+        if axis is not None:
+            joined.append(x.squeeze(axis + 1).movedim(0, axis))
         else:
-            x = next(it)
-            if axis is not None:
-                joined.append(x.squeeze(axis + 1).movedim(0, axis))
-            else:
-                joined.append(x[0] if x.ndim == 1 or bool((x == x[:1]).all()) else x.flatten(0, 1))
+            joined.append(x[0] if x.ndim == 1 or bool((x == x[:1]).all()) else x.flatten(0, 1))
     return unflatten(joined, structure)

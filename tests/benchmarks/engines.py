@@ -66,6 +66,7 @@ OURS: dict[str, Engine] = {
     "persample": streamed,
     "persample, rows kept": kept,
     "persample, vmap": by("vmap"),
+    "persample, compiled": by("compiled"),
     "persample, loop": by("loop"),
 }
 

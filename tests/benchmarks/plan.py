@@ -10,6 +10,7 @@ from .case import Case
 # Rows from these cost the same whatever is computed of them: some quantities tell it all.
 FEW = {
     "persample, vmap": {"Q1", "Q2", "Q5"},
+    "persample, compiled": {"Q1", "Q2"},
     "persample, loop": {"Q1", "Q2"},
     "torch.func, compiled": {"Q2"},
     "TRAK": {"project"},

@@ -183,6 +183,11 @@ def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis]
                 f"{what}: a nested tensor has samples of several shapes, which the recorded calls can't be told apart "
                 "by. Pad them to one (torch.nested.to_padded_tensor) and mask what was added."
             )
+        if isinstance(x, Tensor) and x.is_inference():
+            raise SampleAxisError(
+                f"{what}: a tensor of shape {tuple(x.shape)} was made inside torch.inference_mode(), where autograd "
+                "can't keep it. clone() it outside."
+            )
         if not isinstance(x, Tensor) or claimed is None or (x.ndim == 0 and default):
             axes.append(None)
         elif not -x.ndim <= claimed < x.ndim:

@@ -26,8 +26,9 @@ from .reductions import weighted_sum
 from .report import bytes_text, html_table, text_table
 from .rules import RULES
 from .rules.derived import Diagonal, plain
+from .state import Buffers, restored
 from .statistics_run import Statistics
-from .verify import LossDiffers, NoDropout, Probe, find_coupling, restored, slack, tolerance
+from .verify import LossDiffers, NoDropout, Probe, find_coupling, slack, tolerance
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _failed(
 
 
 def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...]) -> CheckReport:
-    probes = [Probe(problem, n) for n in chosen]
+    probes, buffers = [Probe(problem, n) for n in chosen], Buffers(problem.model)
     sums: dict[str, Tensor] = {}
 
     def emit(name: str, g: Factors) -> None:
@@ -187,6 +188,7 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
             errors[v.name].append(v.error)
             if not v.ok:
                 bad.add(v.name)
+    buffers.restore()
     ordinary = _summed(problem)
     total = torch.stack([g.double().norm() for g in ordinary.values()]).norm()
     rows = []

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,8 +38,8 @@ from .errors import BatchCoupledError
 from .factors import Dense, Factors, compact, dense
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
+from .state import Buffers, RandomState, random_state, restored, set_random_state
 from .statistics_run import Request, Statistics, listed
-from .verify import random_state, restored, set_random_state
 
 FIRST = 2  # samples whose bytes are measured
 
@@ -53,13 +53,12 @@ class Slice:
     at: slice
     problem: Problem
     buffers: Buffers
-    random: list[Tensor]  # the state before its first run
+    random: RandomState  # the state before its first run
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """The same buffers and draws once more; afterwards, nothing has happened."""
-        with restored(self.problem.model):
-            self.buffers.restore()
+        with restored(self.problem.model, self.buffers):
             set_random_state(self.random)
             yield
 
@@ -187,7 +186,7 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
     buffers = Buffers(problem.model)
     while start < n:
         at = slice(start, min(n, start + size))
-        part = Slice(at, replace(problem, batch=narrowed(problem.batch, at)), buffers, random_state())
+        part = Slice(at, replace(problem, batch=narrowed(problem.batch, at)), buffers, random_state(problem.model))
         buffers.restore()
         with nullcontext() if start else meter:
             result = once(part.problem, meter)
@@ -236,7 +235,7 @@ def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a[k].shape[1:] == x.shape[1:] if isinstance(x, Tensor) else a[k] == x for k, x in b.items())
 
 
-# ---- memory and state -------------------------------------------------------------------------------------------
+# ---- memory -------------------------------------------------------------------------------------------
 
 
 class Meter(TorchDispatchMode):
@@ -281,16 +280,3 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         del self.known[key]
         self.now -= size
-
-
-class Buffers:
-    """A model's buffers as they are now, for every slice to begin with."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.values = [(b, b.detach().clone()) for b in model.buffers()]
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for b, value in self.values:
-                if not torch.equal(b, value):
-                    b.copy_(value)

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from .batch import Batch, detached, flatten, suspended
 from .calls import Call, Reached, reached
 from .capture import Capture
 from .collect import Collect, check_complete, check_uncoupled
+from .engines.hooks import eager
 from .errors import ArgumentError, CaptureError, LossError, SampleAxisError
 from .factors import Factors, compact
 from .gradients import Gradients
@@ -93,6 +97,11 @@ class Recorder:
                 "or a function). To give the [N] losses yourself, use neither, and call gradients(losses)."
             )
         check_model(model)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"a scripted or traced module ({type(model).__name__}) runs where its calls can't be seen. Extend the "
+                "original module, or use persample.gradients(..., engine='loop')."
+            )
         if not callable(reduction) and reduction not in (None, "sum", "mean"):
             _number(reduction)
         if on_backward is not None and not callable(on_backward):
@@ -105,12 +114,16 @@ class Recorder:
         self.names = select(found, aliases, params)
         self._params = params
         self._capture: Capture | None = None
+        self._modes = contextlib.ExitStack()  # that stay on for a forward, or a whole with-block
         self._entered = False  # the mode is on for a whole with-block
         self._depth = 0
-        self._asleep = False
+        self._thread = 0  # that runs the forward, or the with-block
+        self._lock = threading.Lock()
+        self._sleeps = threading.local()
         self._outputs: Any = None
         self._calls: list[weakref.ref[Call]] = []
         self._collect: Collect | None = None
+        self._displaced: set[int] = set()  # backwards in the middle of which another began
         self._task = -1  # the backward that it collects
         self._ends = -1  # the backward whose end is awaited
         self._arrived: list[Call] = []
@@ -126,7 +139,18 @@ class Recorder:
 
     # ---- around forwards ----------------------------------------------------------------------------------------
 
+    @property
+    def _asleep(self) -> bool:
+        """Whether this thread makes passes that are not the user's."""
+        return getattr(self._sleeps, "now", False)
+
+    @_asleep.setter
+    def _asleep(self, value: bool) -> None:
+        self._sleeps.now = value
+
     def __enter__(self) -> Recorder:
+        self._take(0)
+        self._modes.enter_context(eager())
         self._capture = self._new_capture()
         self._capture.__enter__()  # type: ignore[no-untyped-call]
         self._entered = True
@@ -138,6 +162,7 @@ class Recorder:
         if capture is not None:
             capture.stop()
             capture.__exit__(*exc)  # type: ignore[no-untyped-call]
+        self._modes.close()
 
     def remove(self) -> None:
         """Take the hooks off the model, and forget what was recorded."""
@@ -152,6 +177,7 @@ class Recorder:
             self._capture = None
             if (modes := torch.overrides._get_current_function_mode_stack()) and modes[-1] is capture:
                 capture.__exit__(None, None, None)
+            self._modes.close()
 
     def _new_capture(self) -> Capture:
         found, aliases = named_parameters(self.model)  # requires_grad may have changed
@@ -160,19 +186,39 @@ class Recorder:
         wanted = {id(p) for p in self._parameters.values()}
         return Capture(self.model, wanted, self._listen if self.on_backward else None, owner=self, begun=self._begun)
 
+    def _take(self, depth: int) -> None:
+        """This thread records; one at a time."""
+        me = threading.get_ident()
+        with self._lock:
+            if (self._depth or self._entered) and self._thread != me:
+                raise CaptureError(
+                    "another thread is running the extended model at this moment, and the calls of the two can't be "
+                    "told apart. Let the threads take turns, or give each a copy of the model."
+                )
+            self._thread = me
+            self._depth += depth
+
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth += 1
+        self._take(1)
         if self._depth > 1 or not torch.is_grad_enabled():
             return
+        if not self._entered and getattr(self.model, "_compiled_call_impl", None) is not None:
+            raise CaptureError(
+                "the extended model was compiled in place (model.compile()), and its calls can't be seen there. Use "
+                "torch.compile(model) instead, or a with-block, which runs it as it was written."
+            )
         dims = (0, self.batch_dim) if isinstance(self.batch_dim, dict) else self.batch_dim
         batch = Batch.of([list(args), kwargs], None, [dims[0], dims[1]] if isinstance(dims, tuple) else dims)
         if not self._entered:
+            self._modes.enter_context(eager())
             self._capture = self._new_capture()
             self._capture.__enter__()  # type: ignore[no-untyped-call]
         assert self._capture is not None
         self._capture.start(batch.n, batch.inputs.tensors())
 
     def _after(self, output: Any) -> None:
+        if self._thread != threading.get_ident():  # it was refused
+            return
         self._depth -= 1
         capture = self._capture
         if self._depth or capture is None or not capture.active:
@@ -182,6 +228,7 @@ class Recorder:
             return  # the loss may use parameters too: go on listening
         capture.stop()
         capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._modes.close()
         self._capture = None
         if self.on_backward is not None and output is not None:
             found = reached((t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor)), self)
@@ -269,7 +316,7 @@ class Recorder:
         """A backward has come to a recorded call: be there when it ends."""
         if task != self._ends and not self._asleep and self.on_backward is not None:
             self._ends = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
 
     def _listen(self, call: Call, grads: Any) -> None:
         """The first arrival of a backward begins a collection; the end of that backward completes it."""
@@ -277,7 +324,26 @@ class Recorder:
             return
         task = torch._C._current_graph_task_id()
         task = self._ends if task == -1 else task  # at the end of that backward
-        if self._collect is None or task not in (self._task, -1):  # an earlier backward may have raised half way
+        with self._lock:
+            collect = self._collecting(call, task)
+            self._arrived.append(call)
+        if call.shared and call.layout.n != collect.n:
+            raise SampleAxisError(
+                f"this backward is of losses of {collect.n} and of {call.layout.n} samples, so its rows are not "
+                "those of one batch: call backward() for each of them."
+            )
+        collect.arrive(call, grads)
+
+    def _collecting(self, call: Call, task: int) -> Collect:
+        """The collection of this backward."""
+        if task in self._displaced:
+            raise CaptureError(
+                "another backward of the extended model ran in the middle of this one, so its rows are lost. Let them "
+                "take turns, or give each thread a copy of the model."
+            )
+        if self._collect is None or task not in (self._task, -1):
+            if self._collect is not None:  # it may also have raised half way
+                self._displaced.add(self._task)
             self._task, self._arrived, self._creates = task, [], torch.is_grad_enabled()
             n = call.layout.n
             calls = [c for c in self._live() if not c.shared or c.layout.n == n]
@@ -287,13 +353,7 @@ class Recorder:
             self._collect = Collect(
                 Reached(calls), self._parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False
             )
-        if call.shared and call.layout.n != self._collect.n:
-            raise SampleAxisError(
-                f"this backward is of losses of {self._collect.n} and of {call.layout.n} samples, so its rows are not "
-                "those of one batch: call backward() for each of them."
-            )
-        self._arrived.append(call)
-        self._collect.arrive(call, grads)
+        return self._collect
 
     def _scale(self, n: int) -> float:
         if self.reduction == "mean":
@@ -303,9 +363,13 @@ class Recorder:
         assert not isinstance(self.reduction, str) and self.reduction is not None
         return 1.0 / _number(self.reduction() if callable(self.reduction) else self.reduction)
 
-    def _finish(self) -> None:
+    def _finish(self, task: int) -> None:
         for call in self._live():
-            call.flush()
+            if call.task == task:
+                call.flush()
+        if task in self._displaced:
+            _skipped("another one of the same model ran in the middle of it")
+            return
         collect, self._collect = self._collect, None
         arrived, self._arrived = self._arrived, []
         if collect is None or self.on_backward is None:
@@ -385,6 +449,12 @@ class _Hook:
         self.recorder, self.method = recorder, method
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        if "torch._dynamo" in sys.modules:  # a model that was compiled in place would have its hooks compiled, too
+            torch.compiler.disable(_Hook._act)(self, module, args, kwargs, *output)
+        else:
+            self._act(module, args, kwargs, *output)
+
+    def _act(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         if self.recorder is None:
             self._leave(module)
         elif self.recorder._asleep:
@@ -400,7 +470,8 @@ class _Hook:
         if (recorder := self.recorder) is None:
             yield
             return
-        capture, asleep = recorder._capture, recorder._asleep
+        mine = recorder._thread == threading.get_ident()
+        capture, asleep = recorder._capture if mine else None, recorder._asleep
         active = capture is not None and capture.active
         recorder._asleep = True
         if capture is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from .layout import one_sample as part_of
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
 from .rules import mutates, spellings
+from .state import Buffers, drawn_since, random_state, restored
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
 
@@ -61,7 +62,7 @@ class Probe:
     def __init__(self, problem: Problem, n: int) -> None:
         self.problem, self.n = problem, n
         self.rows: dict[str, Tensor] = {}
-        self.before = random_state()
+        self.before, self.buffers = random_state(problem.model), Buffers(problem.model)
 
     def listen(self, emit: Emit) -> Emit:
         """``emit``, with the row kept on the way."""
@@ -79,19 +80,19 @@ class Probe:
         """Row ``n`` against sample ``n`` alone; and a note on how that was done.  Raises where the loss itself
         differs.
         """
-        drew = not _same_state(self.before, random_state())
-        if not drew:
+        model = self.problem.model
+        if not drawn_since(self.before, model):
             return self._compare(run), ""
-        again = Probe(self.problem, self.n)
-        with restored(self.problem.model), NoDropout():
+        with restored(model, self.buffers), NoDropout():
+            again = Probe(self.problem, self.n)
             silent = ENGINES[engine](self.problem, again.keep)
-            if not _same_state(again.before, random_state()):
+            if drawn_since(again.before, model):
                 return [], "not verified: the model draws random numbers other than dropout"
             return again._compare(silent), "verified with dropout off"
 
     def _compare(self, run: Pass) -> list[Verdict]:
         names = list(self.problem.parameters)
-        with restored(self.problem.model):
+        with restored(self.problem.model, self.buffers):
             loss, grads = (_within_batch if run.coupled else _alone)(self.problem, self.n)
         assert run.losses is not None
         mine, tol = run.losses[self.n], tolerance(loss.dtype)
@@ -127,10 +128,11 @@ def _alone(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]
 def check_alone(problem: Problem, n: int) -> None:
     """For engines that run samples alone: raise where sample ``n`` has another loss within the batch (dropout off)."""
     with restored(problem.model), NoDropout(), torch.enable_grad():
-        before = random_state()
+        before, buffers = random_state(problem.model), Buffers(problem.model)
         alone = one_sample(problem, n, [])[0]
+        buffers.restore()
         batch = _batch_losses(problem)[n]
-        if not _same_state(before, random_state()):
+        if drawn_since(before, problem.model):
             return  # other random draws than dropout: nothing to compare
     if _differ(batch, alone):
         raise LossDiffers(n, float(batch.detach()), float(alone), find_coupling(problem, n)[0])
@@ -180,6 +182,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         name, ordinal = find_coupling(problem, n)
         if engine != "hooks" or not ordinal:
             raise LossDiffers(n, differs.batch, differs.alone, name) from None
+        probe.buffers.restore()
         couplers, probe = (ordinal,), Probe(problem, n)
         result = run(probe.listen(emit), couplers)  # raises for what is upstream of that call, serves what is behind it
         verdicts, note = probe.verdicts(result, engine)
@@ -283,40 +286,6 @@ _DROPOUT_ARGUMENT = {
     nn.functional.multi_head_attention_forward: 10,
 }  # dropout_p
 _RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-
-
-def random_state() -> list[Tensor]:
-    """The state of the default generators (of all devices in use)."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    return states
-
-
-def set_random_state(states: list[Tensor]) -> None:
-    """Back to what `random_state` returned."""
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])
-
-
-def _same_state(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards, random state and buffers are what they were."""
-    states = random_state()
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    try:
-        yield
-    finally:
-        set_random_state(states)
-        with torch.no_grad():
-            for b, value in buffers:  # by value: native batch norm changes running statistics without a new version
-                if not torch.equal(b, value):
-                    b.copy_(value)
 
 
 # ---- once per model -------------------------------------------------------------------------------------------------

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from .. import reductions
-from ..curvature.objective import set_random_state
 from ..errors import ArgumentError
 from ..factors import Dense, Factors, compact, dense, index
 from ..problem import Emit, Pass, Problem
+from ..state import set_random_state
 from ..verify import remember, verified
 from .network import Network, cheaper
 from .passes import Point

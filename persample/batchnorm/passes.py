@@ -22,17 +22,11 @@ from ..batch import Batch, Tree, call_model, detached, flatten
 from ..calls import Reached, reached
 from ..capture import Capture
 from ..collect import Collect, check_complete
-from ..curvature.objective import (
-    Objective,
-    RandomState,
-    random_state,
-    set_random_state,
-    twice_differentiable,
-    untouched,
-)  # fmt: skip
+from ..curvature.objective import Objective, twice_differentiable
 from ..engines.hooks import Seeds, along, forward
 from ..errors import CaptureError, InplaceError
 from ..problem import Emit, Problem
+from ..state import RandomState, random_state, restored, set_random_state
 from .statistics import Explicit, Node, Pool, Replace, Replacement
 
 CHUNK = 1 << 21  # numbers that several vector-Jacobian products may hold together: with more, one by one is faster
@@ -127,7 +121,7 @@ class Point:
                     f"{what} changed since the coupling was set up, so its results would belong to different points. "
                     "Ask for what you need before the change, or call persample.coupling again after it."
                 )
-        with untouched(self.problem.model), torch.enable_grad(), twice_differentiable():
+        with restored(self.problem.model), torch.enable_grad(), twice_differentiable():
             set_random_state(self.random)
             self.passes.forward += 1
             try:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from ..errors import KroneckerError
 from ..losses import LossFunction
 from ..problem import Selection, pose
+from ..state import restored, set_random_state
 from ..watch import Watch
 from .kfac import kfac, loss_hessians, root
 from .kronecker import Kronecker
 from .layers import Layer
 from .matrices import hessian_at, one_of
-from .objective import Objective, set_random_state, twice_differentiable, untouched
+from .objective import Objective, twice_differentiable
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -93,7 +94,7 @@ def _chain(model: nn.Module) -> Iterator[nn.Module]:
 def _recursion(objective: Objective, modules: list[nn.Module]) -> Iterator[tuple[nn.Module, torch.Size, Tensor]]:
     """Every module with the shape of its output ``[N, ...]`` and ``Gbar [F, F]`` there, the last one first."""
     model, batch = objective.problem.model, objective.problem.batch
-    with untouched(model), twice_differentiable(), torch.enable_grad(), Watch():
+    with restored(model), twice_differentiable(), torch.enable_grad(), Watch():
         set_random_state(objective.random)
         x: Tensor = batch.inputs.whole().detach()
         steps: list[tuple[nn.Module, Tensor, Tensor]] = []

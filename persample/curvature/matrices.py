@@ -13,8 +13,9 @@ from ..batch import Tree
 from ..errors import LossError
 from ..losses import LossFunction
 from ..problem import Selection, pose
+from ..state import restored
 from .likelihood import Likelihood, identify
-from .objective import Objective, untouched
+from .objective import Objective
 from .operator import Operator, flatten, unflatten
 from .products import Middle, Tensors, gradient, hessian, loss_curvature, operator, sandwich
 
@@ -128,7 +129,7 @@ def empirical_fisher(
 
 def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]:
     problem = objective.problem
-    with untouched(problem.model):
+    with restored(problem.model):
         inputs, targets = problem.batch.inputs.whole(), problem.batch.targets.whole()
         rows = gradients(
             problem.model, problem.loss_fn, inputs, targets, params=list(problem.parameters), batch_dim=batch_dim

@@ -25,8 +25,7 @@ from ..capture import Capture
 from ..errors import LossError
 from ..losses import ignored, is_per_sample, lone_losses
 from ..problem import Problem
-
-RandomState = list[tuple[torch.device, Tensor]]
+from ..state import RandomState, random_state, restored, set_random_state
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Objective:
     def forward(self, capture: Capture | None = None) -> Iterator[Any]:
         """The outputs with their graph, to be differentiated inside the ``with`` block; ``capture`` records calls."""
         batch = self.problem.batch
-        with untouched(self.problem.model), torch.enable_grad(), twice_differentiable():
+        with restored(self.problem.model), torch.enable_grad(), twice_differentiable():
             set_random_state(self.random)
             inputs = batch.inputs.map(lambda x, _: x.detach())
             if capture is None:
@@ -112,37 +111,6 @@ class Objective:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Buffers and random state are put back in the end."""
-    before = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    random = random_state(model)
-    try:
-        yield
-    finally:
-        set_random_state(random)
-        with torch.no_grad():
-            for module, name, buffer, value in before:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):  # versions don't tell: native batch norm doesn't count its writes
-                    buffer.copy_(value)
-
-
-@contextmanager
 def twice_differentiable() -> Iterator[None]:
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
-
-
-def random_state(model: nn.Module) -> RandomState:
-    """The state of the CPU's generator and those of the devices that the model's parameters live on."""
-    devices = {p.device for p in model.parameters()} - {torch.device("cpu")}
-    own = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices if d.type != "meta"]
-    return [(torch.device("cpu"), torch.get_rng_state()), *own]
-
-
-def set_random_state(state: RandomState) -> None:
-    for device, value in state:
-        if device.type == "cpu":
-            torch.set_rng_state(value)
-        else:
-            torch.get_device_module(device).set_rng_state(value, device)

@@ -21,8 +21,9 @@ from ..batch import call_model
 from ..errors import CaptureError, DirectionError, PersampleError, RandomnessError
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
+from ..state import random_state, restored
 from ..watch import Watch
-from .objective import Objective, random_state, twice_differentiable, untouched
+from .objective import Objective, twice_differentiable
 from .operator import flatten, unflatten
 from .products import hessian
 
@@ -55,7 +56,7 @@ def per_sample_hvp(
         raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     direction = _direction(problem, v)
-    with untouched(model), twice_differentiable():
+    with restored(model), twice_differentiable():
         _check_alone(problem)
         if engine == "loop":
             return _by_loop(problem, direction)

@@ -1,7 +1,7 @@
 """The loop engine: the definition.  One sample at a time, as a batch of one, with plain autograd.
 
-It costs N forward and backward passes.  Random draws (dropout) belong to each sample's own pass, whose losses and
-outputs are the ones reported.
+It costs N forward and backward passes.  Every sample finds the buffers as they were before the first.  Random draws
+(dropout) belong to each sample's own pass, whose losses and outputs are the ones reported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..errors import LossError, SampleAxisError
 from ..factors import Dense
 from ..losses import ignored, is_per_sample
 from ..problem import Emit, Pass, Problem
+from ..state import Buffers
 from ..watch import Watch
 
 
@@ -23,8 +24,9 @@ def loop(problem: Problem, emit: Emit) -> Pass:
     """N separate backward passes of batches of one."""
     names, leaves = list(problem.parameters), list(problem.parameters.values())
     rows: dict[str, list[Tensor | None]] = {name: [] for name in names}
-    losses, outputs = [], []
+    losses, outputs, buffers = [], [], Buffers(problem.model)
     for n in range(problem.batch.n):
+        buffers.restore()
         loss, output, grads = one_sample(problem, n, leaves)
         losses.append(loss)
         outputs.append(output)

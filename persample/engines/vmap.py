@@ -2,8 +2,8 @@
 
 It returns `Dense` rows, and the losses and outputs of the same pass.  Random draws are each sample's own
 (``randomness="different"``) and belong to those losses.  It needs a model that ``torch.func`` can follow: no
-``.item()``, no in-place change of buffers (BatchNorm in training mode is refused, never replaced by a norm over
-single samples).
+``.item()``, no in-place change of buffers by samples (BatchNorm in training mode is refused, never replaced by a norm
+over single samples).  The model's own buffers are left alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Pieces:
 
     batch: Batch  # for its structure, and for what all samples share
     values: dict[str, Tensor]  # what is differentiated
-    fixed: dict[str, Tensor]  # the other parameters, and the buffers
+    fixed: dict[str, Tensor]  # the other parameters
+    buffers: dict[str, Tensor]
     samples: list[list[Tensor]]
     dims: list[list[int]]
 
@@ -54,7 +55,8 @@ def vectorised(problem: Problem, emit: Emit, max_bytes: int | None, run: Run) ->
     """The batch by ``run``, as many samples at a time as there is memory for their rows."""
     batch, model = problem.batch, problem.model
     values = {name: p.detach() for name, p in problem.parameters.items()}
-    fixed = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name not in values}
+    fixed = {name: p.detach() for name, p in model.named_parameters() if name not in values}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
     row = sum(p.numel() * p.element_size() for p in values.values())
     chunks = -(-batch.n // max(1, (max_bytes or ROW_BYTES) // max(1, row)))
     size = -(-batch.n // chunks)  # all but the last are of one size
@@ -64,10 +66,11 @@ def vectorised(problem: Problem, emit: Emit, max_bytes: int | None, run: Run) ->
     spec: list[Any] = []
     for start in range(0, batch.n, size):
         part = min(size, batch.n - start)
-        samples = [[x.detach().narrow(a, start, part) for x, a in tree.tensors() if a is not None] for tree in trees]
+        pieces = (tree.narrow(start, part) for tree in trees)
+        samples = [[x.detach() for x, axis in piece.tensors() if axis is not None] for piece in pieces]
         spec = []
         with suspended(model):
-            found.append(run(problem, Pieces(batch, values, fixed, samples, dims), spec))
+            found.append(run(problem, Pieces(batch, values, fixed, buffers, samples, dims), spec))
     rows, (losses, outputs) = tree_map(lambda *parts: _cat([x.detach() for x in parts]), *found)
     whole = _joined(spec, outputs)
     bad = ignored(losses, batch.outputs(whole), batch.targets)
@@ -113,7 +116,8 @@ def alone(
     """The loss and the outputs of one sample, whose tensors come without their sample axis."""
     batch = pieces.batch
     inputs, targets = (_batch_of_one(*both) for both in zip((batch.inputs, batch.targets), pieces.samples, strict=True))
-    swapped = {**pieces.fixed, **pieces.values}
+    own = {name: b.clone() for name, b in pieces.buffers.items()}  # the model's are left alone
+    swapped = {**pieces.fixed, **own, **pieces.values}
     with _reparametrize_module(model, swapped, tie_weights=True, stack_weights=True):  # around loss_fn too (penalties)
         if watch is not None:
             watch.share(swapped.values())

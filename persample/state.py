@@ -1,0 +1,69 @@
+"""What a pass of a model changes besides giving results: the random state, and buffers (running statistics, counters).
+
+A sample alone has to find both as the batch found them, or it is another function: in training mode, spectral norms
+iterate and statistics run at every forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+RandomState = list[tuple[torch.device, Tensor]]
+
+
+def random_state(model: nn.Module) -> RandomState:
+    """The state of the CPU's generator and those of the devices that the model's parameters live on."""
+    devices = {p.device for p in model.parameters()} - {torch.device("cpu")}
+    own = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices if d.type != "meta"]
+    return [(torch.device("cpu"), torch.get_rng_state()), *own]
+
+
+def set_random_state(state: RandomState) -> None:
+    """Back to what `random_state` returned."""
+    for device, value in state:
+        if device.type == "cpu":
+            torch.set_rng_state(value)
+        else:
+            torch.get_device_module(device).set_rng_state(value, device)
+
+
+def drawn_since(before: RandomState, model: nn.Module) -> bool:
+    """Whether random numbers were drawn."""
+    return not all(torch.equal(x, y) for (_, x), (_, y) in zip(before, random_state(model), strict=True))
+
+
+class Buffers:
+    """A model's buffers as they are now, to be put back: those that a forward changes, and those that it replaces."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = [
+            (module, name, b, b.detach().clone())
+            for module in model.modules()
+            for name, b in module._buffers.items()
+            if b is not None
+        ]
+
+    def restore(self) -> None:
+        """As they were."""
+        with torch.no_grad():
+            for module, name, buffer, value in self.values:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):  # versions don't tell: native batch norm doesn't count its writes
+                    buffer.copy_(value)
+
+
+@contextmanager
+def restored(model: nn.Module, begin: Buffers | None = None) -> Iterator[None]:
+    """Afterwards, random state and buffers are what they are now; inside, buffers begin as those in ``begin``."""
+    random, buffers = random_state(model), Buffers(model)
+    if begin is not None:
+        begin.restore()
+    try:
+        yield
+    finally:
+        set_random_state(random)
+        buffers.restore()

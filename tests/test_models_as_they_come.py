@@ -1,0 +1,459 @@
+"""Models wrapped, compiled, scripted, sharded, copied, shared by threads: exact, or an error that says what to do.
+
+What traps, recorder and zoo test already (checkpointing, autocast, forwards and backwards in any order, exceptions half
+way, `requires_grad` changed after extending) is not repeated here.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+import persample
+
+N, D = 4, 5
+ENGINES = ["hooks", "vmap", "loop"]
+MakeModel = Callable[[], nn.Module]
+
+
+def inputs() -> Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def losses_of(out: Tensor, _: Any = None) -> Tensor:
+    return (out.sin() + out.square()).flatten(1).sum(1)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+
+def truth(model: nn.Module | None = None) -> Tensor:
+    """Rows ``[N, D]`` by plain autograd, one sample at a time."""
+    model = net() if model is None else model
+    rows = []
+    for one in inputs().split(1):
+        found = torch.autograd.grad(losses_of(model(one)).sum(), list(model.parameters()), materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in found]))
+    return torch.stack(rows)
+
+
+def by_recorder(model: nn.Module) -> Tensor:
+    with persample.extend(model) as recorder:
+        return recorder.gradients(losses_of(model(inputs()))).flat()
+
+
+def by_handle(model: nn.Module) -> Tensor:
+    got: list[persample.Gradients] = []
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    try:
+        losses_of(model(inputs())).mean().backward()
+    finally:
+        handle.remove()
+    return got[0].flat()
+
+
+WAYS: dict[str, Callable[[nn.Module], Tensor]] = {
+    **{e: lambda m, e=e: persample.gradients(m, losses_of, inputs(), engine=e).flat() for e in ENGINES},
+    "recorder": by_recorder,
+    "handle": by_handle,
+}
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=1e-11)
+
+
+# ---- spread over processes and devices ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of one process."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_distributed_data_parallel(alone: None, way: str) -> None:
+    """Rows are those of this process's samples; a training step afterwards is what it always was."""
+    model = nn.parallel.DistributedDataParallel(net())
+    assert close(WAYS[way](model), truth())
+    model.zero_grad()
+    losses_of(model(inputs())).mean().backward()
+    assert close(torch.cat([p.grad.flatten() for p in model.parameters()]), truth().mean(0))
+    assert persample.gradients(model, losses_of, inputs()).names[0] == "module.0.weight"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_data_parallel(way: str) -> None:
+    assert close(WAYS[way](nn.DataParallel(net())), truth())
+
+
+def fully_sharded() -> nn.Module:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("needs fully_shard")
+    sharded: nn.Module = fsdp.fully_shard(net(), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    return sharded
+
+
+def flat_sharded(original: bool) -> nn.Module:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    sharded: nn.Module = fsdp.FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=original)
+    return sharded
+
+
+def distributed_tensors() -> nn.Module:
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    spread: nn.Module = tensor.distribute_module(net(), dist.device_mesh.init_device_mesh("cpu", (1,)))
+    return spread
+
+
+@pytest.mark.filterwarnings("ignore:FSDP", "ignore:.*FullyShardedDataParallel", "ignore:.*NO_SHARD")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (fully_sharded, "the model is a FSDPSequential"),
+        (lambda: nn.Sequential(fully_sharded()), "module '0' is a FSDPSequential"),
+        (lambda: flat_sharded(True), "the model is a FullyShardedDataParallel"),
+        (lambda: flat_sharded(False), "the model is a FullyShardedDataParallel"),
+        (distributed_tensors, "parameter '0.weight' is a DTensor"),
+    ],
+    ids=["fully_shard", "a part", "fsdp", "fsdp flat", "dtensor"],
+)
+def test_sharded_parameters(alone: None, make: MakeModel, match: str, way: str) -> None:
+    with pytest.raises(persample.ArgumentError, match=f"{match}.*before it is sharded"):
+        WAYS[way](make())
+
+
+# ---- scripted, traced, compiled -----------------------------------------------------------------------------------
+
+
+def with_part(i: int, change: Callable[[nn.Module], Any]) -> nn.Module:
+    model = net()
+    model[i] = change(model[i])
+    return model
+
+
+SCRIPTED: dict[str, MakeModel] = {
+    "scripted": lambda: torch.jit.script(net()),
+    "traced": lambda: torch.jit.trace(net(), inputs()),
+    "a scripted part": lambda: with_part(2, torch.jit.script),
+    "a traced part": lambda: with_part(2, lambda m: torch.jit.trace(m, torch.ones(2, 6, dtype=torch.float64))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", SCRIPTED.values(), ids=SCRIPTED)
+@pytest.mark.parametrize("way", WAYS)
+def test_scripted_and_traced(make: MakeModel, way: str) -> None:
+    """Their calls can't be seen; engines that need no calls serve them."""
+    model = make()
+    if way in ("vmap", "loop"):
+        assert close(WAYS[way](model), truth())
+    else:
+        with pytest.raises(persample.CaptureError, match=r"scripted.*original module.*engine='loop'"):
+            WAYS[way](model)
+    assert close(losses_of(model(inputs())), losses_of(net()(inputs()))) and not model._forward_hooks
+
+
+class CompiledFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.function = torch.compile(lambda h: self.net[2](h.tanh()), backend="aot_eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.function(self.net[0](x))
+        return out
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="aot_eager")
+    return model
+
+
+COMPILED: dict[str, MakeModel] = {
+    "compiled": lambda: torch.compile(net(), backend="aot_eager"),
+    "in place": lambda: compiled_in_place(net()),
+    "a part": lambda: with_part(0, lambda m: torch.compile(m, backend="aot_eager")),
+    "a function": CompiledFunction,
+}
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Compilers count what they have compiled, and give up after some."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which the compiler reads
+@pytest.mark.parametrize("warm", [False, True], ids=["", "warm"])
+@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled(compiler: None, make: MakeModel, way: str, warm: bool) -> None:
+    model = make()
+    if warm:
+        losses_of(model(inputs())).sum().backward()
+        model.zero_grad()
+    if way == "handle" and make is COMPILED["in place"]:
+        with pytest.raises(persample.CaptureError, match=r"compiled in place.*torch.compile\(model\).*with-block"):
+            WAYS[way](model)
+    else:
+        assert close(WAYS[way](model), truth())
+    assert close(losses_of(model(inputs())), losses_of(net()(inputs())))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_symbolically_traced(way: str) -> None:
+    assert close(WAYS[way](torch.fx.symbolic_trace(net())), truth())
+
+
+def test_an_exported_program_has_its_batch_size_built_in(compiler: None) -> None:
+    model = torch.export.export(net(), (inputs(),)).module()
+    with pytest.raises(persample.VerificationError, match=r"alone does not.*verify=False"):
+        persample.gradients(model, losses_of, inputs())
+    G = persample.gradients(model, losses_of, inputs(), verify=False)
+    assert close(torch.cat([G[name].flatten(1) for name, _ in net().named_parameters()], 1), truth())
+
+
+# ---- where gradients are off --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_surroundings_without_gradients(engine: str) -> None:
+    with torch.no_grad():
+        rows = WAYS[engine](net())
+        assert not torch.is_grad_enabled()
+    model = net()
+    assert close(rows, truth())
+    with torch.inference_mode():
+        with pytest.raises(persample.ArgumentError, match=r"inference_mode.*outside"):
+            persample.gradients(model, losses_of, inputs(), engine=engine)
+        made_inside, x = net(), inputs()
+    with pytest.raises(persample.ArgumentError, match=r"inference_mode.*cloned"):
+        persample.gradients(made_inside, losses_of, inputs(), engine=engine)
+    with pytest.raises(persample.SampleAxisError, match=r"inputs.*inference_mode.*clone"):
+        persample.gradients(model, losses_of, x, engine=engine)
+    assert close(persample.gradients(model, losses_of, x.clone(), engine=engine).flat(), truth())
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_recorder_without_gradients(off: Any) -> None:
+    model = net()
+    with persample.extend(model) as recorder:
+        with off():
+            losses = losses_of(model(inputs()))
+        with pytest.raises(persample.CaptureError, match=r"no recorded forward.*gradients enabled"):
+            recorder.gradients(losses)
+        assert close(recorder.gradients(losses_of(model(inputs()))).flat(), truth())
+
+
+# ---- copies and switches ------------------------------------------------------------------------------------------
+
+COPIES: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_at_any_time(copied: Callable[[Any], Any]) -> None:
+    """Before, during (between a forward and its backward, too) and after being extended; the handle notices nothing."""
+    model = net()
+    copies, got = [copied(model)], []
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    copies.append(copied(model))
+    losses = losses_of(model(inputs()))
+    copies.append(copied(model))
+    losses.sum().backward()
+    handle.remove()
+    copies.append(copied(model))
+    assert close(got[0].flat(), truth())
+    for other in copies:
+        losses_of(other(inputs())).sum().backward()
+        assert len(got) == 1
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
+        for way in WAYS.values():
+            assert close(way(other), truth())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_requires_grad_changed_between_runs(engine: str) -> None:
+    model, all_rows = net(), truth()
+    for frozen, columns in ((0, slice(36, None)), (2, slice(0, 36)), (None, slice(None))):
+        for i in (0, 2):
+            model[i].requires_grad_(i != frozen)
+        G = persample.gradients(model, losses_of, inputs(), engine=engine)
+        assert close(G.flat(), all_rows[:, columns])
+        assert not any(p.grad is not None for p in model.parameters())
+
+
+# ---- state that a forward changes ---------------------------------------------------------------------------------
+
+
+class Counts(nn.Module):
+    """Every forward in training mode acts differently: it multiplies by how many there were."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.count += 1
+        else:
+            self.count = self.count + 1
+        return x * self.count
+
+
+def iterating() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(D, D), n_power_iterations=1).double()
+
+
+STATEFUL: dict[str, MakeModel] = {
+    "in place": lambda: nn.Sequential(nn.Linear(D, D).double(), Counts(True)),
+    "replaced": lambda: nn.Sequential(nn.Linear(D, D).double(), Counts(False)),
+    "power iteration": lambda: nn.Sequential(iterating(), nn.Tanh()),
+    "with dropout": lambda: nn.Sequential(iterating(), nn.Dropout(0.5), Counts(True)),
+}
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_sample_alone_finds_the_state_that_the_batch_found(make: MakeModel, engine: str) -> None:
+    """No false alarm, the same rows by every engine, and one forward's change to the state."""
+    torch.manual_seed(0)
+    model = make()
+    once = copy.deepcopy(model)
+    losses = losses_of(once(inputs()))
+    rows = [torch.autograd.grad(loss, list(once.parameters()), retain_graph=True) for loss in losses]
+    G = persample.gradients(model, losses_of, inputs(), engine=engine, verify=True)
+    if not any(isinstance(m, nn.Dropout) for m in model.modules()):
+        assert close(G.flat(), torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+    if engine != "vmap":  # which leaves buffers alone
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), once.buffers(), strict=True))
+    before = copy.deepcopy(model.state_dict())
+    assert persample.check(model, losses_of, inputs(), engine=engine).ok
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---- threads ------------------------------------------------------------------------------------------------------
+
+
+class Waits(nn.Module):
+    """Lets another thread run in the middle of a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+        self.between: Callable[[], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body[0](x)
+        if (between := self.between) is not None:
+            self.between = None
+            in_a_thread(between)
+        out: Tensor = self.body[2](self.body[1](h))
+        return out
+
+
+def test_two_threads_on_one_extended_model() -> None:
+    """The second is told; the first is not disturbed."""
+    model, got, errors = Waits(), [], []
+
+    def second() -> None:
+        try:
+            model(inputs())
+        except persample.CaptureError as error:
+            errors.append(str(error))
+
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    for k in (1, 2):
+        model.between = second
+        losses_of(model(inputs())).sum().backward()
+        assert len(errors) == k and "another thread" in errors[-1] and "copy of the model" in errors[-1]
+        assert len(got) == k and close(got[-1].flat(), truth())
+    in_a_thread(lambda: losses_of(model(inputs())).sum().backward())  # one after the other
+    handle.remove()
+    assert len(got) == 3 and close(got[-1].flat(), truth())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_in_one_thread_while_another_records(engine: str) -> None:
+    model, got, rows = Waits(), [], []
+    other = lambda: rows.append(persample.gradients(model, losses_of, inputs(), engine=engine).flat())  # noqa: E731
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    model.between = other
+    losses_of(model(inputs())).sum().backward()
+    handle.remove()
+    with persample.extend(model) as recorder:
+        model.between = other
+        G = recorder.gradients(losses_of(model(inputs())))
+    assert len(rows) == 2 and all(close(r, truth()) for r in [*rows, got[0].flat(), G.flat()])
+
+
+def in_a_thread(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("run", [in_a_thread, lambda work: work()], ids=["threads", "nested"])
+def test_a_backward_in_the_middle_of_another(run: Callable[[Callable[[], None]], None]) -> None:
+    """The first is told; the second, and what comes later, is exact."""
+    model, got = net(), []
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    hidden: list[Tensor] = []
+    remember = model[1].register_forward_hook(lambda module, args, out: hidden.append(out))
+    first, second = (losses_of(model(inputs())).sum() for _ in range(2))
+    remember.remove()
+
+    def between(g: Tensor) -> None:
+        run(second.backward)
+
+    hidden[0].register_hook(between)
+    with pytest.raises(persample.CaptureError, match=r"in the middle of this one.*copy of the model"):
+        first.backward()
+    assert len(got) == 1 and close(got[0].flat(), truth())
+    losses_of(model(inputs())).sum().backward()
+    handle.remove()
+    assert len(got) == 2 and close(got[1].flat(), truth())
+
+
+# ---- adapters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True, "bias": "all"}, {"use_dora": True}, {"modules_to_save": ["2"]}],
+    ids=["lora", "rslora", "dora", "saved"],
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_lora(options: dict[str, Any], way: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["0"] if "modules_to_save" in options else ["0", "2"], **options)
+    model = peft.get_peft_model(net(), config).double()
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rows = [torch.autograd.grad(losses_of(model(one)).sum(), trained) for one in inputs().split(1)]
+    assert close(WAYS[way](model), torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))

@@ -146,14 +146,25 @@ def _write_native(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> No
 
 
 def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """``sum_t left[n, k, t] (x) right[n, k, t]`` into ``out``, of as many entries."""
+    """``sum_t left[n, k, t] (x) right[n, k, t]`` into ``out``, of as many entries.
+
+    A single token writes its products where they belong.  Matrix products are only fast into memory of their own: for
+    rows inside of a wider matrix, they go through blocks that stay in cache.
+    """
+    (n, k, t, o), i = left.shape, right.shape[3]
+    if t == 1 and out[:1].is_contiguous():
+        torch.mul(left.mT, right, out=out.view(n, k, o, i))
+        return
     left, right = left.flatten(0, 1).mT, right.flatten(0, 1)
-    size = len(left), left.shape[1], right.shape[2]
     if out.is_contiguous() and out.dtype == left.dtype:
-        torch.bmm(left, right, out=out.view(size))
-    else:
-        with borrow(left, *size) as rows:
-            out.copy_(torch.bmm(left, right, out=rows).view(out.shape))
+        torch.bmm(left, right, out=out.view(n * k, o, i))
+        return
+    step = cost.chunk(k * o * i)
+    with borrow(left, min(n, step) * k, o, i) as block:
+        for start in range(0, n, step):
+            at = slice(start * k, (start + step) * k)
+            rows = out[start : start + step]
+            rows.copy_(torch.bmm(left[at], right[at], out=block[: len(rows) * k]).view(rows.shape))
 
 
 def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:

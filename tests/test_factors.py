@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Size
 from torch.testing import assert_close
 
-from persample import factors
+from persample import cost, factors
 from persample.factors import Conv, Dense, Outer, Rows, add, compact, dense, fold
 
 EXAMPLES = examples()
@@ -31,13 +31,19 @@ def test_dense(name: str) -> None:
 
 
 @same
-@pytest.mark.parametrize("layout", ["contiguous", "permuted", "float32"])
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "float32", "wide", "wide, in blocks"])
 def test_dense_writes_into_a_given_buffer(name: str, layout: str) -> None:
     g, rows = EXAMPLES[name]
     out = torch.full_like(rows, torch.nan, dtype=torch.float32 if layout == "float32" else torch.float64)
     if layout == "permuted":
         out = out.permute(*reversed(range(out.ndim))).contiguous().permute(*reversed(range(out.ndim)))
-    assert dense(g, out=out) is out
+    if "wide" in layout:  # columns of a matrix that holds other parameters too
+        whole = torch.full((len(rows), 3 + rows[0].numel() + 2), torch.nan, dtype=torch.float64)
+        out = whole[:, 3:-2].unflatten(1, rows.shape[1:]) if rows.ndim > 1 else whole[:, 3]
+    with cost.using(**{"block": 20} if "blocks" in layout else {}):
+        assert dense(g, out=out) is out
+    if "wide" in layout:
+        assert int(whole.isnan().sum()) == whole.numel() - rows.numel()
     if layout == "float32":
         assert_close(out, rows.float(), rtol=1e-5, atol=1e-5)
     else:

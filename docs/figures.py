@@ -114,18 +114,11 @@ def memory() -> Figure:
 
     ids, y = torch.randint(1000, (16, 24)), torch.randint(1000, (16,))
     report = persample.explain(Small(), nn.CrossEntropyLoss(), ids, y)
-    rows = sorted(report.rows, key=lambda row: row.dense)[-6:]
-    figure, ax = plt.subplots(figsize=(6.6, 3.6), layout="constrained")
-    place = torch.arange(len(rows))
-    for shift, colour, name in ((0.2, ORANGE, "individual gradients [N, *P]"), (-0.2, BLUE, "factors")):
-        sizes = [(row.dense if shift > 0 else row.kept) / 2**20 for row in rows]
-        bars = ax.barh(place + shift, sizes, 0.38, color=colour, label=name)
-        ax.bar_label(bars, [f"{size:.2g}" for size in sizes], padding=3, fontsize=9)
-    ax.set_yticks(place, [f"{row.name}\n{row.form}" for row in rows], fontsize=9)
-    ax.set(xlabel="MiB")
+    figure, ax = plt.subplots(figsize=(6.6, 3.8), layout="constrained")
+    report.plot(ax, limit=6)
     ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title("")
     ax.set_title("16 samples of 24 tokens through a small transformer", loc="left")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
     assert report.kept < 0.2 * report.dense
     return figure
 
@@ -220,7 +213,7 @@ def pair(ax: Axes, above: Tensor, below: Tensor, title: str, first: str, second:
     for bottom, values, name in ((0.62, above, first), (0.08, below, second)):
         part = ax.inset_axes((0.1, bottom, 0.8, 0.3))
         if indices and values is above:
-            part.imshow(torch.ones(len(values), 1).T, cmap="Greys", vmin=0, vmax=8, aspect="auto")
+            part.imshow(torch.ones(1, len(values)).numpy(), cmap="Greys", vmin=0, vmax=8, aspect="auto")
             for i, index in enumerate(values[:, 0].int().tolist()):
                 part.text(i, 0, str(index), ha="center", va="center")
             part.set(xticks=[], yticks=[])

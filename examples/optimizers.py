@@ -252,19 +252,27 @@ assert operated["surgery (PCGrad)"][2] > operated["mean of the classes"][2] + 0.
 # ## One picture
 
 # %%
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-for shift, (name, column) in enumerate(clipping.items()):
-    left.bar([shift / 5, 1 + shift / 5], column, 0.18, label=name)
-left.set(xticks=[0.3, 1.3], xticklabels=["clean labels", "40 % random"], ylim=(0.8, 1), title="test accuracy")
-left.legend(fontsize=7, frameon=False)
-for name, losses in adams.items():
-    middle.plot(sizes, losses, marker="o", label=name)
-middle.set(xscale="log", xlabel="batch size", ylabel="training loss", ylim=(0, None), title="the same samples, by Adam")
-middle.legend(frameon=False)
-for name, (loss, steps, _) in sizing.items():
-    right.scatter(steps, loss)
-    right.annotate(name, (steps, loss), xytext=(5, 4), textcoords="offset points", fontsize=8)
-right.set(xlim=(0, 850), ylim=(0, None), xlabel="steps", ylabel="training loss", title="the same samples, by SGD")
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", width_ratios=[1.1, 1, 1])
+places = range(len(clipping))
+for which, (name, colour, marker) in enumerate((("clean labels", BLUE, "o"), ("40 % random labels", ORANGE, "s"))):
+    found = [100 * column[which] for column in clipping.values()]
+    left.plot(found, places, marker, color=colour, label=name)
+left.set_yticks(places, [name.replace(", ", ",\n") for name in clipping], fontsize=9)
+left.set(xlabel="test accuracy, %", ylim=(3.4, -1.2), title="clipping, after 12 epochs")
+left.grid(axis="x", color="#dddddd")
+left.legend(fontsize=9, frameon=False, loc="upper center", ncols=2, columnspacing=1)
+for (name, losses), colour, marker in zip(adams.items(), (GREY, BLUE), "os", strict=True):
+    middle.plot(sizes, losses, marker=marker, color=colour, label=name)
+middle.set(xscale="log", xlabel="batch size, samples", ylabel="training loss", title="the same samples, by Adam")
+middle.set_ylim(0, 1.35 * max(max(losses) for losses in adams.values()))
+middle.set_xticks(sizes, [str(size) for size in sizes])
+middle.minorticks_off()
+middle.legend(frameon=False, fontsize=9, loc="upper left")
+for (name, (loss, steps, _)), colour, marker in zip(sizing.items(), (BLUE, GREEN, PURPLE, ORANGE), "os^D", strict=True):
+    right.plot(steps, loss, marker, color=colour, label=name)
+right.set(xlabel="steps", ylabel="training loss", title="the same samples, by SGD", xlim=(0, None), ylim=(0, None))
+right.legend(frameon=False, fontsize=9)
 plt.show()
 
 print(f"\n{time.perf_counter() - START:.0f} seconds")

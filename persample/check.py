@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from . import display
 from .calls import Call, Reached, function_name, reached
 from .capture import Capture
 from .collect import check_complete, check_uncoupled, factors_of, leaves_of
@@ -29,6 +30,9 @@ from .rules.derived import Diagonal, plain
 from .state import Buffers, restored
 from .statistics_run import Statistics
 from .verify import LossDiffers, NoDropout, Probe, find_coupling, slack, tolerance
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class CheckReport:
         return table if self.failure is None else f"{table}\n\n{type(self.failure).__name__}: {self.failure}"
 
     __repr__ = __str__
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The errors of every parameter, on a logarithmic axis; draws into ``ax`` if given.  Needs matplotlib."""
+        return display.plot_errors(self, ax)
 
     def _repr_html_(self) -> str:
         colour = {"exact": "#009E73", "unused": "#999999"}
@@ -299,6 +307,12 @@ class Explanation:
         return text_table(_EXPLAIN, self._cells(), self._title())
 
     __repr__ = __str__
+
+    def plot(self, ax: Axes | None = None, limit: int = 12) -> Axes:
+        """Memory of factors against that of individual gradients, for the ``limit`` largest parameters; draws into
+        ``ax`` if given.  Needs matplotlib.
+        """
+        return display.plot_sizes(self, ax, limit)
 
     def _repr_html_(self) -> str:
         shares = [r.kept / max(1, self.kept) for r in self.rows]

@@ -11,12 +11,13 @@ from .report import bytes_text, html_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from .check import CheckReport, Explanation
     from .gradients import Gradients
     from .quantities import Quantities
 
 # Told apart by everyone (Okabe and Ito 2008).
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def pyplot() -> Any:
@@ -74,4 +75,58 @@ def plot_norms(Q: Quantities, ax: Axes | None = None) -> Axes:
         title=f"{len(norm)} samples" + (f", {zeros} with gradient 0" if zeros else ""),
     )
     ax.locator_params(axis="y", integer=True)
+    return ax
+
+
+def plot_sizes(report: Explanation, ax: Axes | None, limit: int) -> Axes:
+    """Bytes of factors against bytes of individual gradients, a pair of bars for each of the largest parameters."""
+    largest = sorted(report.rows, key=lambda row: row.dense, reverse=True)[:limit]
+    ax = ax if ax is not None else _tall(len(largest), 0.45)
+    for shift, colour, what, name in (
+        (-0.2, ORANGE, "dense", "individual gradients [N, *P]"),
+        (0.2, BLUE, "kept", "factors"),
+    ):
+        sizes = [getattr(row, what) for row in largest]
+        bars = ax.barh([i + shift for i in range(len(sizes))], sizes, 0.38, color=colour, label=name)
+        ax.bar_label(bars, [bytes_text(size) for size in sizes], padding=3, fontsize="small")
+    ax.set_yticks(range(len(largest)), [f"{row.name}\n{row.form}" for row in largest], fontsize="small")
+    ax.set_ylim(len(largest) - 0.4, -0.6)
+    ax.set_xlim(0, 1.2 * max((max(row.dense, row.kept) for row in largest), default=1))  # room for the labels
+    more = f"the {limit} largest of {len(report.rows)} parameters, " if len(report.rows) > limit else ""
+    ax.set(xlabel="memory", xticks=[], title=f"{more}N = {report.n}")
+    ax.legend(frameon=False, loc="lower right", fontsize="small")
+    return ax
+
+
+def plot_errors(report: CheckReport, ax: Axes | None) -> Axes:
+    """Relative errors of rows and of their sum for every parameter; a verdict in words where it isn't "exact"."""
+    rows = report.rows
+    ax = ax if ax is not None else _tall(len(rows), 0.25)
+    floor = 1e-17  # an error of exactly 0 has no place on a logarithmic axis
+    for colour, marker, what, name in (
+        (BLUE, "o", "error", "single rows, against samples run alone"),
+        (GREEN, "x", "sum_error", "their sum, against autograd"),
+    ):
+        measured = [(max(getattr(row, what), floor), i) for i, row in enumerate(rows) if getattr(row, what) >= 0]
+        ax.plot(*(zip(*measured, strict=True) if measured else ((), ())), marker, color=colour, label=name)
+    for i, row in enumerate(rows):
+        if row.verdict != "exact":
+            colour = GREY if row.verdict == "unused" else ORANGE
+            beside: dict[str, Any] = {
+                "xycoords": ("axes fraction", "data"),
+                "xytext": (4, 0),
+                "textcoords": "offset points",
+            }
+            ax.annotate(row.verdict, (1, i), va="center", color=colour, fontsize="small", **beside)
+    ax.set_yticks(range(len(rows)), [row.name for row in rows], fontsize="small")
+    ax.set_ylim(1.05 * len(rows) + 1.4, -0.6)  # with room for the legend
+    ax.set(xscale="log", xlim=(floor / 3, None), title=f"check: {'ok' if report.ok else 'NOT ok'}")
+    ax.set_xlabel("relative error (none at all: at the left edge)")
+    ax.legend(frameon=False, loc="lower left", fontsize="small")
+    return ax
+
+
+def _tall(lines: int, height: float) -> Axes:
+    """Axes with room for so many lines of text."""
+    ax: Axes = pyplot().subplots(figsize=(6.4, 1.6 + height * lines), layout="constrained")[1]
     return ax

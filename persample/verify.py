@@ -186,6 +186,8 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         couplers, probe = (ordinal,), Probe(problem, n)
         result = run(probe.listen(emit), couplers)  # raises for what is upstream of that call, serves what is behind it
         verdicts, note = probe.verdicts(result, engine)
+    if engine == "hooks" and not couplers and not all(v.ok for v in verdicts) and (ordinal := _influence(problem, n)):
+        run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
     raise_if_wrong(verdicts, engine)
     remember(problem, engine, couplers)
     return result, note
@@ -234,9 +236,10 @@ class _Trace(Capture):
         return out
 
 
-def find_coupling(problem: Problem, n: int) -> tuple[str, int]:
+def find_coupling(problem: Problem, n: int, certain: bool = False) -> tuple[str, int]:
     """The first call (its name, and its place among all calls) whose value for sample ``n`` changes when all other
-    samples are replaced by copies of it; ``("", 0)`` if there is none.
+    samples are replaced by copies of it; else, unless it has to be ``certain``, the first after which samples are on no
+    axis of their own; ``("", 0)`` if there is none.
     """
     logs = []
     for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n))):
@@ -247,7 +250,16 @@ def find_coupling(problem: Problem, n: int) -> tuple[str, int]:
     for (name, ordinal, a), (other, _, b) in zip(*logs, strict=False):
         if name != other or (a is not None and b is not None and not _close(a, b)):
             return name, ordinal
-    return next(((name, ordinal) for name, ordinal, a in logs[0] if a is None), ("", 0))
+    return next(((name, ordinal) for name, ordinal, a in logs[0] if a is None and not certain), ("", 0))
+
+
+def _influence(problem: Problem, n: int) -> int:
+    """The place of a call through which other samples depend on sample ``n``, whose own loss depends on none of them
+    (the one that attains a maximum over the batch); 0 if there is none.
+    """
+    return next(
+        (at for m in range(min(problem.batch.n, 8)) if m != n and (at := find_coupling(problem, m, True)[1])), 0
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -229,6 +229,16 @@ def test_hidden_coupling_is_found_and_named(unchanged: Any, body: Any) -> None:
         report.raise_if_bad()
 
 
+def test_a_sample_on_which_only_others_depend() -> None:
+    """The one that attains the maximum over the batch has its own loss alone, but not its own row."""
+    model, inputs = Model(lambda m, x: (h := x @ m.w) / h.detach().abs().max() + h.abs().max()), x()
+    largest = int((inputs @ model.w).abs().max(1).values.argmax())
+    picked = int(torch.randint(N, (), generator=torch.Generator().manual_seed(N)))  # the sample that is run alone
+    inputs[[largest, picked]] = inputs[[picked, largest]]
+    with pytest.raises(persample.BatchCoupledError, match=r"'w'.*torch"):
+        persample.gradients(model, square, inputs)
+
+
 def test_contrastive_loss_is_coupling() -> None:
     def info_nce(out: Tensor, _: Any) -> Tensor:
         return F.cross_entropy(out @ out.T, torch.arange(len(out)), reduction="none")

@@ -123,7 +123,7 @@ def take_in(total: Statistics, more: Statistics) -> None:
     if more._clipped is not None:
         before = total._clipped
         total._clipped = {name: c if before is None else before[name] + c for name, c in more._clipped.items()}
-    total._n, total.note = n + m, more.note
+    total._n, total._kinds, total.note = n + m, more._kinds, more.note
 
 
 def _merged_moments(a: tuple[Tensor, Tensor], n: int, b: tuple[Tensor, Tensor], m: int) -> tuple[Tensor, Tensor]:

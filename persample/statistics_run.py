@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantityError
-from .factors import Factors
+from .factors import Factors, dtype
 from .problem import Pass, Weighted
 from .quantities import CHECKS, NEEDS, PARTS, Parts, Quantities
 
@@ -34,6 +34,7 @@ class Statistics(Quantities):
         self.unused: tuple[str, ...] = ()
         self.note = ""  # what `Gradients` would carry: a notion under BatchNorm, how rows were verified
         self._n = 0
+        self._kinds: dict[str, torch.dtype] = {}  # of the rows; their parts are kept in no less than single precision
         kinds = dict.fromkeys(NEEDS[name] for name in self.requests)
         self._stored: dict[str, Parts] = {kind: {} for kind in kinds}
         self._pieces = {
@@ -52,7 +53,7 @@ class Statistics(Quantities):
 
     def emit(self, name: str, g: Factors) -> None:
         """Reduce the factors of one parameter."""
-        self._n = len(g)
+        self._n, self._kinds[name] = len(g), dtype(g)
         for kind, parts in self._stored.items():
             parts[name] = PARTS[kind](g, self._pieces[kind][name])
 
@@ -94,9 +95,9 @@ class Statistics(Quantities):
 
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
         if weight is None:
-            if "moments" in self._stored:
-                return {name: total for name, (total, _) in self._stored["moments"].items()}
-            return self._parts("sum")
+            moments = self._stored.get("moments")
+            sums = self._parts("sum") if moments is None else {name: total for name, (total, _) in moments.items()}
+            return {name: total.to(self._kinds[name]) for name, total in sums.items()}
         if not hasattr(self, "_run_weighted"):
             raise QuantityError(
                 "a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=."

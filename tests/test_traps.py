@@ -182,6 +182,24 @@ def test_norms_in_half_precision_accumulate_in_single() -> None:
     assert torch.allclose(norm.double(), value.double().norm(dim=1), rtol=1e-4)  # summed in bf16 it stops growing at 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("asked", [["mean"], ["variance"]])
+@pytest.mark.parametrize("max_bytes", [None, 1])
+def test_sums_have_one_type_whatever_is_kept(dtype: torch.dtype, asked: list[str], max_bytes: int | None) -> None:
+    """That of the rows, rounded once; second moments, variances and norms stay in single precision."""
+    model, x = nn.Linear(D, 3).to(dtype), float64().to(dtype)
+    loss = lambda out, _: out.float().square().sum(1)  # noqa: E731
+    G = persample.gradients(model, loss, x)
+    S = persample.gradients(model, loss, x, quantities=asked, max_bytes=max_bytes)
+    exact = {name: p.double().sum(0) for name, p in G.dense().items()}
+    for name, kept in G.sum().items():
+        assert kept.dtype == S.sum()[name].dtype == S.mean()[name].dtype == dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(kept.double(), exact[name], rtol=4 * eps, atol=8 * eps)  # rows are rounded, too
+        torch.testing.assert_close(S.sum()[name], kept, rtol=eps, atol=eps)
+    assert G.norm().dtype == G.variance()["bias"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sync_batch_norm_in_training_couples(engine: str) -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.SyncBatchNorm(D), nn.Linear(D, 2)).double()

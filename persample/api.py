@@ -92,15 +92,15 @@ def gradients(
     if verify not in (None, True, False):
         raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}.")
 
-    def sliced(part: Problem, emit: Emit, again: bool, replay: bool) -> tuple[Pass, str]:
-        return _verified(part, engine, emit, False if replay else verify, again=again)
+    def sliced(part: Problem, emit: Emit, replay: bool) -> tuple[Pass, str]:
+        return _verified(part, engine, emit, False if replay else verify)
 
     with _seeded(generator):
         if quantities is not None and max_bytes is not None:
             return microbatch.statistics(problem, quantities, max_bytes, sliced)
         if quantities is not None:
             statistics = Statistics(quantities, {name: p.shape for name, p in problem.parameters.items()})
-            run, note = _verified(problem, engine, statistics.emit, verify, again=statistics.again, coupled=coupled)
+            run, note = _verified(problem, engine, statistics.emit, verify, coupled=coupled)
             return statistics.finish(run, note)
         kept: dict[str, Factors] = {}
         if engine == "hooks" and max_bytes is not None:
@@ -130,7 +130,6 @@ def _verified(
     engine: str,
     emit: Emit,
     verify: bool | None,
-    again: bool = False,
     max_bytes: int | None = None,
     coupled: str | None = None,
 ) -> tuple[Pass, str]:
@@ -142,7 +141,7 @@ def _verified(
 
     def run(emit: Emit, couplers: tuple[int, ...]) -> Pass:
         if engine == "hooks":
-            return hooks(problem, emit, again=again, couplers=couplers)
+            return hooks(problem, emit, couplers=couplers)
         if engine in ("vmap", "compiled"):
             return (vmap_engine if engine == "vmap" else compiled)(problem, emit, max_bytes=max_bytes)
         return ENGINES[engine](problem, emit)

@@ -338,15 +338,13 @@ def explain(
 
     It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients
     of zeros.  ``kept`` is what `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A
-    statistics run keeps neither.  Raises what the run would raise.
+    statistics run keeps neither, except that ``clip`` keeps the former until all norms are known.  Raises what the
+    run would raise.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)
-    streamed = quantities is not None
-    clipped = (
-        quantities is not None
-        and "clip" in Statistics(quantities, {k: p.shape for k, p in problem.parameters.items()}).requests
-    )
+    shapes = {name: p.shape for name, p in problem.parameters.items()}
+    streamed = quantities is not None and "clip" not in Statistics(quantities, shapes).requests
     n = problem.batch.n
     if engine != "hooks":
         why = "one sample at a time: the definition" if engine == "loop" else "torch.func, all samples at once"
@@ -361,7 +359,7 @@ def explain(
         check_complete(found, problem.parameters)
         check_uncoupled(found, problem.parameters)
         uses = _uses(found, problem)
-    rows = [_explain_one(name, p, n, uses[name], streamed, clipped) for name, p in problem.parameters.items()]
+    rows = [_explain_one(name, p, n, uses[name], streamed) for name, p in problem.parameters.items()]
     return Explanation(engine, n, tuple(rows))
 
 
@@ -392,7 +390,7 @@ def _uses(found: Reached, problem: Problem) -> dict[str, list[Use]]:
     return uses
 
 
-def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool, clipped: bool) -> Explained:
+def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool) -> Explained:
     if not uses:
         return _explained(name, p, n, "-", "Dense", 0, "no loss depends on it, or only the criterion itself")
     served = served_text(
@@ -404,8 +402,7 @@ def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool, 
     factored = len(known) == len(uses) and not any(derived for *_, derived in uses) and size < full
     form = type(known[0]).__name__ if factored else "Dense"
     if streamed:
-        how_clipped = "; clip: a second, weighted backward pass" if clipped else ""
-        return _explained(name, p, n, served, form, 0, f"reduced on arrival, then dropped{how_clipped}")
+        return _explained(name, p, n, served, form, 0, "reduced on arrival, then dropped")
     if factored and form != "Dense":
         return _explained(name, p, n, served, form, size, "factors are smaller than the gradients")
     why = "gradients are no larger than factors"

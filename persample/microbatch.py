@@ -43,7 +43,7 @@ from .statistics_run import Request, Statistics, listed
 
 FIRST = 2  # samples whose bytes are measured
 
-Run = Callable[[Problem, Emit, bool, bool], tuple[Pass, str]]  # problem, emit, keep the graph, replay -> pass, note
+Run = Callable[[Problem, Emit, bool], tuple[Pass, str]]  # problem, emit, whether it is a replay -> pass, note
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def rows(problem: Problem, max_bytes: int, run: Run) -> tuple[dict[str, Factors]
 
     def once(part: Problem, meter: Meter) -> Pass:
         nonlocal note
-        result, note = run(part, meter.unmetered(lambda name, g: kept[name].append(compact(g))), False, False)
+        result, note = run(part, meter.unmetered(lambda name, g: kept[name].append(compact(g))), False)
         passes.append(result)
         return result
 
@@ -100,9 +100,9 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
 
     def once(part: Problem, meter: Meter) -> Pass:
         own = Statistics(requests, shapes)
-        result, note = run(part, meter.unmetered(own.emit), own.again, False)
+        result, note = run(part, meter.unmetered(own.emit), False)
         take_in(total, own.finish(result, note))
-        passes.append(replace(result, weighted=None))
+        passes.append(result)
         return result
 
     budget = max_bytes // 2 if paired else max_bytes  # of a Gram matrix, the rows of two slices are there at a time
@@ -162,10 +162,10 @@ def fill_in(grams: Parts, slices: Sequence[Slice], run: Run) -> None:
     for i, one in enumerate(slices[:-1]):
         kept: dict[str, Factors] = {}
         with one.replayed():
-            run(one.problem, partial(_keep, kept), False, True)
+            run(one.problem, partial(_keep, kept), True)
         for other in slices[i + 1 :]:
             with other.replayed():
-                run(other.problem, partial(_cross, grams, kept, one.at, other.at), False, True)
+                run(other.problem, partial(_cross, grams, kept, one.at, other.at), True)
 
 
 def _keep(kept: dict[str, Factors], name: str, g: Factors) -> None:

@@ -18,7 +18,6 @@ from .losses import LossFunction
 
 Selection = str | re.Pattern[str] | Iterable[str] | Callable[[str, Tensor], bool] | None
 Emit = Callable[[str, Factors], None]
-Weighted = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Pass:
     losses: Tensor | None  # [N], detached; None where only somebody else knows them
     outputs: Any  # detached
     unused: tuple[str, ...] = ()  # parameters that no loss depends on
-    weighted: Weighted | None = None  # weights [N] -> weighted sums of rows, by one more backward pass
     coupled: bool = False  # some call couples the batch, though not for these parameters
     served: dict[str, list[tuple[Callable[..., Any], str]]] = field(
         default_factory=dict

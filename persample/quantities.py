@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import display, reductions
-from .errors import QuantityError, UnknownParameterError
-from .factors import Factors
+from .errors import InplaceError, QuantityError, UnknownParameterError
+from .factors import Factors, dtype, tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +47,13 @@ PARTS: dict[str, Callable[[Factors, Any], Any]] = {
     "project": lambda g, r: r(g) if callable(r) else reductions.project(g, r),  # [N, k]
 }
 
+# Parts that are read off another one, where a run computes that anyway: (that part, N) -> part.
+READ_OFF: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
+    "squares": ("gram", lambda products, _: products.diagonal().clone()),
+    "sum": ("moments", lambda pair, _: pair[0]),
+    "square_sum": ("moments", lambda pair, n: torch.addcmul(pair[1], pair[0], pair[0], value=1 / max(1, n))),
+}
+
 # The part each quantity of a statistics run is made of.
 NEEDS: dict[str, str] = {
     "norm": "squares",
@@ -61,6 +69,32 @@ NEEDS: dict[str, str] = {
     "dot": "dot",
     "project": "project",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The factors of one parameter, to be read later: they may alias tensors of the forward pass."""
+
+    name: str
+    factors: Factors
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def of(name: str, g: Factors) -> Kept:
+        return Kept(name, g, tuple(t._version for t in tensors(g)))
+
+    def read(self) -> Factors:
+        """The factors, unless what they alias has changed."""
+        if tuple(t._version for t in tensors(self.factors)) != self.versions:
+            raise InplaceError(
+                f"the factors of parameter '{self.name}' alias a tensor of the forward pass that was changed in place "
+                "since. Read what you need before changing inputs or activations in place, or call dense() first."
+            )
+        return self.factors
+
+    def weighted_sum(self, weight: Tensor | None) -> Tensor:
+        """``weight^T G``, in the parameter's own type."""
+        return reductions.weighted_sum(self.read(), weight).to(dtype(self.factors))
 
 
 class Quantities(abc.ABC):

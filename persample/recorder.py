@@ -298,17 +298,7 @@ class Recorder:
         finally:
             collect.detach()
 
-        def weighted(weight: Tensor) -> dict[str, Tensor]:
-            grads = torch.autograd.grad(
-                losses,
-                list(self._parameters.values()),
-                weight.to(losses.dtype),
-                retain_graph=True,
-                materialize_grads=True,
-            )
-            return dict(zip(self._parameters, grads, strict=True))
-
-        return sink.result(Pass(losses.detach(), self._outputs, unused, weighted))
+        return sink.result(Pass(losses.detach(), self._outputs, unused))
 
     # ---- someone else's backward --------------------------------------------------------------------------------
 

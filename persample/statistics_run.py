@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .errors import QuantityError
-from .factors import Factors, dtype
-from .problem import Pass, Weighted
-from .quantities import CHECKS, NEEDS, PARTS, Parts, Quantities
+from .factors import Factors, compact, dtype
+from .problem import Pass
+from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, Kept, Parts, Quantities
 
 Request = str | tuple[str, dict[str, Any]]
 
@@ -35,12 +35,13 @@ class Statistics(Quantities):
         self.note = ""  # what `Gradients` would carry: a notion under BatchNorm, how rows were verified
         self._n = 0
         self._kinds: dict[str, torch.dtype] = {}  # of the rows; their parts are kept in no less than single precision
-        kinds = dict.fromkeys(NEEDS[name] for name in self.requests)
+        kinds = sorted({NEEDS[name]: None for name in self.requests}, key=lambda kind: kind in READ_OFF)
         self._stored: dict[str, Parts] = {kind: {} for kind in kinds}
         self._pieces = {
             kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names)
             for kind in kinds
         }
+        self._kept: dict[str, Kept] = {}
         self._clipped: dict[str, Tensor] | None = None
 
     def _argument(self, kind: str) -> Any:
@@ -54,37 +55,30 @@ class Statistics(Quantities):
     def emit(self, name: str, g: Factors) -> None:
         """Reduce the factors of one parameter."""
         self._n, self._kinds[name] = len(g), dtype(g)
+        if "clip" in self.requests:  # whose factors are needed once more when all norms are known
+            g = compact(g)
+            self._kept[name] = Kept.of(name, g)
         for kind, parts in self._stored.items():
-            parts[name] = PARTS[kind](g, self._pieces[kind][name])
+            source, read_off = READ_OFF.get(kind, ("", None))
+            if read_off is not None and source in self._stored:
+                parts[name] = read_off(self._stored[source][name], len(g))
+            else:
+                parts[name] = PARTS[kind](g, self._pieces[kind][name])
 
     def __len__(self) -> int:
         return self._n
 
-    @property
-    def again(self) -> bool:
-        """Whether a second backward pass is needed, once all norms are known."""
-        return "clip" in self.requests
-
     def finish(self, run: Pass, note: str = "") -> Statistics:
-        """Take what the engine reports, and make the clipped sum by one weighted backward pass."""
+        """Take what the engine reports, and make the clipped sum."""
         self.losses, self.outputs, self.unused, self.note = run.losses, run.outputs, run.unused, note
         for parts in self._stored.values():
             ordered = {name: parts[name] for name in self.names}
             parts.clear()
             parts.update(ordered)
-        if self.again:
-            if run.weighted is None:
-                raise QuantityError(
-                    "clip in a statistics run needs engine='hooks'; with other engines call .clip() on the gradients."
-                )
-            self._run_weighted = run.weighted
-            try:
-                self._clipped = super().clip(**self.requests["clip"])
-            finally:
-                del self._run_weighted
+        if "clip" in self.requests:
+            self._clipped = super().clip(**self.requests["clip"])
+            self._kept.clear()
         return self
-
-    _run_weighted: Weighted
 
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         if kind not in self._stored:
@@ -98,11 +92,11 @@ class Statistics(Quantities):
             moments = self._stored.get("moments")
             sums = self._parts("sum") if moments is None else {name: total for name, (total, _) in moments.items()}
             return {name: total.to(self._kinds[name]) for name, total in sums.items()}
-        if not hasattr(self, "_run_weighted"):
+        if not self._kept:
             raise QuantityError(
                 "a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=."
             )
-        return self._run_weighted(weight)
+        return {name: self._kept[name].weighted_sum(weight) for name in self.names}
 
     def clip(self, max_norm: float | None = None) -> dict[str, Tensor]:
         """The clipped sum of this run; see `Gradients.clip`."""

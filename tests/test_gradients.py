@@ -4,6 +4,7 @@ was."""
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
+from persample import quantities, statistics_run
 from persample.factors import Dense, Outer
 
 N, T, D = 4, 3, 6
@@ -349,6 +351,49 @@ def test_statistics_of_several_quantities_in_one_pass() -> None:
         assert torch.equal(S.variance()[name], S.variance(ddof=1)[name])  # what was asked for
         assert torch.allclose(S.norm(per_parameter=True)[name], G.norm(per_parameter=True)[name], atol=1e-12)
     assert len(S) == N and S.unused == () and torch.allclose(S.losses, G.losses)
+
+
+def test_parts_that_another_one_contains_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, y) = convnet().double(), batch(3, 8, 8)
+    counts = Counter[str]()
+
+    def counting(kind: str, part: Any) -> Any:
+        def counted(g: Any, argument: Any) -> Any:
+            counts[kind] += 1
+            return part(g, argument)
+
+        return counted
+
+    monkeypatch.setattr(quantities, "PARTS", {kind: counting(kind, part) for kind, part in quantities.PARTS.items()})
+    monkeypatch.setattr(statistics_run, "PARTS", quantities.PARTS)
+    asked = ["norm", "mean", "second_moment", "variance", "gram", ("clip", {"max_norm": 0.1})]
+    S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=asked)
+    size = len(list(model.parameters()))
+    assert counts == {"moments": size, "gram": size}
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop")
+    assert torch.allclose(S.norm(), G.norm(), rtol=1e-12)
+    for name, clipped in G.clip(0.1).items():
+        assert torch.allclose(S.clip()[name], clipped, atol=1e-12)
+        assert torch.allclose(S.mean()[name], G.mean()[name], atol=1e-12)
+        assert torch.allclose(S.second_moment()[name], G.second_moment()[name], atol=1e-12)
+
+
+class Destructive(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.clamp_(min=0))
+
+
+def test_a_clipped_sum_is_never_of_factors_that_have_changed() -> None:
+    """The sample that is run alone to verify is a slice of the input."""
+    clip = [("clip", {"max_norm": 1.0})]
+    with pytest.raises(persample.InplaceError, match=r"'layer\.weight' alias"):
+        persample.gradients(Destructive(), F.cross_entropy, torch.randn(N, 3), torch.arange(N) % 2, quantities=clip)
 
 
 def test_rows_written_into_given_memory() -> None:

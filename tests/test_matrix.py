@@ -199,19 +199,17 @@ def requests(t: Truth, engine: str) -> list[Any]:
         "norm", "squared_norm", "gram", "cosine", "sum", "mean", "second_moment", "variance", "std",
         ("dot", {"direction": t.direction}), ("project", {"projection": t.projection}),
     ]  # fmt: skip
-    return [*made, ("clip", {"max_norm": t.max_norm})] if engine == "hooks" else made
+    return [*made, ("clip", {"max_norm": t.max_norm})]
 
 
 def check_statistics(d: Differences, s: Any, t: Truth, engine: str, single: bool) -> None:
-    """The run that reduces on arrival. Clipping is a second, weighted backward pass: its gradients are scaled before
-    they pass through the model, and round there if parts of it are in single precision."""
+    """The run that reduces on arrival."""
     arguments = {"dot": [t.direction], "project": [t.projection]}
     for name, want in sample_space(t).items():
         d.close(f"statistics {name}", getattr(s, name)(*arguments.get(name, [])), want)
     for name, wanted in parameter_space(t).items():
         if name == "clip":
-            if engine == "hooks":
-                d.close("statistics clip", s.clip(t.max_norm), wanted, 1e-5 if single else TOLERANCE)
+            d.close("statistics clip", s.clip(t.max_norm), wanted)
         elif name in ("variance1", "std1"):
             d.close(f"statistics {name}", getattr(s, name[:-1])(ddof=1), wanted)
         elif name != "weighted":

@@ -26,7 +26,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import reductions
 from ..errors import ArgumentError
 from ..factors import Dense, Factors, compact, dense, index
 from ..problem import Emit, Pass, Problem
@@ -183,15 +182,10 @@ def coupled_pass(problem: Problem, notion: str, emit: Emit, verify: bool | None)
         remember(problem, "coupled")
     run = NOTIONS[notion](network, emit, None)
 
-    def weighted_sum(weight: Tensor) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
-        NOTIONS[notion](network, lambda name, g: sums.__setitem__(name, reductions.weighted_sum(g, weight)), None)
-        return sums
-
     if network.point.passes.drawn is not None:
         set_random_state(network.point.passes.drawn)
     note = f"coupled={notion!r}" + (", verify=False" if verify is False else "")
-    return replace(run, weighted=weighted_sum), note
+    return run, note
 
 
 # ---- details --------------------------------------------------------------------------------------------------------

@@ -20,15 +20,15 @@ from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
 from ..losses import ignored, is_per_sample, lone_losses, unreduced, warn_if_not_mean
-from ..problem import Emit, Pass, Problem, Weighted
+from ..problem import Emit, Pass, Problem
 
 
-def hooks(problem: Problem, emit: Emit, *, again: bool = False, couplers: Collection[int] = ()) -> Pass:
-    """One forward and one backward pass of the whole batch; ``again``: keep the graph for `Pass.weighted`;
+def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pass:
+    """One forward and one backward pass of the whole batch;
     ``couplers``: see `Capture`.
     """
     wanted = {id(p) for p in problem.parameters.values()}
-    capture = Capture(problem.model, wanted, couplers=couplers, once=not again)
+    capture = Capture(problem.model, wanted, couplers=couplers, once=True)
     with torch.enable_grad():
         outputs, losses, seeds, criterion = forward(problem, capture)
     found = reached((t.grad_fn for t, *_ in seeds), capture)
@@ -40,16 +40,14 @@ def hooks(problem: Problem, emit: Emit, *, again: bool = False, couplers: Collec
             collect.direct(criterion)
         if found.roots:
             tensors, grads, _ = zip(*seeds, strict=True)
-            torch.autograd.grad(tensors, found.roots, grads, allow_unused=True, retain_graph=again)
+            torch.autograd.grad(tensors, found.roots, grads, allow_unused=True)
         unused = collect.finish()
     finally:
         collect.detach()
-    weighted = _weighted(problem, seeds, criterion) if again else None
     return Pass(
         losses.detach(),
         detached(outputs),
         unused,
-        weighted,
         any(call.couples for call in found.calls),
         collect.served_by(),
     )
@@ -119,27 +117,3 @@ def along(g: Tensor, weight: Tensor, axis: int | None) -> Tensor:
     shape = [-1 if a == axis else 1 for a in range(g.ndim)]
     scaled = g * weight.view(shape)
     return scaled.masked_fill((weight == 0).view(shape), 0)
-
-
-def _weighted(problem: Problem, seeds: Seeds, criterion: Tensor | None) -> Weighted:
-    """``weight -> {name: sum_n weight[n] * row n}`` by one more ordinary backward pass."""
-    parameters = problem.parameters
-
-    def weighted(weight: Tensor) -> dict[str, Tensor]:
-        tensors = [t for t, *_ in seeds]
-        grads = [along(g, weight.to(g.dtype), axis) for _, g, axis in seeds]
-        if criterion is not None and criterion.requires_grad:  # penalties inside the criterion; its outputs are cut off
-            tensors, grads = [*tensors, criterion], [*grads, weight.to(criterion.dtype)]
-        if not tensors:
-            return {name: torch.zeros_like(p) for name, p in parameters.items()}
-        return dict(
-            zip(
-                parameters,
-                torch.autograd.grad(
-                    tensors, list(parameters.values()), grads, materialize_grads=True, retain_graph=True
-                ),
-                strict=True,
-            )
-        )
-
-    return weighted

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import display, reductions
-from .errors import InplaceError, QuantityError, UnknownParameterError
+from .errors import QuantityError, UnknownParameterError
 from .factors import Factors, dense, dtype, nbytes, tensors
 from .problem import Selection, select
-from .quantities import PARTS, Parts, Quantities
+from .quantities import PARTS, Kept, Parts, Quantities
 from .report import bytes_text
 
 
@@ -51,21 +51,14 @@ class Gradients(Quantities):
         self.shapes = {name: torch.Size(g.shape) for name, g in self.factors.items()}
         self._aliases = dict(aliases or {})
         self._parameters = dict(parameters or {})
-        self._versions = {name: [t._version for t in tensors(g)] for name, g in self.factors.items()}
+        self._kept = {name: Kept.of(name, g) for name, g in self.factors.items()}
 
     def __len__(self) -> int:
         return len(next(iter(self.factors.values())))
 
     def _read(self, name: str) -> Factors:
         """The factors of a parameter, unless what they alias has changed."""
-        g = self.factors[name]
-        if [t._version for t in tensors(g)] != self._versions[name]:
-            raise InplaceError(
-                f"the factors of parameter '{name}' alias a tensor of the forward pass that was changed in place "
-                "since. "
-                "Read what you need before changing inputs or activations in place, or call dense() first."
-            )
-        return g
+        return self._kept[name].read()
 
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         pieces = self._split(kind, argument) if kind in ("dot", "project") else dict.fromkeys(self.names)
@@ -79,9 +72,7 @@ class Gradients(Quantities):
             raise QuantityError(
                 f"weight must be a dense real tensor of shape [{len(self)}], one number per sample, got {got}."
             )
-        return {
-            name: reductions.weighted_sum(self._read(name), weight).to(dtype(self.factors[name])) for name in self.names
-        }
+        return {name: kept.weighted_sum(weight) for name, kept in self._kept.items()}
 
     def _cross(self, other: Quantities) -> Parts:
         if not isinstance(other, Gradients):
@@ -160,7 +151,7 @@ class Gradients(Quantities):
             parameters=keep(self._parameters),
             note=self.note,
         )
-        chosen._versions = keep(self._versions)
+        chosen._kept = keep(self._kept)
         return chosen
 
     def backward(self, weight: Tensor | None = None) -> None:

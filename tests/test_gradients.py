@@ -378,24 +378,6 @@ def test_parts_that_another_one_contains_are_not_computed(monkeypatch: pytest.Mo
         assert torch.allclose(S.second_moment()[name], G.second_moment()[name], atol=1e-12)
 
 
-class Destructive(nn.Module):
-    """Changes its input in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.clamp_(min=0))
-
-
-def test_a_clipped_sum_is_never_of_factors_that_have_changed() -> None:
-    """The sample that is run alone to verify is a slice of the input."""
-    clip = [("clip", {"max_norm": 1.0})]
-    with pytest.raises(persample.InplaceError, match=r"'layer\.weight' alias"):
-        persample.gradients(Destructive(), F.cross_entropy, torch.randn(N, 3), torch.arange(N) % 2, quantities=clip)
-
-
 def test_rows_written_into_given_memory() -> None:
     model, (x, y) = convnet().double(), batch(3, 8, 8)
     G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)

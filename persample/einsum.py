@@ -33,13 +33,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from string import ascii_letters, ascii_lowercase
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from .errors import EinsumError
+
+MOST = 12  # operands
 
 Axis = str  # its letters, outermost first; "" is an axis of size one
 Term = tuple[Axis, ...]
@@ -252,47 +255,101 @@ def einsum(expression: str, *operands: Tensor, **sizes: int) -> Tensor:
 
     Raises:
         EinsumError: if the number of operands, their axes or their sizes do not fit; names operand and index.
-        ImportError: three operands or more need the package opt_einsum (``pip install persample[einsum]``) to choose
-            the order of contraction.
 
-    Cost: that of the cheapest path in floating point operations (Smith and Gray 2018, opt_einsum), found anew from
-    the shapes at every call.
+    Cost: that of the order of contraction, two operands at a time, with the fewest multiplications.  It is looked for
+    once per expression and sizes, in ``3^n`` steps for ``n`` operands.
     """
+    plan = _planned(expression, tuple(x.shape for x in operands), tuple(sizes.items()))
+    split = [x.reshape(shape) for x, shape in zip(operands, plan.shapes, strict=True)]
+    return _contract(plan.tree, split).reshape(plan.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do: groups taken apart, axes of size one left out, contracted, and put together again."""
+
+    shapes: list[list[int]]
+    tree: Step | str
+    shape: list[int]
+
+
+@lru_cache(maxsize=4096)
+def _planned(expression: str, shapes: tuple[Size, ...], sizes: tuple[tuple[str, int], ...]) -> Plan:
     parsed = parse(expression)
-    if len(operands) != len(parsed.inputs):
-        raise EinsumError(f"{expression!r} has {len(parsed.inputs)} operands, but {len(operands)} tensors were given")
-    lengths = _lengths(parsed, operands, sizes, expression)
-    split = [x.reshape([lengths[a] for a in "".join(t)]) for x, t in zip(operands, parsed.inputs, strict=True)]
-    flat = ",".join(map("".join, parsed.inputs)) + "->" + "".join(parsed.output)
-    result = torch.einsum(flat, *split) if len(split) < 3 else _contract(flat, split)
-    return result.reshape([prod(lengths[a] for a in axis) for axis in parsed.output])
+    if len(shapes) != len(parsed.inputs):
+        raise EinsumError(f"{expression!r} has {len(parsed.inputs)} operands, but {len(shapes)} tensors were given")
+    lengths = _lengths(parsed, shapes, dict(sizes), expression)
+    *terms, output = ["".join(a for a in "".join(t) if lengths[a] != 1) for t in (*parsed.inputs, parsed.output)]
+    return Plan(
+        [[lengths[a] for a in term] for term in terms],
+        contraction(tuple(terms), output, lengths),
+        [prod(lengths[a] for a in axis) for axis in parsed.output],
+    )
 
 
-def _contract(expression: str, operands: list[Tensor]) -> Tensor:
-    try:
-        import opt_einsum
-    except ImportError as error:
-        raise ImportError(
-            "persample.einsum chooses the order of three and more operands with the package opt_einsum: "
-            "pip install persample[einsum]"
-        ) from error
-    result: Tensor = opt_einsum.contract(expression, *operands, backend="torch")
-    return result
+@dataclass(frozen=True)
+class Step:
+    """Two operands become one; each is the result of another step, or one of those given."""
+
+    left: Step | int
+    right: Step | int
+    terms: tuple[str, str]
+    output: str
 
 
-def _lengths(
-    parsed: Expression, operands: tuple[Tensor, ...], sizes: Mapping[str, int], expression: str
-) -> dict[str, int]:
+def contraction(terms: tuple[str, ...], output: str, lengths: Mapping[str, int]) -> Step | str:
+    """The order with the fewest multiplications, by dynamic programming over sets of operands (bits of an int); of one
+    operand, the expression that it needs.
+    """
+    if len(terms) == 1:
+        return f"{terms[0]}->{output}"
+    if len(terms) > MOST:
+        raise EinsumError(f"an expression of {len(terms)} operands: contract at most {MOST} at a time")
+    whole = (1 << len(terms)) - 1
+    made: dict[int, str] = {1 << i: term for i, term in enumerate(terms)}  # the indices of what a set is contracted to
+    best: dict[int, tuple[int, Step | int]] = {1 << i: (0, i) for i in range(len(terms))}
+    for some in range(1, whole + 1):
+        if some in best:
+            continue
+        inside = dict.fromkeys("".join(term for i, term in enumerate(terms) if some >> i & 1))
+        beside = set(output).union(*(term for i, term in enumerate(terms) if not some >> i & 1))
+        made[some] = output if some == whole else "".join(a for a in inside if a in beside)
+        part = some
+        while part := (part - 1) & some:
+            rest = some ^ part
+            if part & some & -some:  # the first operand is on the left
+                cost = best[part][0] + best[rest][0] + prod(lengths[a] for a in {*made[part], *made[rest]})
+                if some not in best or cost < best[some][0]:
+                    best[some] = cost, Step(best[part][1], best[rest][1], (made[part], made[rest]), made[some])
+    found = best[whole][1]
+    assert isinstance(found, Step)
+    return found
+
+
+def _contract(tree: Step | int | str, operands: list[Tensor]) -> Tensor:
+    if isinstance(tree, str):
+        return torch.einsum(tree, *operands)
+    if isinstance(tree, int):
+        return operands[tree]
+    x, y = (_contract(part, operands) for part in (tree.left, tree.right))
+    (a, b), out = tree.terms, tree.output
+    if a == b and a[-1:] in out and out == "".join(letter for letter in a if letter in out):
+        summed = [i for i, letter in enumerate(a) if letter not in out]
+        return (x * y).sum(summed) if summed else x * y  # a matrix product would copy both
+    return torch.einsum(f"{a},{b}->{out}", x, y)
+
+
+def _lengths(parsed: Expression, shapes: tuple[Size, ...], sizes: Mapping[str, int], expression: str) -> dict[str, int]:
     """The size of every index: from axes that are one letter first, then what groups leave open."""
     found: dict[str, tuple[int, str]] = {letter: (size, "the arguments") for letter, size in sizes.items()}
     groups: list[tuple[Axis, int, str]] = []
-    for i, (x, term) in enumerate(zip(operands, parsed.inputs, strict=True)):
+    for i, (shape, term) in enumerate(zip(shapes, parsed.inputs, strict=True)):
         where = f"operand {i} ({_write(term)!r})"
-        if x.ndim != len(term):
+        if len(shape) != len(term):
             raise EinsumError(
-                f"{where} of {expression!r} has {len(term)} axes, but the tensor has shape {tuple(x.shape)}"
+                f"{where} of {expression!r} has {len(term)} axes, but the tensor has shape {tuple(shape)}"
             )
-        for axis, size in zip(term, x.shape, strict=True):
+        for axis, size in zip(term, shape, strict=True):
             if len(axis) == 1:
                 _agree(found, axis, size, where, expression)
             else:

@@ -13,6 +13,7 @@ import torch
 from test_matrix import Differences, check_model_side, check_quantities, check_rows, check_statistics, requests, truth
 from test_matrix import run as run_case
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from zoo import Case, cases
 
 import persample
@@ -171,6 +172,25 @@ def test_what_cannot_be_compiled_says_why_and_what_to_do() -> None:
         rows(model, x, y)
     with torch.compiler.set_stance("force_eager"), pytest.raises(CaptureError, match="switched off"):
         rows(net(), *batch())
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its layer in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.linear, x, use_reentrant=False)
+
+
+def test_a_failed_compilation_leaves_nothing_switched_off() -> None:
+    model, x, y = Checkpointed(), torch.randn(5, 4), torch.randint(3, (5,))
+    with pytest.raises(CaptureError, match=r"torch.func can't follow this model: .*saved tensor hooks"):
+        rows(model, x, y)
+    with torch.autograd.graph.save_on_cpu():
+        assert model(x).shape == (5, 3)
 
 
 def test_more_versions_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

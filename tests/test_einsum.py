@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import sys
+from math import prod
 from string import ascii_letters
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from persample.einsum import combine, einsum, parse
+from persample.einsum import Step, _planned, combine, contraction, einsum, parse
 from persample.errors import EinsumError, PersampleError
 
 SIZES = dict(zip("abcdefgh", (2, 3, 1, 4, 2, 3, 5, 2), strict=True))
@@ -131,11 +132,44 @@ def test_is_differentiable() -> None:
         assert_close(a, b)
 
 
+def steps(tree: Any) -> list[Step]:
+    return [*steps(tree.left), *steps(tree.right), tree] if isinstance(tree, Step) else []
+
+
+@given(st.lists(st.text("abcde", min_size=1, max_size=3), min_size=2, max_size=5), st.integers(0, 9999))
+@settings(max_examples=60, deadline=None)
+def test_no_order_of_contraction_is_cheaper(words: list[str], seed: int) -> None:
+    """No more multiplications than the path that opt_einsum finds by trying all, and the numbers of `torch.einsum`."""
+    terms = tuple("".join(dict.fromkeys(word)) for word in words)
+    letters = sorted(set("".join(terms)))
+    lengths = {a: 2 + (seed // 7**i) % 5 for i, a in enumerate(letters)}
+    output = "".join(letters[: seed % 3])
+    expression = ",".join(terms) + "->" + output
+
+    def cost(pairs: list[tuple[str, ...]]) -> int:
+        return sum(prod(lengths[a] for a in set("".join(pair))) for pair in pairs)
+
+    own = cost([step.terms for step in steps(contraction(terms, output, lengths))])
+    shapes = [tuple(lengths[a] for a in term) for term in terms]
+    info = opt_einsum.contract_path(expression, *shapes, shapes=True, optimize="optimal")[1]
+    assert own <= cost([tuple(step[2].split("->")[0].split(",")) for step in info.contraction_list])
+    tensors = [tensor(seed + i, *shape) for i, shape in enumerate(shapes)]
+    assert_close(einsum(expression, *tensors), torch.einsum(expression, *tensors))
+
+
+def test_an_order_is_looked_for_once() -> None:
+    x = tensor(0, 3, 3)
+    einsum("ab,bc,cd->ad", x, x, x)
+    before = _planned.cache_info()
+    einsum("ab,bc,cd->ad", x, x, x)
+    after = _planned.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
 def test_path_avoids_the_large_intermediate() -> None:
-    expression = combine("noi,oi->n", {0: "nto,nti->noi"})
-    path, info = opt_einsum.contract_path(expression, (8, 1, 50), (8, 1, 40), (50, 40), shapes=True)
-    assert info.largest_intermediate < 8 * 50 * 40
-    assert len(path) == 2
+    expression = parse(combine("noi,oi->n", {0: "nto,nti->noi"}))
+    tree = contraction(tuple(map("".join, expression.inputs)), "n", {"n": 8, "t": 1, "o": 50, "i": 40})
+    assert all(prod({"n": 8, "t": 1, "o": 50, "i": 40}[a] for a in step.output) < 8 * 50 * 40 for step in steps(tree))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +187,7 @@ def test_path_avoids_the_large_intermediate() -> None:
         (lambda: combine("(ab)c->abc", {0: "xyzw->(xyz)w"}), r"can't match the groups \(ab\) and \(xyz\)"),
         (lambda: combine(",".join(ascii_letters) + ",z->", {52: "zy->z"}), "more than 52"),
         (lambda: einsum("ab,b->a", tensor(0, 2, 3)), "2 operands, but 1 tensors"),
+        (lambda: einsum(",".join("a" * 13) + "->", *[tensor(0, 2)] * 13), "13 operands"),
         (lambda: einsum("ab,b->a", tensor(0, 2, 3), tensor(0, 3, 1)), r"operand 1 \('b'\) .*1 axes.*shape \(3, 1\)"),
         (
             lambda: einsum("ab,b->a", tensor(0, 2, 3), tensor(0, 1)),
@@ -164,13 +199,6 @@ def test_errors_name_the_operand_or_index(call: Any, message: str) -> None:
     with pytest.raises(EinsumError, match=message) as caught:
         call()
     assert isinstance(caught.value, PersampleError)
-
-
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opt_einsum", None)
-    assert_close(einsum("ab,b->a", tensor(0, 2, 3), tensor(1, 3)), tensor(0, 2, 3) @ tensor(1, 3))
-    with pytest.raises(ImportError, match=r"persample\[einsum\]"):
-        einsum("a,a,a->", tensor(0, 2), tensor(1, 2), tensor(2, 2))
 
 
 def test_documentation_runs() -> None:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from .. import convolution
+from ..einsum import combine, einsum
 from ..factors import Conv, Dense, Factors, Outer, Rows, cast, dense, device, dtype, index
 
 BLOCK = 1 << 22  # entries of intermediate results at a time
@@ -133,26 +134,12 @@ def _forms(g: Factors, left: Tensor, right: Tensor) -> Tensor:
     """``sum L_jx[a] g[a, b] R_jy[b]``, ``[N, dim]``."""
     match g:
         case Outer(delta, a, _):
-            u = torch.einsum("nkto,jxko->nktjx", delta, left.unflatten(2, (delta.shape[1], delta.shape[3])))
-            v = torch.einsum("nkti,jyi->nktjy", a, right)
-            return _paired(u.flatten(1, 2), v.flatten(1, 2))
+            return einsum(_OF_OUTER, delta, a, left, right)
         case Rows(i, value, _):
-            return _paired(left.movedim(2, 0)[i], torch.einsum("nti,jyi->ntjy", value, right))
+            return einsum("ntjx,ntb,jyb->n(jxy)", left.movedim(2, 0)[i], value, right)
         case _:
-            return _of_rows(dense(g).reshape(len(g), left.shape[2], right.shape[2]), left, right)
+            return einsum(_OF_ROWS, dense(g).reshape(len(g), left.shape[2], right.shape[2]), left, right)
 
 
-def _paired(u: Tensor, v: Tensor) -> Tensor:
-    """``sum_t u[n, t, j, x] v[n, t, j, y]``, ``[N, dim]``."""
-    if u.shape[3] == 1:
-        return (u * v).sum(1).flatten(1)
-    return torch.einsum("ntjx,ntjy->njxy", u, v).flatten(1)
-
-
-def _of_rows(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The same of ``rows [N, p, q]``: the longer side first, so that less is left to write."""
-    if rows.shape[1] <= rows.shape[2]:
-        half = torch.einsum("nab,jyb->najy", rows, right)
-        return torch.einsum("najy,jxa->njxy", half, left).flatten(1)
-    half = torch.einsum("nab,jxa->nbjx", rows, left)
-    return torch.einsum("nbjx,jyb->njxy", half, right).flatten(1)
+_OF_ROWS = "nab,jxa,jyb->n(jxy)"
+_OF_OUTER = combine(_OF_ROWS, {0: "nkto,nkti->n(ko)i"})

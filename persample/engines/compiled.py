@@ -38,12 +38,15 @@ def run(problem: Problem, pieces: Pieces, spec: list[Any]) -> Found:
         return eager(problem, pieces, spec)
     own = _COMPILED.setdefault(problem.model, Compiled())
     own.fresh = False
+    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     try:
         with torch._dynamo.config.patch(recompile_limit=KEPT, skip_nnmodule_hook_guards=False):
             found = own.function(problem.model, problem.loss_fn, pieces, spec)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, or of the model: then it is the eager engine's to raise
+        if enabled:  # a compiler that fails half way leaves them switched off
+            torch._C._autograd._saved_tensors_hooks_enable()
         eager(problem, pieces, [])
         reason = str(error).strip()
         if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):

@@ -99,7 +99,7 @@ def gradients(
         if quantities is not None and max_bytes is not None:
             return microbatch.statistics(problem, quantities, max_bytes, sliced)
         if quantities is not None:
-            statistics = Statistics(quantities, {name: p.shape for name, p in problem.parameters.items()})
+            statistics = Statistics(quantities, problem.parameters)
             run, note = _verified(problem, engine, statistics.emit, verify, coupled=coupled)
             return statistics.finish(run, note)
         kept: dict[str, Factors] = {}

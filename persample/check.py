@@ -343,8 +343,7 @@ def explain(
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)
-    shapes = {name: p.shape for name, p in problem.parameters.items()}
-    streamed = quantities is not None and "clip" not in Statistics(quantities, shapes).requests
+    streamed = quantities is not None and "clip" not in Statistics(quantities, problem.parameters).requests
     n = problem.batch.n
     if engine != "hooks":
         why = "one sample at a time: the definition" if engine == "loop" else "torch.func, all samples at once"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from . import display, reductions
 from .errors import QuantityError, UnknownParameterError
-from .factors import Factors, dense, dtype, nbytes, tensors
+from .factors import Factors, dense, device, dtype, nbytes
 from .problem import Selection, select
-from .quantities import PARTS, Kept, Parts, Quantities
+from .quantities import PARTS, Checked, Kept, Parts, Quantities
 from .report import bytes_text
 
 
@@ -26,9 +26,11 @@ class Gradients(Quantities):
 
     ``names`` are those of ``model.named_parameters()`` (a tied parameter once; it answers to all its names);
     ``unused`` lists the parameters that no loss depends on, whose rows are zeros.  ``losses [N]`` and ``outputs`` are
-    those of the same pass, detached; rows are not differentiable.  Factors may alias tensors of the model's forward
-    pass: if one of them has been changed in place since, reading raises `InplaceError` instead of returning a wrong
-    number.
+    those of the same pass, detached; rows are not differentiable.
+
+    ``factors`` are the rows as they are kept, ``{name: a form of `persample.factors`}``, for what is computed from them
+    by `persample.reductions`.  They may alias tensors of the model's forward pass: if one of them has been changed in
+    place since, reading raises `InplaceError` instead of returning a wrong number.
     """
 
     def __init__(
@@ -45,24 +47,23 @@ class Gradients(Quantities):
         """``parameters``: what `backward` writes to; ``note``: shown by ``repr``."""
         if not factors:
             raise QuantityError("no parameter to take gradients of.")
-        self.factors = dict(factors)
+        self._kept = {name: Kept.of(name, g) for name, g in factors.items()}
+        self.factors = Checked(self._kept)
         self.losses, self.outputs, self.unused, self.note = losses, outputs, tuple(unused), note
-        self.names = tuple(self.factors)
-        self.shapes = {name: torch.Size(g.shape) for name, g in self.factors.items()}
+        self.names = tuple(factors)
+        self.shapes = {name: torch.Size(g.shape) for name, g in factors.items()}
         self._aliases = dict(aliases or {})
         self._parameters = dict(parameters or {})
-        self._kept = {name: Kept.of(name, g) for name, g in self.factors.items()}
 
     def __len__(self) -> int:
-        return len(next(iter(self.factors.values())))
+        return len(self._any())
 
-    def _read(self, name: str) -> Factors:
-        """The factors of a parameter, unless what they alias has changed."""
-        return self._kept[name].read()
+    def _any(self) -> Factors:
+        return next(iter(self._kept.values())).factors
 
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         pieces = self._split(kind, argument) if kind in ("dot", "project") else dict.fromkeys(self.names)
-        return {name: PARTS[kind](self._read(name), pieces[name]) for name in self.names}
+        return {name: PARTS[kind](self.factors[name], pieces[name]) for name in self.names}
 
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
         if weight is not None and (
@@ -83,19 +84,19 @@ class Gradients(Quantities):
             raise QuantityError(
                 f"the two have different parameters: {_difference(self.shapes, other.shapes)}. Use select() on both."
             )
-        return {name: reductions.gram(self._read(name), other._read(name)) for name in self.names}
+        return {name: reductions.gram(self.factors[name], other.factors[name]) for name in self.names}
 
     # ---- the rows themselves ------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Tensor:
         """``[N, *P]``: the individual gradients of one parameter."""
         name = self._aliases.get(name, name)
-        if name not in self.factors:
+        if name not in self._kept:
             raise UnknownParameterError(f"no parameter '{name}'; there are {list(self.names)}.")
-        return dense(self._read(name))
+        return dense(self.factors[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self.factors or name in self._aliases
+        return name in self._kept or name in self._aliases
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -105,13 +106,13 @@ class Gradients(Quantities):
         memory).
         """
         if out is None:
-            return {name: dense(self._read(name)) for name in self.names}
+            return {name: dense(self.factors[name]) for name in self.names}
         if wrong := [n for n, shape in self.shapes.items() if n not in out or out[n].shape != (len(self), *shape)]:
             shape = [len(self), *self.shapes[wrong[0]]]
             raise QuantityError(
                 f"out must have a tensor of shape {shape} for '{wrong[0]}', and one for each parameter."
             )
-        return {name: dense(self._read(name), out[name]) for name in self.names}
+        return {name: dense(self.factors[name], out[name]) for name in self.names}
 
     def flat(self, out: Tensor | None = None) -> Tensor:
         """``[N, D]``: all individual gradients, parameters side by side in the order of ``names``, in a type that
@@ -119,9 +120,9 @@ class Gradients(Quantities):
         """
         size = sum(shape.numel() for shape in self.shapes.values())
         if out is None:
-            kinds = [dtype(g) for g in self.factors.values()]
-            device = tensors(next(iter(self.factors.values())))[-1].device
-            out = torch.empty(len(self), size, dtype=functools.reduce(torch.promote_types, kinds), device=device)
+            kinds = [dtype(kept.factors) for kept in self._kept.values()]
+            kind = functools.reduce(torch.promote_types, kinds)
+            out = torch.empty(len(self), size, dtype=kind, device=device(self._any()))
         elif out.shape != (len(self), size) or not (out.is_floating_point() or out.is_complex()):
             raise QuantityError(
                 f"out must have shape [{len(self)}, {size}] and not be of integers, got {list(out.shape)}, {out.dtype}."
@@ -129,21 +130,21 @@ class Gradients(Quantities):
         for (name, shape), column in zip(
             self.shapes.items(), out.split([s.numel() for s in self.shapes.values()], 1), strict=True
         ):
-            dense(self._read(name), out=column.unflatten(1, shape) if shape else column.squeeze(1))
+            dense(self.factors[name], out=column.unflatten(1, shape) if shape else column.squeeze(1))
         return out
 
     def select(self, params: Selection) -> Gradients:
         """The gradients of some parameters: a regular expression (``re.match``), names, or a predicate ``(name,
         parameter)``.
         """
-        values = {name: self._parameters.get(name, g) for name, g in self.factors.items()}
+        values = {name: self._parameters.get(name, kept.factors) for name, kept in self._kept.items()}
         names = select(values, self._aliases, params)
 
         def keep(source: Mapping[str, Any]) -> dict[str, Any]:
             return {name: source[name] for name in names if name in source}
 
         chosen = Gradients(
-            keep(self.factors),
+            {name: self._kept[name].factors for name in names},
             self.losses,
             self.outputs,
             unused=tuple(n for n in self.unused if n in names),
@@ -151,24 +152,12 @@ class Gradients(Quantities):
             parameters=keep(self._parameters),
             note=self.note,
         )
-        chosen._kept = keep(self._kept)
+        chosen._kept.update(keep(self._kept))
         return chosen
 
-    def backward(self, weight: Tensor | None = None) -> None:
-        """Add ``sum_n weight[n] G_n`` to ``.grad`` of the parameters in ``names``; ``None`` means 1/N each, the mean
-        loss.
-        """
-        if missing := [name for name in self.names if name not in self._parameters]:
-            raise QuantityError(f"these gradients don't know the parameter '{missing[0]}' of a model to write to.")
-        sums = self.mean() if weight is None else self.sum(weight)
-        for name, value in sums.items():
-            p = self._parameters[name]
-            value = value.to(p.dtype)
-            p.grad = value if p.grad is None else p.grad + value
-
     def __repr__(self) -> str:
-        kinds = sorted({type(g).__name__ for g in self.factors.values()})
-        size = sum(nbytes(g) for g in self.factors.values())
+        kinds = sorted({type(kept.factors).__name__ for kept in self._kept.values()})
+        size = sum(nbytes(kept.factors) for kept in self._kept.values())
         note = f", {self.note}" if self.note else ""
         what = f"parameters={len(self.names)}, forms={'/'.join(kinds)}, memory={bytes_text(size)}"
         return f"Gradients(N={len(self)}, {what}{note})"

@@ -93,13 +93,12 @@ def rows(problem: Problem, max_bytes: int, run: Run) -> tuple[dict[str, Factors]
 def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, run: Run) -> Statistics:
     """The quantities of all samples, merged slice by slice."""
     requests = listed(requests)
-    shapes = {name: p.shape for name, p in problem.parameters.items()}
-    total = Statistics(requests, shapes)
+    total = Statistics(requests, problem.parameters)
     passes: list[Pass] = []
     paired = "gram" in (NEEDS[name] for name in total.requests)
 
     def once(part: Problem, meter: Meter) -> Pass:
-        own = Statistics(requests, shapes)
+        own = Statistics(requests, problem.parameters)
         result, note = run(part, meter.unmetered(own.emit), False)
         take_in(total, own.finish(result, note))
         passes.append(result)

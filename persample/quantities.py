@@ -10,7 +10,7 @@ Rows are gradients of *unscaled* per-sample losses, and ``mean`` is over the ``N
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
@@ -97,6 +97,25 @@ class Kept:
         return reductions.weighted_sum(self.read(), weight).to(dtype(self.factors))
 
 
+class Checked(Mapping[str, Factors]):
+    """``{name: factors}``, looked at for changes whenever they are read."""
+
+    def __init__(self, kept: Mapping[str, Kept]) -> None:
+        self._kept = kept
+
+    def __getitem__(self, name: str) -> Factors:
+        return self._kept[name].read()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
 class Quantities(abc.ABC):
     """Everything that can be asked of the per-sample gradients of one batch."""
 
@@ -104,6 +123,7 @@ class Quantities(abc.ABC):
     outputs: Any
     names: tuple[str, ...]
     shapes: dict[str, torch.Size]
+    _parameters: Mapping[str, Tensor]  # what `backward` writes to
 
     @abc.abstractmethod
     def _parts(self, kind: str, argument: Any = None) -> Parts:
@@ -193,6 +213,18 @@ class Quantities(abc.ABC):
     def std(self, ddof: int = 0) -> dict[str, Tensor]:
         """The square root of `variance`, ``{name: [*P]}``."""
         return {name: v.sqrt() for name, v in self.variance(ddof).items()}
+
+    def backward(self, weight: Tensor | None = None) -> None:
+        """Add ``sum_n weight[n] G_n`` to ``.grad`` of the parameters in ``names``; ``None`` means 1/N each, the mean
+        loss.
+        """
+        if missing := [name for name in self.names if name not in self._parameters]:
+            raise QuantityError(f"these gradients don't know the parameter '{missing[0]}' of a model to write to.")
+        sums = self.mean() if weight is None else self.sum(weight)
+        for name, value in sums.items():
+            p = self._parameters[name]
+            value = value.to(p.dtype)
+            p.grad = value if p.grad is None else p.grad + value
 
     # ---- to be looked at ----------------------------------------------------------------------------------------
 

@@ -133,9 +133,7 @@ class Recorder:
             model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
         ]
         if self.quantities is not None:
-            Statistics(
-                self.quantities, {name: found[name].shape for name in self.names}
-            )  # complain now, not in a backward
+            Statistics(self.quantities, {name: found[name] for name in self.names})  # complain now, not in a backward
 
     # ---- around forwards ----------------------------------------------------------------------------------------
 
@@ -413,9 +411,7 @@ class _Sink:
     ) -> None:
         self.parameters, self.aliases = parameters, aliases
         self.kept: dict[str, Factors] = {}
-        self.statistics = (
-            None if quantities is None else Statistics(quantities, {name: p.shape for name, p in parameters.items()})
-        )
+        self.statistics = None if quantities is None else Statistics(quantities, parameters)
 
     def emit(self, name: str, g: Factors) -> None:
         if self.statistics is not None:

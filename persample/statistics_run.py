@@ -26,11 +26,12 @@ class Statistics(Quantities):
     `QuantityError`.
     """
 
-    def __init__(self, requests: Iterable[Request], shapes: dict[str, torch.Size]) -> None:
+    def __init__(self, requests: Iterable[Request], parameters: Mapping[str, Tensor]) -> None:
         self.requests = dict(_normal(r) for r in listed(requests))
         if not self.requests:
             raise QuantityError(f"quantities= is empty; ask for some of {list(NEEDS)}.")
-        self.names, self.shapes = tuple(shapes), shapes
+        self.names, self.shapes = tuple(parameters), {name: p.shape for name, p in parameters.items()}
+        self._parameters = parameters
         self.unused: tuple[str, ...] = ()
         self.note = ""  # what `Gradients` would carry: a notion under BatchNorm, how rows were verified
         self._n = 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample import quantities, statistics_run
+from persample import factors, quantities, reductions, statistics_run
 from persample.factors import Dense, Outer
 
 N, T, D = 4, 3, 6
@@ -425,3 +425,35 @@ def test_looks_in_notebooks_and_plots() -> None:
         persample.explain(model, nn.CrossEntropyLoss(), x, y),
     ):
         assert "<table" in report._repr_html_() and "0.weight" in str(report)
+
+
+def test_factors_can_be_read_until_what_they_alias_changes() -> None:
+    model, x, y = nn.Linear(40, 30).double(), torch.randn(N, 40).double(), torch.randint(30, (N,))
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    assert list(G.factors) == list(G.names) and len(G.factors) == 2 and "alias" not in G.factors
+    assert torch.equal(factors.dense(G.factors["weight"]), G["weight"])
+    assert torch.allclose(reductions.gram(G.factors["bias"], G.factors["bias"]), G["bias"] @ G["bias"].T, atol=1e-12)
+    x.add_(1)
+    assert "weight" in G.factors and "weight" in G and "Outer" in repr(G)  # says nothing of the numbers
+    for read in (lambda: G.factors["weight"], lambda: dict(G.factors), G.select("weight").norm):
+        with pytest.raises(persample.InplaceError, match=r"'weight'.*changed in place"):
+            read()
+    assert G.select("bias").norm().shape == (N,)
+
+
+@pytest.mark.parametrize("asked", ["sum", "mean", "variance"])
+def test_statistics_write_the_mean_gradient_where_they_have_it(asked: str) -> None:
+    model, (x, y) = convnet().double(), batch(3, 8, 8)
+    nn.CrossEntropyLoss()(model(x), y).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for options in ({}, {"max_bytes": 1}):
+        model.zero_grad()
+        S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm", asked], **options)
+        S.backward()
+        S.backward()  # adds
+        assert all(torch.allclose(p.grad, 2 * expected[n], atol=1e-12) for n, p in model.named_parameters())
+    with pytest.raises(persample.QuantityError, match="weighted sum needs the rows"):
+        S.backward(torch.ones(N, dtype=torch.float64))
+    S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm"])
+    with pytest.raises(persample.QuantityError, match="not kept the rows for 'sum'"):
+        S.backward()

@@ -30,7 +30,7 @@ def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
         return {name: m.square() for name, m in G.mean().items()}
     if not isinstance(G, Gradients):
         raise QuantityError("second moments of groups need the rows: compute gradients without quantities=.")
-    return {name: square_sum(fold(G._read(name), size)) / (size * n) for name in G.names}
+    return {name: square_sum(fold(G.factors[name], size)) / (size * n) for name in G.names}
 
 
 class PerSampleAdam(Optimizer):

@@ -88,7 +88,7 @@ class Histogram(Accumulator[Counts]):
 def _counts(G: Gradients, name: str, edges: Tensor, parameter: Tensor | None, beside: Tensor | None) -> Tensor:
     width = 1 if beside is None else len(beside) + 1
     total = torch.zeros((len(edges) + 1) * width, dtype=torch.int64)
-    for rows in _blocks(G._read(name)):
+    for rows in _blocks(G.factors[name]):
         bins = torch.bucketize(rows, edges.to(rows), right=True) * width
         if parameter is not None and beside is not None:
             bins += torch.bucketize(parameter, beside.to(parameter), right=True)

@@ -20,7 +20,7 @@ from .collect import check_complete, check_uncoupled, factors_of, leaves_of
 from .engines import ENGINES, check_engine
 from .engines.hooks import forward, hooks
 from .errors import ArgumentError, BatchCoupledError, PersampleError, VerificationError
-from .factors import Dense, Factors, nbytes
+from .factors import Dense, Factors, nbytes, strided
 from .losses import LossFunction
 from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
@@ -257,7 +257,7 @@ def _summed(problem: Problem) -> dict[str, Tensor]:
     found = torch.autograd.grad(
         tensors, list(problem.parameters.values()), grads, materialize_grads=True, allow_unused=True
     )
-    return dict(zip(problem.parameters, found, strict=True))
+    return dict(zip(problem.parameters, map(strided, found), strict=True))
 
 
 # ---- explain --------------------------------------------------------------------------------------------------------

@@ -148,6 +148,11 @@ def tensors(g: Factors) -> tuple[Tensor, ...]:
             return (input, grad)
 
 
+def strided(x: Tensor) -> Tensor:
+    """``x``, with all its entries: autograd gives sparse gradients of ``Embedding(sparse=True)``."""
+    return x if x.layout is torch.strided else x.to_dense()
+
+
 def dtype(g: Factors) -> torch.dtype:
     """The dtype of the entries of ``G``."""
     match g:

@@ -27,7 +27,7 @@ from .engines import ENGINES
 from .engines.hooks import forward
 from .engines.loop import one_sample
 from .errors import BatchCoupledError, PersampleError, VerificationError
-from .factors import Factors, dense, device, index
+from .factors import Factors, dense, device, index, strided
 from .layout import one_sample as part_of
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
@@ -154,7 +154,8 @@ def _within_batch(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None
     """The definition where other parameters are coupled: the ordinary gradient of loss ``n`` of this batch."""
     with torch.enable_grad():
         losses = _batch_losses(problem)
-    return losses[n].detach(), torch.autograd.grad(losses[n], list(problem.parameters.values()), allow_unused=True)
+    found = torch.autograd.grad(losses[n], list(problem.parameters.values()), allow_unused=True)
+    return losses[n].detach(), tuple(None if g is None else strided(g) for g in found)
 
 
 class LossDiffers(BatchCoupledError):

@@ -296,6 +296,9 @@ def test_max_norm_and_scale_grad_by_freq() -> None:
         persample.gradients(nn.Embedding(6, D, max_norm=0.1).double(), square, ids)
     with pytest.raises(persample.BatchCoupledError, match="scale_grad_by_freq"):
         persample.gradients(nn.Embedding(6, D, scale_grad_by_freq=True).double(), square, ids)
+    for engine in ("hooks", "vmap", "loop"):
+        with pytest.raises(persample.BatchCoupledError, match="scale_grad_by_freq"):
+            persample.gradients(nn.EmbeddingBag(6, D, scale_grad_by_freq=True).double(), square, ids, engine=engine)
 
 
 def test_distributed_tensors_and_quantities_of_no_rows() -> None:

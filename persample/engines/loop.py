@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..batch import Batch, call_model, detached, flatten, unflatten
 from ..errors import LossError, SampleAxisError
-from ..factors import Dense
+from ..factors import Dense, strided
 from ..losses import ignored, is_per_sample
 from ..problem import Emit, Pass, Problem
 from ..state import Buffers
@@ -62,7 +62,8 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
     bad = ignored(loss.reshape(1), alone.outputs(output), alone.targets)
     if bad is not None or not loss.requires_grad:
         return torch.zeros_like(loss) if bad is not None else loss, detached(output), (None,) * len(leaves)
-    return loss.detach(), detached(output), torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+    return loss.detach(), detached(output), tuple(None if g is None else strided(g) for g in grads)
 
 
 def _joined(batch: Batch, outputs: list[Any]) -> Any:

@@ -19,7 +19,7 @@ from ..layout import Layout, samples_first
 from ..propagate import owned
 from . import Yields, couples, rule
 from .derived import apart
-from .embedding import refuse_table_options
+from .embedding import BY_FREQUENCY, refuse_table_options
 
 
 @rule(F.embedding_bag)
@@ -115,8 +115,11 @@ class _Bags:
 
 
 @couples(F.embedding_bag)
-def cut_apart(input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: object, **kwargs: object) -> str:
-    """A flat list of indices, of which a batch of one sample still holds all."""
+def cut_apart(
+    input: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None, norm_type: float = 2,
+    scale_grad_by_freq: bool = False, *args: object, **kwargs: object,
+) -> str:  # fmt: skip
+    """A flat list of indices, of which a batch of one sample still holds all; and gradients scaled by frequency."""
     if (
         offsets is not None
         and len(offsets)
@@ -128,4 +131,4 @@ def cut_apart(input: Tensor, weight: Tensor, offsets: Tensor | None = None, *arg
             "engine='vmap' and verify need. Use engine='hooks' with verify=False, or give the model padded indices "
             "[N, T] (padding_idx)."
         )
-    return ""
+    return BY_FREQUENCY if scale_grad_by_freq else ""

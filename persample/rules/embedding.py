@@ -72,6 +72,9 @@ def refuse_table_options(call: Call, max_norm: float | None, scale_grad_by_freq:
         )
 
 
+BY_FREQUENCY = "divides gradients by how often an entry occurs in the batch (scale_grad_by_freq=True)"
+
+
 @couples(F.embedding)
 def counts_the_batch(
     input: Any,
@@ -83,8 +86,4 @@ def counts_the_batch(
     sparse: bool = False,
 ) -> str:
     """Only the gradient is coupled, not the value, so nothing but the option tells."""
-    return (
-        "divides gradients by how often an entry occurs in the batch (scale_grad_by_freq=True)"
-        if scale_grad_by_freq
-        else ""
-    )
+    return BY_FREQUENCY if scale_grad_by_freq else ""

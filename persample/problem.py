@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .batch import Batch
 from .errors import ArgumentError, LossError, UnknownParameterError
@@ -112,17 +113,18 @@ def check_model(model: Any) -> None:
     """Raise for what is no module, for one without values, and where there can be no graph."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if empty := [name for name, p in model.named_parameters() if p.is_meta]:
+    made = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
+    if empty := [name for name, p in made.items() if p.is_meta]:
         raise ArgumentError(
             f"parameter '{empty[0]}' is on the device 'meta', where it has no values. Give it some first "
             "(model.to_empty(device=...), then load a state)."
         )
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in made.values()):
         raise ArgumentError(
             "inside torch.inference_mode() there are no graphs, and tensors that were made there never have one. Call "
             "this outside of it, with a model that was made (or cloned) outside."
         )
-    if kind := _sharded(model):
+    if kind := _sharded(model, made):
         raise ArgumentError(
             f"{kind}: its parameters are put together and taken apart behind autograd's back, so that gradients don't "
             "arrive at them. Take per-sample gradients of the model before it is sharded (DistributedDataParallel "
@@ -130,7 +132,7 @@ def check_model(model: Any) -> None:
         )
 
 
-def _sharded(model: nn.Module) -> str:
+def _sharded(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     """What of the model is spread over processes, if anything is; nothing can be before its library is imported."""
     fsdp, dtensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
     wrappers = tuple(k for n in ("FullyShardedDataParallel", "FSDPModule") if (k := getattr(fsdp, n, None)) is not None)
@@ -138,7 +140,7 @@ def _sharded(model: nn.Module) -> str:
     for name, module in model.named_modules() if wrappers else ():
         if isinstance(module, wrappers):
             return (f"module '{name}'" if name else "the model") + f" is a {type(module).__name__}"
-    for name, p in model.named_parameters() if tensors else ():
+    for name, p in parameters.items() if tensors else ():
         if isinstance(p, tensors) or isinstance(p.data, tensors):
             return f"parameter '{name}' is a DTensor"
     return ""

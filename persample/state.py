@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 RandomState = list[tuple[torch.device, Tensor]]
 
@@ -44,7 +45,7 @@ class Buffers:
             (module, name, b, b.detach().clone())
             for module in model.modules()
             for name, b in module._buffers.items()
-            if b is not None
+            if b is not None and not is_lazy(b)
         ]
 
     def restore(self) -> None:

@@ -203,6 +203,8 @@ def test_lazy_before_its_first_forward(engine: str) -> None:
     x = torch.randn(N, C)
     G = persample.gradients(nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.LazyLinear(2)), losses, x, engine=engine)
     assert G["0.weight"].shape == (N, 3, C) and G["2.weight"].shape == (N, 2, 3)
+    norm = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()).eval()
+    assert persample.gradients(norm, losses, x, engine=engine)["1.weight"].shape == (N, 3)
 
 
 # ---- parametrizations -----------------------------------------------------------------------------------------------

@@ -409,6 +409,31 @@ def test_gradients_in_one_thread_while_another_records(engine: str) -> None:
     assert len(rows) == 2 and all(close(r, truth()) for r in [*rows, got[0].flat(), G.flat()])
 
 
+def test_the_compiler_is_as_it_was_when_threads_have_recorded_side_by_side(compiler: None) -> None:
+    """Each enters while the other is inside, and the first leaves first."""
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    seen: list[str] = []
+    counts = torch._dynamo.testing.CompileCounter()
+    first, second = persample.extend(net()), persample.extend(net())
+    first.__enter__()
+    ready, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with second:
+            ready.set()
+            done.wait(10)
+        seen.append("left")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    ready.wait(10)
+    first.__exit__(None, None, None)
+    done.set()
+    thread.join()
+    torch.compile(lambda x: x * 2, backend=counts)(torch.ones(1))
+    assert seen == ["left"] and counts.frame_count == 1
+
+
 def in_a_thread(work: Callable[[], None]) -> None:
     thread = threading.Thread(target=work)
     thread.start()

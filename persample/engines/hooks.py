@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -100,14 +101,32 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
     return outputs, losses, seeds, losses
 
 
-def eager() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
     """Runs compiled submodules as they were written, if there may be any: calls inside compiled regions can't be
-    seen.
+    seen.  The switch is one for all threads: the first throws it, the last puts it back.
     """
     if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+        return
+    with _LOCK:
+        if not _STANCES:
+            stance = torch.compiler.set_stance("force_eager")
+            stance.__enter__()
+        else:
+            stance = _STANCES[-1]
+        _STANCES.append(stance)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _STANCES.pop()
+            if not _STANCES:
+                stance.__exit__(None, None, None)
+
+
+_LOCK = threading.Lock()
+_STANCES: list[Any] = []  # the same, for each that is inside
 
 
 def along(g: Tensor, weight: Tensor, axis: int | None) -> Tensor:

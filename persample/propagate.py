@@ -93,6 +93,10 @@ def _followed(
     if func is torch.einsum:
         return _einsum(args, sampled, out)
     if func in _REDUCES and len(sampled) == 1:
+        if (axis := _axis_behind(func, args, kwargs, layout.axis, first.ndim)) is not None and layout.fits(
+            out.shape, axis
+        ):
+            return replace(layout, axis=axis)
         axes = _grown(layout, func, args, kwargs, sampled, out)
         return replace(layout, axis=axes[0]) if len(axes) == 1 else None
     broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
@@ -111,6 +115,16 @@ def _followed(
         elif place is not None and found is not None and place.axis == found.axis and not same(place, found):
             return None  # entries of different samples meet
     return found
+
+
+def _axis_behind(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, ndim: int) -> int | None:
+    """Where an axis is after others were reduced, if the call says so in the usual way: ``sum(x, dim, keepdim)``."""
+    dim, keep = _bind(args[1:] if func in _REDUCES_DIM else (), kwargs, "dim", "keepdim")
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    if not dims or any(type(d) is not int for d in dims) or not isinstance(keep, (bool, type(None))):
+        return None
+    gone = {d % ndim for d in dims}
+    return None if axis in gone else axis if keep else axis - sum(d < axis for d in gone)
 
 
 def found_again(layout: Layout, out: Tensor) -> Layout | None:
@@ -539,6 +553,7 @@ _JOINS = _named("cat", "concat", "concatenate")
 _STACKS = _named("stack")
 _SPREADS = _named("expand", "expand_as", "broadcast_to")
 _REDUCES = _named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
+_REDUCES_DIM = _named("sum", "nansum", "mean", "nanmean", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp")
 _WRITES = {Tensor.__setitem__} | _named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")
 _COPIES = _named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
 _PLACES = _named("index_add_", "index_copy_", "index_add", "index_copy")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import case, engines, measure, peers, plan, quantities, report, workloads
+from benchmarks import case, engines, measure, peers, plan, quantities, report, verification, workloads
 from benchmarks.case import Case, Options
 
 References = dict[str, dict[str, quantities.Result]]
@@ -71,6 +71,19 @@ def check_peer(references: References, workload: str, engine: str) -> None:
 def test_what_surrounds_the_kernels_runs(around: str) -> None:
     model, x, y = workloads.TOY["W1"].make()
     assert set(engines.AROUND[around](model, x, y, "Q2")()) <= {"norm"}
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_cost_of_verification_is_measured(dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of call are made, as many times, and the verified one runs a sample alone."""
+    asked: list[Any] = []
+    plain = verification.persample.gradients
+    monkeypatch.setattr(
+        verification.persample, "gradients", lambda *a, **k: asked.append(k["verify"]) or plain(*a, **k)
+    )
+    timing = verification.cost(workloads.TOY["W1"], 0.0, dropout)
+    assert timing.pairs == 3 and timing.low <= timing.ratio <= timing.high
+    assert asked.count(True) == asked.count(False) == 4
 
 
 def test_a_wrong_result_is_noticed(references: References) -> None:

@@ -29,11 +29,12 @@ from .calls import Call, Reached, reached
 from .capture import Capture
 from .collect import Collect, check_complete, check_uncoupled
 from .engines.hooks import eager
-from .errors import ArgumentError, CaptureError, LossError, SampleAxisError
-from .factors import Factors, compact
+from .errors import ArgumentError, CaptureError, LossError, SampleAxisError, VerificationError
+from .factors import Factors, compact, strided
 from .gradients import Gradients
 from .problem import Pass, Selection, check_model, named_parameters, select
 from .statistics_run import Request, Statistics, listed
+from .verify import compared, row_of
 
 Reduction = str | float | Callable[[], float] | None
 Result = Gradients | Statistics
@@ -47,6 +48,7 @@ def extend(
     quantities: Iterable[Request] | None = None,
     params: Selection = None,
     batch_dim: Any = 0,
+    verify: bool | None = None,
 ) -> Recorder:
     """Record what ``model`` computes, to get the per-sample gradients of it.
 
@@ -71,9 +73,20 @@ def extend(
     ``params``, ``batch_dim`` (an int, or a dict for keyword arguments) and ``quantities`` are as for
     `persample.gradients`.  The handle does not go along when the model is copied or pickled.  Batch-coupled models
     raise `BatchCoupledError`.
+
+    ``verify``: at ``gradients(losses)``, hold one row against the ordinary gradient of that one loss; by default at the
+    first call for a model, a number of samples and modes.  It costs one more backward pass, and catches losses that
+    depend on several samples, or stand in another order.  What a persistent handle reports can't be held against
+    anything: use `persample.check` for its model.
     """
     return Recorder(
-        model, reduction=reduction, on_backward=on_backward, quantities=quantities, params=params, batch_dim=batch_dim
+        model,
+        reduction=reduction,
+        on_backward=on_backward,
+        quantities=quantities,
+        params=params,
+        batch_dim=batch_dim,
+        verify=verify,
     )
 
 
@@ -89,6 +102,7 @@ class Recorder:
         quantities: Iterable[Request] | None,
         params: Selection,
         batch_dim: Any,
+        verify: bool | None,
     ) -> None:
         if (reduction is None) != (on_backward is None):
             raise ArgumentError(
@@ -109,7 +123,7 @@ class Recorder:
         self.model = model
         self.reduction, self.on_backward = reduction, on_backward
         self.quantities = None if quantities is None else listed(quantities)
-        self.batch_dim = batch_dim
+        self.batch_dim, self.verify = batch_dim, verify
         found, aliases = named_parameters(model)
         self.names = select(found, aliases, params)
         self._params = params
@@ -242,7 +256,8 @@ class Recorder:
     # ---- losses given -------------------------------------------------------------------------------------------
 
     def gradients(self, losses: Tensor) -> Result:
-        """Per-sample gradients of ``losses [N]``, by one backward pass that keeps the graph and touches no ``.grad``.
+        """Per-sample gradients of ``losses [N]``, by one backward pass that keeps the graph and touches no ``.grad``
+        (and another, at the first call, that verifies one row; see `extend`).
 
         With ``quantities=`` the result is a `Statistics`.  Raises `LossError` for losses that are not ``[N]``,
         `CaptureError` for losses that no recorded forward leads to.
@@ -279,7 +294,19 @@ class Recorder:
 
     def _reduced(self, losses: Tensor, found: Reached) -> Result:
         sink = _Sink(self._parameters, self._aliases, self.quantities)
-        collect = Collect(found, self._parameters, sink.emit, len(losses), release=False)
+        modes = tuple(module.training for module in self.model.modules())
+        kind = (len(losses), losses.dtype, modes, tuple(self._parameters))
+        held = _HELD.setdefault(self.model, set())
+        verifies = kind not in held if self.verify is None else self.verify
+        n = int(torch.randint(len(losses), (), generator=torch.Generator().manual_seed(len(losses))))
+        rows: dict[str, Tensor] = {}
+
+        def emit(name: str, g: Factors) -> None:
+            if verifies:
+                rows[name] = row_of(g, n)
+            sink.emit(name, g)
+
+        collect = Collect(found, self._parameters, emit, len(losses), release=False)
         try:
             if found.roots:
                 with suspended(self.model):  # other recorders of this model don't take this for a backward of the user
@@ -295,8 +322,28 @@ class Recorder:
             ) from error
         finally:
             collect.detach()
+        if verifies:
+            self._hold(losses, n, rows)
+            held.add(kind)
+        return sink.result(Pass(losses.detach(), self._outputs, unused), "verify=False" if self.verify is False else "")
 
-        return sink.result(Pass(losses.detach(), self._outputs, unused))
+    def _hold(self, losses: Tensor, n: int, rows: dict[str, Tensor]) -> None:
+        """Row ``n`` against the ordinary gradient of loss ``n``, on the same graph: with the same random draws."""
+        if not losses.requires_grad:
+            return
+        with suspended(self.model):
+            found = torch.autograd.grad(
+                losses[n], list(self._parameters.values()), retain_graph=True, allow_unused=True
+            )
+        wanted = {name: None if g is None else strided(g) for name, g in zip(self._parameters, found, strict=True)}
+        if wrong := [v for v in compared(rows, wanted, n, losses.dtype) if not v.ok]:
+            worst = max(wrong, key=lambda v: v.error)
+            raise VerificationError(
+                f"parameter '{worst.name}' (and {len(wrong) - 1} more): the row of sample {n} is off by "
+                f"{worst.error:.2g} (relative) from the gradient of losses[{n}]. Usual causes: losses that depend on "
+                "several samples (something couples the batch), or that stand in another order than the samples. See "
+                "persample.check for a report per parameter."
+            )
 
     # ---- someone else's backward --------------------------------------------------------------------------------
 
@@ -403,6 +450,10 @@ def _number(reduction: Any) -> float:
     return factor
 
 
+# What was verified: by model, the kinds of calls.
+_HELD: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+
+
 class _Sink:
     """Where complete factors go: kept as `Gradients`, or reduced as `Statistics`."""
 
@@ -419,12 +470,18 @@ class _Sink:
         else:
             self.kept[name] = compact(g)
 
-    def result(self, run: Pass) -> Result:
+    def result(self, run: Pass, note: str = "") -> Result:
         if self.statistics is not None:
-            return self.statistics.finish(run)
+            return self.statistics.finish(run, note)
         kept = {name: self.kept[name] for name in self.parameters}
         return Gradients(
-            kept, run.losses, run.outputs, unused=run.unused, aliases=self.aliases, parameters=self.parameters
+            kept,
+            run.losses,
+            run.outputs,
+            unused=run.unused,
+            aliases=self.aliases,
+            parameters=self.parameters,
+            note=note,
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class Probe:
         return both
 
     def keep(self, name: str, g: Factors) -> None:
-        self.rows[name] = dense(index(g, torch.tensor([self.n], device=device(g))))[0].clone()
+        self.rows[name] = row_of(g, self.n)
 
     def verdicts(self, run: Pass, engine: str) -> tuple[list[Verdict], str]:
         """Row ``n`` against sample ``n`` alone; and a note on how that was done.  Raises where the loss itself
@@ -91,23 +91,32 @@ class Probe:
             return again._compare(silent), "verified with dropout off"
 
     def _compare(self, run: Pass) -> list[Verdict]:
-        names = list(self.problem.parameters)
         with restored(self.problem.model, self.buffers):
             loss, grads = (_within_batch if run.coupled else _alone)(self.problem, self.n)
         assert run.losses is not None
-        mine, tol = run.losses[self.n], tolerance(loss.dtype)
+        mine = run.losses[self.n]
         if _differ(mine, loss):
             raise LossDiffers(self.n, float(mine), float(loss))
-        rows = {
-            name: torch.zeros_like(self.rows[name]) if g is None else g for name, g in zip(names, grads, strict=True)
-        }
-        scale = torch.stack([_double(g).norm() for g in rows.values()]).norm()
-        verdicts = []
-        for name, g in rows.items():
-            off, size = (_double(self.rows[name]) - _double(g)).norm(), _double(g).norm()
-            ok = bool(off <= tol * (size + slack(g.dtype) * scale)) or not bool(scale.isfinite())
-            verdicts.append(Verdict(name, float(off / size) if size > 0 else float(off), self.n, ok))
-        return verdicts
+        return compared(self.rows, dict(zip(self.problem.parameters, grads, strict=True)), self.n, loss.dtype)
+
+
+def row_of(g: Factors, n: int) -> Tensor:
+    """Row ``n``, ``[*P]``."""
+    return dense(index(g, torch.tensor([n], device=device(g))))[0].clone()
+
+
+def compared(
+    rows: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], n: int, precision: torch.dtype
+) -> list[Verdict]:
+    """Row ``n`` of every parameter against what it should be (``None``: zeros)."""
+    wanted = {name: torch.zeros_like(rows[name]) if g is None else g for name, g in grads.items()}
+    scale = torch.stack([_double(g).norm() for g in wanted.values()]).norm()
+    verdicts = []
+    for name, g in wanted.items():
+        off, size = (_double(rows[name]) - _double(g)).norm(), _double(g).norm()
+        ok = bool(off <= tolerance(precision) * (size + slack(g.dtype) * scale)) or not bool(scale.isfinite())
+        verdicts.append(Verdict(name, float(off / size) if size > 0 else float(off), n, ok))
+    return verdicts
 
 
 def _alone(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:

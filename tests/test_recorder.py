@@ -444,3 +444,38 @@ def test_a_handle_that_listens_takes_no_losses() -> None:
     with pytest.raises(persample.CaptureError, match="extend the model once more"):
         handle.gradients(losses_of(model, x, y))
     handle.remove()
+
+
+@pytest.mark.parametrize(
+    "coupled",
+    [
+        lambda each, out: each.flip(0),
+        lambda each, out: each.sum().expand(N),
+        lambda each, out: each * each.softmax(0),
+        lambda each, out: torch.logsumexp(out @ out.T, 1),
+    ],
+    ids=["another order", "summed", "weighted by the batch", "contrastive"],
+)
+def test_losses_that_are_not_of_their_samples(coupled: Any) -> None:
+    """One row is held against the gradient of that very loss, at the first call of its kind."""
+    model, (x, y) = net(), batch()
+    with persample.extend(model) as recorder:
+        out = model(x)
+        with pytest.raises(persample.VerificationError, match=r"gradient of losses\[\d\].*another order"):
+            recorder.gradients(coupled(F.cross_entropy(out, y, reduction="none"), out))
+        G = recorder.gradients(losses_of(model, x, y))
+    with persample.extend(model, verify=False) as recorder:
+        unverified = recorder.gradients(losses_of(model, x, y))
+    assert close(G.flat(), unverified.flat()) and "verify=False" in repr(unverified) and "verify" not in repr(G)
+
+
+def test_rows_are_verified_once() -> None:
+    model, (x, y) = net(), batch()
+    passes: list[int] = []
+    for verify, wanted in ((None, 2), (None, 1), (True, 2), (False, 1)):
+        with persample.extend(model, verify=verify) as recorder:
+            losses = losses_of(model, x, y)
+            losses.register_hook(lambda g: passes.append(1))
+            recorder.gradients(losses)
+        assert len(passes) == wanted
+        passes.clear()

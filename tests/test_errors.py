@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,18 @@ def unchanged() -> Any:
 def test_every_error_is_a_persample_error() -> None:
     errors = [getattr(persample, name) for name in persample.__all__ if name.endswith("Error")]
     assert len(errors) > 8 and all(issubclass(error, persample.PersampleError) for error in errors)
+
+
+def test_nothing_else_is_raised_on_purpose() -> None:
+    """But where Python's own type is what callers expect, or what a module says to itself."""
+    allowed = {"batch.py", "fallback.py", "rules/__init__.py"}
+    package = Path(persample.__file__).parent
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"raise (ValueError|TypeError|RuntimeError|KeyError)\(", path.read_text())
+    }
+    assert {name for name in found if not any(name.endswith(end) for end in allowed)} <= {"engines/compiled.py"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import gradients
-from ..errors import StoreError
+from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection
 from .appendable import Appendable
@@ -86,7 +86,7 @@ def _column(held: list[Features], features: Any, left: Any, table: Appendable | 
 
 def _blocks(loader: Iterable[Any], size: int | None, unpack: Unpack) -> Iterator[list[tuple[Any, Any]]]:
     if size is not None and size < 1:
-        raise ValueError(f"block must be at least one batch, got {size}.")
+        raise ArgumentError(f"block must be at least one batch, got {size}.")
     batches = iter(loader)
     while block := [unpack(batch) for batch in islice(batches, size)]:
         yield block

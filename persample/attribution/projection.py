@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .. import convolution
 from ..einsum import combine, einsum
+from ..errors import ArgumentError
 from ..factors import Conv, Dense, Factors, Outer, Rows, cast, dense, device, dtype, index
 
 BLOCK = 1 << 22  # entries of intermediate results at a time
@@ -60,7 +61,7 @@ class Projection:
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.tile < 1 or self.dim % self.tile**2:
-            raise ValueError(f"dim must be a positive multiple of tile^2, got dim={self.dim} and tile={self.tile}.")
+            raise ArgumentError(f"dim must be a positive multiple of tile^2, got dim={self.dim} and tile={self.tile}.")
 
     def part(self, name: str, g: Factors) -> Tensor:
         """``G R`` of one parameter, ``[N, dim]``: what `Gradients.project` adds up over parameters."""

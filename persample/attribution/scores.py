@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 
 Features = Quantities | Tensor
@@ -95,7 +95,7 @@ def influence_from_gram(K: Tensor, cross: Tensor, damping: float) -> Tensor:
     if K.shape != (n, n) or cross.shape[:1] != (n,):
         raise QuantityError(f"K must be [n, n] and cross [n, n_test], got {list(K.shape)} and {list(cross.shape)}.")
     if not damping > 0:
-        raise ValueError(f"damping must be positive, got {damping}.")
+        raise ArgumentError(f"damping must be positive, got {damping}.")
     system = K.double() / n
     system = (system + system.mT) / 2
     system.diagonal().add_(damping)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.operator import Operator
-from ..errors import UnknownParameterError
+from ..errors import ArgumentError, UnknownParameterError
 from ..factors import Dense, Factors, compact, dense, index
 from ..gradients import Gradients
 from ..losses import LossFunction
@@ -59,7 +59,7 @@ def coupling(
         PersampleError: what `persample.gradients` raises for arguments that do not fit.
     """
     if route not in (None, "samples", "statistics"):
-        raise ValueError(f"route must be 'samples', 'statistics' or None, got {route!r}.")
+        raise ArgumentError(f"route must be 'samples', 'statistics' or None, got {route!r}.")
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     network = Network(Point.of(problem), route)
     if verify:
@@ -151,7 +151,7 @@ class Coupling:
             BatchNormError: "eval" for a layer without running statistics.
         """
         if notion not in notions.NOTIONS:
-            raise ValueError(
+            raise ArgumentError(
                 f"'the gradient of sample n' is not one thing: say which of {list(notions.NOTIONS)}, got {notion!r}."
             )
         some = None if samples is None else torch.tensor(list(samples), dtype=torch.int64, device=self.losses.device)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Size, Tensor
 
-from ..errors import KroneckerError
+from ..errors import ArgumentError, KroneckerError
 from .layers import Layer
 from .operator import Operator, Vector, unflatten
 
@@ -116,7 +116,7 @@ class Kronecker:
     def solve(self, v: Vector, damping: float) -> Vector:
         """``(K + damping I)^{-1} v``, exact: the damping is added to every eigenvalue of every block."""
         if damping < 0:
-            raise ValueError(f"damping must not be negative, got {damping}")
+            raise ArgumentError(f"damping must not be negative, got {damping}")
         for name, block in self.blocks.items():
             if damping == 0 and block.is_singular():
                 raise KroneckerError(f"the block of '{name}' is singular: give a damping > 0")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..api import gradients
 from ..batch import Tree
-from ..errors import LossError
+from ..errors import ArgumentError, LossError
 from ..losses import LossFunction
 from ..problem import Selection, pose
 from ..state import restored
@@ -187,4 +187,4 @@ def likelihood_of(objective: Objective) -> Likelihood:
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     """Refuse an option that is none of the known ones."""
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

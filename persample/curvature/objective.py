@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..batch import Tree, call_model
 from ..capture import Capture
-from ..errors import LossError
+from ..errors import ArgumentError, LossError
 from ..losses import ignored, is_per_sample, lone_losses
 from ..problem import Problem
 from ..state import RandomState, random_state, restored, set_random_state
@@ -40,7 +40,7 @@ class Objective:
     def of(problem: Problem, reduction: str) -> Objective:
         """``reduction="mean"``: scale ``1/N``; ``"sum"``: 1."""
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+            raise ArgumentError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         return Objective(problem, 1 / problem.batch.n if reduction == "mean" else 1.0, random_state(problem.model))
 
     @property

@@ -18,7 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_unflatten
 
 from ..batch import call_model
-from ..errors import CaptureError, DirectionError, PersampleError, RandomnessError
+from ..errors import ArgumentError, CaptureError, DirectionError, PersampleError, RandomnessError
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
 from ..state import random_state, restored
@@ -53,7 +53,7 @@ def per_sample_hvp(
     ``[N, D]``.
     """
     if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+        raise ArgumentError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     direction = _direction(problem, v)
     with restored(model), twice_differentiable():

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..quantities import Quantities
 from ..statistics.noise import noise_scale
 from ..statistics.parts import HasMoments, add_up, centred_total, mean_loss, mean_square
@@ -74,9 +75,9 @@ class AdaptiveBatchSize:
         shrink: bool = False,
     ) -> None:  # fmt: skip
         if not 2 <= minimum <= size <= maximum:
-            raise ValueError(f"sizes must be 2 <= minimum <= size <= maximum, got {minimum}, {size}, {maximum}.")
+            raise ArgumentError(f"sizes must be 2 <= minimum <= size <= maximum, got {minimum}, {size}, {maximum}.")
         if not (0 <= decay < 1 and growth > 1):
-            raise ValueError(f"decay must be in [0, 1) and growth above 1, got {decay} and {growth}.")
+            raise ArgumentError(f"decay must be in [0, 1) and growth above 1, got {decay} and {growth}.")
         self.size, self.rule, self.minimum, self.maximum = size, rule, minimum, maximum
         self.decay, self.growth, self.shrink = decay, growth, shrink
         self.numerator = self.denominator = 0.0

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import BatchCoupledError
+from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import Quantities
 from .updates import adapt, check_at_least, check_named, descend, named
 
@@ -44,10 +44,10 @@ class Clipping:
 
     def __post_init__(self) -> None:
         if not self.max_norm > 0:
-            raise ValueError(f"max_norm must be positive, got {self.max_norm}.")
+            raise ArgumentError(f"max_norm must be positive, got {self.max_norm}.")
         check_at_least(0, noise_multiplier=self.noise_multiplier)
         if self.expected_batch_size is not None and not self.expected_batch_size > 0:
-            raise ValueError(f"expected_batch_size must be positive, got {self.expected_batch_size}.")
+            raise ArgumentError(f"expected_batch_size must be positive, got {self.expected_batch_size}.")
 
     def gradient(self, G: Batches, optimizer: Optimizer) -> dict[str, Tensor]:
         """``{name: [*P]}``: the clipped sum over a batch (in pieces), noised once, per expected sample."""
@@ -56,7 +56,7 @@ class Clipping:
             check_independent(batch)
         size = self.expected_batch_size or sum(len(batch) for batch in batches)
         if not size:
-            raise ValueError("an empty batch needs expected_batch_size=, the number that its noise is divided by.")
+            raise ArgumentError("an empty batch needs expected_batch_size=, the number that its noise is divided by.")
         clipped = [batch.clip(self.max_norm) for batch in batches]
         totals = clipped[0] if clipped else {name: torch.zeros_like(slot.p) for name, slot in named(optimizer).items()}
         return {name: self._noised(sum((c[name] for c in clipped[1:]), t)) / size for name, t in totals.items()}

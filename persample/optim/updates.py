@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import UnknownParameterError
+from ..errors import ArgumentError, UnknownParameterError
 
 
 class Slot(NamedTuple):
@@ -27,7 +27,7 @@ class Slot(NamedTuple):
 def check_named(optimizer: Optimizer) -> None:
     """Raise unless the optimizer was made of named parameters."""
     if any("param_names" not in group for group in optimizer.param_groups):
-        raise ValueError(
+        raise ArgumentError(
             f"{type(optimizer).__name__} finds the rows of a parameter by its name: pass model.named_parameters() (or "
             "groups whose 'params' are pairs of name and parameter), not model.parameters()."
         )
@@ -37,7 +37,7 @@ def check_at_least(minimum: float, **options: float) -> None:
     """Raise for an option below its minimum (or NaN)."""
     for name, value in options.items():
         if not value >= minimum:
-            raise ValueError(f"{name} must be at least {minimum:g}, got {value}.")
+            raise ArgumentError(f"{name} must be at least {minimum:g}, got {value}.")
 
 
 def named(optimizer: Optimizer) -> dict[str, Slot]:

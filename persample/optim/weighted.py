@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from .updates import check_at_least, check_named, descend
 
@@ -33,7 +33,7 @@ def natural_weights(K: Tensor, damping: float) -> Tensor:
     losses) is solved as an ``[N, N]`` one, in float64 by Cholesky.
     """
     if not damping > 0:
-        raise ValueError(f"damping must be positive, got {damping}.")
+        raise ArgumentError(f"damping must be positive, got {damping}.")
     n = len(K)
     system = K.double() / n
     system = (system + system.mT) / 2

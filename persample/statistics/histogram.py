@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..factors import Factors, dense, index
 from ..gradients import Gradients
 from ..quantities import Quantities
@@ -37,7 +37,7 @@ def histogram(
         raise QuantityError("a histogram needs the rows: compute gradients without quantities=.")
     edges = _sorted(edges)
     if (parameters is None) != (parameter_edges is None):
-        raise ValueError("parameters= and parameter_edges= go together.")
+        raise ArgumentError("parameters= and parameter_edges= go together.")
     beside = None if parameter_edges is None else _sorted(parameter_edges)
     counts = {
         name: _counts(G, name, edges, None if parameters is None else parameters[name].detach(), beside)
@@ -104,5 +104,5 @@ def _blocks(g: Factors) -> Iterator[Tensor]:
 
 def _sorted(edges: Tensor) -> Tensor:
     if edges.ndim != 1 or not len(edges) or not bool((edges.diff() > 0).all()):
-        raise ValueError("the edges of a histogram must be one dimensional and strictly increasing.")
+        raise ArgumentError("the edges of a histogram must be one dimensional and strictly increasing.")
     return edges

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from .accumulate import Accumulator
 from .parts import By, HasMoments, centred_total, mean_square, named, per_group, several
@@ -68,7 +68,7 @@ def noise_scale_of_two(small_square: Tensor, small: int, big_square: Tensor, big
     ``tr Sigma = (|G_small|^2 - |G_big|^2) / (1/small - 1/big)``.
     """
     if not 0 < small < big:
-        raise ValueError(f"the batch sizes must be 0 < small < big, got {small} and {big}.")
+        raise ArgumentError(f"the batch sizes must be 0 < small < big, got {small} and {big}.")
     trace = (small_square - big_square) / (1 / small - 1 / big)
     return NoiseEstimate(trace, (big * big_square - small * small_square) / (big - small))
 
@@ -106,7 +106,7 @@ class NoiseScale(Accumulator[NoiseSums]):
     def __init__(self, by: By = None, decay: float = 1.0) -> None:
         super().__init__()
         if not 0 < decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], got {decay}.")
+            raise ArgumentError(f"decay must be in (0, 1], got {decay}.")
         self.by, self.decay = by, decay
 
     def of(self, G: Quantities) -> NoiseSums:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..gradients import Gradients
 from ..quantities import NEEDS, Quantities
 from ..statistics_run import Statistics
@@ -55,7 +55,7 @@ def group_of(name: str, by: By) -> str:
         return name
     if by == "layer":
         return name.rpartition(".")[0] or name
-    raise ValueError(f"by must be None, 'layer', 'parameter' or a function of the parameter's name, got {by!r}.")
+    raise ArgumentError(f"by must be None, 'layer', 'parameter' or a function of the parameter's name, got {by!r}.")
 
 
 def add_up(tensors: Iterable[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 
 
@@ -36,7 +36,7 @@ def importance_weights(G: Quantities | Tensor, smoothing: float = 0.0) -> Import
     if norm.ndim != 1 or not bool((norm >= 0).all()):
         raise QuantityError(f"importance weights need norms [N], not negative; got shape {list(norm.shape)}.")
     if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must be between 0 and 1, got {smoothing}.")
+        raise ArgumentError(f"smoothing must be between 0 and 1, got {smoothing}.")
     n, total = len(norm), norm.sum()
     uniform = torch.full_like(norm, 1 / n)
     p = (1 - smoothing) * norm / total + smoothing * uniform if bool(total > 0) else uniform

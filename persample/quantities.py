@@ -47,6 +47,9 @@ PARTS: dict[str, Callable[[Factors, Any], Any]] = {
     "project": lambda g, r: r(g) if callable(r) else reductions.project(g, r),  # [N, k]
 }
 
+# Parts for which most forms stream their rows.
+READERS = {"gram", "square_sum", "moments", "project"}
+
 # Parts that are read off another one, where a run computes that anyway: (that part, N) -> part.
 READ_OFF: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
     "squares": ("gram", lambda products, _: products.diagonal().clone()),

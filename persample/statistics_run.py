@@ -16,7 +16,8 @@ from torch import Tensor
 from .errors import QuantityError
 from .factors import Factors, compact, dtype
 from .problem import Pass
-from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, Kept, Parts, Quantities
+from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, READERS, Kept, Parts, Quantities
+from .streaming import formed_once
 
 Request = str | tuple[str, dict[str, Any]]
 
@@ -42,6 +43,7 @@ class Statistics(Quantities):
             kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names)
             for kind in kinds
         }
+        self._readers = len(self._stored.keys() & READERS)
         self._kept: dict[str, Kept] = {}
         self._clipped: dict[str, Tensor] | None = None
 
@@ -59,6 +61,10 @@ class Statistics(Quantities):
         if "clip" in self.requests:  # whose factors are needed once more when all norms are known
             g = compact(g)
             self._kept[name] = Kept.of(name, g)
+        with formed_once(g, self._readers) as g:
+            self._reduce(name, g)
+
+    def _reduce(self, name: str, g: Factors) -> None:
         for kind, parts in self._stored.items():
             source, read_off = READ_OFF.get(kind, ("", None))
             if read_off is not None and source in self._stored:

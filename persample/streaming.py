@@ -10,6 +10,7 @@ convolution gives whole rows; with one position or one offset it is an `Outer`. 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Size, Tensor
@@ -59,6 +60,18 @@ def pieces(g: Factors, split: str) -> Iterator[Piece]:
             yield g
         case _:
             yield from pieces(Dense(dense(g)), split)
+
+
+@contextmanager
+def formed_once(g: Factors, readers: int) -> Iterator[Factors]:
+    """``g``; but its rows, in reused memory, where several readers would each form them, and they are not too many."""
+    size = len(g) * g.shape.numel()
+    many = (isinstance(g, Outer) and g.left.shape[2] > 1) or split_of(g) in ("native", "tokens")
+    if readers < 2 or not many or not 0 < size <= cost.costs().wide or wide(g) is not g:
+        yield g
+        return
+    with borrow(tensors(g)[-1], len(g), *g.shape) as out:
+        yield Dense(dense(g, out=out))
 
 
 def joined(parts: list[Tensor], split: str, shape: Size) -> Tensor:

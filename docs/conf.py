@@ -26,6 +26,8 @@ default_role = "py:obj"  # `single quotes` in docstrings: a link where there is 
 
 html_theme = "furo"
 html_title = "persample"
+html_static_path = ["_static"]
+html_css_files = ["phone.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
@@ -58,6 +60,7 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # what imports say about the machine; in the tests, a warning is an error
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -249,14 +249,14 @@ assert together >= 0.98
 # %% [markdown]
 # ## One picture
 
-# %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+# %% mystnb={"image": {"alt": "Linear datamodelling score by method; true against predicted changes of test losses"}}
+figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained")
 left.barh(list(lds)[::-1], list(lds.values())[::-1], color="#0072B2")
 left.set(xlabel="linear datamodelling score (rank correlation)", title=f"{MODELS} retrained models")
 right.scatter(predicted.flatten().numpy(), changes.flatten().numpy(), s=4, color="#0072B2", alpha=0.4)
 low, high = float(predicted.min()), float(predicted.max())
 right.plot([low, high], [low, high], color="#D55E00", linewidth=1, label="as predicted")
-right.set(xlabel="predicted change of a test loss", ylabel="true change", title="leaving one sample out, convex model")
+right.set(xlabel="predicted change of a test loss", ylabel="true change", title="leaving one out, convex model")
 right.legend(frameon=False)
 plt.show()
 

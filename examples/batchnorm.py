@@ -62,7 +62,7 @@ coupling
 # be diagonal. Here everybody has a part in everybody's loss; the diagonal is left out of the picture, since it is
 # much larger than the rest.
 
-# %%
+# %% mystnb={"image": {"alt": "Heat map of how much each loss depends on the other samples"}}
 ax = coupling.plot()
 print(f"on average {float(coupling.data_coupling().mean()):.0%} of a loss' gradient table lies with other samples")
 print(f"{float(coupling.theta_coupling().mean()):.0%} of a loss' gradient flows through the statistics")
@@ -70,8 +70,8 @@ print(f"{float(coupling.theta_coupling().mean()):.0%} of a loss' gradient flows 
 # %% [markdown]
 # Which layers and channels do it, and along how many directions:
 
-# %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+# %% mystnb={"image": {"alt": "Coupling by layer and channel; singular values of the influence through the statistics"}}
+figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
 batchnorm.plot_layers(coupling, left)
 batchnorm.plot_spectrum(coupling, right)
 plt.show()
@@ -146,14 +146,15 @@ model.train()
 # %% [markdown]
 # ## One picture
 
-# %%
-figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-batchnorm.plot_notions(coupling, ax=axes[0])
-axes[1].scatter(estimate.flatten(), exact.flatten(), s=5, alpha=0.5, color="#0072B2")
+# %% mystnb={"image": {"alt": "Norms by five notions; leaving one out, estimated and exact; what vanishes with N"}}
+mosaic = [["notions", "notions"], ["left out", "decay"]]
+figure, axes = plt.subplot_mosaic(mosaic, figsize=(9.5, 7.5), layout="constrained")
+batchnorm.plot_notions(coupling, ax=axes["notions"])
+axes["left out"].scatter(estimate.flatten(), exact.flatten(), s=5, alpha=0.5, color="#0072B2")
 low, high = float(exact.min()), float(exact.max())
-axes[1].plot([low, high], [low, high], color="#D55E00", linewidth=1)
-axes[1].set(
+axes["left out"].plot([low, high], [low, high], color="#D55E00", linewidth=1)
+axes["left out"].set(
     xlabel="first-order estimate, -T[n, m]", ylabel="change of loss n without sample m", title="leaving one out"
 )
-batchnorm.plot_decay(several, axes[2])
+batchnorm.plot_decay(several, axes["decay"])
 plt.show()

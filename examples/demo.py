@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -158,17 +159,13 @@ assert error < 1e-4
 # ## One picture
 
 
-# %%
+# %% mystnb={"image": {"alt": "Norms at the end; noise scale while training; signal by parameter; unusual digits"}}
 def picture(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     blue, orange, grey = "#0072B2", "#D55E00", "#666666"
-    figure = plt.figure(figsize=(12, 5.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[3, 1.5])
-    ax, middle, right = above.subplots(1, 3)
+    figure = plt.figure(figsize=(9.5, 8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3.5, 1])
+    axes = above.subplot_mosaic([["norms", "norms"], ["noise", "signal"]])
+    ax, middle, right = axes["norms"], axes["noise"], axes["signal"]
     bins = np.geomspace(max(float(norm.min()), 1e-6), float(norm.max()), 40)
     ax.hist(
         [norm[~wrong].numpy(), norm[wrong].numpy()],
@@ -194,7 +191,7 @@ def picture(path: Path) -> None:
     middle.set(yscale="log", xlabel="step", ylabel="samples", title="Gradient noise scale")
     right.barh(list(snr)[::-1], [1e3 * value for value in snr.values()][::-1], color=blue)
     right.set(xlabel="mean² / variance, in thousandths", title="Signal-to-noise by parameter")
-    for i, ax in zip(order[:12].tolist(), below.subplots(1, 12), strict=True):
+    for i, ax in zip(order[:10].tolist(), below.subplots(1, 10), strict=True):
         ax.imshow(images[i, 0].numpy(), cmap="gray_r")
         ax.set(xticks=[], yticks=[])
         ax.set_title(
@@ -205,7 +202,6 @@ def picture(path: Path) -> None:
     below.suptitle("The most unusual samples: labels as given, in orange those flipped beforehand", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 picture(PICTURE)

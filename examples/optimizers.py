@@ -251,9 +251,9 @@ assert operated["surgery (PCGrad)"][2] > operated["mean of the classes"][2] + 0.
 # %% [markdown]
 # ## One picture
 
-# %%
+# %% mystnb={"image": {"alt": "Accuracy with clipping; loss by batch size, by steps, and by natural gradient"}}
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", width_ratios=[1.1, 1, 1])
+figure, ((left, middle), (right, last)) = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained")
 places = range(len(clipping))
 for which, (name, colour, marker) in enumerate((("clean labels", BLUE, "o"), ("40 % random labels", ORANGE, "s"))):
     found = [100 * column[which] for column in clipping.values()]
@@ -273,6 +273,9 @@ for (name, (loss, steps, _)), colour, marker in zip(sizing.items(), (BLUE, GREEN
     right.plot(steps, loss, marker, color=colour, label=name)
 right.set(xlabel="steps", ylabel="training loss", title="the same samples, by SGD", xlim=(0, None), ylim=(0, None))
 right.legend(frameon=False, fontsize=9)
+last.barh(list(natural)[::-1], list(natural.values())[::-1], color=[ORANGE, GREY, GREY, GREY])
+last.set_yticks(range(4), [name.replace(", ", ",\n") for name in list(natural)[::-1]], fontsize=9)
+last.set(xlabel="training loss", title="after 40 steps with batches of 256")
 plt.show()
 
 print(f"\n{time.perf_counter() - START:.0f} seconds")

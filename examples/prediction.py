@@ -8,8 +8,6 @@
 # %%
 from __future__ import annotations
 
-import time
-
 import torch
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
@@ -20,7 +18,6 @@ from torch.nn import functional as F
 import persample
 from persample import attribution
 
-START = time.perf_counter()
 torch.set_num_threads(1)  # tensors are small here: more threads would wait for each other
 data = load_digits()
 order = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(0))
@@ -189,13 +186,13 @@ print("  probabilities", {digit: round(float(p), 2) for digit, p in enumerate(pr
 # %% [markdown]
 # ## One picture
 
-# %%
+# %% mystnb={"image": {"alt": "A digit, its most helpful and harmful training digits; changes of the margin"}}
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 SHOWN = 6
-figure = plt.figure(figsize=(13, 3.9), layout="constrained")
-left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
+figure = plt.figure(figsize=(9, 7.5), layout="constrained")
+above, below = figure.subfigures(2, 1)
 mosaic = [["asked", *(f"+{i}" for i in range(SHOWN))], ["asked", *(f"-{i}" for i in range(SHOWN))]]
-axes = left.subplot_mosaic(mosaic, width_ratios=[1.8] + [1] * SHOWN)
+axes = above.subplot_mosaic(mosaic, width_ratios=[1.8] + [1] * SHOWN)
 
 
 def show(ax: plt.Axes, image: Tensor, title: str, colour: str) -> None:
@@ -212,8 +209,8 @@ for i in range(SHOWN):
     show(axes[f"-{i}"], x[harmful[i]], f"“{int(y[harmful[i]])}”", ORANGE)
 axes["+0"].set_ylabel("most helpful", color=BLUE)
 axes["-0"].set_ylabel("most harmful", color=ORANGE)
-left.suptitle("one prediction, and training samples behind it (empirical Fisher)", fontsize=11)
-ax = right.subplots()
+above.suptitle("one prediction, and training samples behind it (empirical Fisher)", fontsize=11)
+ax = below.subplots()
 for found, colour, name in ((helped, BLUE, "without the most helpful"), (harmed, ORANGE, "without the most harmful")):
     for place, method in enumerate(reversed(scores)):
         ax.plot(found[method], [place] * ASKED, ".", color=colour, alpha=0.4, markersize=5)
@@ -221,8 +218,6 @@ for found, colour, name in ((helped, BLUE, "without the most helpful"), (harmed,
 ax.axvline(0, color=GREY, linewidth=1)
 ax.set_yticks(range(len(scores)), list(reversed(scores)))
 ax.set(xlabel="change of the margin, log p/(1 - p)")
-ax.set_title(f"without {LEFT_OUT} samples: {ASKED} predictions, mean", fontsize=11)
+ax.set_title(f"trained without {LEFT_OUT} samples: {ASKED} predictions, and their mean", fontsize=11)
 ax.legend(frameon=False, loc="lower left")
 plt.show()
-
-print(f"\n{time.perf_counter() - START:.0f} seconds")

@@ -135,11 +135,13 @@ persample.explain(model, criterion, x, y)
 # At the start all gradients are about equally long. While the network learns, most become short, and a few samples are
 # left to be learned.
 
-# %%
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+# %% mystnb={"image": {"alt": "Cosines by class; gradient norms while training; a histogram of norms at the end"}}
+mosaic = [["cosines", "training"], ["cosines", "end"]]
+figure, axes = plt.subplot_mosaic(mosaic, figsize=(9.5, 5), width_ratios=[1.3, 1], layout="constrained")
+left, middle, right = axes["cosines"], axes["training"], axes["end"]
 image = left.imshow(cosine.numpy(), cmap="PuOr", vmin=-1, vmax=1)
 left.set(title="cosines at the start, samples by class", xlabel="sample", ylabel="sample")
-figure.colorbar(image, ax=left, shrink=0.8)
+figure.colorbar(image, ax=left, shrink=0.8, label="cosine")
 for q, colour in ((0.5, "#0072B2"), (0.95, "#D55E00")):
     middle.plot([float(norm.quantile(q)) for norm in history], color=colour, label=f"{q:.0%} quantile")
 middle.set(yscale="log", title="gradient norms while training", xlabel="step", ylabel="norm (unscaled loss)")

@@ -40,7 +40,8 @@ def html_table(
 
 
 def _td(content: str, tag: str) -> str:
-    return f"<{tag} style='text-align:left;padding:2px 8px;border:none'>{content}</{tag}>"
+    wrap = "nowrap" if len(content) <= 24 else "normal"  # a shape or a size is not to be broken
+    return f"<{tag} style='text-align:left;padding:2px 8px;border:none;white-space:{wrap}'>{content}</{tag}>"
 
 
 def _bar(share: float) -> str:

@@ -352,9 +352,9 @@ def check_complete(found: Reached, parameters: Mapping[str, Tensor]) -> None:
     if missed:
         raise CaptureError(
             f"parameter '{missed[0]}'{_and_more(missed)} is used where the recorded calls can't account for it: "
-            "inside a custom autograd.Function, a "
-            "compiled, scripted or data-parallel region, or an in-place write into a slice. Use the original module "
-            "there, or engine='loop'."
+            "in a forward pass before the recording began, inside a custom autograd.Function, a compiled, scripted or "
+            "data-parallel region, or an in-place write into a slice. Run the forward inside the with-block, use the "
+            "original module there, or engine='loop'."
         )
     if found.opaque:
         raise CaptureError(

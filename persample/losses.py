@@ -139,7 +139,7 @@ def _scalar(loss: Tensor) -> Tensor:
     return loss.reshape(())
 
 
-def ignored(losses: Tensor, outputs: Tree, targets: Tree) -> Tensor | None:
+def ignored(losses: Tensor, outputs: Tree, targets: Tree, first: int = 0) -> Tensor | None:
     """Samples whose every target is ignored (a mean over nothing is NaN): their rows are zero.  ``None`` if there are
     none.
     """
@@ -156,8 +156,8 @@ def ignored(losses: Tensor, outputs: Tree, targets: Tree) -> Tensor | None:
     if not bool(bad.any()):
         return None
     warnings.warn(
-        f"every target of sample(s) {bad.nonzero().flatten().tolist()} is ignored: their losses and gradients are "
-        "set to zero.",
+        f"every target of sample(s) {(bad.nonzero().flatten() + first).tolist()} is ignored: their losses and gradients "
+        "are set to zero.",
         UserWarning,
         stacklevel=3,
     )

@@ -89,7 +89,7 @@ class Statistics(Quantities):
 
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         if kind not in self._stored:
-            raise _not_asked(kind, self.requests)
+            raise _not_asked(next(name for name, need in NEEDS.items() if need == kind), self.requests)
         if argument is not None and argument is not self._argument(kind):
             raise QuantityError(f"this run computed {kind} for another argument; the rows are gone.")
         return self._stored[kind]

@@ -225,3 +225,15 @@ def test_a_loss_function_that_raises_shows_its_own_error() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         persample.gradients(linear(), loss_fn, scores(C), labels())
+
+
+def test_warnings_name_the_sample_that_is_ignored() -> None:
+    """Also the one that is run alone to verify."""
+    model, x = nn.Linear(3, C).double(), scores(3)
+    for n in range(N):
+        y = labels().index_fill(0, torch.tensor([n]), -100)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            persample.gradients(model, nn.CrossEntropyLoss(), x, y, verify=True)
+        ignored = [str(w.message) for w in seen if "is ignored" in str(w.message)]
+        assert ignored and all(f"sample(s) [{n}] " in message for message in ignored)

@@ -156,7 +156,7 @@ def ignored(losses: Tensor, outputs: Tree, targets: Tree, first: int = 0) -> Ten
     if not bool(bad.any()):
         return None
     warnings.warn(
-        f"every target of sample(s) {(bad.nonzero().flatten() + first).tolist()} is ignored: their losses and gradients "
+        f"every target of sample(s) {(bad.nonzero().flatten() + first).tolist()} is ignored: losses and gradients "
         "are set to zero.",
         UserWarning,
         stacklevel=3,

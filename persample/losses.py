@@ -171,10 +171,9 @@ def warn_if_not_mean(whole: Tensor, losses: Tensor) -> None:
     if bool(((mean - whole).abs() > tolerance) & ((mean * n - whole).abs() > tolerance * n)):
         warnings.warn(
             f"the criterion of the whole batch is {float(whole):.6g}, the mean of the samples' own losses "
-            f"{float(mean):.6g}. Legitimate causes: class "
-            "weights, ignore_index or masks with unequal counts per sample. Otherwise the criterion looks at several "
-            "samples at once (contrastive "
-            "losses), and return [N] losses or use coupled quantities instead.",
+            f"{float(mean):.6g}. Legitimate causes: class weights, ignore_index, or masks with unequal counts per "
+            "sample. Otherwise outputs and targets are broadcast over the samples (compare [N, 1] with [N]), or the "
+            "criterion looks at several samples at once (contrastive losses): let loss_fn return [N] losses.",
             UserWarning,
             stacklevel=3,
         )

@@ -54,7 +54,7 @@ READERS = {"gram", "square_sum", "moments", "project"}
 READ_OFF: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
     "squares": ("gram", lambda products, _: products.diagonal().clone()),
     "sum": ("moments", lambda pair, _: pair[0]),
-    "square_sum": ("moments", lambda pair, n: torch.addcmul(pair[1], pair[0], pair[0], value=1 / max(1, n))),
+    "square_sum": ("moments", lambda pair, n: pair[1] + (pair[0] * pair[0].conj()).real / max(1, n)),
 }
 
 # The part each quantity of a statistics run is made of.

@@ -378,6 +378,30 @@ def test_parts_that_another_one_contains_are_not_computed(monkeypatch: pytest.Mo
         assert torch.allclose(S.second_moment()[name], G.second_moment()[name], atol=1e-12)
 
 
+class ComplexAffine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex128) @ self.weight).abs().square()
+
+
+@pytest.mark.parametrize("asked", [["second_moment", "variance", "mean"], ["second_moment"], ["variance"]])
+def test_moments_of_complex_rows_are_of_absolute_values(asked: list[str]) -> None:
+    model, x = ComplexAffine(), torch.randn(N, 3, dtype=torch.float64)
+    rows = persample.gradients(model, lambda out, _: out.sum(1), x, engine="loop")["weight"]
+    S = persample.gradients(model, lambda out, _: out.sum(1), x, quantities=asked)
+    want = {
+        "second_moment": rows.abs().square().mean(0),
+        "variance": (rows - rows.mean(0)).abs().square().mean(0),
+        "mean": rows.mean(0),
+    }
+    for name in asked:
+        found = getattr(S, name)()["weight"]
+        torch.testing.assert_close(found, want[name], rtol=1e-12, atol=1e-12)  # the type too: squares are real
+
+
 def test_rows_written_into_given_memory() -> None:
     model, (x, y) = convnet().double(), batch(3, 8, 8)
     G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)

@@ -1,8 +1,9 @@
 """The result of a run that reduces on arrival: some quantities, and no rows.
 
 The factors of a parameter are reduced the moment they are complete, and dropped, so that peak memory stays near that of
-the plain backward pass.  What is asked for shares parts: norms, variance and Gram read each parameter's factors once
-each.
+the plain backward pass; only a clipped sum keeps them until all norms are known.  What is asked for shares parts: norms
+are read off a Gram matrix, sums and second moments off a variance, and rows that several parts would stream are formed
+once.
 """
 
 from __future__ import annotations

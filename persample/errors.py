@@ -1,9 +1,15 @@
-"""Everything the library refuses to do, by name.
+"""Everything the library refuses to do, by name; and how it warns.
 
 Every message names the parameter, module, function or argument, the reason, and the way out.
 """
 
 from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import torch
 
 
 class PersampleError(Exception):
@@ -49,6 +55,14 @@ class RandomnessError(PersampleError, RuntimeError):
     """A random draw of the forward pass can't be repeated by this engine."""
 
 
+NOTIONS = (
+    "Say which one with coupled=: 'loss' (the derivative of one loss: the plain meaning), 'influence' (what a sample's "
+    "weight does: gradient noise, attribution), 'copy' (what hooks give: credit to a sample's activations), 'frozen' "
+    "(statistics held fixed: curvature) or 'eval' (running statistics: what happens after training), see "
+    "persample.coupling and docs/batchnorm.md; or call model.eval()."
+)  # the way out under BatchNorm
+
+
 class BatchCoupledError(PersampleError, RuntimeError):
     """The loss of one sample depends on the other samples, so "its gradient" is not one thing.
 
@@ -86,3 +100,14 @@ class BatchNormError(PersampleError, ValueError):
 
 class StoreError(PersampleError, ValueError):
     """Rows on disk that are of another model, layout, scale or projection, or that can't be gone on with."""
+
+
+_OURS = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (sys.modules[__package__], torch))
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` at the line of the user's that led here: the first outside of this library and PyTorch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level + 1)

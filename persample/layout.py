@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -50,6 +51,19 @@ class Layout:
         if self.alone is not None:
             return torch.tensor([self.alone])
         return torch.arange(self.n).repeat_interleave(self.inner).repeat(self.outer)
+
+
+def spreads(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two tensors with as many entries (``[N, 1]`` and ``[N]``) broadcast to more than they have, so that an
+    operation on both compares samples with each other.
+    """
+    if len(a) == len(b) or prod(a) != prod(b):
+        return False
+    try:
+        size: torch.Size = torch.broadcast_shapes(a, b)
+        return prod(size) > prod(a)
+    except RuntimeError:
+        return False
 
 
 def samples_first(x: Tensor, layout: Layout) -> Tensor:

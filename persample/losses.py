@@ -21,7 +21,8 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from .batch import Batch, Tree, unflatten
-from .errors import LossError
+from .errors import LossError, warn
+from .layout import spreads
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -38,15 +39,26 @@ def is_per_sample(losses: Any, n: int) -> bool:
         return True
     if losses.ndim == 0:
         return False
-    hint = (
-        " Outputs [N, 1] against targets [N] broadcast to [N, N]: squeeze the outputs."
-        if losses.shape == (n, n)
-        else ""
-    )
     raise LossError(
         f"loss_fn returned shape {tuple(losses.shape)} for N = {n} samples; it must return [N] (reduction='none', then "
-        f"reduced over everything but the samples) or a scalar (meant for one sample alone).{hint}"
+        f"reduced over everything but the samples) or a scalar (meant for one sample alone).{ways_out(losses, n)}"
     )
+
+
+def ways_out(losses: Tensor, n: int) -> str:
+    """For losses of a shape that isn't ``[N]``: how they become ``[N]``, if the shape tells; begins with a space."""
+    shape = tuple(losses.shape)
+    if shape == (n, n):
+        return " Outputs [N, 1] against targets [N] broadcast to [N, N]: outputs.squeeze(-1)."
+    per_token = "for a row per token, see 'Rows per token' in docs/losses.md"
+    if len(shape) > 1 and shape[0] == n:
+        return f" Sum or average each sample's own entries, losses.flatten(1).sum(1); {per_token}."
+    if len(shape) == 1 and n > 1 and shape[0] > n and shape[0] % n == 0:
+        return (
+            f" If these are {shape[0] // n} losses of every sample, one after the other (tokens), sum or average them, "
+            f"losses.view({n}, -1).sum(1); {per_token}."
+        )
+    return ""
 
 
 _CRITERIA: dict[type[nn.Module], LossFunction] = {
@@ -155,27 +167,61 @@ def ignored(losses: Tensor, outputs: Tree, targets: Tree, first: int = 0) -> Ten
             bad = bad & x.detach().movedim(axis, 0).reshape(n, -1).isfinite().all(1)
     if not bool(bad.any()):
         return None
-    warnings.warn(
+    warn(
         f"every target of sample(s) {(bad.nonzero().flatten() + first).tolist()} is ignored: losses and gradients "
-        "are set to zero.",
-        UserWarning,
-        stacklevel=3,
+        "are set to zero."
     )
     return bad
 
 
+def check_not_broadcast(loss_fn: LossFunction, whole: Tensor, outputs: Tree, targets: Tree, n: int) -> None:
+    """Raise where the criterion has compared samples with each other by broadcasting outputs ``[N, 1]`` with targets
+    ``[N]``: ``whole`` is not made of the lone losses, and would be if both had the same shape.
+    """
+    for i, (x, at) in enumerate(zip(outputs.leaves, outputs.axes, strict=True)):
+        for j, (y, axis) in enumerate(zip(targets.leaves, targets.axes, strict=True)):
+            if at is None or axis is None or not spreads(x.shape, y.shape):
+                continue
+            shape = max(x.shape, y.shape, key=len)
+            alike = [
+                unflatten([z.reshape(shape) if k == place else z for k, z in enumerate(tree.leaves)], tree.spec)
+                for tree, place in ((outputs, i), (targets, j))
+            ]
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the broadcasting itself
+                try:
+                    alone = lone_losses(loss_fn, outputs, targets, n)
+                    proven = not _made_of(whole, alone) and _made_of(loss_fn(*alike), alone)
+                except Exception:  # a criterion that needs its shapes as they are
+                    continue
+            if proven:
+                longer = "outputs" if len(x.shape) > len(y.shape) else "targets"
+                raise LossError(
+                    f"loss_fn broadcasts outputs of shape {tuple(x.shape)} with targets of shape {tuple(y.shape)} to "
+                    f"{tuple(torch.broadcast_shapes(x.shape, y.shape))}: it compares every sample with all others. "
+                    f"Give both one shape, such as by {longer}.squeeze(-1)."
+                )
+
+
+def _made_of(whole: Tensor, losses: Tensor) -> bool:
+    """Whether a criterion's value is the lone losses ``[N]``, or their mean or sum."""
+    whole, losses, n = whole.detach().double(), losses.detach().double(), len(losses)
+    if whole.ndim:
+        return whole.shape == losses.shape and torch.allclose(whole, losses, rtol=1e-3, atol=1e-6, equal_nan=True)
+    mean = losses.mean()
+    tolerance = 1e-3 * (mean.abs() + whole.abs()) + 1e-6
+    return not bool(((mean - whole).abs() > tolerance) & ((mean * n - whole).abs() > tolerance * n))
+
+
 def warn_if_not_mean(whole: Tensor, losses: Tensor) -> None:
     """Say so where the criterion of the batch is neither the mean nor the sum of the lone losses."""
-    mean, whole, n = losses.detach().double().mean(), whole.detach().double(), len(losses)
-    tolerance = 1e-3 * (mean.abs() + whole.abs()) + 1e-6
-    if bool(((mean - whole).abs() > tolerance) & ((mean * n - whole).abs() > tolerance * n)):
-        warnings.warn(
-            f"the criterion of the whole batch is {float(whole):.6g}, the mean of the samples' own losses "
-            f"{float(mean):.6g}. Legitimate causes: class weights, ignore_index, or masks with unequal counts per "
-            "sample. Otherwise outputs and targets are broadcast over the samples (compare [N, 1] with [N]), or the "
-            "criterion looks at several samples at once (contrastive losses): let loss_fn return [N] losses.",
-            UserWarning,
-            stacklevel=3,
+    if not _made_of(whole, losses):
+        warn(
+            f"the criterion of the whole batch is {float(whole.detach()):.6g}, the mean of the samples' own losses "
+            f"{float(losses.detach().double().mean()):.6g}. Legitimate causes: class weights, ignore_index, or masks "
+            "with unequal counts per sample. Otherwise outputs and targets are broadcast over the samples (compare "
+            "[N, 1] with [N]), or the criterion looks at several samples at once (contrastive losses): let loss_fn "
+            "return [N] losses."
         )
 
 
@@ -191,11 +237,23 @@ def per_sample(loss_fn: LossFunction, outputs: Any, targets: Any = None, batch_d
 def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
     """``[N]``: the losses of a batch, whatever the criterion returns."""
     whole = loss_fn(outputs.whole(), targets.whole())
-    if is_per_sample(whole, n):
+    each = is_per_sample(whole, n)
+    check_not_broadcast(loss_fn, whole, outputs, targets, n)
+    if each:
         return whole
     losses = lone_losses(loss_fn, outputs, targets, n)
     bad = ignored(losses, outputs, targets)
     return losses if bad is None else losses.masked_fill(bad, 0)
 
 
-__all__ = ["LossFunction", "ignored", "is_per_sample", "lone_losses", "per_sample", "unreduced", "warn_if_not_mean"]
+__all__ = [
+    "LossFunction",
+    "check_not_broadcast",
+    "ignored",
+    "is_per_sample",
+    "lone_losses",
+    "per_sample",
+    "unreduced",
+    "warn_if_not_mean",
+    "ways_out",
+]

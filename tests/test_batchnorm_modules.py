@@ -342,8 +342,9 @@ def test_foreign_subclasses_are_left_with_a_warning() -> None:
         pass
 
     model = nn.Sequential(Mine(3), nn.BatchNorm1d(3))
-    with pytest.warns(UserWarning, match=r"left as they are: '0' \(Mine\)"):
+    with pytest.warns(UserWarning, match=r"left as they are: '0' \(Mine\)") as seen:
         convert(model)
+    assert {w.filename for w in seen} == {__file__}
     assert [type(m) for m in model] == [Mine, batchnorm.BatchNorm1d]
 
 

@@ -188,7 +188,7 @@ def test_parameters_of_the_criterion_are_not_in_the_result() -> None:
     ("loss_fn", "match"),
     [
         (lambda out, y: out, r"\(4, 5\).*must return \[N\]"),
-        (lambda out, y: (out[:, :1] - y).square(), r"squeeze the outputs"),
+        (lambda out, y: (out[:, :1] - y).square(), r"outputs.squeeze\(-1\)"),
         (lambda out, y: float(out.detach().sum()), "must return a tensor"),
         (lambda out, y: y, "real numbers"),
     ],
@@ -237,3 +237,74 @@ def test_warnings_name_the_sample_that_is_ignored() -> None:
             persample.gradients(model, nn.CrossEntropyLoss(), x, y, verify=True)
         ignored = [str(w.message) for w in seen if "is ignored" in str(w.message)]
         assert ignored and all(f"sample(s) [{n}] " in message for message in ignored)
+
+
+# ---- samples that meet by broadcasting ------------------------------------------------------------------------------
+
+BROADCASTING: list[Any] = [
+    lambda out, y: (out - y).square().mean(),
+    lambda out, y: (out - y).square().sum(),
+    lambda out, y: (out - y).square().mean(1),
+    lambda out, y: (out - y).square().sum(1),
+]
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+@pytest.mark.parametrize("loss_fn", BROADCASTING)
+def test_a_loss_that_broadcasts_samples_over_samples_is_refused(loss_fn: Any, engine: str) -> None:
+    model, x, y = nn.Linear(C, 1).double(), scores(C), scores()
+    for verify in (None, False) if engine == "hooks" else (None,):
+        with pytest.raises(persample.LossError, match=r"\(4, 1\).*\(4,\).*\(4, 4\).*outputs.squeeze\(-1\)"):
+            persample.gradients(model, loss_fn, x, y, engine=engine, verify=verify)
+    squeezed = persample.gradients(model, lambda out, y: (out.squeeze(-1) - y).square(), x, y, engine=engine)
+    alike = persample.gradients(model, nn.MSELoss(), x, y[:, None], engine=engine)
+    assert torch.allclose(squeezed.flat(), alike.flat(), atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # PyTorch's, of the same thing
+def test_a_criterion_of_torch_that_broadcasts_is_refused() -> None:
+    model, x, y = nn.Linear(C, 1).double(), scores(C), scores()
+    with pytest.raises(persample.LossError, match=r"\(4, 1\).*\(4,\)"):
+        persample.gradients(model, nn.MSELoss(), x, y)
+    with pytest.raises(persample.LossError, match=r"targets.squeeze\(-1\)"):
+        persample.gradients(nn.Sequential(model, nn.Flatten(0)), nn.MSELoss(), x, y[:, None])
+    with pytest.raises(persample.LossError, match=r"\(4, 1\).*\(4,\)"):
+        per_sample(nn.MSELoss(), model(x), y)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda out, y: (out[:, 0] - y).square().mean(),
+        lambda out, y: (out.mean(-1) - y).square(),
+        lambda out, y: (out.flatten() - y).square().sum(),
+    ],
+)
+def test_shapes_that_could_broadcast_and_do_not_are_no_matter(loss_fn: Any) -> None:
+    model, x, y = nn.Linear(C, 1).double(), scores(C), scores()
+    G = persample.gradients(model, loss_fn, x, y)
+    assert torch.allclose(G.losses, (model(x)[:, 0] - y).square().detach())
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "match"),
+    [
+        (lambda out, y: F.cross_entropy(out.mT, y, reduction="none"), r"\(4, 3\).*flatten\(1\).sum\(1\).*per token"),
+        (
+            lambda out, y: F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none"),
+            r"\(12,\).*3 losses of every sample.*view\(4, -1\).sum\(1\).*per token",
+        ),
+    ],
+)
+def test_losses_per_token_are_told_the_ways_out(loss_fn: Any, match: str) -> None:
+    with pytest.raises(persample.LossError, match=match):
+        persample.gradients(linear(), loss_fn, scores(T, C), labels(T))
+
+
+def test_warnings_point_to_the_line_of_the_user() -> None:
+    model, x, y = linear(), scores(C), labels()
+    with pytest.warns(UserWarning, match="whole batch") as seen:
+        persample.gradients(model, nn.CrossEntropyLoss(weights), x, y)
+    with pytest.warns(UserWarning, match="is ignored") as more:
+        persample.gradients(model, nn.CrossEntropyLoss(), x, y.index_fill(0, torch.tensor([1]), -100), engine="loop")
+    assert {w.filename for w in [*seen, *more]} == {__file__}

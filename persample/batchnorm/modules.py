@@ -15,7 +15,6 @@ modes, optimisers and sharing stay as they are, and :func:`revert` is exact.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from persample.batchnorm.jacobian import BatchNormJacobian
 from persample.batchnorm.linearize import Layer, ghost_batches, linearize, running_statistics, uses_batch_statistics
-from persample.errors import BatchNormError, InplaceError
+from persample.errors import BatchNormError, InplaceError, warn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -147,7 +146,7 @@ def convert(model: Model, virtual_batch_size: int | None = None) -> Model:
         _refuse(name, module)
     foreign = [f"{name!r} ({type(m).__name__})" for name, m in layers.items() if type(m) not in CONVERTED | REVERTED]
     if foreign:
-        warnings.warn(f"BatchNorm subclasses are left as they are: {', '.join(foreign)}", UserWarning, stacklevel=2)
+        warn(f"BatchNorm subclasses are left as they are: {', '.join(foreign)}")
     for module in layers.values():
         if type(module) in CONVERTED:
             module.__class__ = CONVERTED[type(module)]

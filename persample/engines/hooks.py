@@ -20,7 +20,7 @@ from ..batch import Tree, call_model, detached
 from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
-from ..losses import ignored, is_per_sample, lone_losses, unreduced, warn_if_not_mean
+from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, unreduced, warn_if_not_mean
 from ..problem import Emit, Pass, Problem
 
 
@@ -78,9 +78,10 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                 whole = problem.loss_fn(outputs, targets)
     finally:
         capture.stop()
-    if is_per_sample(whole, batch.n):
+    each, tree = is_per_sample(whole, batch.n), batch.outputs(outputs)
+    check_not_broadcast(problem.loss_fn, whole, tree, batch.targets, batch.n)
+    if each:
         return outputs, whole, [(whole, torch.ones_like(whole), 0)] if whole.requires_grad else [], None
-    tree = batch.outputs(outputs)
     ends = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
     cut = {i: x.detach().requires_grad_() for i, x in ends.items()}
     tree = Tree([cut.get(i, x) for i, x in enumerate(tree.leaves)], tree.spec, tree.axes)

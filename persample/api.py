@@ -18,6 +18,7 @@ from .factors import Factors, compact
 from .gradients import Gradients
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
+from .state import undone_on_error
 from .statistics_run import Request, Statistics
 from .verify import check_alone, remember, run_verified, verified
 
@@ -37,21 +38,24 @@ def gradients(
     verify: bool | None = None,
     generator: torch.Generator | None = None,
 ) -> Any:
-    """Per-sample gradients ``G [N, D]``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``.
+    r"""Per-sample gradients ``G [N, D]``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``.
 
     The loss of sample ``n`` is what ``loss_fn(outputs, targets)`` says of that sample alone: an ``[N]`` result is
     taken as it is, a scalar criterion (any ``nn.*Loss()``) is applied to batches of one.  Class weights then cancel
     in a mean over one sample, and there is no ``1/N``.
 
     Args:
-        model: any module; its ``.grad``, buffers beyond an ordinary forward pass, and hooks stay as they are.
+        model: any module; its ``.grad``, buffers beyond an ordinary forward pass, and hooks stay as they are.  A call
+            that raises leaves buffers (running statistics) and random state as they were.
         loss_fn: ``loss_fn(outputs, targets) ->`` ``[N]`` or a scalar.
-        inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; nested as you like.
+        inputs: a tensor, a tuple of positional arguments, or a dict of arguments by name (all of them, also those
+            that could be positional: ``{"x": x, "scale": scale}``); nested as you like.
         targets: as ``inputs``, or ``None``; passed to ``loss_fn``.
         engine: ``"hooks"`` (one forward and backward pass, any model), ``"vmap"`` (``torch.func``), ``"compiled"``
             (the same by ``torch.compile``), ``"loop"`` (one sample at a time: the definition).
-        params: which parameters: a regular expression for ``re.match``, names, or a predicate ``(name, parameter)``;
-            all that require grad by default.
+        params: which parameters: a regular expression for the beginning of a name (``re.match``: ``"encoder"``,
+            ``r".*\.weight"``, no shell pattern ``"*.weight"``), names, or a predicate ``(name, parameter)``; all that
+            require grad by default.
         batch_dim: where the samples are: an int for all tensors, or ``(inputs, targets[, outputs])`` with an int,
             ``None`` (shared) or a pytree each.
         coupled: for models whose batch is coupled (BatchNorm in training mode), which of five notions to return:
@@ -95,7 +99,7 @@ def gradients(
     def sliced(part: Problem, emit: Emit, replay: bool) -> tuple[Pass, str]:
         return _verified(part, engine, emit, False if replay else verify)
 
-    with _seeded(generator):
+    with _seeded(generator), undone_on_error(problem.model):
         if quantities is not None and max_bytes is not None:
             return microbatch.statistics(problem, quantities, max_bytes, sliced)
         if quantities is not None:

@@ -8,6 +8,7 @@ in the shape of (a prefix of) that argument, as for ``torch.vmap``'s ``in_dims``
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
 
-from .errors import EmptyBatchError, SampleAxisError
+from .errors import ArgumentError, EmptyBatchError, SampleAxisError
 
 Axis = int | None
 
@@ -110,7 +111,11 @@ class Batch:
             raise EmptyBatchError(
                 "the batch has no sample (N = 0), so there is nothing to differentiate. Skip empty batches."
             )
-        trees = [_tree(*tree, n, what) for tree, what in zip(given, ("inputs", "targets"), strict=True)]
+        _check_sizes(given, n, batch_dim)
+        trees = [
+            Tree(leaves, spec, [a if a is None or x.shape[a] == n else None for x, a in zip(leaves, axes, strict=True)])
+            for leaves, spec, axes, _ in given  # of size one where others have more: shared
+        ]
         if not any(axis is not None for axis in trees[0].axes):
             raise SampleAxisError(
                 f"none of the inputs has a sample axis of size N = {n}. Say where it is with batch_dim=."
@@ -200,20 +205,26 @@ def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis]
     return leaves, spec, axes, default
 
 
-def _tree(leaves: list[Any], spec: Any, axes: list[Axis], default: bool, n: int, what: str) -> Tree:
-    final: list[Axis] = []
-    for x, axis in zip(leaves, axes, strict=True):
-        if axis is None or x.shape[axis] == n:
-            final.append(axis)
-        elif x.shape[axis] == 1 and default:
-            final.append(None)
-        else:
-            raise SampleAxisError(
-                f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but others "
-                f"have N = {n} samples. "
-                "Say where its samples are with batch_dim= (None: shared by all samples)."
-            )
-    return Tree(leaves, spec, final)
+def _check_sizes(given: list[tuple[list[Any], Any, list[Axis], bool]], n: int, batch_dim: PyTree) -> None:
+    """Raise for a tensor that has another number of samples than the first of them."""
+    found = [
+        (what, x, axis, default)
+        for what, (leaves, _, axes, default) in zip(("inputs", "targets"), given, strict=True)
+        for x, axis in zip(leaves, axes, strict=True)
+        if axis is not None
+    ]
+    first, y, at, _ = next(entry for entry in found if entry[1].shape[entry[2]] == n)
+    for what, x, axis, default in found:
+        if x.shape[axis] == n or (x.shape[axis] == 1 and default):
+            continue
+        said = "" if type(batch_dim) is int and batch_dim == 0 else f" (batch_dim={batch_dim!r})"
+        fronts = {x.shape[0] for _, x, _, _ in found}
+        way = f" At axis 0, all have size {fronts.pop()}: leave batch_dim= out?" if said and len(fronts) == 1 else ""
+        raise SampleAxisError(
+            f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but the {first} of "
+            f"shape {tuple(y.shape)} have N = {n} samples at axis {at}{said}.{way} Say where the samples of each are "
+            "with batch_dim= (None: shared by all samples)."
+        )
 
 
 def detached(tree: Any) -> Any:
@@ -274,8 +285,33 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 def apply(model: nn.Module, inputs: Any) -> Any:
     """`call_model`, with recorders listening."""
+    args: Sequence[Any] = (inputs,)
+    kwargs: dict[str, Any] = {}
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
-        return model(*inputs)
-    return model(inputs)
+        args, kwargs = (), dict(inputs)
+    elif isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
+        args = inputs
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        if (signature := _unfit(model, args, kwargs)) is None:
+            raise
+        raise ArgumentError(
+            f"the model can't be called with these inputs: {error}; it has forward{signature}. inputs= is one tensor, "
+            "a tuple of positional arguments, or a dict of all arguments by name. For both kinds at once, name the "
+            "positional ones too: {'x': x, 'scale': scale}; where they have no names (*args), wrap the model in a "
+            "module that gives them some."
+        ) from error
+
+
+def _unfit(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> inspect.Signature | None:
+    """The signature of ``forward``, if these can't be its arguments."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return signature
+    return None

@@ -122,6 +122,7 @@ def check(
     batch_dim: Any = 0,
     samples: int = 3,
     generator: torch.Generator | None = None,
+    coupled: None = None,
 ) -> CheckReport:
     """Whether per-sample gradients of this model are right: a report with one line per parameter.
 
@@ -129,8 +130,10 @@ def check(
     rows is compared with the ordinary gradient of the summed losses; completeness, the sample axis and batch coupling
     are checked on the way.  With random draws (dropout) all of it is done with dropout off.  Random state and buffers
     are restored.  It costs about ``samples + 3 N`` sample passes.  Whatever the engine raises becomes part of the
-    report; ``report.raise_if_bad()`` raises it.
+    report; ``report.raise_if_bad()`` raises it.  There is no ``coupled=``: a sample alone says nothing about the
+    notions of `persample.gradients`, which verify themselves otherwise.
     """
+    _no_notion("check", coupled)
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)
     if not isinstance(samples, int) or samples < 0:
@@ -141,6 +144,16 @@ def check(
         .values.tolist()
     )
     return check_problem(problem, engine, chosen)
+
+
+def _no_notion(name: str, coupled: Any) -> None:
+    if coupled is not None:
+        raise ArgumentError(
+            f"persample.{name} is about samples on their own, and has no coupled={coupled!r}. "
+            "persample.gradients(..., coupled=..., verify=True) verifies a notion in its run; "
+            "persample.coupling(...) shows which parameters are coupled, by which layer, and repr() of it what each "
+            "costs."
+        )
 
 
 def check_problem(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...] = ()) -> CheckReport:
@@ -332,6 +345,7 @@ def explain(
     params: Selection = None,
     batch_dim: Any = 0,
     quantities: Iterable[Any] | None = None,
+    coupled: None = None,
 ) -> Explanation:
     """What a run of `persample.gradients` with these arguments would do, before it is done: a report with one line per
     parameter.
@@ -339,8 +353,9 @@ def explain(
     It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients
     of zeros.  ``kept`` is what `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A
     statistics run keeps neither, except that ``clip`` keeps the former until all norms are known.  Raises what the
-    run would raise.
+    run would raise.  There is no ``coupled=``: `persample.coupling` shows what those runs do.
     """
+    _no_notion("explain", coupled)
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)
     streamed = quantities is not None and "clip" not in Statistics(quantities, problem.parameters).requests

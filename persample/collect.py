@@ -18,8 +18,9 @@ from torch import Tensor
 
 from . import rules
 from .calls import Call, Derivation, Reached, Shared, flat, reached
-from .errors import BatchCoupledError, CaptureError, PersampleError, SampleAxisError
+from .errors import NOTIONS, BatchCoupledError, CaptureError, PersampleError, SampleAxisError
 from .factors import Dense, Factors, Outer, add, dense
+from .layout import spreads
 from .problem import Emit
 from .rules.derived import Diagonal, Lone, Rowlike, plain, pulled
 from .rules.fallback import by_samples, of_one
@@ -379,15 +380,20 @@ def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
         raise BatchCoupledError(
             f"parameter '{listed[0]}'{_and_more(listed)}: {call.name} {call.couples}, so every loss depends on all "
             "samples and 'the gradient of sample n' is "
-            f"not one thing. {_WAY_OUT if call.func in rules.COUPLES else _OTHER_WAY_OUT}{way}",
+            f"not one thing. {_broadcast(call)}{NOTIONS if call.func in rules.COUPLES else _OTHER_WAY_OUT}{way}",
             tuple(listed),
         )
 
 
-_WAY_OUT = (
-    "Say which one with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', see persample.coupling, "
-    "or call model.eval()."
-)
+def _broadcast(call: Call) -> str:
+    """A hint where two of its arguments have shapes that meet sample by sample only after a squeeze."""
+    shapes = [tuple(x.shape) for x in flat(call.args, call.kwargs) if isinstance(x, Tensor) and call.sampled(x)]
+    pair = next(((a, b) for a in shapes for b in shapes if len(a) > len(b) and spreads(a, b)), None)
+    if pair is None:
+        return ""
+    return f"It broadcasts {pair[0]} with {pair[1]} to {tuple(torch.broadcast_shapes(*pair))}: squeeze(-1) the first. "
+
+
 _OTHER_WAY_OUT = (
     "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples are "
     "with batch_dim=."

@@ -63,21 +63,25 @@ def named_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
 def select(
     available: dict[str, Any], aliases: dict[str, str], params: Selection, frozen: Iterable[str] = ()
 ) -> list[str]:
-    """The names that a selection means: a regular expression (``re.match``), names, or a predicate ``(name,
-    parameter)``.
+    """The names that a selection means: a regular expression (``re.match``, so from the beginning of a name), names, or
+    a predicate ``(name, parameter)``.
     """
     if params is None:
         return list(available)
     if isinstance(params, (str, re.Pattern)):
+        hint = _meant(params, available) if isinstance(params, str) else ""
         try:
             chosen = {aliases.get(name, name) for name in [*available, *aliases] if re.match(params, name)}
         except (re.error, TypeError) as error:
             raise UnknownParameterError(
-                f"params={params!r} is no regular expression for names: {error}. Escape what is meant as it stands, or "
-                "give a list of names."
+                f"params={params!r} is no regular expression for names: {error}.{hint} Escape what is meant as it "
+                "stands, or give a list of names."
             ) from None
         if not chosen:
-            raise UnknownParameterError(f"params={params!r} matches none of the parameters {_some(available)}.")
+            raise UnknownParameterError(
+                f"params={params!r} matches none of the parameters {_some(available)}: it is a regular expression for "
+                f"the beginning of a name.{hint}"
+            )
     elif callable(params):
         try:
             chosen = {name for name, p in available.items() if params(name, p)}
@@ -100,6 +104,15 @@ def select(
             f"params= must be a regular expression, names, or a predicate (name, parameter), got {params!r}."
         )
     return [name for name in available if name in chosen]
+
+
+def _meant(pattern: str, names: Iterable[str]) -> str:
+    """A hint at the regular expression for what a shell pattern (``*.weight``) or a part of a name must have meant."""
+    glob = re.sub(r"([*?])", r".\1", pattern.replace(".", r"\.")).replace(".?", ".")
+    for meant in (glob, ".*" + re.escape(pattern.lstrip("*."))):
+        if meant != pattern and any(re.match(meant, name) for name in names):
+            return f" Is r'{meant}' meant?"
+    return ""
 
 
 def _some(names: Iterable[str]) -> str:

@@ -58,6 +58,18 @@ class Buffers:
 
 
 @contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """What raises inside leaves random state and buffers as they were."""
+    random, buffers = random_state(model), Buffers(model)
+    try:
+        yield
+    except BaseException:
+        set_random_state(random)
+        buffers.restore()
+        raise
+
+
+@contextmanager
 def restored(model: nn.Module, begin: Buffers | None = None) -> Iterator[None]:
     """Afterwards, random state and buffers are what they are now; inside, buffers begin as those in ``begin``."""
     random, buffers = random_state(model), Buffers(model)

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import rules
 from .calls import flat, function_name, tensors_in
-from .errors import BatchCoupledError, CaptureError
+from .errors import NOTIONS, BatchCoupledError, CaptureError
 
 
 class Watch(TorchFunctionMode):
@@ -42,8 +42,7 @@ class Watch(TorchFunctionMode):
         if (reason := rules.coupling(func, args, kwargs)) and not shared:
             raise BatchCoupledError(
                 f"{function_name(func)} {reason}, so a sample alone is another function than a sample of this batch. "
-                "Use "
-                "engine='hooks' with coupled='eval', 'frozen', 'copy', 'loss' or 'influence', or call model.eval()."
+                f"Use engine='hooks'. {NOTIONS}"
             )
         if self.hidden:
             for t in flat(args, kwargs):

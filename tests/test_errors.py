@@ -89,6 +89,17 @@ def test_nothing_else_is_raised_on_purpose() -> None:
         (x(), None, {"batch_dim": "0"}, persample.SampleAxisError, "batch_dim must be"),
         ({"x": x()}, None, {"batch_dim": {"y": 0}}, persample.SampleAxisError, "no entry for"),
         (x(), None, {"params": "nope"}, persample.UnknownParameterError, "matches none.*w"),
+        (x(), None, {"params": "*"}, persample.UnknownParameterError, r"Is r'\.\*' meant"),
+        (x(), None, {"params": "?"}, persample.UnknownParameterError, r"Is r'\.' meant"),
+        (x(), x(), {"batch_dim": 1, "params": "w"}, persample.LossError, "returned shape"),
+        (
+            x(),
+            x()[:, 0],
+            {"batch_dim": 1},
+            persample.SampleAxisError,
+            r"targets.*4 at axis 0.*inputs.*N = 5.*batch_dim=1",
+        ),
+        (x(), x(N, 3), {"batch_dim": 1}, persample.SampleAxisError, r"batch_dim=1.*At axis 0, all have size 4: leave"),
         (x(), None, {"params": ["w", "v"]}, persample.UnknownParameterError, "'v'"),
         (x(), None, {"params": lambda name, p: False}, persample.UnknownParameterError, "predicate"),
         (x(), None, {"engine": "magic"}, ValueError, "hooks"),
@@ -336,3 +347,67 @@ def test_distributed_tensors_and_quantities_of_no_rows() -> None:
     other = persample.gradients(nn.Linear(D, 2).double(), square, x())
     with pytest.raises(persample.QuantityError, match="different parameters"):
         G.gram(other)
+
+
+@pytest.mark.parametrize(("params", "meant"), [("*.weight", r".*\.weight"), ("weight", ".*weight"), ("[0].weigth", "")])
+def test_a_pattern_that_matches_nothing_offers_one_that_does(params: str, meant: str) -> None:
+    model = nn.Sequential(nn.Linear(D, 3), nn.Linear(3, 2)).double()
+    with pytest.raises(persample.UnknownParameterError, match=f"Is r'{re.escape(meant)}' meant" if meant else "0.bias"):
+        persample.gradients(model, square, x(), params=params)
+    if meant:
+        assert persample.gradients(model, square, x(), params=meant).names == ("0.weight", "1.weight")
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, 3).double()
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        return self.linear(x) * scale
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_positional_and_keyword_arguments_go_by_name(engine: str) -> None:
+    model, scale = Scales(), x(N, 1)
+    for inputs in (x(), (x(), {"scale": scale}), (x(), scale), {"x": x(), "sacle": scale}):
+        with pytest.raises(persample.ArgumentError, match=r"can't be called.*forward\(x.*scale.*by name"):
+            persample.gradients(model, square, inputs, engine=engine)
+    assert len(persample.gradients(model, square, {"x": x(), "scale": scale}, engine=engine)) == N
+
+
+def test_a_type_error_inside_the_model_is_the_models_own() -> None:
+    with pytest.raises(TypeError, match="mine"):
+        persample.gradients(Model(raises_type_error), square, x())
+
+
+def raises_type_error(m: Any, x: Tensor) -> Tensor:
+    raise TypeError("mine")
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": False}, {"engine": "loop"}, {"engine": "vmap"}])
+def test_what_raises_leaves_running_statistics_and_random_state_as_they_were(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 3), nn.Dropout(), nn.BatchNorm1d(3)).double()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(
+        persample.BatchCoupledError, match=r"'loss' \(.*'influence' \(.*'copy' \(.*'frozen' \(.*'eval' \("
+    ):
+        persample.gradients(model, square, x(), **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_coupled_samples_by_broadcasting_are_told_by_their_shapes() -> None:
+    def compares(m: Any, x: Tensor) -> Tensor:
+        h = x @ m.w
+        return h[:, :1] - h.sum(1)
+
+    with pytest.raises(persample.BatchCoupledError, match=r"\(4, 1\) with \(4,\) to \(4, 4\): squeeze\(-1\)"):
+        persample.gradients(Model(compares), square, x())
+
+
+@pytest.mark.parametrize("ask", [persample.check, persample.explain])
+def test_reports_have_no_notion_and_say_what_has(ask: Any) -> None:
+    with pytest.raises(persample.ArgumentError, match=r"coupled='loss'.*gradients.*persample.coupling"):
+        ask(Model(LINEAR), square, x(), coupled="loss")

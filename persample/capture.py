@@ -110,6 +110,13 @@ class Capture(TorchFunctionMode):
         seen = (kind is not None and kind.version == t._version) or is_wrapped([t])
         return kind if seen else self._unseen(t)
 
+    def samples_of(self, t: Tensor) -> tuple[int, ...] | None:
+        """Where the samples are in a tensor, as far as it was followed; ``(-1,)`` for sampled ones that were lost."""
+        kind = self._kind(t)
+        if not isinstance(kind, _Sampled):
+            return None
+        return (-1,) if kind.layout is None else (kind.layout.axis, kind.layout.outer, kind.layout.inner)
+
     def _unseen(self, t: Tensor) -> _Sampled | _Derived:
         """What a tensor is whose making the mode has not seen (a custom ``autograd.Function``, a change through a
         view), by its graph.

@@ -15,7 +15,6 @@ import contextlib
 import math
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -29,12 +28,13 @@ from .calls import Call, Reached, reached
 from .capture import Capture
 from .collect import Collect, check_complete, check_uncoupled
 from .engines.hooks import eager
-from .errors import ArgumentError, CaptureError, LossError, SampleAxisError, VerificationError
+from .errors import ArgumentError, CaptureError, LossError, SampleAxisError, warn
 from .factors import Factors, compact, strided
 from .gradients import Gradients
+from .losses import ways_out
 from .problem import Pass, Selection, check_model, named_parameters, select
 from .statistics_run import Request, Statistics, listed
-from .verify import compared, row_of
+from .verify import compared, raise_if_wrong, row_of
 
 Reduction = str | float | Callable[[], float] | None
 Result = Gradients | Statistics
@@ -255,20 +255,23 @@ class Recorder:
 
     # ---- losses given -------------------------------------------------------------------------------------------
 
-    def gradients(self, losses: Tensor) -> Result:
+    def gradients(self, losses: Tensor, quantities: Iterable[Request] | None = None) -> Result:
         """Per-sample gradients of ``losses [N]``, by one backward pass that keeps the graph and touches no ``.grad``
         (and another, at the first call, that verifies one row; see `extend`).
 
-        With ``quantities=`` the result is a `Statistics`.  Raises `LossError` for losses that are not ``[N]``,
-        `CaptureError` for losses that no recorded forward leads to.
+        With ``quantities=``, here or in `extend`, the result is a `Statistics`.  Raises `LossError` for losses that
+        are not ``[N]``, `CaptureError` for losses that no recorded forward leads to.
         """
         if self.on_backward is not None:
             raise CaptureError("this handle listens to backward(); for losses of your own, extend the model once more.")
         if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses) or losses.is_sparse:
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            out = ways_out(losses, len(losses)) if isinstance(losses, Tensor) and losses.ndim > 1 else ""
             raise LossError(
                 f"gradients() needs the losses of all samples, [N] and not reduced (reduction='none'), got {shape}."
+                f"{out}"
             )
+        wanted = self.quantities if quantities is None else listed(quantities)
         capture, active = self._capture, False
         if capture is not None:
             active, capture.active = capture.active, False
@@ -282,7 +285,12 @@ class Recorder:
                 )
             check_complete(found, self._parameters)
             check_uncoupled(found, self._parameters)
-            return self._reduced(losses, found)
+            sizes = {call.layout.n for call in found.calls if call.shared}
+            if len(sizes) == 1 and (out := ways_out(losses, n := sizes.pop())):
+                raise LossError(
+                    f"gradients() needs [N] losses, one for each of N = {n} samples, got {tuple(losses.shape)}.{out}"
+                )
+            return self._reduced(losses, found, wanted)
         finally:
             if capture is not None and active:
                 capture.active = self._entered  # later uses of the same forward may follow
@@ -292,10 +300,11 @@ class Recorder:
             self._new_capture()
         return self._parameters
 
-    def _reduced(self, losses: Tensor, found: Reached) -> Result:
-        sink = _Sink(self._parameters, self._aliases, self.quantities)
+    def _reduced(self, losses: Tensor, found: Reached, quantities: list[Request] | None) -> Result:
+        sink = _Sink(self._parameters, self._aliases, quantities)
         modes = tuple(module.training for module in self.model.modules())
-        kind = (len(losses), losses.dtype, modes, tuple(self._parameters))
+        seen = None if self._capture is None else self._capture.samples_of(losses)
+        kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen)
         held = _HELD.setdefault(self.model, set())
         verifies = kind not in held if self.verify is None else self.verify
         n = int(torch.randint(len(losses), (), generator=torch.Generator().manual_seed(len(losses))))
@@ -336,14 +345,7 @@ class Recorder:
                 losses[n], list(self._parameters.values()), retain_graph=True, allow_unused=True
             )
         wanted = {name: None if g is None else strided(g) for name, g in zip(self._parameters, found, strict=True)}
-        if wrong := [v for v in compared(rows, wanted, n, losses.dtype) if not v.ok]:
-            worst = max(wrong, key=lambda v: v.error)
-            raise VerificationError(
-                f"parameter '{worst.name}' (and {len(wrong) - 1} more): the row of sample {n} is off by "
-                f"{worst.error:.2g} (relative) from the gradient of losses[{n}]. Usual causes: losses that depend on "
-                "several samples (something couples the batch), or that stand in another order than the samples. See "
-                "persample.check for a report per parameter."
-            )
+        raise_if_wrong(compared(rows, wanted, n, losses.dtype), None)
 
     # ---- someone else's backward --------------------------------------------------------------------------------
 
@@ -433,7 +435,7 @@ def _second(call: Call, grads: Any) -> None:
 
 
 def _skipped(why: str) -> None:
-    warnings.warn(f"persample.extend reports nothing of a backward: {why}.", UserWarning, stacklevel=2)
+    warn(f"persample.extend reports nothing of a backward: {why}.")
 
 
 def _number(reduction: Any) -> float:

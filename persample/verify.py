@@ -206,17 +206,29 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
 Run = Callable[[Emit, tuple[int, ...]], Pass]
 
 
-def raise_if_wrong(verdicts: list[Verdict], engine: str) -> None:
-    """Raise `VerificationError` for rows that are not what the definition gives."""
+def raise_if_wrong(verdicts: list[Verdict], engine: str | None) -> None:
+    """Raise `VerificationError` for rows that are not what the definition gives; without an engine, the definition
+    is the gradient of one of the losses that were given.
+    """
     if wrong := [v for v in verdicts if not v.ok]:
         worst = max(wrong, key=lambda v: v.error)
+        of, causes = (
+            (
+                f"losses[{worst.sample}]",
+                "losses that depend on several samples (something couples the batch, or predictions [N, 1] are "
+                "compared with targets [N]), or that stand in another order than the samples. See",
+            )
+            if engine is None
+            else (
+                f"that sample alone (engine='{engine}')",
+                "samples on another axis than assumed where sizes coincide, a rule that is wrong, or values that are "
+                "discontinuous in single precision. Use engine='loop', or",
+            )
+        )
         raise VerificationError(
-            f"parameter '{worst.name}' (and {len(wrong) - 1} more): the row of sample {worst.sample} by "
-            f"engine='{engine}' is off by {worst.error:.2g} "
-            "(relative) from the gradient of that sample alone. Usual causes: samples on another axis than assumed "
-            "where sizes coincide, a rule that is "
-            "wrong, or values that are discontinuous in single precision. Use engine='loop', or persample.check for "
-            "a report per parameter."
+            f"parameter '{worst.name}' (and {len(wrong) - 1} more): the row of sample {worst.sample} is off by "
+            f"{worst.error:.2g} (relative) from the gradient of {of}. Usual causes: {causes} persample.check for a "
+            "report per parameter."
         )
 
 

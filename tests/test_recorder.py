@@ -300,8 +300,45 @@ def test_misuse_is_told() -> None:
             recorder.gradients(losses_of(model, x, y).mean())
         with pytest.raises(persample.CaptureError, match="no recorded forward"):
             recorder.gradients(torch.zeros(N, requires_grad=True) * 2)
-        with pytest.raises(persample.SampleAxisError, match="4 samples, but there are 20 losses"):
+        with pytest.raises(
+            persample.LossError, match=r"N = 4 samples, got \(20,\).*5 losses of every sample.*per token"
+        ):
             recorder.gradients(model(x).flatten())
+        with pytest.raises(persample.LossError, match=r"\(4, 5\).*flatten\(1\).sum\(1\).*per token"):
+            recorder.gradients(model(x))
+        with pytest.raises(persample.SampleAxisError, match="4 samples, but there are 3 losses"):
+            recorder.gradients(model(x)[:3, 0])
+
+
+def test_quantities_may_be_asked_for_at_every_call() -> None:
+    model, (x, y) = net(), batch()
+    with persample.extend(model) as recorder:
+        losses = losses_of(model, x, y)
+        S, G = recorder.gradients(losses, quantities=["norm", "mean"]), recorder.gradients(losses)
+        with pytest.raises(persample.QuantityError, match="unknown quantity 'norms'"):
+            recorder.gradients(losses, quantities=["norms"])
+    assert isinstance(S, persample.Statistics) and isinstance(G, persample.Gradients)
+    assert close(S.norm(), G.norm()) and close(S.mean()["0.weight"], G.mean()["0.weight"])
+
+
+def test_losses_that_compare_samples_are_verified_though_others_were() -> None:
+    """A mean over the wrong axis looks like other losses, but its samples can't be followed."""
+    model, (x, _), targets = net(), batch(), torch.arange(float(N), dtype=torch.float64)
+    with persample.extend(model) as recorder:
+        apart = model(x)[:, :1] - targets  # [N, N], where [N] was meant
+        recorder.gradients(apart.square().mean(1))  # each of one sample, if strange
+        with pytest.raises(persample.VerificationError, match=r"losses\[\d\].*\[N, 1\].*\[N\]"):
+            recorder.gradients(apart.square().mean(0))
+
+
+def test_warnings_point_to_the_line_of_the_user() -> None:
+    model, (x, y), got = net(), batch(), []
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    losses = losses_of(model, x, y).sum()
+    with pytest.warns(UserWarning, match="reports nothing") as seen:
+        torch.autograd.grad(losses, model[2].weight)
+    handle.remove()
+    assert {w.filename for w in seen} == {__file__}
 
 
 def test_batch_norm_in_training_mode_is_refused() -> None:

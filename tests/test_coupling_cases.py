@@ -558,6 +558,7 @@ def test_half_precision_and_criteria_per_sample() -> None:
 def test_repr_and_html() -> None:
     C = persample.coupling(*_arguments("mlp"))
     assert repr(C).startswith("Coupling(samples: 7, statistics: 18 of 2 BatchNorm calls")
+    assert "see .norms(), .gradients(notion)" in repr(C)
     page = C._repr_html_()
     assert "bn1" in page and "fc1.weight" in page and page.count("<tr>") == page.count("</tr>")
     plain = persample.coupling(seeded(nn.Linear(5, 3)), CE, *data(6, 5))

@@ -211,6 +211,9 @@ def test_negative_denominator_is_flagged() -> None:
     assert estimate.negative and estimate.scale == torch.inf
     close(estimate.square, (2 * J.mean(0).square().sum() - J.square().sum(1).mean()) / 1)
     assert not statistics.noise_scale(rows(J + 10)).negative
+    shown = repr(statistics.noise_scale(rows(J + 10)))
+    scale = float(statistics.noise_scale(rows(J + 10)).scale)
+    assert shown.startswith("NoiseEstimate(scale=") and float(shown.split("=")[1].split(",")[0]) == scale
 
 
 def rows(J: Tensor) -> persample.Gradients:

@@ -276,9 +276,10 @@ class Coupling:
         return self.losses + self.network.deviation @ self.network.structure.total
 
     def leave_one_out(self, exact: bool = False) -> Tensor:
-        """``[N, N]``: loss ``n`` without sample ``m`` in the statistics, minus loss ``n``.
+        """``[N, N]``: loss ``n`` without sample ``m`` in the statistics, minus loss ``n``; approximately, by default.
 
-        To first order this is ``-T[n, m]``; exactly it takes ``N`` forward passes.
+        The default is the first order, ``-T[n, m]`` (`statistic_influence`), whose error is of the order ``1/N^2``
+        where the entries are of the order ``1/N``.  ``exact=True`` takes ``N`` forward passes.
         """
         return indices.leave_one_out(self.network) if exact else -self.statistic_influence()
 
@@ -329,7 +330,8 @@ class Coupling:
         return plots.heat_map(self.norms(), ax)
 
     def __repr__(self) -> str:
-        return f"Coupling({', '.join(f'{name}: {value}' for name, value in plots.summary(self).items())})"
+        what = ", ".join(f"{name}: {value}" for name, value in plots.summary(self).items())
+        return f"Coupling({what}; see .norms(), .gradients(notion), .data_coupling(), .plot())"
 
     def _repr_html_(self) -> str:
         return plots.html(self)

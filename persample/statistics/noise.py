@@ -18,9 +18,9 @@ from .accumulate import Accumulator
 from .parts import By, HasMoments, centred_total, mean_square, named, per_group, several
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoiseEstimate:
-    """Unbiased estimates of ``tr Sigma`` and of ``|G|^2``, kept apart; their ratio is the noise scale.
+    """Unbiased estimates of ``tr Sigma`` and of ``|G|^2``, kept apart; their ratio, ``scale``, is the noise scale.
 
     On one batch the estimate of ``|G|^2`` can be negative, which says that the batch is too small to tell the mean
     gradient from zero.  Average numerators and denominators over batches first (`NoiseScale`), and divide last.
@@ -38,6 +38,9 @@ class NoiseEstimate:
     def scale(self) -> Tensor:
         """``tr Sigma / |G|^2``, in samples; infinite if the denominator is `negative`."""
         return torch.where(self.square > 0, self.trace / self.square, torch.inf)
+
+    def __repr__(self) -> str:
+        return f"NoiseEstimate(scale={self.scale}, trace={self.trace}, square={self.square})"
 
 
 def noise_scale(G: HasMoments, by: By = None) -> Any:

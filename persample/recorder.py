@@ -12,32 +12,27 @@ is touched.
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, detached, flatten, suspended
-from .calls import Call, Reached, reached
+from .batch import Batch, detached, suspended
+from .calls import Reached, reached
 from .capture import Capture
 from .collect import Collect, check_complete, check_uncoupled
 from .engines.hooks import eager
-from .errors import ArgumentError, CaptureError, LossError, SampleAxisError, warn
-from .factors import Factors, compact, strided
-from .gradients import Gradients
+from .errors import ArgumentError, CaptureError, LossError
+from .factors import Factors, strided
+from .listener import Listener, Reduction, Result, Sink
 from .losses import ways_out
 from .problem import Pass, Selection, check_model, named_parameters, select
 from .statistics_run import Request, Statistics, listed
 from .verify import compared, raise_if_wrong, row_of
-
-Reduction = str | float | Callable[[], float] | None
-Result = Gradients | Statistics
 
 
 def extend(
@@ -116,13 +111,13 @@ class Recorder:
                 f"a scripted or traced module ({type(model).__name__}) runs where its calls can't be seen. Extend the "
                 "original module, or use persample.gradients(..., engine='loop')."
             )
-        if not callable(reduction) and reduction not in (None, "sum", "mean"):
-            _number(reduction)
-        if on_backward is not None and not callable(on_backward):
-            raise ArgumentError(f"on_backward must be a function of the result, got {on_backward!r}.")
         self.model = model
-        self.reduction, self.on_backward = reduction, on_backward
         self.quantities = None if quantities is None else listed(quantities)
+        self._listener = (
+            None
+            if on_backward is None
+            else Listener(on_backward, reduction, self.quantities, self, lambda: self._asleep)
+        )
         self.batch_dim, self.verify = batch_dim, verify
         found, aliases = named_parameters(model)
         self.names = select(found, aliases, params)
@@ -135,13 +130,6 @@ class Recorder:
         self._lock = threading.Lock()
         self._sleeps = threading.local()
         self._outputs: Any = None
-        self._calls: list[weakref.ref[Call]] = []
-        self._collect: Collect | None = None
-        self._displaced: set[int] = set()  # backwards in the middle of which another began
-        self._task = -1  # the backward that it collects
-        self._ends = -1  # the backward whose end is awaited
-        self._arrived: list[Call] = []
-        self._creates = False  # that backward is recorded for differentiation
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "_before"), prepend=True, with_kwargs=True),
             model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
@@ -181,9 +169,9 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for call in self._live():
-            call.listener = None
-        self._calls, self._outputs, self._collect = [], None, None
+        self._outputs = None
+        if self._listener is not None:
+            self._listener.forget()
         if (capture := self._capture) is not None and not self._entered:  # a forward was interrupted from outside
             capture.stop()
             self._capture = None
@@ -196,7 +184,10 @@ class Recorder:
         self._aliases = aliases
         self._parameters = {name: found[name] for name in select(found, aliases, self._params)}
         wanted = {id(p) for p in self._parameters.values()}
-        return Capture(self.model, wanted, self._listen if self.on_backward else None, owner=self, begun=self._begun)
+        if (listener := self._listener) is None:
+            return Capture(self.model, wanted, owner=self)
+        listener.parameters, listener.aliases = self._parameters, aliases
+        return Capture(self.model, wanted, listener.listen, owner=self, begun=listener.begun)
 
     def _take(self, depth: int) -> None:
         """This thread records; one at a time."""
@@ -236,22 +227,16 @@ class Recorder:
         if self._depth or capture is None or not capture.active:
             return
         self._outputs = detached(output)
+        if self._listener is not None:
+            self._listener.outputs = self._outputs
         if self._entered:
             return  # the loss may use parameters too: go on listening
         capture.stop()
         capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._modes.close()
         self._capture = None
-        if self.on_backward is not None and output is not None:
-            found = reached((t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor)), self)
-            check_complete(found, self._parameters)
-            check_uncoupled(found, self._parameters)
-            self._calls = [ref for ref in [*self._calls, *capture.recorded] if ref() is not None]
-            for call in self._live():
-                call.expected = 0  # which outputs a loss will depend on is not known here
-
-    def _live(self) -> list[Call]:
-        return [call for ref in self._calls if (call := ref()) is not None]
+        if self._listener is not None and output is not None:
+            self._listener.forward_ends(output, capture.recorded)
 
     # ---- losses given -------------------------------------------------------------------------------------------
 
@@ -262,7 +247,7 @@ class Recorder:
         With ``quantities=``, here or in `extend`, the result is a `Statistics`.  Raises `LossError` for losses that
         are not ``[N]``, `CaptureError` for losses that no recorded forward leads to.
         """
-        if self.on_backward is not None:
+        if self._listener is not None:
             raise CaptureError("this handle listens to backward(); for losses of your own, extend the model once more.")
         if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses) or losses.is_sparse:
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -301,7 +286,7 @@ class Recorder:
         return self._parameters
 
     def _reduced(self, losses: Tensor, found: Reached, quantities: list[Request] | None) -> Result:
-        sink = _Sink(self._parameters, self._aliases, quantities)
+        sink = Sink(self._parameters, self._aliases, quantities)
         modes = tuple(module.training for module in self.model.modules())
         seen = None if self._capture is None else self._capture.samples_of(losses)
         kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen)
@@ -347,144 +332,9 @@ class Recorder:
         wanted = {name: None if g is None else strided(g) for name, g in zip(self._parameters, found, strict=True)}
         raise_if_wrong(compared(rows, wanted, n, losses.dtype), None)
 
-    # ---- someone else's backward --------------------------------------------------------------------------------
-
-    def _begun(self, task: int) -> None:
-        """A backward has come to a recorded call: be there when it ends."""
-        if task != self._ends and not self._asleep and self.on_backward is not None:
-            self._ends = task
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
-
-    def _listen(self, call: Call, grads: Any) -> None:
-        """The first arrival of a backward begins a collection; the end of that backward completes it."""
-        if self._asleep:
-            return
-        task = torch._C._current_graph_task_id()
-        task = self._ends if task == -1 else task  # at the end of that backward
-        with self._lock:
-            collect = self._collecting(call, task)
-            self._arrived.append(call)
-        if call.shared and call.layout.n != collect.n:
-            raise SampleAxisError(
-                f"this backward is of losses of {collect.n} and of {call.layout.n} samples, so its rows are not "
-                "those of one batch: call backward() for each of them."
-            )
-        collect.arrive(call, grads)
-
-    def _collecting(self, call: Call, task: int) -> Collect:
-        """The collection of this backward."""
-        if task in self._displaced:
-            raise CaptureError(
-                "another backward of the extended model ran in the middle of this one, so its rows are lost. Let them "
-                "take turns, or give each thread a copy of the model."
-            )
-        if self._collect is None or task not in (self._task, -1):
-            if self._collect is not None:  # it may also have raised half way
-                self._displaced.add(self._task)
-            self._task, self._arrived, self._creates = task, [], torch.is_grad_enabled()
-            n = call.layout.n
-            calls = [c for c in self._live() if not c.shared or c.layout.n == n]
-            for c in calls:
-                c.parts = c.parts if c.task == task else {}
-            self._sink = _Sink(self._parameters, self._aliases, self.quantities)
-            self._collect = Collect(
-                Reached(calls), self._parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False
-            )
-        return self._collect
-
-    def _scale(self, n: int) -> float:
-        if self.reduction == "mean":
-            return float(n)
-        if self.reduction == "sum":
-            return 1.0
-        assert not isinstance(self.reduction, str) and self.reduction is not None
-        return 1.0 / _number(self.reduction() if callable(self.reduction) else self.reduction)
-
-    def _finish(self, task: int) -> None:
-        for call in self._live():
-            if call.task == task:
-                call.flush()
-        if task in self._displaced:
-            _skipped("another one of the same model ran in the middle of it")
-            return
-        collect, self._collect = self._collect, None
-        arrived, self._arrived = self._arrived, []
-        if collect is None or self.on_backward is None:
-            return
-        if self._creates:  # what comes back from derivatives of this backward is no gradient of the losses
-            for call in arrived:
-                call.listener = _second
-        if missing := self._missing(arrived):
-            _skipped(f"it ran towards some inputs only, and did not come to {missing.name}")
-            return
-        unused = collect.finish()
-        self.on_backward(self._sink.result(Pass(None, self._outputs, unused)))
-
-    def _missing(self, arrived: list[Call]) -> Call | None:
-        """A call upstream of those that got a gradient, which got none: a whole backward would have come there."""
-        found = reached((node for call in arrived for node in call.inputs), self)
-        for call in found.calls:
-            call.expected = 0
-        return next((call for call in found.calls if call.shared and call not in arrived), None)
-
-
-def _second(call: Call, grads: Any) -> None:
-    """In place of a listener, once a backward was itself recorded for differentiation."""
-    call.listener = None
-    _skipped("it differentiates an earlier backward (create_graph=True)")
-
-
-def _skipped(why: str) -> None:
-    warn(f"persample.extend reports nothing of a backward: {why}.")
-
-
-def _number(reduction: Any) -> float:
-    """What the loss is of the sum of the per-sample losses."""
-    try:
-        factor = float("nan") if isinstance(reduction, str) else float(reduction)
-    except (TypeError, ValueError):
-        factor = float("nan")
-    if not math.isfinite(factor) or factor == 0:
-        raise ArgumentError(
-            "reduction must be 'sum', 'mean', a number c other than 0 (the loss is c times the sum of the samples' "
-            f"losses), or a function that returns c, got {reduction!r}."
-        )
-    return factor
-
 
 # What was verified: by model, the kinds of calls.
 _HELD: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
-
-
-class _Sink:
-    """Where complete factors go: kept as `Gradients`, or reduced as `Statistics`."""
-
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], aliases: dict[str, str], quantities: list[Request] | None
-    ) -> None:
-        self.parameters, self.aliases = parameters, aliases
-        self.kept: dict[str, Factors] = {}
-        self.statistics = None if quantities is None else Statistics(quantities, parameters)
-
-    def emit(self, name: str, g: Factors) -> None:
-        if self.statistics is not None:
-            self.statistics.emit(name, g)
-        else:
-            self.kept[name] = compact(g)
-
-    def result(self, run: Pass, note: str = "") -> Result:
-        if self.statistics is not None:
-            return self.statistics.finish(run, note)
-        kept = {name: self.kept[name] for name in self.parameters}
-        return Gradients(
-            kept,
-            run.losses,
-            run.outputs,
-            unused=run.unused,
-            aliases=self.aliases,
-            parameters=self.parameters,
-            note=note,
-        )
 
 
 class _Hook:

@@ -1,0 +1,212 @@
+"""What a persistent handle of `extend` does: someone else calls ``backward()``, and it listens.
+
+The first gradient that arrives at a recorded call begins a collection of that backward's rows, the end of the backward
+completes it, and the callback gets the result.  A backward that isn't a whole one (towards some inputs only, of an
+earlier backward, with another in its middle) has no rows, and is skipped with a warning or refused.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import flatten
+from .calls import Call, Reached, reached
+from .collect import Collect, check_complete, check_uncoupled
+from .errors import ArgumentError, CaptureError, SampleAxisError, warn
+from .factors import Factors, compact
+from .gradients import Gradients
+from .problem import Pass
+from .statistics_run import Request, Statistics
+
+Reduction = str | float | Callable[[], float] | None
+Result = Gradients | Statistics
+
+
+class Listener:
+    """Collects the rows of every backward through calls of ``owner``, and hands them to ``on_backward``."""
+
+    def __init__(
+        self,
+        on_backward: Callable[[Any], None],
+        reduction: Reduction,
+        quantities: list[Request] | None,
+        owner: Any,
+        asleep: Callable[[], bool],
+    ) -> None:
+        """``asleep``: whether this thread makes passes that are not the user's."""
+        if not callable(on_backward):
+            raise ArgumentError(f"on_backward must be a function of the result, got {on_backward!r}.")
+        if not callable(reduction) and reduction not in ("sum", "mean"):
+            _number(reduction)
+        self.on_backward, self.reduction, self.quantities = on_backward, reduction, quantities
+        self.owner, self.asleep = owner, asleep
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.aliases: dict[str, str] = {}
+        self.outputs: Any = None  # of the last forward
+        self._lock = threading.Lock()
+        self._calls: list[weakref.ref[Call]] = []
+        self._collect: Collect | None = None
+        self._displaced: set[int] = set()  # backwards in the middle of which another began
+        self._task = -1  # the backward that it collects
+        self._ends = -1  # the backward whose end is awaited
+        self._arrived: list[Call] = []
+        self._creates = False  # that backward is recorded for differentiation
+
+    def forward_ends(self, output: Any, recorded: Sequence[weakref.ref[Call]]) -> None:
+        """The backward to come may be of what this forward has computed."""
+        found = reached((t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor)), self.owner)
+        check_complete(found, self.parameters)
+        check_uncoupled(found, self.parameters)
+        self._calls = [ref for ref in [*self._calls, *recorded] if ref() is not None]
+        for call in self._live():
+            call.expected = 0  # which outputs a loss will depend on is not known here
+
+    def forget(self) -> None:
+        """Listen to nothing any more."""
+        for call in self._live():
+            call.listener = None
+        self._calls, self.outputs, self._collect = [], None, None
+
+    def _live(self) -> list[Call]:
+        return [call for ref in self._calls if (call := ref()) is not None]
+
+    def begun(self, task: int) -> None:
+        """A backward has come to a recorded call: be there when it ends."""
+        if task != self._ends and not self.asleep():
+            self._ends = task
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
+
+    def listen(self, call: Call, grads: Any) -> None:
+        """The first arrival of a backward begins a collection; the end of that backward completes it."""
+        if self.asleep():
+            return
+        task = torch._C._current_graph_task_id()
+        task = self._ends if task == -1 else task  # at the end of that backward
+        with self._lock:
+            collect = self._collecting(call, task)
+            self._arrived.append(call)
+        if call.shared and call.layout.n != collect.n:
+            raise SampleAxisError(
+                f"this backward is of losses of {collect.n} and of {call.layout.n} samples, so its rows are not "
+                "those of one batch: call backward() for each of them."
+            )
+        collect.arrive(call, grads)
+
+    def _collecting(self, call: Call, task: int) -> Collect:
+        """The collection of this backward."""
+        if task in self._displaced:
+            raise CaptureError(
+                "another backward of the extended model ran in the middle of this one, so its rows are lost. Let them "
+                "take turns, or give each thread a copy of the model."
+            )
+        if self._collect is None or task not in (self._task, -1):
+            if self._collect is not None:  # it may also have raised half way
+                self._displaced.add(self._task)
+            self._task, self._arrived, self._creates = task, [], torch.is_grad_enabled()
+            n = call.layout.n
+            calls = [c for c in self._live() if not c.shared or c.layout.n == n]
+            for c in calls:
+                c.parts = c.parts if c.task == task else {}
+            self._sink = Sink(self.parameters, self.aliases, self.quantities)
+            self._collect = Collect(
+                Reached(calls), self.parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False
+            )
+        return self._collect
+
+    def _scale(self, n: int) -> float:
+        if self.reduction == "mean":
+            return float(n)
+        if self.reduction == "sum":
+            return 1.0
+        assert not isinstance(self.reduction, str) and self.reduction is not None
+        return 1.0 / _number(self.reduction() if callable(self.reduction) else self.reduction)
+
+    def _finish(self, task: int) -> None:
+        for call in self._live():
+            if call.task == task:
+                call.flush()
+        if task in self._displaced:
+            _skipped("another one of the same model ran in the middle of it")
+            return
+        collect, self._collect = self._collect, None
+        arrived, self._arrived = self._arrived, []
+        if collect is None:
+            return
+        if self._creates:  # what comes back from derivatives of this backward is no gradient of the losses
+            for call in arrived:
+                call.listener = _second
+        if missing := self._missing(arrived):
+            _skipped(f"it ran towards some inputs only, and did not come to {missing.name}")
+            return
+        unused = collect.finish()
+        self.on_backward(self._sink.result(Pass(None, self.outputs, unused)))
+
+    def _missing(self, arrived: list[Call]) -> Call | None:
+        """A call upstream of those that got a gradient, which got none: a whole backward would have come there."""
+        found = reached((node for call in arrived for node in call.inputs), self.owner)
+        for call in found.calls:
+            call.expected = 0
+        return next((call for call in found.calls if call.shared and call not in arrived), None)
+
+
+def _second(call: Call, grads: Any) -> None:
+    """In place of a listener, once a backward was itself recorded for differentiation."""
+    call.listener = None
+    _skipped("it differentiates an earlier backward (create_graph=True)")
+
+
+def _skipped(why: str) -> None:
+    warn(f"persample.extend reports nothing of a backward: {why}.")
+
+
+def _number(reduction: Any) -> float:
+    """What the loss is of the sum of the per-sample losses."""
+    try:
+        factor = float("nan") if isinstance(reduction, str) else float(reduction)
+    except (TypeError, ValueError):
+        factor = float("nan")
+    if not math.isfinite(factor) or factor == 0:
+        raise ArgumentError(
+            "reduction must be 'sum', 'mean', a number c other than 0 (the loss is c times the sum of the samples' "
+            f"losses), or a function that returns c, got {reduction!r}."
+        )
+    return factor
+
+
+class Sink:
+    """Where complete factors go: kept as `Gradients`, or reduced as `Statistics`."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], aliases: dict[str, str], quantities: list[Request] | None
+    ) -> None:
+        self.parameters, self.aliases = parameters, aliases
+        self.kept: dict[str, Factors] = {}
+        self.statistics = None if quantities is None else Statistics(quantities, parameters)
+
+    def emit(self, name: str, g: Factors) -> None:
+        if self.statistics is not None:
+            self.statistics.emit(name, g)
+        else:
+            self.kept[name] = compact(g)
+
+    def result(self, run: Pass, note: str = "") -> Result:
+        if self.statistics is not None:
+            return self.statistics.finish(run, note)
+        kept = {name: self.kept[name] for name in self.parameters}
+        return Gradients(
+            kept,
+            run.losses,
+            run.outputs,
+            unused=run.unused,
+            aliases=self.aliases,
+            parameters=self.parameters,
+            note=note,
+        )

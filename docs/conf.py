@@ -8,6 +8,10 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 import jupytext
+from docutils import nodes
+from math_core import LatexToMathML
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 project = "persample"
 author = "The persample authors"
@@ -18,7 +22,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["conf.py", "figures.py"]
@@ -30,7 +33,7 @@ html_static_path = ["_static"]
 html_css_files = ["phone.css"]
 html_theme_options = {"navigation_with_keys": True}
 
-myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 HERE = Path(__file__).parent
@@ -65,3 +68,17 @@ nb_output_stderr = "remove"  # what imports say about the machine; in the tests,
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+
+html_math_renderer = "mathml"  # browsers draw it by themselves: formulas need no script and no network
+latex = LatexToMathML()
+
+
+def formula(html: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    display = isinstance(node, nodes.math_block)
+    drawn = latex.convert_with_local_state(node.astext(), displaystyle=display)  # raises where it can't
+    html.body.append(f'<div class="math">{drawn}</div>' if display else drawn)
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", inline_renderers=(formula, None), block_renderers=(formula, None))

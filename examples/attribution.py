@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 
 import torch
 from matplotlib import pyplot as plt
@@ -27,7 +26,6 @@ from persample import attribution, curvature
 TRAIN = int(os.environ.get("PERSAMPLE_ATTRIBUTION_TRAIN", "1100"))
 MODELS = int(os.environ.get("PERSAMPLE_ATTRIBUTION_MODELS", "200"))
 TEST, STEPS, LR, DECAY = 200, 100, 0.01, 1e-3
-START = time.perf_counter()
 torch.set_num_threads(1)  # tensors are small here: more threads would wait for each other
 
 
@@ -259,5 +257,3 @@ right.plot([low, high], [low, high], color="#D55E00", linewidth=1, label="as pre
 right.set(xlabel="predicted change of a test loss", ylabel="true change", title="leaving one out, convex model")
 right.legend(frameon=False)
 plt.show()
-
-print(f"\n{time.perf_counter() - START:.0f} seconds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+from importlib.metadata import distribution
 from importlib.metadata import version as installed
 from pathlib import Path
 
@@ -29,8 +30,9 @@ default_role = "py:obj"  # `single quotes` in docstrings: a link where there is 
 
 html_theme = "furo"
 html_title = "persample"
-html_static_path = ["_static"]
-html_css_files = ["phone.css"]
+mathematics = distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf")  # nothing else is used of it
+html_static_path = ["_static", str(mathematics)]
+html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -69,7 +71,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 
-html_math_renderer = "mathml"  # browsers draw it by themselves: formulas need no script and no network
+html_math_renderer = "mathml"  # browsers draw it by themselves: no script, no network
 latex = LatexToMathML()
 
 

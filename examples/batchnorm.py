@@ -141,7 +141,7 @@ assert min(shares) > 0.6 * max(shares)
 model.eval()
 assert persample.coupling(model, criterion, x, y).data_coupling().max() == 0
 print(persample.gradients(model, criterion, x, y))
-model.train()
+model = model.train()
 
 # %% [markdown]
 # ## One picture

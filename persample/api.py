@@ -76,8 +76,8 @@ def gradients(
     Raises:
         ArgumentError, LossError, SampleAxisError, EmptyBatchError, UnknownParameterError: what was given doesn't fit.
         BatchCoupledError: samples depend on each other, and ``coupled`` doesn't say which notion is meant.
-        CaptureError, InplaceError, HigherOrderError, RandomnessError, VerificationError: the engine can't serve this
-        model, and says why.
+        CaptureError, InplaceError, HigherOrderError, RandomnessError, VerificationError: the engine can't serve
+            this model, and says why.
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)

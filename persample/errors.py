@@ -55,12 +55,13 @@ class RandomnessError(PersampleError, RuntimeError):
     """A random draw of the forward pass can't be repeated by this engine."""
 
 
+# The way out under BatchNorm.
 NOTIONS = (
-    "Say which one with coupled=: 'loss' (the derivative of one loss: the plain meaning), 'influence' (what a sample's "
-    "weight does: gradient noise, attribution), 'copy' (what hooks give: credit to a sample's activations), 'frozen' "
-    "(statistics held fixed: curvature) or 'eval' (running statistics: what happens after training), see "
-    "persample.coupling and docs/batchnorm.md; or call model.eval()."
-)  # the way out under BatchNorm
+    "Say which is meant with persample.gradients(..., coupled=): 'loss' (the derivative of one loss: the plain "
+    "meaning), 'influence' (what a sample's weight does: gradient noise, attribution), 'copy' (what hooks give: credit "
+    "to a sample's activations), 'frozen' (statistics held fixed: curvature) or 'eval' (running statistics: what "
+    "happens after training), see persample.coupling and docs/batchnorm.md; or call model.eval()."
+)
 
 
 class BatchCoupledError(PersampleError, RuntimeError):

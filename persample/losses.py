@@ -178,29 +178,25 @@ def check_not_broadcast(loss_fn: LossFunction, whole: Tensor, outputs: Tree, tar
     """Raise where the criterion has compared samples with each other by broadcasting outputs ``[N, 1]`` with targets
     ``[N]``: ``whole`` is not made of the lone losses, and would be if both had the same shape.
     """
-    for i, (x, at) in enumerate(zip(outputs.leaves, outputs.axes, strict=True)):
-        for j, (y, axis) in enumerate(zip(targets.leaves, targets.axes, strict=True)):
-            if at is None or axis is None or not spreads(x.shape, y.shape):
+    given = [[x.shape for x, axis in tree.tensors() if axis is not None] for tree in (outputs, targets)]
+    for x, y in ((x, y) for x in given[0] for y in given[1] if spreads(x, y)):
+        shape = max(x, y, key=len)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the broadcasting itself
+            try:
+                alone = lone_losses(loss_fn, outputs, targets, n)
+                alike = (t.map(lambda z, _: z.reshape(shape) if z.shape in (x, y) else z) for t in (outputs, targets))  # noqa: B023
+                proven = not _made_of(whole, alone) and _made_of(loss_fn(*alike), alone)
+            except Exception:  # a criterion that needs its shapes as they are
                 continue
-            shape = max(x.shape, y.shape, key=len)
-            alike = [
-                unflatten([z.reshape(shape) if k == place else z for k, z in enumerate(tree.leaves)], tree.spec)
-                for tree, place in ((outputs, i), (targets, j))
-            ]
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the broadcasting itself
-                try:
-                    alone = lone_losses(loss_fn, outputs, targets, n)
-                    proven = not _made_of(whole, alone) and _made_of(loss_fn(*alike), alone)
-                except Exception:  # a criterion that needs its shapes as they are
-                    continue
-            if proven:
-                longer = "outputs" if len(x.shape) > len(y.shape) else "targets"
-                raise LossError(
-                    f"loss_fn broadcasts outputs of shape {tuple(x.shape)} with targets of shape {tuple(y.shape)} to "
-                    f"{tuple(torch.broadcast_shapes(x.shape, y.shape))}: it compares every sample with all others. "
-                    f"Give both one shape, such as by {longer}.squeeze(-1)."
-                )
+        if proven:
+            long, short = ("outputs", "targets") if len(x) > len(y) else ("targets", "outputs")
+            last = shape[:-1] == min(x, y, key=len)
+            raise LossError(
+                f"loss_fn broadcasts outputs of shape {tuple(x)} with targets of shape {tuple(y)} to "
+                f"{tuple(torch.broadcast_shapes(x, y))}: it compares every sample with all others. Give both one "
+                f"shape: {long}.{'squeeze(-1)' if last else f'reshape({short}.shape)'}."
+            )
 
 
 def _made_of(whole: Tensor, losses: Tensor) -> bool:

@@ -272,6 +272,27 @@ def test_a_criterion_of_torch_that_broadcasts_is_refused() -> None:
         per_sample(nn.MSELoss(), model(x), y)
 
 
+def test_broadcasting_is_refused_wherever_the_shapes_are() -> None:
+    weight, y = scores().square(), scores()
+    model = nn.Linear(C, 1).double()
+    with pytest.raises(persample.LossError, match=r"\(4, 1\).*\(4,\).*squeeze\(-1\)"):
+        persample.gradients(
+            model, lambda out, t: ((out - t["y"]).square() * t["w"]).mean(), scores(C), {"y": y, "w": weight}
+        )
+    with pytest.raises(persample.LossError, match=r"\(4, 1, 5\).*\(4, 5\).*outputs.reshape\(targets.shape\)"):
+        persample.gradients(
+            nn.Sequential(linear(), nn.Unflatten(1, (1, C))),
+            lambda out, t: (out - t).square().mean(),
+            scores(C),
+            scores(C),
+        )
+    with pytest.raises(persample.LossError, match=r"\(4, 1\).*\(4,\)"):
+        persample.curvature.kfac(model, lambda out, t: (out - t).square().mean(), scores(C), y)
+    bn = nn.Sequential(nn.BatchNorm1d(C), nn.Linear(C, 1)).double()
+    with pytest.raises(persample.LossError, match=r"\(4, 1\).*\(4,\)"):
+        persample.coupling(bn, lambda out, t: (out - t).square().mean(), scores(C), y).norms()
+
+
 @pytest.mark.parametrize(
     "loss_fn",
     [

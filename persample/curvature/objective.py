@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..batch import Tree, call_model
 from ..capture import Capture
 from ..errors import ArgumentError, LossError
-from ..losses import ignored, is_per_sample, lone_losses
+from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses
 from ..problem import Problem
 from ..state import RandomState, random_state, restored, set_random_state
 
@@ -77,9 +77,10 @@ class Objective:
         """``[N]``: the loss of every sample, unscaled, with its graph."""
         batch = self.problem.batch
         whole = self.problem.loss_fn(outputs, batch.targets.whole())
-        if is_per_sample(whole, batch.n):
+        each, tree = is_per_sample(whole, batch.n), batch.outputs(outputs)
+        check_not_broadcast(self.problem.loss_fn, whole, tree, batch.targets, batch.n)
+        if each:
             return whole
-        tree = batch.outputs(outputs)
         losses = lone_losses(self.problem.loss_fn, tree, batch.targets, batch.n)
         bad = ignored(losses, tree, batch.targets)
         if bad is None:

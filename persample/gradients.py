@@ -28,9 +28,9 @@ class Gradients(Quantities):
     ``unused`` lists the parameters that no loss depends on, whose rows are zeros.  ``losses [N]`` and ``outputs`` are
     those of the same pass, detached; rows are not differentiable.
 
-    ``factors`` are the rows as they are kept, ``{name: Factors}`` in the forms of `persample.factors`, for what is computed
-    from them by `persample.reductions`.  They may alias tensors of the model's forward pass: if one of them has been changed in
-    place since, reading raises `InplaceError` instead of returning a wrong number.
+    ``factors`` are the rows as they are kept, ``{name: Factors}`` in the forms of `persample.factors`, for what is
+    computed from them by `persample.reductions`.  They may alias tensors of the model's forward pass: if one of them
+    has been changed in place since, reading raises `InplaceError` instead of returning a wrong number.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ def rows(problem: Problem, max_bytes: int, run: Run) -> tuple[dict[str, Factors]
 
     def once(part: Problem, meter: Meter) -> Pass:
         nonlocal note
-        result, note = run(part, meter.unmetered(lambda name, g: kept[name].append(compact(g))), False)
+        result, note = run(part, meter.paused()(lambda name, g: kept[name].append(compact(g))), False)
         passes.append(result)
         return result
 
@@ -99,8 +99,9 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
 
     def once(part: Problem, meter: Meter) -> Pass:
         own = Statistics(requests, problem.parameters)
-        result, note = run(part, meter.unmetered(own.emit), False)
-        take_in(total, own.finish(result, note))
+        result, note = run(part, meter.paused()(own.emit), False)
+        with meter.paused():
+            take_in(total, own.finish(result, note))
         passes.append(result)
         return result
 
@@ -256,15 +257,14 @@ class Meter(TorchDispatchMode):
             self._see(t, computed=True)
         return out
 
-    def unmetered(self, emit: Emit) -> Emit:
-        """``emit``, without counting what it computes."""
-
-        def resting(name: str, g: Factors) -> None:
-            self.resting = True
-            emit(name, g)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Without counting what is computed inside, or by a function decorated with it."""
+        self.resting = True
+        try:
+            yield
+        finally:
             self.resting = False
-
-        return resting
 
     def _see(self, t: Any, computed: bool) -> None:
         if not isinstance(t, Tensor) or t.layout is not torch.strided:

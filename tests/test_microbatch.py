@@ -98,6 +98,14 @@ def test_slices_are_as_large_as_fits(given: tuple[Any, ...], monkeypatch: pytest
         persample.gradients(*given, quantities=["norm"], max_bytes=max_bytes)
         assert sizes == expected
 
+    wide = nn.Linear(500, 500)  # whose result is much larger than what a sample takes: it isn't counted
+    sizes.clear()
+    batch = torch.randn(12, 500), torch.randint(500, (12,))
+    persample.gradients(
+        wide, nn.CrossEntropyLoss(), *batch, quantities=[("clip", {"max_norm": 1.0})], max_bytes=10**6, verify=False
+    )
+    assert sizes == [2, 10]
+
 
 def test_memory_is_bounded() -> None:
     model = nn.Sequential(nn.Linear(3, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 3))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import persample
 from persample.capture import Capture
 
+from .measure import peak
 from .quantities import QUANTITIES, Result, norm
 from .workloads import losses
 
@@ -50,6 +51,16 @@ def streamed(model: nn.Module, x: Tensor, y: Tensor, quantity: str) -> Run:
     return lambda: q.ask(persample.gradients(model, losses, x, y, quantities=q.requests, verify=False))
 
 
+def sliced(model: nn.Module, x: Tensor, y: Tensor, quantity: str) -> Run:
+    """Reduced on arrival, within the memory of the plain pass."""
+    q = QUANTITIES[quantity]
+    bound, _ = peak(plain(model, x, y))
+    model.zero_grad()
+    return lambda: q.ask(
+        persample.gradients(model, losses, x, y, quantities=q.requests, max_bytes=bound, verify=False)
+    )
+
+
 def by(engine: str, **options: object) -> Engine:
     """With rows from another engine of this library."""
 
@@ -64,6 +75,7 @@ def by(engine: str, **options: object) -> Engine:
 
 OURS: dict[str, Engine] = {
     "persample": streamed,
+    "persample, max_bytes": sliced,
     "persample, rows kept": kept,
     "persample, vmap": by("vmap"),
     "persample, compiled": by("compiled"),

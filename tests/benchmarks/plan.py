@@ -15,7 +15,7 @@ FEW = {
     "torch.func, compiled": {"Q2"},
     "TRAK": {"project"},
 }
-ALONE = {"Opacus, ghost clipping": {"Q2", "clip"}}
+ALONE = {"persample, max_bytes": {"clip"}, "Opacus, ghost clipping": {"Q2", "clip"}}
 AXIS_ENGINES = {"persample": ("Q2", "Q4", "Q5"), "torch.func": ("Q2",)}
 
 

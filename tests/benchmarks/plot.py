@@ -19,7 +19,7 @@ STYLE = {
     "axes.spines.right": False,
 }
 MARKERS = dict(zip(PEERS, "ov^sDPXdp*", strict=False))
-COLOURS = {"persample": "tab:red", "persample, rows kept": "tab:pink"}
+COLOURS = {"persample": "tab:red", "persample, rows kept": "tab:pink", "persample, max_bytes": "tab:orange"}
 
 
 def compared(found: dict[tuple[str, str, str], dict[str, Any]], path: Path) -> None:

@@ -63,7 +63,9 @@ def blocks(found: Found, options: Options) -> Iterable[str]:
     yield "### The best of the others"
     yield _table("", QUANTITIES, {w: [_best(found, w, q, PEERS, named=True) for q in QUANTITIES] for w in FULL})
     yield "### Peak memory"
-    yield _table("", ROWS_LAST, {w: [_memory(found, w, q, {"persample": 0}) for q in ROWS_LAST] for w in FULL})
+    ours = [(q, "persample") for q in ROWS_LAST] + [("clip", "persample, max_bytes")]
+    names = [*ROWS_LAST, "clip, max_bytes"]
+    yield _table("", names, {w: [_memory(found, w, q, [e]) for q, e in ours] for w in FULL})
     yield "The least of the others:"
     yield _table("", ROWS_LAST, {w: [_memory(found, w, q, PEERS) for q in ROWS_LAST] for w in FULL})
     yield "### What surrounds the kernels"

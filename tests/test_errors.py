@@ -78,6 +78,11 @@ def test_nothing_else_is_raised_on_purpose() -> None:
     assert {name for name in found if not any(name.endswith(end) for end in allowed)} <= {"engines/compiled.py"}
 
 
+def test_every_warning_finds_the_line_of_the_user() -> None:
+    package = Path(persample.__file__).parent
+    assert [p.name for p in package.rglob("*.py") if "warnings.warn(" in p.read_text()] == ["errors.py"]
+
+
 @pytest.mark.parametrize(
     ("inputs", "targets", "options", "error", "match"),
     [

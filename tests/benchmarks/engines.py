@@ -56,9 +56,7 @@ def sliced(model: nn.Module, x: Tensor, y: Tensor, quantity: str) -> Run:
     q = QUANTITIES[quantity]
     bound, _ = peak(plain(model, x, y))
     model.zero_grad()
-    return lambda: q.ask(
-        persample.gradients(model, losses, x, y, quantities=q.requests, max_bytes=bound, verify=False)
-    )
+    return lambda: q.ask(persample.gradients(model, losses, x, y, quantities=q.requests, max_bytes=bound, verify=False))
 
 
 def by(engine: str, **options: object) -> Engine:

@@ -81,7 +81,7 @@ def plot_norms(Q: Quantities, ax: Axes | None = None) -> Axes:
 def plot_sizes(report: Explanation, ax: Axes | None, limit: int) -> Axes:
     """Bytes of factors against bytes of individual gradients, a pair of bars for each of the largest parameters."""
     largest = sorted(report.rows, key=lambda row: row.dense, reverse=True)[:limit]
-    ax = ax if ax is not None else _tall(len(largest), 0.45)
+    ax = ax if ax is not None else _tall([row.name for row in largest], 0.45)
     for shift, colour, what, name in (
         (-0.2, ORANGE, "dense", "individual gradients [N, *P]"),
         (0.2, BLUE, "kept", "factors"),
@@ -101,7 +101,7 @@ def plot_sizes(report: Explanation, ax: Axes | None, limit: int) -> Axes:
 def plot_errors(report: CheckReport, ax: Axes | None) -> Axes:
     """Relative errors of rows and of their sum for every parameter; a verdict in words where it isn't "exact"."""
     rows = report.rows
-    ax = ax if ax is not None else _tall(len(rows), 0.25)
+    ax = ax if ax is not None else _tall([row.name for row in rows], 0.25)
     floor = 1e-17  # an error of exactly 0 has no place on a logarithmic axis
     for colour, marker, what, name in (
         (BLUE, "o", "error", "single rows, against samples run alone"),
@@ -126,7 +126,8 @@ def plot_errors(report: CheckReport, ax: Axes | None) -> Axes:
     return ax
 
 
-def _tall(lines: int, height: float) -> Axes:
-    """Axes with room for so many lines of text."""
-    ax: Axes = pyplot().subplots(figsize=(6.4, 1.6 + height * lines), layout="constrained")[1]
+def _tall(names: list[str], height: float) -> Axes:
+    """Axes with room for a line for each of these names, beside them."""
+    size = (max(6.4, 4.4 + 0.08 * max(map(len, names), default=0)), 1.6 + height * len(names))
+    ax: Axes = pyplot().subplots(figsize=size, layout="constrained")[1]
     return ax

@@ -40,8 +40,9 @@ def html_table(
 
 
 def _td(content: str, tag: str) -> str:
-    wrap = "nowrap" if len(content) <= 24 else "normal"  # a shape or a size is not to be broken
-    return f"<{tag} style='text-align:left;padding:2px 8px;border:none;white-space:{wrap}'>{content}</{tag}>"
+    drawn = content.startswith("<")  # a dot, a bar; and a shape or a size is not to be broken
+    wrap = "white-space:nowrap" if drawn or len(content) <= 24 else "min-width:12em"
+    return f"<{tag} style='text-align:left;padding:2px 8px;border:none;{wrap}'>{content}</{tag}>"
 
 
 def _bar(share: float) -> str:

@@ -12,6 +12,7 @@ import jupytext
 from docutils import nodes
 from math_core import LatexToMathML
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.writers.html5 import HTML5Translator
 
 project = "persample"
@@ -71,6 +72,9 @@ nb_output_stderr = "remove"  # what imports say about the machine; in the tests,
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+
+# A property's docstring begins with its shape and a colon, too, which Napoleon would take for a type.
+GoogleDocstring._consume_inline_attribute = lambda self: ("", self._dedent(self._consume_to_end()))
 
 html_math_renderer = "mathml"  # browsers draw it by themselves: no script, no network
 latex = LatexToMathML()

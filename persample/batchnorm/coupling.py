@@ -47,7 +47,7 @@ def coupling(
         route: how to compute what takes many passes: "samples" (``N`` backward passes), "statistics" (``K``, two for
             each channel of each BatchNorm call), or the cheaper one.  Results are the same.
         verify: check on two samples that nothing but BatchNorm's statistics couples the batch, at the cost of about a
-        pass.
+            pass.
 
     Running statistics, ``num_batches_tracked``, ``.grad`` and the random state stay as they are.  Random masks
     (dropout) are those that a forward pass would draw now, and the same in everything the result computes.  It runs

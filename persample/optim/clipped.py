@@ -83,14 +83,14 @@ def check_independent(G: Quantities) -> None:
 
 
 class ClippedSGD(Optimizer):
-    """SGD on clipped and noised per-sample gradients; the formula, and what it doesn't promise, are at the top of
-    this file.
+    """SGD on clipped and noised per-sample gradients; `persample.optim.clipped` has the formula, and what it
+    doesn't promise.
 
     ``step(G)`` takes the `Gradients` of the optimizer's parameters, or cheaper, `Statistics` of a run with
-    ``quantities=[("clip", {"max_norm": C})]`` of the same ``C``, which never keeps rows.  A list of them is one batch
-    in pieces (gradient accumulation: noise is added once), and the empty list an empty batch.  The rest is
-    `torch.optim.SGD`, to which it is equal for ``C`` large and no noise.  State (``state_dict``) is the momentum; the
-    generator's is yours.
+    ``quantities=[("clip", {"max_norm": C})]`` of the same ``C``, which keeps factors (rows where these are smaller)
+    until all norms are known.  A list of them is one batch in pieces (gradient accumulation: noise is added once), and
+    the empty list an empty batch.  The rest is `torch.optim.SGD`, to which it is equal for ``C`` large and no noise.
+    State (``state_dict``) is the momentum; the generator's is yours.
 
     Args:
         params: ``model.named_parameters()``.

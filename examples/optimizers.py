@@ -85,7 +85,7 @@ def clipped(seed: int, wrong: float, bound: float | None, noise: float = 0.0, ad
             G.backward()
             opt.step()
         else:
-            opt.step(G)  # type: ignore[arg-type]
+            opt.step(G)
     return accuracy(model)
 
 
@@ -98,7 +98,7 @@ table = {
 }
 clipping = {}
 for name, options in table.items():
-    found = [average(lambda seed, w=w, o=options: clipped(seed, w, **o)) for w in (0.0, 0.4)]  # type: ignore[misc,arg-type]
+    found = [average(lambda seed, w=w, o=options: clipped(seed, w, **o)) for w in (0.0, 0.4)]
     clipping[name] = found
     print(f"  {name:40s} {found[0]:6.1%}        {found[1]:6.1%}")
 assert clipping["ClippedSGD, C = 1"][1] > clipping["SGD"][1]
@@ -125,7 +125,7 @@ def adam(seed: int, size: int, group: int | None) -> float:
 
 
 sizes, groups = (16, 64, 256), {"Adam": None, "PerSampleAdam, groups of 16": 16}
-adams = {name: [average(lambda seed, n=n, g=g: adam(seed, n, g)) for n in sizes] for name, g in groups.items()}  # type: ignore[misc]
+adams = {name: [average(lambda seed, n=n, g=g: adam(seed, n, g)) for n in sizes] for name, g in groups.items()}
 spread = {name: max(found) / min(found) for name, found in adams.items()}
 print("\ntraining loss after 10 epochs         ", *[f"B = {size:3d}  " for size in sizes], " largest / smallest")
 for name, found in adams.items():
@@ -150,7 +150,7 @@ def descend(seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], natur
     for batch in batches(256, 8, seed):
         steps += 1
         if natural:
-            opt.step(gradients(model, batch))  # type: ignore[arg-type]
+            opt.step(gradients(model, batch))
         else:
             opt.zero_grad()
             loss_fn(model(x[batch]), y[batch]).backward()

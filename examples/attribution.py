@@ -142,6 +142,7 @@ for name, value in lds.items():
 fisher = lds["empirical Fisher, 0.001"]
 assert fisher >= 0.45 and fisher >= lds["grad-dot"] + 0.15
 assert abs(lds["random"]) <= 0.05
+assert lds["empirical Fisher, 0.001, 512 projected"] < fisher
 
 # %% [markdown]
 # Curvature is what makes the difference: it discounts directions in which many samples pull. The price of projecting
@@ -186,7 +187,7 @@ auc = {
 print(f"\nfinding {int(wrong.sum())} flipped labels among {TRAIN}: area under the ROC curve")
 for name, value in auc.items():
     print(f"  {name:40s} {value:6.3f}")
-assert auc["self-influence"] >= 0.97
+assert auc["self-influence"] >= 0.97 and auc["loss"] >= auc["self-influence"] - 0.01
 
 
 # %% [markdown]

@@ -247,6 +247,7 @@ for name, weighting in {"mean of the classes": mean_weights, "surgery (PCGrad)":
     operated[name] = [sum(column) / len(results) for column in zip(*results, strict=True)]
     print(f"  {name:40s} {operated[name][0]:6.1%}        {operated[name][1]:7.4f}        {operated[name][2]:7.3f}")
 assert operated["surgery (PCGrad)"][2] > operated["mean of the classes"][2] + 0.1
+assert operated["surgery (PCGrad)"][1] < operated["mean of the classes"][1]
 
 # %% [markdown]
 # ## One picture

@@ -1,9 +1,11 @@
 """Statistics of a whole data set, batch by batch: every batch becomes a value, and values add up.
 
 An `Accumulator` holds one value.  ``update(G)`` adds the value of a batch, ``merge_state(other)`` that of another
-accumulator, and addition is associative and commutative: any batching, any order, any number of workers gives the same
-result up to rounding.  Means and scatters add by Chan's formula, which subtracts nothing but means, so variances don't
-cancel.  ``state_dict()`` is made of tensors and numbers; an accumulator that loads it goes on exactly where it was.
+accumulator, and addition is associative and commutative: any order of the batches and any number of workers gives the
+same result up to rounding (but for a ``decay``, and the order of norms).  Where a value belongs to the rows and not to
+their batch (moments, norms, histograms), any batching does.  Means and scatters add by Chan's formula, which subtracts
+nothing but means, so variances don't cancel.  ``state_dict()`` is made of tensors and numbers; an accumulator that
+loads it goes on exactly where it was.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def compared(found: dict[tuple[str, str, str], dict[str, Any]], path: Path) -> N
         shown: dict[str, Any] = {}
         for ax in axes:
             shown |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=6, frameon=False)
+        figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=6, frameon=False)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import ArgumentError, EmptyBatchError, SampleAxisError
+from .state import modules_of
 
 Axis = int | None
 
@@ -276,7 +277,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 def suspended(model: nn.Module) -> Iterator[None]:
     """Recorders of this model, or of parts of it, don't listen meanwhile."""
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in modules_of(model):
             for hook in module._forward_pre_hooks.values():
                 if (pause := getattr(hook, "suspended", None)) is not None:
                     stack.enter_context(pause())

@@ -168,7 +168,7 @@ class Call:
     def tokens(self, x: Tensor, features: int = 1) -> Tensor:
         """``[N, T, *features]``: everything before the last axes is a token of its sample."""
         x = self.samples(x)
-        return x.flatten(1, x.ndim - features - 1) if features else x.flatten(1)
+        return x if x.ndim == features + 2 else x.flatten(1, x.ndim - features - 1) if features else x.flatten(1)
 
 
 def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -193,10 +193,11 @@ def mapped(f: Callable[[Tensor], Any], tree: Any) -> Any:
     """``f`` of every tensor in a structure; the common ones without a pytree."""
     if isinstance(tree, Tensor):
         return f(tree)
-    if type(tree) in (tuple, list):
-        return type(tree)(mapped(f, x) for x in tree)
-    if type(tree) is dict:
-        return {key: mapped(f, x) for key, x in tree.items()}
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([f(x) if isinstance(x, Tensor) else x if x is None else mapped(f, x) for x in tree])
+    if kind is dict:
+        return {key: mapped(f, x) for key, x in tree.items()} if tree else tree
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
     return tree_map(lambda x: f(x) if isinstance(x, Tensor) else x, tree)

@@ -15,7 +15,7 @@ is left as it is, so whoever owns it may differentiate it as usual.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,12 @@ from .layout import Layout
 from .propagate import found_again, lone_sample, mixes, propagate
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Sampled:
     layout: Layout | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Derived:
     derivation: Derivation | None  # None: a parameter or a buffer
     version: int = -1  # of the tensor: what is changed through a view of it is another tensor
@@ -317,13 +317,14 @@ class Capture(TorchFunctionMode):
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
-def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: bool) -> Iterator[Tensor]:
+def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: bool) -> list[Tensor]:
     """What a call made: its outputs, or the tensor it changed."""
-    if out is None and mutates:
-        out = args[0]
-    yield from tensors_in(out)
+    if isinstance(out, Tensor) and not kwargs:
+        return [out]
+    results = list(tensors_in(args[0] if out is None and mutates else out))
     if isinstance(into := kwargs.get("out"), Tensor) and into is not out:
-        yield into
+        results.append(into)
+    return results
 
 
 def _saves_elsewhere() -> bool:

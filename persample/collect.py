@@ -99,7 +99,8 @@ class Collect:
         if g is None:
             return None
         for shared in call.shared:
-            g = g.to(torch.promote_types(g.dtype, shared.tensor.dtype))
+            if g.dtype is not shared.tensor.dtype:
+                g = g.to(torch.promote_types(g.dtype, shared.tensor.dtype))
         return g if self.scale == 1.0 else g * self.scale
 
     def _arrived(self, key: Key) -> None:
@@ -194,8 +195,9 @@ def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Sha
     except CaptureError:
         if call.n > 1:  # one sample's rows are the gradient, however its tensors lie
             raise
-    uses, times = (Counter(id(t) for t in ts) for ts in (flat(call.args, call.kwargs), [t for t, _ in served]))
-    known = {i for i in times if times[i] == uses[i]}  # an argument may stand in several places
+    arguments = [id(x) for x in flat(call.args, call.kwargs)]
+    times = [id(t) for t, _ in served]
+    known = {i for i in times if times.count(i) == arguments.count(i)}  # an argument may stand in several places
     yield from ((shared[id(t)], rows, "rule") for t, rows in served if id(t) in known)
     if rest := [s.tensor for i, s in shared.items() if i not in known]:
         one = 0 if call.n == 1 else call.layout.alone

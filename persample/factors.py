@@ -40,7 +40,7 @@ class Dense:
         return self.value.shape[1:]
 
     def __len__(self) -> int:
-        return len(self.value)
+        return self.value.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Outer:
             raise _misfit("K O I entries in shape", left=left, right=right, shape=self.shape)
 
     def __len__(self) -> int:
-        return len(self.left)
+        return self.left.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class Rows:
             raise _misfit("an int64 or int32 index", index=self.index.dtype)
 
     def __len__(self) -> int:
-        return len(self.value)
+        return self.value.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ class Conv:
             )
 
     def __len__(self) -> int:
-        return len(self.input)
+        return self.input.shape[0]
 
     @property
     def geometry(self) -> Geometry:
@@ -131,8 +131,10 @@ Factors = Dense | Outer | Rows | Conv
 
 def outer(left: Tensor, right: Tensor, shape: Size) -> Outer:
     """`Outer` with both sides of one dtype."""
-    dtype = torch.promote_types(left.dtype, right.dtype)
-    return Outer(left.to(dtype), right.to(dtype), Size(shape))
+    if left.dtype is not right.dtype:
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        left, right = left.to(dtype), right.to(dtype)
+    return Outer(left, right, shape if type(shape) is Size else Size(shape))
 
 
 def tensors(g: Factors) -> tuple[Tensor, ...]:

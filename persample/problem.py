@@ -16,6 +16,7 @@ from .batch import Batch
 from .errors import ArgumentError, LossError, UnknownParameterError
 from .factors import Factors
 from .losses import LossFunction
+from .state import parameters_of
 
 Selection = str | re.Pattern[str] | Iterable[str] | Callable[[str, Tensor], bool] | None
 Emit = Callable[[str, Factors], None]
@@ -126,13 +127,13 @@ def check_model(model: Any) -> None:
     """Raise for what is no module, for one without values, and where there can be no graph."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    made = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
-    if empty := [name for name, p in made.items() if p.is_meta]:
+    made = [p for p in parameters_of(model) if not is_lazy(p)]
+    if empty := [p for p in made if p.is_meta]:
         raise ArgumentError(
-            f"parameter '{empty[0]}' is on the device 'meta', where it has no values. Give it some first "
+            f"parameter '{_name(model, empty[0])}' is on the device 'meta', where it has no values. Give it some first "
             "(model.to_empty(device=...), then load a state)."
         )
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in made.values()):
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in made):
         raise ArgumentError(
             "inside torch.inference_mode() there are no graphs, and tensors that were made there never have one. Call "
             "this outside of it, with a model that was made (or cloned) outside."
@@ -145,7 +146,11 @@ def check_model(model: Any) -> None:
         )
 
 
-def _sharded(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
+def _name(model: nn.Module, parameter: Tensor) -> str:
+    return next(name for name, p in model.named_parameters() if p is parameter)
+
+
+def _sharded(model: nn.Module, parameters: Iterable[Tensor]) -> str:
     """What of the model is spread over processes, if anything is; nothing can be before its library is imported."""
     fsdp, dtensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
     wrappers = tuple(k for n in ("FullyShardedDataParallel", "FSDPModule") if (k := getattr(fsdp, n, None)) is not None)
@@ -153,9 +158,9 @@ def _sharded(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     for name, module in model.named_modules() if wrappers else ():
         if isinstance(module, wrappers):
             return (f"module '{name}'" if name else "the model") + f" is a {type(module).__name__}"
-    for name, p in parameters.items() if tensors else ():
+    for p in parameters if tensors else ():
         if isinstance(p, tensors) or isinstance(p.data, tensors):
-            return f"parameter '{name}' is a DTensor"
+            return f"parameter '{_name(model, p)}' is a DTensor"
     return ""
 
 

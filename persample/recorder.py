@@ -31,6 +31,7 @@ from .factors import Factors, strided
 from .listener import Listener, Reduction, Result, Sink
 from .losses import ways_out
 from .problem import Pass, Selection, check_model, named_parameters, select
+from .state import modules_of
 from .statistics_run import Request, Statistics, listed
 from .verify import compared, raise_if_wrong, row_of
 
@@ -287,7 +288,7 @@ class Recorder:
 
     def _reduced(self, losses: Tensor, found: Reached, quantities: list[Request] | None) -> Result:
         sink = Sink(self._parameters, self._aliases, quantities)
-        modes = tuple(module.training for module in self.model.modules())
+        modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.samples_of(losses)
         kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen)
         held = _HELD.setdefault(self.model, set())

@@ -282,4 +282,4 @@ def _zeros(g: Factors, *shape: int) -> Tensor:
 
 def _matrix(g: Dense) -> Tensor:
     """``[N, |P|]``."""
-    return g.value.reshape(len(g), g.shape.numel())
+    return g.value if g.value.ndim == 2 else g.value.reshape(len(g), g.shape.numel())

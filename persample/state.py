@@ -16,9 +16,26 @@ from torch.nn.parameter import is_lazy
 RandomState = list[tuple[torch.device, Tensor]]
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Every module once.  The generators behind ``model.modules()`` take several times as long."""
+    found = {model: None}
+    queue = [model]
+    for module in queue:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                queue.append(child)
+    return queue
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    """The parameters of every module; tied ones under each."""
+    return [p for module in modules_of(model) for p in module._parameters.values() if p is not None]
+
+
 def random_state(model: nn.Module) -> RandomState:
     """The state of the CPU's generator and those of the devices that the model's parameters live on."""
-    devices = {p.device for p in model.parameters()} - {torch.device("cpu")}
+    devices = {p.device for p in parameters_of(model)} - {torch.device("cpu")}
     own = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices if d.type != "meta"]
     return [(torch.device("cpu"), torch.get_rng_state()), *own]
 
@@ -43,7 +60,7 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self.values = [
             (module, name, b, b.detach().clone())
-            for module in model.modules()
+            for module in modules_of(model)
             for name, b in module._buffers.items()
             if b is not None and not is_lazy(b)
         ]

@@ -62,7 +62,10 @@ class Statistics(Quantities):
         if "clip" in self.requests:  # whose factors are needed once more when all norms are known
             g = compact(g)
             self._kept[name] = Kept.of(name, g)
-        with formed_once(g, self._readers) as g:
+        if self._readers < 2:
+            self._reduce(name, g)
+            return
+        with formed_once(g) as g:
             self._reduce(name, g)
 
     def _reduce(self, name: str, g: Factors) -> None:

@@ -63,11 +63,13 @@ def pieces(g: Factors, split: str) -> Iterator[Piece]:
 
 
 @contextmanager
-def formed_once(g: Factors, readers: int) -> Iterator[Factors]:
-    """``g``; but its rows, in reused memory, where several readers would each form them, and they are not too many."""
+def formed_once(g: Factors) -> Iterator[Factors]:
+    """``g``, for several readers; but its rows, in reused memory, where each would form them, and they are not too
+    many.
+    """
     size = len(g) * g.shape.numel()
     many = (isinstance(g, Outer) and g.left.shape[2] > 1) or split_of(g) in ("native", "tokens")
-    if readers < 2 or not many or not 0 < size <= cost.costs().wide or wide(g) is not g:
+    if not many or not 0 < size <= cost.costs().wide or wide(g) is not g:
         yield g
         return
     with borrow(tensors(g)[-1], len(g), *g.shape) as out:
@@ -100,7 +102,8 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
 
 def wide(g: Factors) -> Factors:
     """``g`` with one dtype, of at least float32, and real: a complex entry is two, its real and its imaginary part."""
-    found, kind = {t.dtype for t in tensors(g)[isinstance(g, Rows) :]}, dtype(g)
+    kind = dtype(g)
+    found = {t.dtype for t in tensors(g)[isinstance(g, Rows) :]}
     if kind.is_complex:
         return Dense(torch.view_as_real(dense(g).resolve_conj()))
     if len(found) == 1 and kind.itemsize >= 4:

@@ -21,8 +21,9 @@ from .scratch import borrow
 
 def one_token_norms(g: Outer) -> Tensor:
     """Squared norms of outer products, ``[N]``: products of two squared norms."""
-    sizes: list[Tensor] = [torch.linalg.vector_norm(f[:, :, 0], dim=-1) for f in (g.left, g.right)]
-    return sizes[0].mul_(sizes[1]).square_().sum(1)
+    left: Tensor  # [N, K, 1]
+    left, right = (torch.linalg.vector_norm(f, dim=3) for f in (g.left, g.right))
+    return left.mul_(right).square_().sum((1, 2))
 
 
 def norms(g: Outer) -> tuple[Tensor, Tensor]:

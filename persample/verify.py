@@ -32,7 +32,7 @@ from .layout import one_sample as part_of
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
 from .rules import mutates, spellings
-from .state import Buffers, drawn_since, random_state, restored
+from .state import Buffers, drawn_since, modules_of, random_state, restored
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
 
@@ -334,7 +334,7 @@ def signature(problem: Problem, engine: str) -> Any:
         for x in tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves))
         if isinstance(x, Tensor)
     )
-    modes = tuple(m.training for m in problem.model.modules())
+    modes = tuple(m.training for m in modules_of(problem.model))
     return (
         engine,
         shapes,

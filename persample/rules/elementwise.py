@@ -26,14 +26,14 @@ def spread(call: Call, g: Tensor, p: Tensor) -> Any:
         return apart(_sum_to(g, rest, 1).to(p.dtype).movedim(0, place), replace(at, axis=place))
     rows = call.samples(g)  # [N, k, *rest of g]
     rest = p.shape[:place] + p.shape[place + 1 :] if place >= 0 else p.shape
-    return Dense(_sum_to(rows, rest, 1).reshape(-1, *p.shape))
+    rows = _sum_to(rows, rest, 1)
+    return Dense(rows if rest == p.shape else rows.reshape(-1, *p.shape))
 
 
 def _sum_to(g: Tensor, shape: torch.Size, keep: int) -> Tensor:
     """Sum all but the first ``keep`` axes down to ``shape`` (aligned at the right)."""
-    while g.ndim - keep > len(shape):
-        # merge the extra axes in one sum
-        g = g.sum(tuple(range(keep, g.ndim - len(shape))))
+    if (end := g.ndim - len(shape)) > keep:  # the extra axes in one sum, which is never a view of the user's tensors
+        g = g.sum(tuple(range(keep, end)))
     over = [keep + a for a, size in enumerate(shape) if size == 1 != g.shape[keep + a]]
     return g.sum(over, keepdim=True) if over else g
 

@@ -31,7 +31,7 @@ default_role = "py:obj"  # `single quotes` in docstrings: a link where there is 
 
 html_theme = "furo"
 html_title = "persample"
-pygments_dark_style = "a11y-high-contrast-dark"  # the default one underlines imports, as if they were links
+pygments_dark_style = "github-dark"  # the default one underlines imports, as if they were links
 mathematics = distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf")  # nothing else is used of it
 html_static_path = ["_static", str(mathematics)]
 html_css_files = ["site.css"]

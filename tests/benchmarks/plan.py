@@ -13,6 +13,7 @@ FEW = {
     "persample, compiled": {"Q1", "Q2"},
     "persample, loop": {"Q1", "Q2"},
     "torch.func, compiled": {"Q2"},
+    "TorchJD": {"Q1", "Q2", "Q5"},
     "TRAK": {"project"},
 }
 ALONE = {"persample, max_bytes": {"clip"}, "Opacus, ghost clipping": {"Q2", "clip"}}

@@ -11,7 +11,7 @@ How operations move samples is in `persample.propagate`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -98,3 +98,34 @@ def one_sample(x: Tensor, layout: Layout, n: int) -> Tensor:
     if layout.plain:
         return x.narrow(layout.axis, n, 1)
     return x.index_select(layout.axis, (layout.owners() == n).nonzero().squeeze(1).to(x.device))
+
+
+def same(a: Layout, b: Layout) -> bool:
+    """Whether every entry belongs to the same sample."""
+    if a.alone is not None or b.alone is not None:
+        return a.alone == b.alone
+    if a.owner is None and b.owner is None:
+        return (a.outer, a.inner) == (b.outer, b.inner) or a.n == 1
+    return a.size == b.size and torch.equal(a.owners().cpu(), b.owners().cpu())
+
+
+def owned(n: int, axis: int, owner: Tensor) -> Layout:
+    """The layout in which entry ``i`` belongs to sample ``owner[i]``: a regular one if that can be."""
+    size = len(owner)
+    if size and size % n == 0 and int(owner[0]) == 0:
+        inner = size if n == 1 else int((owner != 0).to(torch.uint8).argmax())
+        if inner and size % (n * inner) == 0:
+            regular = Layout(n, axis, size // (n * inner), inner)
+            if torch.equal(regular.owners(), owner.cpu()):
+                return regular
+    return Layout(n, axis, owner=owner)
+
+
+def kept(layout: Layout, ndim: int, shape: Sequence[int], broadcast: bool = False) -> Layout | None:
+    """The samples of an argument found again in an output of this shape."""
+    aligned = layout.axis + len(shape) - ndim  # broadcasting aligns at the right
+    for axis in (aligned, layout.axis) if broadcast and len(shape) > ndim else (layout.axis, aligned):
+        if axis >= 0 and layout.fits(shape, axis):
+            return replace(layout, axis=axis)
+    places = [axis for axis in range(len(shape)) if layout.fits(shape, axis)]
+    return replace(layout, axis=places[0]) if len(places) == 1 else None

@@ -1,8 +1,8 @@
 """How operations move the samples of a batch: the `Layout` of an output, from those of the arguments.
 
 ====================  =================================================================================================
-views                 done again to a shadow of the tensor in which only the sample axis has a stride
-indexing, repeating   done again to the samples' numbers instead of their entries; so are concatenation and sorting
+views, indexing ...   the table of single functions in `persample.moves`
+concatenation         each part brings the numbers of its samples
 writing into a part   the layout of the whole under which the part's entries belong to the samples they come from
 anything else         samples stay where their size is found again; where that can't be told apart, the function is
                       called once more for its shapes only (device "meta"), with one sample more
@@ -13,9 +13,8 @@ anything else         samples stay where their size is found again; where that c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layout import Layout
+from .layout import Layout, kept, owned, same
+from .moves import MOVED, Function, bind, indexed, named, nonzero_of, recurred, sort_axis, sorted_along
 
-Function = Callable[..., Any]
 Sampled = Sequence[tuple[Tensor, Layout]]
-Follow = Callable[[Function, tuple[Any, ...], dict[str, Any], Layout, Tensor], "Layout | None"]
 
 
 def propagate(
@@ -78,12 +76,12 @@ def _followed(
     first, layout = sampled[0]
     if any(at.alone is not None for _, at in sampled):
         return _one_by_one(func, args, kwargs, sampled, out)
-    if args and first is args[0] and (follow := _MOVED.get(func)) is not None and not _is_choice(func, args):
+    if args and first is args[0] and (follow := MOVED.get(func)) is not None and not _is_choice(func, args):
         return follow(func, args, kwargs, layout, out)
     if (
         func in _MASKED and len(args) > 1 and first is args[1] and first.dtype is torch.bool
     ):  # constants picked by a mask
-        return _nonzero(func, (first,), {}, layout, out)
+        return nonzero_of(func, (first,), {}, layout, out)
     if func in _JOINS:
         return _joined(args, kwargs, sampled, out)
     if func is F.embedding_bag:
@@ -109,7 +107,7 @@ def _followed(
             if len(axes) > 1:
                 return None  # products of samples with samples
             place = replace(candidate, axis=axes[0]) if axes else None
-        place = place or _kept(candidate, x.ndim, out.shape, broadcast)
+        place = place or kept(candidate, x.ndim, out.shape, broadcast)
         if place is not None and found is None:
             found = place
         elif place is not None and found is not None and place.axis == found.axis and not same(place, found):
@@ -119,7 +117,7 @@ def _followed(
 
 def _axis_behind(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, ndim: int) -> int | None:
     """Where an axis is after others were reduced, if the call says so in the usual way: ``sum(x, dim, keepdim)``."""
-    dim, keep = _bind(args[1:] if func in _REDUCES_DIM else (), kwargs, "dim", "keepdim")
+    dim, keep = bind(args[1:] if func in _REDUCES_DIM else (), kwargs, "dim", "keepdim")
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
     if not dims or any(type(d) is not int for d in dims) or not isinstance(keep, (bool, type(None))):
         return None
@@ -129,7 +127,7 @@ def _axis_behind(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 def found_again(layout: Layout, out: Tensor) -> Layout | None:
     """The layout of something that an unseen function has computed from a tensor with this one."""
-    return lone_sample(out) if layout.n == 1 else _kept(layout, out.ndim, out.shape)
+    return lone_sample(out) if layout.n == 1 else kept(layout, out.ndim, out.shape)
 
 
 def mixes(
@@ -137,16 +135,16 @@ def mixes(
 ) -> bool:
     """Whether entries of different samples surely meet, one on one."""
     (x, a), *others = sampled
-    if not others and func not in _MOVED:
+    if not others and func not in MOVED:
         return False
     if any(at is not None and at.alone is not None for _, at in sampled):
-        lone = func not in _JOINS | _STACKS and func not in _WRITES and func not in _MOVED and a is not None and a.n > 1
+        lone = func not in _JOINS | _STACKS and func not in _WRITES and func not in MOVED and a is not None and a.n > 1
         return lone and a is not None and not all(b is None or same(a, b) for _, b in others)
-    if a is not None and _MOVED.get(func) is _recurred and not isinstance(args[3], (tuple, list)):
+    if a is not None and MOVED.get(func) is recurred and not isinstance(args[3], (tuple, list)):
         return a.axis == 0 and a.n > 1 and x is args[0]
-    if a is not None and _MOVED.get(func) is _sorted and x is args[0] and x.ndim > 1 and a.n > 1:
-        return _sort_axis(func, args, kwargs) == a.axis
-    if a is None or not others or func in _MOVED or func in _JOINS or func in _WRITES:
+    if a is not None and MOVED.get(func) is sorted_along and x is args[0] and x.ndim > 1 and a.n > 1:
+        return sort_axis(func, args, kwargs) == a.axis
+    if a is None or not others or func in MOVED or func in _JOINS or func in _WRITES:
         return False
     alike = [b for y, b in others if y.shape == x.shape and b is not None and b.axis == a.axis]
     return not all(same(a, b) for b in alike)
@@ -157,38 +155,7 @@ def _is_choice(func: Function, args: tuple[Any, ...]) -> bool:
     return func in _WHERE and len(args) > 1
 
 
-def same(a: Layout, b: Layout) -> bool:
-    """Whether every entry belongs to the same sample."""
-    if a.alone is not None or b.alone is not None:
-        return a.alone == b.alone
-    if a.owner is None and b.owner is None:
-        return (a.outer, a.inner) == (b.outer, b.inner) or a.n == 1
-    return a.size == b.size and torch.equal(a.owners().cpu(), b.owners().cpu())
-
-
-def owned(n: int, axis: int, owner: Tensor) -> Layout:
-    """The layout in which entry ``i`` belongs to sample ``owner[i]``: a regular one if that can be."""
-    size = len(owner)
-    if size and size % n == 0 and int(owner[0]) == 0:
-        inner = size if n == 1 else int((owner != 0).to(torch.uint8).argmax())
-        if inner and size % (n * inner) == 0:
-            regular = Layout(n, axis, size // (n * inner), inner)
-            if torch.equal(regular.owners(), owner.cpu()):
-                return regular
-    return Layout(n, axis, owner=owner)
-
-
 # ---- anything else: where the size is found again ---------------------------------------------------------------
-
-
-def _kept(layout: Layout, ndim: int, shape: Sequence[int], broadcast: bool = False) -> Layout | None:
-    """The samples of an argument found again in an output of this shape."""
-    aligned = layout.axis + len(shape) - ndim  # broadcasting aligns at the right
-    for axis in (aligned, layout.axis) if broadcast and len(shape) > ndim else (layout.axis, aligned):
-        if axis >= 0 and layout.fits(shape, axis):
-            return replace(layout, axis=axis)
-    places = [axis for axis in range(len(shape)) if layout.fits(shape, axis)]
-    return replace(layout, axis=places[0]) if len(places) == 1 else None
 
 
 def _grown(
@@ -220,157 +187,10 @@ def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor) -> Layout | No
             for letters, operand in zip(left.split(","), operands, strict=True):
                 if operand is x and letters[layout.axis] in right:
                     return replace(layout, axis=right.index(letters[layout.axis]))
-    return next((k for x, layout in sampled if (k := _kept(layout, x.ndim, out.shape)) is not None), None)
+    return next((k for x, layout in sampled if (k := kept(layout, x.ndim, out.shape)) is not None), None)
 
 
-# ---- views ------------------------------------------------------------------------------------------------------
-
-
-def _reshaped(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    """Reshaping keeps the order of all entries: follow the sample's place in the flat index."""
-    old, new = args[0].shape, out.shape
-    if prod(old) != prod(new):  # view(dtype)
-        return _kept(layout, len(old), new)
-    behind = prod(old[layout.axis + 1 :])
-    kept = [a for a in range(len(new)) if new[a] == layout.size and prod(new[a + 1 :]) == behind]
-    if kept:
-        return replace(layout, axis=kept[0])
-    if layout.owner is not None:
-        return _read(layout, _numbers(layout, args[0]).reshape(new), out)
-    stride = layout.inner * behind
-    for axis in range(len(new)):
-        below = prod(new[axis + 1 :])
-        if below and stride % below == 0 and new[axis] % (layout.n * (stride // below)) == 0 and new[axis]:
-            inner = stride // below
-            return Layout(layout.n, axis, new[axis] // (layout.n * inner), inner)
-    return None
-
-
-def _viewed(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    """Do the same to a shadow in which only the sample axis has a stride."""
-    x = args[0]
-    if not x.numel():
-        return _kept(layout, x.ndim, out.shape)
-    size = max(2, x.shape[layout.axis])  # strides say nothing about an axis of length one
-    shape = [size if a == layout.axis else s for a, s in enumerate(x.shape)]
-    shadow = torch.empty(size, dtype=torch.uint8).as_strided(shape, [int(a == layout.axis) for a in range(x.ndim)])
-    view = _one_of(func(shadow, *args[1:], **kwargs), lambda: func(*args, **kwargs), out)
-    places = [a for a in range(view.ndim) if view.stride(a)]  # new axes of size one may have a stride, too
-    places = [a for a in places if view.shape[a] > 1] or places
-    if view.ndim == out.ndim == x.ndim - 1 and not places:  # one sample is taken out
-        return Layout(layout.n, alone=int(layout.owners()[min(int(view.storage_offset()), layout.size - 1)]))
-    if len(places) != 1 or view.ndim != out.ndim:
-        return None
-    axis = places[0]
-    if view.shape[axis] == size and view.stride(axis) == 1:
-        return replace(layout, axis=axis)
-    some: Tensor = (
-        torch.arange(view.shape[axis]).mul(view.stride(axis)).add(view.storage_offset())
-    )  # a part of the samples
-    return owned(layout.n, axis, layout.owners()[some.clamp(max=layout.size - 1)])
-
-
-def _one_of(made: Any, again: Callable[[], Any], out: Tensor) -> Tensor:
-    """The one that corresponds to ``out`` among several views (``split``, ``unbind``)."""
-    if isinstance(made, Tensor):
-        return made
-    views = again()
-    at = [i for i, v in enumerate(views) if v.data_ptr() == out.data_ptr() and v.shape == out.shape]
-    found: Tensor = made[at[0] if at else 0]
-    return found
-
-
-# ---- indexing, repeating, joining: the same with the samples' numbers -------------------------------------------
-
-
-def _numbers(layout: Layout, x: Tensor, thin: bool = False) -> Tensor:
-    """``x`` with every entry replaced by the number of its sample; ``thin``: of size 1 but along the sample axis."""
-    numbers = layout.owners().to(x.device).view([-1 if a == layout.axis else 1 for a in range(x.ndim)])
-    return numbers if thin else numbers.expand(x.shape)
-
-
-def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
-    """The axis along which the numbers of samples change, if it is only one."""
-    if not numbers.numel():
-        empty = [a for a in range(numbers.ndim) if numbers.shape[a] == 0]
-        axis = layout.axis if layout.axis in empty else next(iter(empty), None)
-        return None if axis is None else Layout(layout.n, axis, owner=numbers.new_zeros(0))
-    last = numbers.ndim - 1  # features, most likely, if all is one sample's
-    axes = [a for a in range(numbers.ndim) if numbers.shape[a] == out.shape[a]]  # others are thin
-    for axis in sorted(axes, key=lambda a: (a == last, numbers.shape[a] == 1, a != layout.axis)):
-        line = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
-        if bool((line == line[:, :1]).all()):
-            return owned(layout.n, axis, line[:, 0])
-    return None
-
-
-def _indexed(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    x, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
-    if all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index):
-        return _viewed(func, args, kwargs, layout, out)
-    numbers = _numbers(layout, x)
-    if all(isinstance(i, (slice, Tensor)) for i in index):  # what it doesn't pick from needn't be there
-        used = [i.ndim if isinstance(i, Tensor) and i.dtype is torch.bool else 1 for i in index]
-        whole = {sum(used[:j]) for j, i in enumerate(index) if i == slice(None)} | {*range(sum(used), x.ndim)}
-        numbers = numbers[tuple(slice(0, 1) if a in whole - {layout.axis} else slice(None) for a in range(x.ndim))]
-    return _read(layout, func(numbers, *args[1:], **kwargs), out)
-
-
-def _selected(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    dim, index = _bind(args[1:], kwargs, "dim", "index")
-    if dim % max(1, args[0].ndim) != layout.axis:
-        return layout
-    return owned(layout.n, layout.axis, layout.owners().to(index.device)[index.reshape(-1)])
-
-
-def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
-    return _read(layout, func(_numbers(layout, args[0]), *args[1:], **kwargs), out)
-
-
-def _repeated(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    if (
-        len(args) == 1 and "repeats" not in kwargs
-    ):  # repeat_interleave(counts): every sample's number as often as it says
-        return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
-    return _read(layout, func(_numbers(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
-
-
-def _nonzero(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    """Where a mask is true: as many entries as there are, each of its place's sample."""
-    return owned(layout.n, 0, layout.owners().to(args[0].device)[args[0].nonzero()[:, layout.axis]])
-
-
-def _sorted(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    """A list of samples in another order; a table sorted over the samples mixes them."""
-    x = args[0]
-    if _sort_axis(func, args, kwargs) != layout.axis:
-        return layout
-    if x.ndim > 1:
-        return None
-    made = func(*args, **kwargs)
-    order = made if func in _named("argsort") else made[1] if isinstance(made, tuple) else x.argsort()
-    return owned(layout.n, 0, layout.owners().to(order.device)[order])
-
-
-def _sort_axis(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    place = 2 if func in _named("topk") else 1
-    given = [a for a in (*args[place : place + 2], kwargs.get("dim")) if isinstance(a, int) and not isinstance(a, bool)]
-    dim = given[0] if given else 0 if func in _named("msort") else -1
-    return int(dim % max(1, args[0].ndim))
+# ---- joining ----------------------------------------------------------------------------------------------------
 
 
 def _joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
@@ -397,7 +217,7 @@ def _joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out
 
 def _bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
     """A bag belongs to the sample of its entries, or of its offset."""
-    input, offsets = _bind(args, kwargs, "input", "weight", "offsets")[::2]
+    input, offsets = bind(args, kwargs, "input", "weight", "offsets")[::2]
     layouts = {id(t): at for t, at in sampled}
     if input.ndim == 2:
         at = layouts.get(id(input), sampled[-1][1])
@@ -449,15 +269,15 @@ def _written(
     if func is Tensor.__setitem__:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         if value is not args[2]:
-            return _kept(layout, value.ndim, out.shape, True)
+            return kept(layout, value.ndim, out.shape, True)
         if len(index) == 1 and isinstance(index[0], Tensor) and layout.axis == 0:
             i = index[0]
             return _agrees(out, layout, 0, i.nonzero()[:, 0] if i.dtype is torch.bool else i)
         return _assigned(args, layout, value, out)
-    dim, index, source = _bind(args[1:], kwargs, "dim", "index", "source")
+    dim, index, source = bind(args[1:], kwargs, "dim", "index", "source")
     if value is source and dim % out.ndim == layout.axis:
         return _agrees(out, layout, layout.axis, index) if func in _PLACES else None
-    return _kept(layout, value.ndim, out.shape)
+    return kept(layout, value.ndim, out.shape)
 
 
 def _agrees(out: Tensor, layout: Layout, axis: int, places: Tensor) -> Layout | None:
@@ -476,86 +296,27 @@ def _assigned(args: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor)
     part = out[args[1]]
     for axis in range(out.ndim):
         if out.shape[axis] == layout.size and layout.owner is None:
-            piece = _indexed(Tensor.__getitem__, (out, args[1]), {}, replace(layout, axis=axis), part)
+            piece = indexed(Tensor.__getitem__, (out, args[1]), {}, replace(layout, axis=axis), part)
             if piece is not None and piece.axis == layout.axis + part.ndim - value.ndim and same(piece, layout):
                 return replace(layout, axis=axis)
     return None
 
 
-# ---- sequences --------------------------------------------------------------------------------------------------
+# ---- kinds of functions -----------------------------------------------------------------------------------------
 
 
-def _packed(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    """``_pack_padded_sequence(input, lengths, batch_first)``: time-major, the longest sample first."""
-    _, lengths, batch_first = args[:3]
-    if layout.axis != (0 if batch_first else 1) or out.shape[:1] != (int(lengths.sum()),):
-        return None
-    owners = layout.owners()
-    return owned(layout.n, 0, torch.cat([owners[: int((lengths > t).sum())] for t in range(int(lengths.max()))]))
-
-
-def _unpacked(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    """``_pad_packed_sequence(data, batch_sizes, batch_first, ...)``: the first step names every sample."""
-    _, batch_sizes, batch_first = args[:3]
-    if out.ndim < 2:  # the lengths
-        return None
-    return owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
-
-
-def _recurred(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    """One layer, time first or packed: its outputs, and its last states ``[directions, B, H]``."""
-    if isinstance(args[3], (tuple, list)):  # packed
-        return layout if out.ndim == 2 else owned(layout.n, 1, layout.owners()[: int(args[1][0])])
-    return layout if layout.fits(out.shape, layout.axis) else None  # if not 1, samples one after the other in time
-
-
-# ---- the table --------------------------------------------------------------------------------------------------
-
-
-def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
-
-
-def _named(*names: str) -> set[Function]:
-    found = [getattr(space, name, None) for name in names for space in (torch, Tensor)]
-    return {f for f in found if f is not None}
-
-
-_RESHAPES = "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze"
-_VIEWS = """transpose swapaxes swapdims permute movedim moveaxis t adjoint select narrow chunk split unbind tensor_split
-    split_with_sizes diagonal unfold hsplit vsplit dsplit"""
 _REDUCTIONS = """sum nansum mean nanmean prod amax amin aminmax max min median nanmedian mode quantile var std var_mean
     std_mean norm logsumexp any all argmax argmin count_nonzero kthvalue"""
 
-_MOVED: dict[Function, Follow] = {
-    **dict.fromkeys(_named(*_RESHAPES.split()), _reshaped),
-    **dict.fromkeys(_named(*_VIEWS.split()), _viewed),
-    **dict.fromkeys((getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")), _viewed),
-    Tensor.__getitem__: _indexed,
-    **dict.fromkeys(_named("index_select"), _selected),
-    **dict.fromkeys(_named("masked_select", "gather", "take_along_dim", "take", "roll", "flip"), _moved),
-    **dict.fromkeys(_named("repeat", "tile", "repeat_interleave"), _repeated),
-    **dict.fromkeys(_named("nonzero", "argwhere", "where"), _nonzero),
-    **dict.fromkeys(_named("sort", "argsort", "msort", "topk"), _sorted),
-    torch._C._VariableFunctions._pack_padded_sequence: _packed,
-    torch._C._VariableFunctions._pad_packed_sequence: _unpacked,
-    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurred),
-}
-_WHERE = _named("where")
-_MASKED = {Tensor.__getitem__} | _named("masked_select")
-_JOINS = _named("cat", "concat", "concatenate")
-_STACKS = _named("stack")
-_SPREADS = _named("expand", "expand_as", "broadcast_to")
-_REDUCES = _named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
-_REDUCES_DIM = _named("sum", "nansum", "mean", "nanmean", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp")
-_WRITES = {Tensor.__setitem__} | _named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")
-_COPIES = _named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
-_PLACES = _named("index_add_", "index_copy_", "index_add", "index_copy")
-_SPECIAL = {*_MOVED, *_WHERE, *_MASKED, *_JOINS, *_STACKS, *_SPREADS, *_REDUCES, *_WRITES, *_COPIES}
+_WHERE = named("where")
+_MASKED = {Tensor.__getitem__} | named("masked_select")
+_JOINS = named("cat", "concat", "concatenate")
+_STACKS = named("stack")
+_SPREADS = named("expand", "expand_as", "broadcast_to")
+_REDUCES = named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
+_REDUCES_DIM = named("sum", "nansum", "mean", "nanmean", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp")
+_WRITES = {Tensor.__setitem__} | named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")
+_COPIES = named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
+_PLACES = named("index_add_", "index_copy_", "index_add", "index_copy")
+_SPECIAL = {*MOVED, *_WHERE, *_MASKED, *_JOINS, *_STACKS, *_SPREADS, *_REDUCES, *_WRITES, *_COPIES}
 _SPECIAL |= {F.embedding_bag, torch.einsum}

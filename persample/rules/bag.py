@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from ..calls import Call
 from ..errors import SampleAxisError
 from ..factors import Rows
-from ..layout import Layout, samples_first
-from ..propagate import owned
+from ..layout import Layout, owned, samples_first
 from . import Yields, couples, rule
 from .derived import apart
 from .embedding import BY_FREQUENCY, refuse_table_options

@@ -1,0 +1,235 @@
+"""How single functions move the samples of a tensor: the functions of `MOVED`, each for some spellings of torch.
+
+A *view* is done again to a shadow of the tensor in which only the sample axis has a stride; *indexing, repeating,
+sorting* are done again to the samples' numbers instead of their entries; *sequences* are packed and padded as their
+lengths say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, kept, owned
+
+Function = Callable[..., Any]
+Follow = Callable[[Function, tuple[Any, ...], dict[str, Any], Layout, Tensor], "Layout | None"]
+
+
+# ---- views ------------------------------------------------------------------------------------------------------
+
+
+def _reshaped(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    """Reshaping keeps the order of all entries: follow the sample's place in the flat index."""
+    old, new = args[0].shape, out.shape
+    if prod(old) != prod(new):  # view(dtype)
+        return kept(layout, len(old), new)
+    behind = prod(old[layout.axis + 1 :])
+    places = [a for a in range(len(new)) if new[a] == layout.size and prod(new[a + 1 :]) == behind]
+    if places:
+        return replace(layout, axis=places[0])
+    if layout.owner is not None:
+        return _read(layout, _numbers(layout, args[0]).reshape(new), out)
+    stride = layout.inner * behind
+    for axis in range(len(new)):
+        below = prod(new[axis + 1 :])
+        if below and stride % below == 0 and new[axis] % (layout.n * (stride // below)) == 0 and new[axis]:
+            inner = stride // below
+            return Layout(layout.n, axis, new[axis] // (layout.n * inner), inner)
+    return None
+
+
+def _viewed(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    """Do the same to a shadow in which only the sample axis has a stride."""
+    x = args[0]
+    if not x.numel():
+        return kept(layout, x.ndim, out.shape)
+    size = max(2, x.shape[layout.axis])  # strides say nothing about an axis of length one
+    shape = [size if a == layout.axis else s for a, s in enumerate(x.shape)]
+    shadow = torch.empty(size, dtype=torch.uint8).as_strided(shape, [int(a == layout.axis) for a in range(x.ndim)])
+    view = _one_of(func(shadow, *args[1:], **kwargs), lambda: func(*args, **kwargs), out)
+    places = [a for a in range(view.ndim) if view.stride(a)]  # new axes of size one may have a stride, too
+    places = [a for a in places if view.shape[a] > 1] or places
+    if view.ndim == out.ndim == x.ndim - 1 and not places:  # one sample is taken out
+        return Layout(layout.n, alone=int(layout.owners()[min(int(view.storage_offset()), layout.size - 1)]))
+    if len(places) != 1 or view.ndim != out.ndim:
+        return None
+    axis = places[0]
+    if view.shape[axis] == size and view.stride(axis) == 1:
+        return replace(layout, axis=axis)
+    some: Tensor = (
+        torch.arange(view.shape[axis]).mul(view.stride(axis)).add(view.storage_offset())
+    )  # a part of the samples
+    return owned(layout.n, axis, layout.owners()[some.clamp(max=layout.size - 1)])
+
+
+def _one_of(made: Any, again: Callable[[], Any], out: Tensor) -> Tensor:
+    """The one that corresponds to ``out`` among several views (``split``, ``unbind``)."""
+    if isinstance(made, Tensor):
+        return made
+    views = again()
+    at = [i for i, v in enumerate(views) if v.data_ptr() == out.data_ptr() and v.shape == out.shape]
+    found: Tensor = made[at[0] if at else 0]
+    return found
+
+
+# ---- indexing, repeating: the same with the samples' numbers ----------------------------------------------------
+
+
+def _numbers(layout: Layout, x: Tensor, thin: bool = False) -> Tensor:
+    """``x`` with every entry replaced by the number of its sample; ``thin``: of size 1 but along the sample axis."""
+    numbers = layout.owners().to(x.device).view([-1 if a == layout.axis else 1 for a in range(x.ndim)])
+    return numbers if thin else numbers.expand(x.shape)
+
+
+def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
+    """The axis along which the numbers of samples change, if it is only one."""
+    if not numbers.numel():
+        empty = [a for a in range(numbers.ndim) if numbers.shape[a] == 0]
+        axis = layout.axis if layout.axis in empty else next(iter(empty), None)
+        return None if axis is None else Layout(layout.n, axis, owner=numbers.new_zeros(0))
+    last = numbers.ndim - 1  # features, most likely, if all is one sample's
+    axes = [a for a in range(numbers.ndim) if numbers.shape[a] == out.shape[a]]  # others are thin
+    for axis in sorted(axes, key=lambda a: (a == last, numbers.shape[a] == 1, a != layout.axis)):
+        line = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
+        if bool((line == line[:, :1]).all()):
+            return owned(layout.n, axis, line[:, 0])
+    return None
+
+
+def indexed(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    x, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+    if all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index):
+        return _viewed(func, args, kwargs, layout, out)
+    numbers = _numbers(layout, x)
+    if all(isinstance(i, (slice, Tensor)) for i in index):  # what it doesn't pick from needn't be there
+        used = [i.ndim if isinstance(i, Tensor) and i.dtype is torch.bool else 1 for i in index]
+        whole = {sum(used[:j]) for j, i in enumerate(index) if i == slice(None)} | {*range(sum(used), x.ndim)}
+        numbers = numbers[tuple(slice(0, 1) if a in whole - {layout.axis} else slice(None) for a in range(x.ndim))]
+    return _read(layout, func(numbers, *args[1:], **kwargs), out)
+
+
+def _selected(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    dim, index = bind(args[1:], kwargs, "dim", "index")
+    if dim % max(1, args[0].ndim) != layout.axis:
+        return layout
+    return owned(layout.n, layout.axis, layout.owners().to(index.device)[index.reshape(-1)])
+
+
+def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
+    return _read(layout, func(_numbers(layout, args[0]), *args[1:], **kwargs), out)
+
+
+def _repeated(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    if (
+        len(args) == 1 and "repeats" not in kwargs
+    ):  # repeat_interleave(counts): every sample's number as often as it says
+        return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
+    return _read(layout, func(_numbers(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
+
+
+def nonzero_of(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    """Where a mask is true: as many entries as there are, each of its place's sample."""
+    return owned(layout.n, 0, layout.owners().to(args[0].device)[args[0].nonzero()[:, layout.axis]])
+
+
+def sorted_along(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    """A list of samples in another order; a table sorted over the samples mixes them."""
+    x = args[0]
+    if sort_axis(func, args, kwargs) != layout.axis:
+        return layout
+    if x.ndim > 1:
+        return None
+    made = func(*args, **kwargs)
+    order = made if func in named("argsort") else made[1] if isinstance(made, tuple) else x.argsort()
+    return owned(layout.n, 0, layout.owners().to(order.device)[order])
+
+
+def sort_axis(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    place = 2 if func in named("topk") else 1
+    given = [a for a in (*args[place : place + 2], kwargs.get("dim")) if isinstance(a, int) and not isinstance(a, bool)]
+    dim = given[0] if given else 0 if func in named("msort") else -1
+    return int(dim % max(1, args[0].ndim))
+
+
+# ---- sequences --------------------------------------------------------------------------------------------------
+
+
+def _packed(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    """``_pack_padded_sequence(input, lengths, batch_first)``: time-major, the longest sample first."""
+    _, lengths, batch_first = args[:3]
+    if layout.axis != (0 if batch_first else 1) or out.shape[:1] != (int(lengths.sum()),):
+        return None
+    owners = layout.owners()
+    return owned(layout.n, 0, torch.cat([owners[: int((lengths > t).sum())] for t in range(int(lengths.max()))]))
+
+
+def _unpacked(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    """``_pad_packed_sequence(data, batch_sizes, batch_first, ...)``: the first step names every sample."""
+    _, batch_sizes, batch_first = args[:3]
+    if out.ndim < 2:  # the lengths
+        return None
+    return owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
+
+
+def recurred(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    """One layer, time first or packed: its outputs, and its last states ``[directions, B, H]``."""
+    if isinstance(args[3], (tuple, list)):  # packed
+        return layout if out.ndim == 2 else owned(layout.n, 1, layout.owners()[: int(args[1][0])])
+    return layout if layout.fits(out.shape, layout.axis) else None  # if not 1, samples one after the other in time
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def bind(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+def named(*names: str) -> set[Function]:
+    found = [getattr(space, name, None) for name in names for space in (torch, Tensor)]
+    return {f for f in found if f is not None}
+
+
+_RESHAPES = "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze"
+_VIEWS = """transpose swapaxes swapdims permute movedim moveaxis t adjoint select narrow chunk split unbind tensor_split
+    split_with_sizes diagonal unfold hsplit vsplit dsplit"""
+MOVED: dict[Function, Follow] = {
+    **dict.fromkeys(named(*_RESHAPES.split()), _reshaped),
+    **dict.fromkeys(named(*_VIEWS.split()), _viewed),
+    **dict.fromkeys((getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")), _viewed),
+    Tensor.__getitem__: indexed,
+    **dict.fromkeys(named("index_select"), _selected),
+    **dict.fromkeys(named("masked_select", "gather", "take_along_dim", "take", "roll", "flip"), _moved),
+    **dict.fromkeys(named("repeat", "tile", "repeat_interleave"), _repeated),
+    **dict.fromkeys(named("nonzero", "argwhere", "where"), nonzero_of),
+    **dict.fromkeys(named("sort", "argsort", "msort", "topk"), sorted_along),
+    torch._C._VariableFunctions._pack_padded_sequence: _packed,
+    torch._C._VariableFunctions._pad_packed_sequence: _unpacked,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), recurred),
+}

@@ -86,8 +86,9 @@ class Capture(TorchFunctionMode):
         if not self.active:
             self.known.clear()
             self.ordinal = 0
+        root = _Derived(None)
         for t in self.roots.values():
-            self._mark(t, _Derived(None))
+            self._mark(t, root)
         for t, axis in inputs:
             if axis is None:
                 self._mark(t, _Derived(None))

@@ -54,6 +54,8 @@ def streamed(model: nn.Module, x: Tensor, y: Tensor, quantity: str) -> Run:
 def sliced(model: nn.Module, x: Tensor, y: Tensor, quantity: str) -> Run:
     """Reduced on arrival, within the memory of the plain pass."""
     q = QUANTITIES[quantity]
+    if not q.requests:
+        raise Unserved("a statistics run keeps no rows")
     bound, _ = peak(plain(model, x, y))
     model.zero_grad()
     return lambda: q.ask(persample.gradients(model, losses, x, y, quantities=q.requests, max_bytes=bound, verify=False))

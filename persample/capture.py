@@ -76,6 +76,7 @@ class Capture(TorchFunctionMode):
         self.names = {id(t): name for name, t in self.roots.items()}
         self.known: dict[int, tuple[weakref.ref[Tensor], _Sampled | _Derived]] = {}
         self.couplers = couplers
+        self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
         self.ordinal = 0  # of the call that is running
         self.count = 0
         self.n = 0
@@ -169,6 +170,7 @@ class Capture(TorchFunctionMode):
         )
         live = [] if func in rules.INERT else self._live(tensors, kinds)
         if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
+            self.coupled |= bool(couples) and not is_wrapped(tensors)
             out = func(*args, **kwargs)
             self._propagate(func, args, kwargs, tensors, sampled, out)
             return out
@@ -233,6 +235,7 @@ class Capture(TorchFunctionMode):
             out = tuple(t.clone() for t in out)
         self._propagate(func, args, kwargs, tensors, sampled, out)
         outputs = [t for t in _results(args, kwargs, out, mutates) if t.requires_grad and t.grad_fn is not None]
+        self.coupled |= bool(couples) and not outputs
         for t in outputs:
             kind = self._kind(t)
             call.outputs.append((t.shape, kind.layout if isinstance(kind, _Sampled) else None))

@@ -96,7 +96,7 @@ def _merge(g: Piece, count: int, mean: Tensor, square: Tensor) -> None:
     """Take the rows of ``g`` into the mean and the centred squares of ``count`` rows so far."""
     source = blocks(g, len(g), cuts(g, cost.chunk(len(g)))) if isinstance(g, Dense) else streamed(g)
     for at, part, block in source:
-        if block.shape[1] >= cost.costs().long and len(block) <= 8:
+        if block.shape[1] >= cost.costs().long and len(block) <= 16:  # few, or very long ones
             _merge_rows(block, count + at.start, mean[part], square[part])
         else:
             _merge_block(block, count + at.start, mean[part], square[part])

@@ -482,3 +482,28 @@ def test_lora(options: dict[str, Any], way: str) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     rows = [torch.autograd.grad(losses_of(model(one)).sum(), trained) for one in inputs().split(1)]
     assert close(WAYS[way](model), torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+
+
+@pytest.mark.parametrize("hidden", [False, True])  # the backbone under no_grad, or just frozen
+def test_a_trainable_head_on_a_frozen_backbone_with_batch_norm(hidden: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU()).requires_grad_(False)
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(not hidden):
+                h = self.backbone(x)
+            return self.head(h)
+
+    torch.manual_seed(0)
+    model = Model().double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+    expected = [torch.autograd.grad(one, model.head.weight, retain_graph=True)[0] for one in losses]
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, verify=True)
+    torch.testing.assert_close(G["head.weight"], torch.stack(expected), rtol=0, atol=1e-9)
+    assert persample.check(model, nn.CrossEntropyLoss(), x, y).ok
+    with pytest.raises(persample.BatchCoupledError, match="slices"):  # which would have other statistics
+        persample.gradients(model, nn.CrossEntropyLoss(), x, y, max_bytes=1000, verify=False)

@@ -49,7 +49,7 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         losses.detach(),
         detached(outputs),
         unused,
-        any(call.couples for call in found.calls),
+        capture.coupled or any(call.couples for call in found.calls),
         collect.served_by(),
     )
 

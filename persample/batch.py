@@ -105,8 +105,8 @@ class Batch:
         n = next((size for size in sizes if size != 1), 1) if sizes else 1
         if not sizes:
             raise SampleAxisError(
-                "no tensor among the inputs and targets has a sample axis. Give batched tensors, or say where the "
-                "samples are with batch_dim=."
+                "no tensor among the inputs and targets has a sample axis. Give batched tensors (arrays and "
+                "lists aren't converted: torch.as_tensor does), or say where the samples are with batch_dim=."
             )
         if n == 0:
             raise EmptyBatchError(

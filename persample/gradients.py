@@ -90,6 +90,11 @@ class Gradients(Quantities):
 
     def __getitem__(self, name: str) -> Tensor:
         """``[N, *P]``: the individual gradients of one parameter."""
+        if not isinstance(name, str):
+            raise UnknownParameterError(
+                f"rows are asked for by the name of a parameter, got {name!r}; sample n is G['name'][n], or "
+                "G.flat()[n] with all parameters."
+            )
         name = self._aliases.get(name, name)
         if name not in self._kept:
             raise UnknownParameterError(f"no parameter '{name}'; there are {list(self.names)}.")

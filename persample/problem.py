@@ -176,6 +176,8 @@ def pose(
     """Check and gather what the user gave; of a compiled model, the original."""
     model = getattr(model, "_orig_mod", model)
     check_model(model)
+    if isinstance(loss_fn, type):
+        raise LossError(f"loss_fn is the class {loss_fn.__name__}; give an instance of it: {loss_fn.__name__}().")
     if not callable(loss_fn):
         raise LossError(f"loss_fn must be a function (outputs, targets) or a criterion, got {loss_fn!r}.")
     found, aliases = named_parameters(model)

@@ -9,7 +9,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class Statistics(Quantities):
 
     def __len__(self) -> int:
         return self._n
+
+    def __getitem__(self, name: str) -> NoReturn:
+        """There are no rows."""
+        raise QuantityError(f"this run has kept no rows, so there is none of {name!r}: leave quantities= out for them.")
 
     def finish(self, run: Pass, note: str = "") -> Statistics:
         """Take what the engine reports, and make the clipped sum."""

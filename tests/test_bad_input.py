@@ -63,6 +63,8 @@ def within_batch(model: nn.Module, loss_fn: Any, inputs: Tensor) -> Tensor:
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": lambda x: x}, persample.ArgumentError, "model must be a torch.nn.Module"),
     ({"model": nn.Linear(D, 2, device="meta")}, persample.ArgumentError, "'weight'.*meta"),
+    ({"loss_fn": nn.CrossEntropyLoss}, persample.LossError, r"give an instance of it: CrossEntropyLoss\(\)"),
+    ({"inputs": [[1.0, 2.0]], "targets": None}, persample.SampleAxisError, r"torch\.as_tensor"),
     ({"loss_fn": "mse"}, persample.LossError, "loss_fn must be a function"),
     ({"engine": None}, persample.ArgumentError, "engine must be one of"),
     ({"engine": ["hooks"]}, persample.ArgumentError, "engine must be one of"),
@@ -224,6 +226,14 @@ def test_a_table_looked_up_by_the_samples_numbers(
 
 
 # ---- results ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_by_number_and_of_a_run_that_keeps_none() -> None:
+    wrong: Any = 0
+    with pytest.raises(persample.UnknownParameterError, match=r"got 0; sample n is"):
+        persample.gradients(linear(), square, x())[wrong]
+    with pytest.raises(persample.QuantityError, match="kept no rows, so there is none of 'weight'"):
+        persample.gradients(linear(), square, x(), quantities=["norm"])["weight"]
 
 
 def test_wrong_arguments_of_quantities_are_named() -> None:

@@ -14,12 +14,11 @@ from . import microbatch
 from .engines import ENGINES, check_engine, compiled, hooks
 from .engines import vmap as vmap_engine
 from .errors import ArgumentError, RandomnessError
-from .factors import Factors, compact
-from .gradients import Gradients
+from .gradients import Sink
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
 from .state import undone_on_error
-from .statistics_run import Request, Statistics
+from .statistics_run import Request
 from .verify import check_alone, remember, run_verified, verified
 
 
@@ -41,7 +40,7 @@ def gradients(
     r"""Per-sample gradients ``G [N, D]``: row ``n`` is the gradient of the *unscaled* loss of sample ``n``.
 
     The loss of sample ``n`` is what ``loss_fn(outputs, targets)`` says of that sample alone: an ``[N]`` result is
-    taken as it is, a scalar criterion (any ``nn.*Loss()``) is applied to batches of one.  Class weights then cancel
+    taken as it is, a scalar criterion (most ``nn.*Loss()``) is applied to batches of one.  Class weights then cancel
     in a mean over one sample, and there is no ``1/N``.
 
     Args:
@@ -102,31 +101,12 @@ def gradients(
     with _seeded(generator), undone_on_error(problem.model):
         if quantities is not None and max_bytes is not None:
             return microbatch.statistics(problem, quantities, max_bytes, sliced)
-        if quantities is not None:
-            statistics = Statistics(quantities, problem.parameters)
-            run, note = _verified(problem, engine, statistics.emit, verify, coupled=coupled)
-            return statistics.finish(run, note)
-        kept: dict[str, Factors] = {}
+        sink = Sink(problem.parameters, problem.aliases, quantities)
         if engine == "hooks" and max_bytes is not None:
-            kept, run, note = microbatch.rows(problem, max_bytes, sliced)
+            sink.kept, run, note = microbatch.rows(problem, max_bytes, sliced)
         else:
-            run, note = _verified(
-                problem,
-                engine,
-                lambda name, g: kept.__setitem__(name, compact(g)),
-                verify,
-                max_bytes=max_bytes,
-                coupled=coupled,
-            )
-    return Gradients(
-        {name: kept[name] for name in problem.parameters},
-        run.losses,
-        run.outputs,
-        unused=run.unused,
-        aliases=problem.aliases,
-        parameters=problem.parameters,
-        note=note,
-    )
+            run, note = _verified(problem, engine, sink.emit, verify, max_bytes=max_bytes, coupled=coupled)
+        return sink.result(run, note)
 
 
 def _verified(

@@ -1,4 +1,5 @@
-"""The result of a run that keeps the rows: the per-sample gradients of a whole model, as one matrix ``G [N, D]``.
+"""The result of a run that keeps the rows: the per-sample gradients of a whole model, as one matrix ``G [N, D]``; and
+`Sink`, where complete factors go in any run.
 
 The rows of every parameter are kept as factors (`persample.factors`), so most quantities never write ``[N, *P]``.
 """
@@ -6,7 +7,7 @@ The rows of every parameter are kept as factors (`persample.factors`), so most q
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from . import display, reductions
 from .errors import QuantityError, UnknownParameterError
-from .factors import Factors, dense, device, dtype, nbytes
-from .problem import Selection, select
+from .factors import Factors, compact, dense, device, dtype, nbytes
+from .problem import Pass, Selection, select
 from .quantities import PARTS, Checked, Kept, Parts, Quantities
 from .report import bytes_text
+from .statistics_run import Request, Statistics
 
 
 class Gradients(Quantities):
@@ -177,3 +179,37 @@ def _difference(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> str
         f"'{name}' {tuple(a[name]) if name in a else 'absent'} against {tuple(b[name]) if name in b else 'absent'}"
         for name in wrong[:3]
     )
+
+
+Result = Gradients | Statistics
+
+
+class Sink:
+    """Where complete factors go: kept as `Gradients`, or reduced as `Statistics`."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], aliases: dict[str, str], quantities: Iterable[Request] | None
+    ) -> None:
+        self.parameters, self.aliases = parameters, aliases
+        self.kept: dict[str, Factors] = {}
+        self.statistics = None if quantities is None else Statistics(quantities, parameters)
+
+    def emit(self, name: str, g: Factors) -> None:
+        if self.statistics is not None:
+            self.statistics.emit(name, g)
+        else:
+            self.kept[name] = compact(g)
+
+    def result(self, run: Pass, note: str = "") -> Result:
+        if self.statistics is not None:
+            return self.statistics.finish(run, note)
+        kept = {name: self.kept[name] for name in self.parameters}
+        return Gradients(
+            kept,
+            run.losses,
+            run.outputs,
+            unused=run.unused,
+            aliases=self.aliases,
+            parameters=self.parameters,
+            note=note,
+        )

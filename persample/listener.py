@@ -21,13 +21,11 @@ from .batch import flatten
 from .calls import Call, Reached, reached
 from .collect import Collect, check_complete, check_uncoupled
 from .errors import ArgumentError, CaptureError, SampleAxisError, warn
-from .factors import Factors, compact
-from .gradients import Gradients
+from .gradients import Sink
 from .problem import Pass
-from .statistics_run import Request, Statistics
+from .statistics_run import Request
 
 Reduction = str | float | Callable[[], float] | None
-Result = Gradients | Statistics
 
 
 class Listener:
@@ -179,34 +177,3 @@ def _number(reduction: Any) -> float:
             f"losses), or a function that returns c, got {reduction!r}."
         )
     return factor
-
-
-class Sink:
-    """Where complete factors go: kept as `Gradients`, or reduced as `Statistics`."""
-
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], aliases: dict[str, str], quantities: list[Request] | None
-    ) -> None:
-        self.parameters, self.aliases = parameters, aliases
-        self.kept: dict[str, Factors] = {}
-        self.statistics = None if quantities is None else Statistics(quantities, parameters)
-
-    def emit(self, name: str, g: Factors) -> None:
-        if self.statistics is not None:
-            self.statistics.emit(name, g)
-        else:
-            self.kept[name] = compact(g)
-
-    def result(self, run: Pass, note: str = "") -> Result:
-        if self.statistics is not None:
-            return self.statistics.finish(run, note)
-        kept = {name: self.kept[name] for name in self.parameters}
-        return Gradients(
-            kept,
-            run.losses,
-            run.outputs,
-            unused=run.unused,
-            aliases=self.aliases,
-            parameters=self.parameters,
-            note=note,
-        )

@@ -1,6 +1,6 @@
 """One loss per sample, from any criterion: the loss of sample ``n`` is what the criterion says of sample ``n`` alone.
 
-``loss_fn(outputs, targets)`` that returns ``[N]`` is taken as it is.  One that returns a scalar (any ``nn.*Loss()``
+``loss_fn(outputs, targets)`` that returns ``[N]`` is taken as it is.  One that returns a scalar (most ``nn.*Loss()``
 with its default reduction) is called with batches of one, ``loss_fn(outputs[n:n+1], targets[n:n+1])``, vectorised by
 ``vmap``, or in a loop where ``vmap`` can't follow (``.item()``).  So there is no ``1/N`` to configure.  Note what
 follows: class weights cancel in a (weighted) mean over one sample, and a mean over positions is one over that

@@ -28,7 +28,8 @@ from .collect import Collect, check_complete, check_uncoupled
 from .engines.hooks import eager
 from .errors import ArgumentError, CaptureError, LossError
 from .factors import Factors, strided
-from .listener import Listener, Reduction, Result, Sink
+from .gradients import Result, Sink
+from .listener import Listener, Reduction
 from .losses import ways_out
 from .problem import Pass, Selection, check_model, named_parameters, select
 from .state import modules_of

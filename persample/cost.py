@@ -27,7 +27,8 @@ class Costs:
     tiny: int = 1 << 15  # up to so many, the number of calls is all that counts
     samples: int = 512  # of a tile of a Gram
     long: int = 1 << 14  # from this row length on, one call per row beats one call per block
-    token_norm: float = 0.9  # norms from products of tokens, against streaming rows
+    tokens: int = 32  # products of tokens with each other are taken by halves, of at least so many
+    token_norm: float = 0.8  # norms from products of tokens, against streaming rows
     token_gram: float = 0.8  # the same for all pairs of samples
     pixel_norm: float = 1.1  # norms of convolutions from products of pixels
     pixel_gram: float = 1.0  # the same for all pairs of samples
@@ -61,11 +62,19 @@ def using(**changes: Any) -> Iterator[Costs]:
         _costs.reset(token)
 
 
+def halvings(t: int) -> int:
+    """How often ``T`` tokens are halved for their products with each other, of which no half is computed twice."""
+    return max(0, (t // max(1, costs().tokens)).bit_length() - 1)
+
+
 def outer_norm(n: int, t: int, o: int, i: int) -> str:
-    """Norms of sums of ``T`` outer products: ``T^2 (O + I)`` against ``T O I`` multiplications per sample."""
+    """Norms of sums of ``T`` outer products: a good half of ``T^2 (O + I)`` against ``T O I`` multiplications per
+    sample.
+    """
     c = costs()
     tiny = n * o * i <= c.tiny  # fewer calls
-    return c.outer_norm or ("tokens" if t * (o + i) < c.token_norm * o * i and not tiny else "stream")
+    others = t * (1 + 2 ** -halvings(t)) / 2  # tokens that each is multiplied with
+    return c.outer_norm or ("tokens" if others * (o + i) < c.token_norm * o * i and not tiny else "stream")
 
 
 def outer_gram(n: int, m: int, t: int, s: int, o: int, i: int) -> str:

@@ -123,12 +123,12 @@ def _row_dot(a: Piece, b: Piece) -> Tensor:
         case Rows(), Rows():
             return lookup.row_dot(a, b)
         case Dense(), Dense():
-            return torch.bmm(_matrix(a).unsqueeze(1), _matrix(b).unsqueeze(2)).view(len(a))
+            return torch.linalg.vecdot(_matrix(a), _matrix(b))
     found = _zeros(a, len(a))
     a, b, leader = alike(a, b)
     step, parts = tiles(leader)
     for (at, _, x), (_, _, y) in zip(blocks(a, step, parts), blocks(b, step, parts), strict=True):
-        found[at] += torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).view(len(x))
+        found[at] += x.mul_(y).sum(1)
     return found
 
 
@@ -240,18 +240,26 @@ def _gram(a: Piece, b: Piece) -> Tensor:
         case Rows(), Rows():
             return lookup.gram(a, b)
         case Dense(), Dense():
-            return _matrix(a) @ _matrix(b).mT
+            return _products(_matrix(a), _matrix(b))
     found = _zeros(a, len(a), len(b))
     width = cost.chunk(max(len(a), len(b)), cost.costs().wide)
     if b is a:
         for _, _, x in blocks(a, len(a), cuts(a, width)):
-            found.addmm_(x, x.mT)
+            found += _products(x, x)
         return found
     a, b, leader = alike(a, b)
     parts = cuts(leader, width)
     for (_, _, x), (_, _, y) in zip(blocks(a, len(a), parts), blocks(b, len(b), parts), strict=True):
-        found.addmm_(x, y.mT)
+        found += _products(x, y)
     return found
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """``x y^T``.  Long rows are cut in four: the library of matrix products shares out four better than one."""
+    if x.shape[1] < cost.costs().long or x.shape[1] % 4:
+        return x @ y.mT
+    left, right = (t.unflatten(1, (4, -1)).transpose(0, 1) for t in (x, y))
+    return torch.bmm(left, right.mT).sum(0)
 
 
 def _prefers_tokens(a: Outer, b: Outer) -> bool:

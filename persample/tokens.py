@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import cost
 from .convolution import multiplied
@@ -30,14 +31,38 @@ def norms(g: Outer) -> tuple[Tensor, Tensor]:
     """Squared norms, ``[N]``, and the size of the terms that they are sums of, ``[N]``."""
     n, k, t = g.left.shape[:3]
     value, size = g.left.new_empty(n), g.left.new_empty(n)
+    halvings = cost.halvings(t)
+    missing = -t % 2**halvings  # tokens of zeros, so that it can be halved so often
     step = cost.chunk(k * t * t)
     for i in range(0, n, step):
-        left, right = g.left[i : i + step].flatten(0, 1), g.right[i : i + step].flatten(0, 1)
-        with borrow(left, len(left), t, t) as a, borrow(right, len(right), t, t) as b:
-            torch.bmm(left, left.mT, out=a)
-            torch.bmm(right, right.mT, out=b)
-            value[i : i + step], size[i : i + step] = multiplied(a.flatten(1), b.flatten(1), len(left) // k)
+        sides = (f[i : i + step].flatten(0, 1) for f in (g.left, g.right))
+        left, right = (F.pad(x, (0, 0, 0, missing)) if missing else x for x in sides)
+        for found, part in zip((value, size), _squares(left, right, halvings), strict=True):
+            found[i : i + step] = part.view(-1, k).sum(1)
     return value, size
+
+
+def _squares(left: Tensor, right: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
+    """``sum_{t, s} <l_t, l_s> <r_t, r_s>`` of ``[M, T, *]``, ``[M]``, and a bound.
+
+    Products are symmetric: those of the first half of the tokens with the second count twice, and the two halves are
+    samples of their own.
+    """
+    if not halvings:
+        return _products(left, left, right, right)
+    half = left.shape[1] // 2
+    value, size = _products(left[:, :half], left[:, half:], right[:, :half], right[:, half:])
+    halves = (x.unflatten(1, (2, half)).flatten(0, 1) for x in (left, right))
+    more, bound = (part.view(-1, 2).sum(1) for part in _squares(*halves, halvings - 1))
+    return more.add_(value, alpha=2), bound.add_(size, alpha=2)
+
+
+def _products(left: Tensor, left2: Tensor, right: Tensor, right2: Tensor) -> tuple[Tensor, Tensor]:
+    m, t, s = *left.shape[:2], left2.shape[1]
+    with borrow(left, m, t, s) as a, borrow(right, m, t, s) as b:
+        torch.bmm(left, left2.mT, out=a)
+        torch.bmm(right, right2.mT, out=b)
+        return multiplied(a.flatten(1), b.flatten(1), m)
 
 
 def gram(a: Outer, b: Outer) -> Tensor:

@@ -27,6 +27,7 @@ VARIANTS = {
                "conv_gram": "stream", "conv_rows": "offsets"},
     "products": {"outer_norm": "tokens", "outer_gram": "tokens", "outer_moments": "products", "conv_norm": "pixels",
                  "conv_gram": "pixels", "conv_rows": "native", "few": 0},
+    "halves": {"outer_norm": "tokens", "tokens": 1, "long": 1},
     "tokens": {"outer_norm": "tokens", "outer_gram": "tokens", "conv_norm": "stream", "conv_rows": "tokens"},
 }  # fmt: skip
 VARIANTS |= {f"{name}_small": SMALL | changes for name, changes in VARIANTS.items()}
@@ -381,6 +382,7 @@ def test_costs_are_restored() -> None:
 def test_the_cost_model_decides_by_shape() -> None:
     assert cost.outer_norm(16, 128, 256, 1024) == "tokens"
     assert cost.outer_norm(8, 512, 256, 256) == "stream"
+    assert [cost.halvings(t) for t in (0, 1, 31, 63, 64, 127, 128, 197, 1024)] == [0, 0, 0, 0, 1, 1, 2, 2, 5]
     assert cost.outer_gram(128, 128, 1, 1, 512, 512) == "tokens"
     assert cost.outer_gram(64, 64, 64, 64, 512, 128) == "stream"
     assert cost.conv_norm(128, 128, 100, 64, 9) == "pixels"
@@ -393,3 +395,13 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert cost.conv_rows(like, 128, 64, (1, 1)) == "tokens"
     assert cost.conv_rows(like, 3, 1024, (1, 3, 3, 3)) == "offsets"
     assert cost.conv_rows(like.double(), 3, 1024, (3, 3)) == "offsets"
+
+
+@pytest.mark.parametrize("least", [1, 2, 3, 32])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 7, 8, 13, 64, 101])
+def test_norms_from_products_by_halves(tokens: int, least: int) -> None:
+    left, right = randn(tokens, 3, 2, tokens, 4), randn(tokens + 1, 3, 2, tokens, 5)
+    left, right = left.mT.contiguous().mT, right[:, :, torch.arange(tokens)]  # both ways to lie
+    g = Outer(left, right, torch.Size((2, 4, 5)))
+    with cost.using(outer_norm="tokens", tokens=least):
+        close(reductions.row_dot(g, g), flat(factors.dense(g)).square().sum(1))

@@ -127,9 +127,13 @@ def take_in(total: Statistics, more: Statistics) -> None:
 
 
 def _merged_moments(a: tuple[Tensor, Tensor], n: int, b: tuple[Tensor, Tensor], m: int) -> tuple[Tensor, Tensor]:
-    (total, centred), (more, more_centred) = a, b
+    (total, variance), (more, more_variance) = a, b
     gap = more / m - total / n
-    return total + more, (centred + more_centred).add_(gap.square_(), alpha=n * m / (n + m))
+    return total + more, _averaged(variance, n, more_variance, m).add_(gap.square_(), alpha=n * m / (n + m) ** 2)
+
+
+def _averaged(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
+    return (a * (n / (n + m))).add_(b, alpha=m / (n + m))
 
 
 def _appended(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
@@ -151,7 +155,7 @@ MERGE: dict[str, Callable[[Any, int, Any, int], Any]] = {
     "dot": _appended,
     "project": _appended,
     "sum": _added,
-    "square_sum": _added,
+    "mean_square": _averaged,
     "moments": _merged_moments,
     "gram": _beside,
 }

@@ -36,25 +36,30 @@ class Projects(Protocol):
         """``G R`` for one parameter, ``[N, k]``."""
 
 
+def _moments(g: Factors) -> tuple[Tensor, Tensor]:
+    total, centred = reductions.moments(g)
+    return total, centred.div_(len(g))  # in place: fresh memory for it costs as much as computing it
+
+
 # What one parameter contributes: (its factors, its piece of the argument) -> part.
 PARTS: dict[str, Callable[[Factors, Any], Any]] = {
     "squares": lambda g, _: reductions.row_dot(g, g),  # [N]
     "gram": lambda g, _: reductions.gram(g, g),  # [N, N]
     "sum": lambda g, _: reductions.weighted_sum(g),  # [*P]
-    "square_sum": lambda g, _: reductions.square_sum(g),  # [*P]
-    "moments": lambda g, _: reductions.moments(g),  # (sum, centred sum of squares), [*P] each
+    "mean_square": lambda g, _: reductions.square_sum(g).div_(len(g)),  # [*P]
+    "moments": lambda g, _: _moments(g),  # (sum, variance), [*P] each
     "dot": reductions.dot,  # [N]
     "project": lambda g, r: r(g) if callable(r) else reductions.project(g, r),  # [N, k]
 }
 
 # Parts for which most forms stream their rows.
-READERS = {"gram", "square_sum", "moments", "project"}
+READERS = {"gram", "mean_square", "moments", "project"}
 
 # Parts that are read off another one, where a run computes that anyway: (that part, N) -> part.
 READ_OFF: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
     "squares": ("gram", lambda products, _: products.diagonal().clone()),
     "sum": ("moments", lambda pair, _: pair[0]),
-    "square_sum": ("moments", lambda pair, n: pair[1] + (pair[0] * pair[0].conj()).real / max(1, n)),
+    "mean_square": ("moments", lambda pair, n: (pair[0] * pair[0].conj()).real.div_(n * n).add_(pair[1])),
 }
 
 # The part each quantity of a statistics run is made of.
@@ -66,7 +71,7 @@ NEEDS: dict[str, str] = {
     "cosine": "gram",
     "sum": "sum",
     "mean": "sum",
-    "second_moment": "square_sum",
+    "second_moment": "mean_square",
     "variance": "moments",
     "std": "moments",
     "dot": "dot",
@@ -145,7 +150,7 @@ class Quantities(abc.ABC):
     def squared_norm(self, per_parameter: bool = False) -> Any:
         """``diag(G G^T)``, ``[N]``: the squared L2 norm of every sample's gradient; ``{name: [N]}`` per parameter."""
         parts = self._parts("squares")
-        return parts if per_parameter else _total(parts)
+        return dict(parts) if per_parameter else _total(parts)
 
     def norm(self, per_parameter: bool = False) -> Any:
         """``[N]``: the L2 norm of every sample's gradient, over all parameters; ``{name: [N]}`` per parameter."""
@@ -155,7 +160,7 @@ class Quantities(abc.ABC):
     def gram(self, other: Quantities | None = None, per_parameter: bool = False) -> Any:
         """``G H^T``, ``[N, M]``: inner products of all rows with those of ``other`` (by default with themselves)."""
         parts = self._parts("gram") if other is None or other is self else self._cross(other)
-        return parts if per_parameter else _total(parts)
+        return dict(parts) if per_parameter else _total(parts)
 
     def _cross(self, other: Quantities) -> Parts:
         raise QuantityError(
@@ -204,14 +209,16 @@ class Quantities(abc.ABC):
 
     def second_moment(self) -> dict[str, Tensor]:
         """``(1/N) sum_n G_n^2``, ``{name: [*P]}``: the mean of squares, not centred."""
-        return {name: total / len(self) for name, total in self._parts("square_sum").items()}
+        return dict(self._parts("mean_square"))
 
     def variance(self, ddof: int = 0) -> dict[str, Tensor]:
         """``1/(N - ddof) sum_n (G_n - mean)^2``, ``{name: [*P]}``: centred before squaring, never negative."""
         check_ddof(ddof)
         if len(self) <= ddof:
             raise QuantityError(f"a variance with ddof={ddof} needs more than {ddof} sample(s), but N = {len(self)}.")
-        return {name: centred / (len(self) - ddof) for name, (_, centred) in self._parts("moments").items()}
+        found = {name: variance for name, (_, variance) in self._parts("moments").items()}
+        n = len(self)
+        return found if not ddof else {name: variance * (n / (n - ddof)) for name, variance in found.items()}
 
     def std(self, ddof: int = 0) -> dict[str, Tensor]:
         """The square root of `variance`, ``{name: [*P]}``."""

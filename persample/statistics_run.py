@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .errors import QuantityError
+from .errors import InplaceError, QuantityError
 from .factors import Factors, compact, dtype
 from .problem import Pass
 from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, READERS, Kept, Parts, Quantities
@@ -25,7 +25,8 @@ Request = str | tuple[str, dict[str, Any]]
 
 class Statistics(Quantities):
     """The quantities that were asked for by ``quantities=``, with the methods of `Gradients`; others raise
-    `QuantityError`.
+    `QuantityError`.  Results are the run's own: once one of them was changed in place, asking again raises
+    `InplaceError`.
     """
 
     def __init__(self, requests: Iterable[Request], parameters: Mapping[str, Tensor]) -> None:
@@ -47,6 +48,7 @@ class Statistics(Quantities):
         self._readers = len(self._stored.keys() & READERS)
         self._kept: dict[str, Kept] = {}
         self._clipped: dict[str, Tensor] | None = None
+        self._versions: dict[str, list[int]] = {}  # of the parts of a kind, when they were first read
 
     def _argument(self, kind: str) -> Any:
         options = self.requests[kind]
@@ -100,12 +102,23 @@ class Statistics(Quantities):
             raise _not_asked(next(name for name, need in NEEDS.items() if need == kind), self.requests)
         if argument is not None and argument is not self._argument(kind):
             raise QuantityError(f"this run computed {kind} for another argument; the rows are gone.")
-        return self._stored[kind]
+        return self._intact(kind, self._stored[kind])
+
+    def _intact(self, kind: str, parts: Parts) -> Parts:
+        """The parts, which are handed out as they are, unless somebody has changed them."""
+        versions = [t._version for part in parts.values() for t in (part if isinstance(part, tuple) else (part,))]
+        if self._versions.setdefault(kind, versions) != versions:
+            raise InplaceError(
+                "a result of this run was changed in place since, and there is only one of it. Change a clone() instead."
+            )
+        return parts
 
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
         if weight is None:
-            moments = self._stored.get("moments")
-            sums = self._parts("sum") if moments is None else {name: total for name, (total, _) in moments.items()}
+            if "moments" in self._stored:
+                sums = {name: total for name, (total, _) in self._parts("moments").items()}
+            else:
+                sums = self._parts("sum")
             return {name: total.to(self._kinds[name]) for name, total in sums.items()}
         if not self._kept:
             raise QuantityError(
@@ -119,7 +132,7 @@ class Statistics(Quantities):
             raise _not_asked("clip", self.requests)
         if max_norm is not None and max_norm != self.requests["clip"]["max_norm"]:
             raise QuantityError(f"this run clipped at {self.requests['clip']['max_norm']}; the rows are gone.")
-        return self._clipped
+        return dict(self._intact("clip", self._clipped))
 
     def variance(self, ddof: int | None = None) -> dict[str, Tensor]:
         """The variance; with the ``ddof`` that this run was asked for, unless another is given."""

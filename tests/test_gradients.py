@@ -451,6 +451,28 @@ def test_looks_in_notebooks_and_plots() -> None:
         assert "<table" in report._repr_html_() and "0.weight" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("requests", "name"),
+    [
+        (["second_moment"], "second_moment"),
+        (["variance"], "variance"),
+        (["variance"], "sum"),
+        (["sum"], "sum"),
+        ([("clip", {"max_norm": 0.1})], "clip"),
+    ],
+)
+def test_results_of_a_run_are_handed_out_as_they_are_unless_changed(requests: list[Any], name: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    run = persample.gradients(model, nn.MSELoss(), x, y, quantities=requests)
+    first, again = getattr(run, name)(), getattr(run, name)()
+    assert all(torch.equal(first[key], again[key]) for key in ("weight", "bias"))
+    again.clear()  # the dictionary is the caller's
+    getattr(run, name)()["bias"].mul_(2)
+    with pytest.raises(persample.InplaceError, match="changed in place"):
+        getattr(run, name)()
+
+
 def test_factors_can_be_read_until_what_they_alias_changes() -> None:
     model, x, y = nn.Linear(40, 30).double(), torch.randn(N, 40).double(), torch.randint(30, (N,))
     G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)

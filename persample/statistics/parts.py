@@ -81,7 +81,7 @@ def squares(G: Quantities) -> Part:
 
 def square_total(G: HasMoments) -> Part:
     """``{name: sum_n |g_n|^2}``."""
-    if not isinstance(G, Quantities) or (_lacks(G, "squares") and not _lacks(G, "square_sum")):
+    if not isinstance(G, Quantities) or (_lacks(G, "squares") and not _lacks(G, "mean_square")):
         return {name: len(G) * m.sum() for name, m in G.second_moment().items()}
     if _lacks(G, "squares") and _lacks(G, "gram") and not _lacks(G, "moments"):
         means = mean_square(G)

@@ -94,6 +94,9 @@ def _add_squares(g: Piece, count: int, total: Tensor) -> None:
 
 def _merge(g: Piece, count: int, mean: Tensor, square: Tensor) -> None:
     """Take the rows of ``g`` into the mean and the centred squares of ``count`` rows so far."""
+    if isinstance(g, Dense) and len(mean) >= cost.costs().long:
+        _merge_rows(g.value.reshape(len(g), len(mean)), count, mean, square)
+        return
     source = blocks(g, len(g), cuts(g, cost.chunk(len(g)))) if isinstance(g, Dense) else streamed(g)
     for at, part, block in source:
         if block.shape[1] >= cost.costs().long and len(block) <= 16:  # few, or very long ones
@@ -102,12 +105,13 @@ def _merge(g: Piece, count: int, mean: Tensor, square: Tensor) -> None:
             _merge_block(block, count + at.start, mean[part], square[part])
 
 
-def _merge_rows(block: Tensor, count: int, mean: Tensor, square: Tensor) -> None:
-    """Long rows, one after the other; overwrites ``block``."""
-    for i, row in enumerate(block, count):
-        row -= mean
-        mean.add_(row, alpha=1 / (i + 1))
-        square.addcmul_(row, row, value=i / (i + 1))
+def _merge_rows(rows: Tensor, count: int, mean: Tensor, square: Tensor) -> None:
+    """Long rows, one after the other."""
+    with borrow(mean, len(mean)) as gap:
+        for i, row in enumerate(rows, count):
+            torch.sub(row, mean, out=gap)
+            mean.add_(gap, alpha=1 / (i + 1))
+            square.addcmul_(gap, gap, value=i / (i + 1))
 
 
 def _merge_block(block: Tensor, count: int, mean: Tensor, square: Tensor) -> None:

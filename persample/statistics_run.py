@@ -94,7 +94,6 @@ class Statistics(Quantities):
             parts.update(ordered)
         if "clip" in self.requests:
             self._clipped = super().clip(**self.requests["clip"])
-            self._kept.clear()
         return self
 
     def _parts(self, kind: str, argument: Any = None) -> Parts:
@@ -124,7 +123,7 @@ class Statistics(Quantities):
             raise QuantityError(
                 "a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=."
             )
-        return {name: self._kept[name].weighted_sum(weight) for name in self.names}
+        return {name: self._kept.pop(name).weighted_sum(weight) for name in self.names}
 
     def clip(self, max_norm: float | None = None) -> dict[str, Tensor]:
         """The clipped sum of this run; see `Gradients.clip`."""

@@ -52,8 +52,8 @@ def _squares(left: Tensor, right: Tensor, halvings: int) -> tuple[Tensor, Tensor
         return _products(left, left, right, right)
     half = left.shape[1] // 2
     value, size = _products(left[:, :half], left[:, half:], right[:, :half], right[:, half:])
-    halves = (x.unflatten(1, (2, half)).flatten(0, 1) for x in (left, right))
-    more, bound = (part.view(-1, 2).sum(1) for part in _squares(*halves, halvings - 1))
+    left, right = (x.unflatten(1, (2, half)).flatten(0, 1) for x in (left, right))
+    more, bound = (part.view(-1, 2).sum(1) for part in _squares(left, right, halvings - 1))
     return more.add_(value, alpha=2), bound.add_(size, alpha=2)
 
 

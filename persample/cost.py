@@ -30,7 +30,7 @@ class Costs:
     tokens: int = 32  # products of tokens with each other are taken by halves, of at least so many
     token_norm: float = 0.8  # norms from products of tokens, against streaming rows
     token_gram: float = 0.8  # the same for all pairs of samples
-    pixel_norm: float = 1.1  # norms of convolutions from products of pixels
+    pixel_norm: float = 1.4  # norms of convolutions from products of pixels
     pixel_gram: float = 1.0  # the same for all pairs of samples
     pixel_pass: float = 80  # multiplications that one pass over products of pixels is worth
     native_channels: int = 32  # up to so many input channels, a grouped convolution beats one product per offset,

@@ -108,7 +108,7 @@ class Statistics(Quantities):
         versions = [t._version for part in parts.values() for t in (part if isinstance(part, tuple) else (part,))]
         if self._versions.setdefault(kind, versions) != versions:
             raise InplaceError(
-                "a result of this run was changed in place since, and there is only one of it. Change a clone() instead."
+                "a result of this run was changed in place since, and there is only one of it: change a clone()."
             )
         return parts
 

@@ -102,6 +102,12 @@ def conv_norm(channels: int, outputs: int, pixels: int, positions: int, offsets:
     )
 
 
+def conv_alone(channels: int, outputs: int, pixels: int, positions: int, offsets: int) -> bool:
+    """Whether inner products from products of pixels are cheaper than multiplying rows that are there anyway."""
+    gram = pixels**2 * channels + positions**2 * outputs + costs().pixel_pass * pixels**2
+    return gram < outputs * channels * offsets
+
+
 def conv_gram(n: int, m: int, channels: int, outputs: int, pixels: int, positions: int, offsets: int) -> str:
     """Per group, for all pairs of samples: products of pixels and positions, against streaming and multiplying rows."""
     c = costs()

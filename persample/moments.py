@@ -94,24 +94,26 @@ def _add_squares(g: Piece, count: int, total: Tensor) -> None:
 
 def _merge(g: Piece, count: int, mean: Tensor, square: Tensor) -> None:
     """Take the rows of ``g`` into the mean and the centred squares of ``count`` rows so far."""
-    if isinstance(g, Dense) and len(mean) >= cost.costs().long:
-        _merge_rows(g.value.reshape(len(g), len(mean)), count, mean, square)
+    long = cost.costs().long
+    if isinstance(g, Dense) and len(mean) >= long:
+        with borrow(mean, len(mean)) as spare:
+            for i, row in enumerate(g.value.reshape(len(g), len(mean)), count):
+                _merge_row(row, spare, i, mean, square)
         return
     source = blocks(g, len(g), cuts(g, cost.chunk(len(g)))) if isinstance(g, Dense) else streamed(g)
     for at, part, block in source:
-        if block.shape[1] >= cost.costs().long and len(block) <= 16:  # few, or very long ones
-            _merge_rows(block, count + at.start, mean[part], square[part])
+        if block.shape[1] >= long and len(block) <= 16:  # few, or very long ones
+            for i, row in enumerate(block, count + at.start):
+                _merge_row(row, row, i, mean[part], square[part])
         else:
             _merge_block(block, count + at.start, mean[part], square[part])
 
 
-def _merge_rows(rows: Tensor, count: int, mean: Tensor, square: Tensor) -> None:
-    """Long rows, one after the other."""
-    with borrow(mean, len(mean)) as gap:
-        for i, row in enumerate(rows, count):
-            torch.sub(row, mean, out=gap)
-            mean.add_(gap, alpha=1 / (i + 1))
-            square.addcmul_(gap, gap, value=i / (i + 1))
+def _merge_row(row: Tensor, gap: Tensor, count: int, mean: Tensor, square: Tensor) -> None:
+    """One long row; overwrites ``gap``, which may be the row."""
+    torch.sub(row, mean, out=gap)
+    mean.add_(gap, alpha=1 / (count + 1))
+    square.addcmul_(gap, gap, value=count / (count + 1))
 
 
 def _merge_block(block: Tensor, count: int, mean: Tensor, square: Tensor) -> None:

@@ -10,17 +10,19 @@ Rows are gradients of *unscaled* per-sample losses, and ``mean`` is over the ``N
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from . import display, reductions
 from .errors import InplaceError, QuantityError, UnknownParameterError
 from .factors import Factors, dtype, tensors
+from .streaming import joined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +54,13 @@ PARTS: dict[str, Callable[[Factors, Any], Any]] = {
     "project": lambda g, r: r(g) if callable(r) else reductions.project(g, r),  # [N, k]
 }
 
-# Parts for which most forms stream their rows.
-READERS = {"gram", "mean_square", "moments", "project"}
+# Parts for which most forms stream their rows, and how they are put together from those of pieces of the parameter:
+# (parts, how it was split, its shape) -> part.
+READERS: dict[str, Callable[[list[Any], str, Size], Any]] = {
+    "gram": lambda parts, split, shape: functools.reduce(Tensor.add_, parts),
+    "mean_square": joined,
+    "moments": lambda parts, split, shape: tuple(joined(list(p), split, shape) for p in zip(*parts, strict=True)),
+}
 
 # Parts that are read off another one, where a run computes that anyway: (that part, N) -> part.
 READ_OFF: dict[str, tuple[str, Callable[[Any, int], Any]]] = {

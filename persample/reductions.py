@@ -27,7 +27,21 @@ from . import convolution, cost, lookup, tokens
 from .factors import Conv, Dense, Factors, Outer, Rows, dtype, index, tensors
 from .moments import moments, square_sum
 from .scratch import kernel
-from .streaming import Piece, alike, blocks, chunks, common, cuts, paired, pieces, split_of, streamed, tiles, wide
+from .streaming import (
+    Piece,
+    alike,
+    blocks,
+    channels_of,
+    chunks,
+    common,
+    cuts,
+    paired,
+    pieces,
+    split_of,
+    streamed,
+    tiles,
+    wide,
+)
 
 __all__ = ["dot", "gram", "moments", "project", "row_dot", "square_sum", "weighted_sum"]
 
@@ -170,13 +184,7 @@ def _streamed_norms(g: Conv) -> Tensor:
 
 
 def _prefers_pixels(g: Conv) -> bool:
-    return bool(g.grad.numel() and g.input.numel()) and cost.conv_norm(*_sizes(g)) == "pixels"
-
-
-def _sizes(g: Conv) -> tuple[int, int, int, int, int]:
-    """Of one group: input and output channels, pixels read, output positions, kernel offsets."""
-    pixels, positions = g.geometry.pixels(tuple(g.grad.shape[2:])), g.grad.shape[2:].numel()
-    return g.shape[1], g.shape[0] // g.geometry.groups, pixels, positions, g.geometry.offsets
+    return bool(g.grad.numel() and g.input.numel()) and cost.conv_norm(*channels_of(g)) == "pixels"
 
 
 def _pixel_norms(g: Conv) -> Tensor:
@@ -274,7 +282,7 @@ def _prefers_tokens(a: Outer, b: Outer) -> bool:
 def _prefers_pixel_pairs(a: Conv, b: Conv) -> bool:
     if a.geometry != b.geometry or a.grad.shape[2:] != b.grad.shape[2:] or not (a.input.numel() and a.grad.numel()):
         return False
-    if cost.conv_gram(len(a), len(b), *_sizes(a)) == "stream":
+    if cost.conv_gram(len(a), len(b), *channels_of(a)) == "stream":
         return False
     return _intact(*(_pixel_products(g) for g in ((a,) if b is a else (a, b))))
 

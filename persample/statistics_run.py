@@ -18,7 +18,7 @@ from .errors import InplaceError, QuantityError
 from .factors import Factors, compact, dtype
 from .problem import Pass
 from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, READERS, Kept, Parts, Quantities
-from .streaming import formed_once
+from .streaming import formed, shared_split
 
 Request = str | tuple[str, dict[str, Any]]
 
@@ -45,7 +45,8 @@ class Statistics(Quantities):
             kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names)
             for kind in kinds
         }
-        self._readers = len(self._stored.keys() & READERS)
+        own = {kind for kind in kinds if READ_OFF.get(kind, ("", None))[0] not in self._stored}
+        self._readers = [kind for kind in kinds if kind in own and kind in READERS]
         self._kept: dict[str, Kept] = {}
         self._clipped: dict[str, Tensor] | None = None
         self._versions: dict[str, list[int]] = {}  # of the parts of a kind, when they were first read
@@ -64,16 +65,25 @@ class Statistics(Quantities):
         if "clip" in self.requests:  # whose factors are needed once more when all norms are known
             g = compact(g)
             self._kept[name] = Kept.of(name, g)
-        if self._readers < 2:
-            self._reduce(name, g)
-            return
-        with formed_once(g) as g:
-            self._reduce(name, g)
+        several = len(self._readers) > 1
+        split = shared_split(g) if several or (self._readers and "project" in self._stored) else ""
+        if split == "whole":
+            for whole in formed(g, split):
+                self._reduce(name, whole, {})
+        elif split and several:
+            found = [[PARTS[kind](piece, None) for kind in self._readers] for piece in formed(g, split)]
+            parts = zip(self._readers, zip(*found, strict=True), strict=True)
+            self._reduce(name, g, {kind: READERS[kind](list(p), split, g.shape) for kind, p in parts})
+        else:
+            self._reduce(name, g, {})
 
-    def _reduce(self, name: str, g: Factors) -> None:
+    def _reduce(self, name: str, g: Factors, found: Parts) -> None:
+        """Store the parts of one parameter, of which some were ``found`` already."""
         for kind, parts in self._stored.items():
             source, read_off = READ_OFF.get(kind, ("", None))
-            if read_off is not None and source in self._stored:
+            if kind in found:
+                parts[name] = found[kind]
+            elif read_off is not None and source in self._stored:
                 parts[name] = read_off(self._stored[source][name], len(g))
             else:
                 parts[name] = PARTS[kind](g, self._pieces[kind][name])

@@ -10,7 +10,6 @@ convolution gives whole rows; with one position or one offset it is an `Outer`. 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Size, Tensor
@@ -62,22 +61,50 @@ def pieces(g: Factors, split: str) -> Iterator[Piece]:
             yield from pieces(Dense(dense(g)), split)
 
 
-@contextmanager
-def formed_once(g: Factors) -> Iterator[Factors]:
-    """``g``, for several readers; but its rows, in reused memory, where each would form them, and they are not too
-    many.
+def shared_split(g: Factors) -> str:
+    """How to take ``g`` apart so that its rows are formed once for inner products and moments: as a "whole", by kernel
+    "offsets", in "blocks" of the parameter; or "", where both do better by themselves.
     """
-    size = len(g) * g.shape.numel()
-    many = (isinstance(g, Outer) and g.left.shape[2] > 1) or split_of(g) in ("native", "tokens")
-    if not many or not 0 < size <= cost.costs().wide or wide(g) is not g:
-        yield g
+    size, c = len(g) * g.shape.numel(), cost.costs()
+    if not size or wide(g) is not g:
+        return ""
+    match g:
+        case Outer(left, right) if left.shape[2] > 1:
+            (n, _, t, o), i = left.shape, right.shape[3]
+            if size <= c.wide:
+                return "whole"
+            return "blocks" if cost.outer_gram(n, n, t, t, o, i) == "stream" else ""
+        case Conv():
+            if size <= c.wide and split_of(g) != "offsets":
+                return "whole"
+            fits = len(g) * g.shape[:2].numel() <= c.wide
+            return "offsets" if fits and g.geometry.offsets > 1 and not cost.conv_alone(*channels_of(g)) else ""
+    return ""
+
+
+def formed(g: Factors, split: str) -> Iterator[Dense]:
+    """The rows of ``g``, piece by piece, in memory that is reused for the next piece; see `shared_split`, `joined`."""
+    like = tensors(g)[-1]
+    if split == "blocks":
+        assert isinstance(g, Outer)
+        for _, _, block in blocks(g, len(g), cuts(g, cost.chunk(len(g), cost.costs().wide))):
+            yield Dense(block)
         return
-    with borrow(tensors(g)[-1], len(g), *g.shape) as out:
-        yield Dense(dense(g, out=out))
+    for piece in pieces(g, split) if split == "offsets" else (g,):
+        with borrow(like, len(g), *piece.shape) as out:
+            yield Dense(dense(piece, out=out))
+
+
+def channels_of(g: Conv) -> tuple[int, int, int, int, int]:
+    """Of one group: input and output channels, pixels read, output positions, kernel offsets."""
+    pixels, positions = g.geometry.pixels(tuple(g.grad.shape[2:])), g.grad.shape[2:].numel()
+    return g.shape[1], g.shape[0] // g.geometry.groups, pixels, positions, g.geometry.offsets
 
 
 def joined(parts: list[Tensor], split: str, shape: Size) -> Tensor:
     """``[*P]`` from what was computed of each piece."""
+    if split == "blocks":
+        return torch.cat([part.flatten() for part in parts]).reshape(shape)
     return (torch.stack(parts, -1) if split == "offsets" else parts[0]).reshape(shape)
 
 

@@ -227,6 +227,26 @@ def test_a_loss_function_that_raises_shows_its_own_error() -> None:
         persample.gradients(linear(), loss_fn, scores(C), labels())
 
 
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+@pytest.mark.parametrize("empty", range(3))
+def test_losses_per_sample_are_taken_as_they_are_also_where_they_are_not_a_number(engine: str, empty: int) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(3, 5, 4).double(), torch.randint(3, (3, 5))
+    y[empty] = -100
+
+    def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+        each = F.cross_entropy(outputs.mT, targets, reduction="none")
+        return each.sum(1) / (targets != -100).sum(1)  # 0 / 0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        G = persample.gradients(model, losses, x, y, engine=engine)
+    assert G.losses.isnan().nonzero().flatten().tolist() == [empty]
+    for n, loss in enumerate(losses(model(x), y)):
+        (row,) = torch.autograd.grad(loss, model.weight, retain_graph=True)
+        assert torch.allclose(G["weight"][n], row, rtol=0, atol=1e-12, equal_nan=True)
+
+
 def test_warnings_name_the_sample_that_is_ignored() -> None:
     """Also the one that is run alone to verify."""
     model, x = nn.Linear(3, C).double(), scores(3)

@@ -56,10 +56,11 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
                 "built in (a constant of that size), so that a sample alone is another function. Take the size from "
                 "the inputs; or use engine='hooks' with verify=False for the rows within this batch."
             )
-        loss = loss.reshape(()) if is_per_sample(loss, 1) else loss
+        each = is_per_sample(loss, 1)
+        loss = loss.reshape(()) if each else loss
     if loss.ndim:
         raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")
-    bad = ignored(loss.reshape(1), alone.outputs(output), alone.targets, n)
+    bad = None if each else ignored(loss.reshape(1), alone.outputs(output), alone.targets, n)
     if bad is not None or not loss.requires_grad:
         return torch.zeros_like(loss) if bad is not None else loss, detached(output), (None,) * len(leaves)
     grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()

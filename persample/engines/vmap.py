@@ -73,7 +73,7 @@ def vectorised(problem: Problem, emit: Emit, max_bytes: int | None, run: Run) ->
             found.append(run(problem, Pieces(batch, values, fixed, buffers, samples, dims), spec))
     rows, (losses, outputs) = tree_map(lambda *parts: _cat([x.detach() for x in parts]), *found)
     whole = _joined(spec, outputs)
-    bad = ignored(losses, batch.outputs(whole), batch.targets)
+    bad = None if spec[3] else ignored(losses, batch.outputs(whole), batch.targets)
     for name, value in rows.items():
         emit(name, Dense(value if bad is None else value.masked_fill(bad.view(-1, *[1] * (value.ndim - 1)), 0)))
     return Pass(losses if bad is None else losses.masked_fill(bad, 0), whole, _unused(problem, rows))
@@ -101,7 +101,9 @@ def watching(problem: Problem) -> Watch:
 def rows_of(
     model: nn.Module, loss_fn: LossFunction, pieces: Pieces, spec: list[Any], watch: Watch | None = None
 ) -> Found:
-    """Rows, losses and outputs of some samples; ``spec`` is told the structure of the outputs."""
+    """Rows, losses and outputs of some samples; ``spec`` is told the structure of the outputs, and whether ``loss_fn``
+    returned a loss per sample.
+    """
 
     def one(values: dict[str, Tensor], samples: list[list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
         return alone(model, loss_fn, replace(pieces, values=values, samples=samples), spec, watch)
@@ -123,11 +125,12 @@ def alone(
             watch.share(swapped.values())
         outputs = apply(model, inputs)
         loss = loss_fn(outputs, targets)
-    if not is_per_sample(loss, 1) and loss.ndim:
+    each = is_per_sample(loss, 1)
+    if not each and loss.ndim:
         raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")
     leaves, structure = flatten(outputs)
     axes = replace(batch, n=1).outputs(outputs).axes
-    spec[:] = [structure, axes, [None if isinstance(x, Tensor) else (x,) for x in leaves]]
+    spec[:] = [structure, axes, [None if isinstance(x, Tensor) else (x,) for x in leaves], each]
     return loss.reshape(()), [x for x in leaves if isinstance(x, Tensor)]
 
 
@@ -160,7 +163,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 def _joined(spec: list[Any], outputs: list[Tensor]) -> Any:
     """The outputs of all samples, as the model would return them for the batch."""
-    structure, axes, others = spec
+    structure, axes, others, _ = spec
     each = iter(outputs)
     joined = []
     for other, axis in zip(others, axes, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample import factors, quantities, reductions, statistics_run
+from persample import cost, factors, quantities, reductions, statistics_run
 from persample.factors import Dense, Outer
 
 N, T, D = 4, 3, 6
@@ -375,6 +375,41 @@ def test_parts_that_another_one_contains_are_not_computed(monkeypatch: pytest.Mo
         assert torch.allclose(S.clip()[name], clipped, atol=1e-12)
         assert torch.allclose(S.mean()[name], G.mean()[name], atol=1e-12)
         assert torch.allclose(S.second_moment()[name], G.second_moment()[name], atol=1e-12)
+
+
+@pytest.mark.parametrize("wide", [1, 100, 1 << 22])
+@pytest.mark.parametrize(
+    "second",
+    ["variance", "second_moment", ("project", {"projection": torch.linspace(-1, 1, 744).double().view(372, 2)})],
+)
+def test_rows_that_are_formed_once_for_several_quantities(
+    wide: int, second: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 6, 3, 2), nn.ReLU(), nn.Conv1d(6, 4, 3, groups=2), nn.Linear(6, 32), nn.Linear(32, 2)
+    )
+    model = model.double()
+    x, y = torch.randn(N, 2, 17).double(), torch.randn(N, 4, 2).double()
+    splits, split = list[str](), statistics_run.shared_split
+
+    def seen(g: Any) -> str:
+        splits.append(split(g))
+        return splits[-1]
+
+    monkeypatch.setattr(statistics_run, "shared_split", seen)
+    name = second if isinstance(second, str) else second[0]
+    G = persample.gradients(model, nn.MSELoss(), x, y, engine="loop")
+    with cost.using(wide=wide):
+        S = persample.gradients(model, nn.MSELoss(), x, y, quantities=["gram", "norm", second])
+    expected = {1: {"", "blocks"}, 100: {"", "blocks", "offsets"}, 1 << 22: {"", "whole", "offsets"}}
+    assert set(splits) == expected[wide]
+    assert torch.allclose(S.gram(), G.gram(), atol=1e-12) and torch.allclose(S.norm(), G.norm(), atol=1e-12)
+    if name == "project":
+        assert torch.allclose(S.project(), G.project(second[1]["projection"]), atol=1e-12)
+        return
+    for key, value in getattr(G, name)().items():
+        assert torch.allclose(getattr(S, name)()[key], value, atol=1e-12)
 
 
 class ComplexAffine(nn.Module):

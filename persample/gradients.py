@@ -109,15 +109,25 @@ class Gradients(Quantities):
         return iter(self.names)
 
     def dense(self, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """``{name: [N, *P]}``: all individual gradients, written into ``out`` where given (much faster than fresh
-        memory).
+        """``{name: [N, *P]}``: all individual gradients, written into ``out``, a dictionary of the same, where given
+        (much faster than fresh memory).
         """
         if out is None:
             return {name: dense(self.factors[name]) for name in self.names}
+        if not isinstance(out, Mapping):
+            raise QuantityError(
+                f"out must be a dictionary {{name: tensor [N, *P]}}, got {type(out).__name__}; one wide matrix "
+                "[N, D] is for flat(out=)."
+            )
         if wrong := [n for n, shape in self.shapes.items() if n not in out or out[n].shape != (len(self), *shape)]:
             shape = [len(self), *self.shapes[wrong[0]]]
             raise QuantityError(
-                f"out must have a tensor of shape {shape} for '{wrong[0]}', and one for each parameter."
+                f"out must have a tensor of shape {shape} for '{wrong[0]}', and one for each parameter; of larger "
+                "ones, for more samples, give the first rows."
+            )
+        if wrong := [n for n in self.names if not (out[n].is_floating_point() or out[n].is_complex())]:
+            raise QuantityError(
+                f"out must not be of integers, but the tensor for '{wrong[0]}' is {out[wrong[0]].dtype}."
             )
         return {name: dense(self.factors[name], out[name]) for name in self.names}
 

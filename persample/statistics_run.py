@@ -118,7 +118,8 @@ class Statistics(Quantities):
         versions = [t._version for part in parts.values() for t in (part if isinstance(part, tuple) else (part,))]
         if self._versions.setdefault(kind, versions) != versions:
             raise InplaceError(
-                "a result of this run was changed in place since, and there is only one of it: change a clone()."
+                f"what this run returned of '{kind}' was changed in place since, and there is only one of it. Change a "
+                "clone() instead, and run again for what was lost."
             )
         return parts
 

@@ -448,6 +448,17 @@ def test_rows_written_into_given_memory() -> None:
         assert torch.allclose(rows[name], G[name], rtol=1e-13, atol=1e-15)
 
 
+def test_memory_that_rows_can_not_be_written_into_is_refused() -> None:
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    G = persample.gradients(model, nn.MSELoss(), x, y)
+    with pytest.raises(persample.QuantityError, match=r"out must be a dictionary.*flat\(out=\)"):
+        G.dense(out=torch.empty(4, 8))  # type: ignore[arg-type]
+    with pytest.raises(persample.QuantityError, match="give the first rows"):
+        G.dense(out={"weight": torch.empty(5, 2, 3), "bias": torch.empty(5, 2)})
+    with pytest.raises(persample.QuantityError, match=r"integers.*'bias'.*int32"):
+        G.dense(out={"weight": torch.empty(4, 2, 3), "bias": torch.empty(4, 2, dtype=torch.int32)})
+
+
 def test_compiled_and_wrapped_models() -> None:
     model, (x, y) = convnet().double(), batch(3, 8, 8)
     G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)

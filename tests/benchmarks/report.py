@@ -58,7 +58,7 @@ def write(options: Options, *, into_docs: bool) -> None:
 
 def blocks(found: Found, options: Options) -> Iterable[str]:
     yield machine(options)
-    yield "### This library"
+    yield "### This library, the best of its engines"
     yield _table("", QUANTITIES, {w: [_best(found, w, q, OURS) for q in QUANTITIES] for w in FULL})
     yield "### The best of the others"
     yield _table("", QUANTITIES, {w: [_best(found, w, q, PEERS, named=True) for q in QUANTITIES] for w in FULL})

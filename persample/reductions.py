@@ -136,7 +136,7 @@ def _row_dot(a: Piece, b: Piece) -> Tensor:
             return ((a.left * b.left).sum(3) * (a.right * b.right).sum(3)).sum((1, 2))
         case Rows(), Rows():
             return lookup.row_dot(a, b)
-        case Dense(), Dense():
+        case Dense(), Dense() if a.value.numel() <= cost.costs().block:
             return (_matrix(a) * _matrix(b)).sum(1)
     found = _zeros(a, len(a))
     a, b, leader = alike(a, b)

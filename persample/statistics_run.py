@@ -117,9 +117,10 @@ class Statistics(Quantities):
         """The parts, which are handed out as they are, unless somebody has changed them."""
         versions = [t._version for part in parts.values() for t in (part if isinstance(part, tuple) else (part,))]
         if self._versions.setdefault(kind, versions) != versions:
+            asked = [name for name in self.requests if kind in (name, NEEDS[name])]
             raise InplaceError(
-                f"what this run returned of '{kind}' was changed in place since, and there is only one of it. Change a "
-                "clone() instead, and run again for what was lost."
+                f"a result of this run ({', '.join(asked)}) was changed in place since, and there is only one of it. "
+                "Change a clone() instead, and run again for what was lost."
             )
         return parts
 

@@ -29,6 +29,7 @@ from .calls import KEY, Call, Derivation, Shared, behind, flat, mapped, metadata
 from .errors import HigherOrderError
 from .layout import Layout
 from .propagate import found_again, lone_sample, mixes, propagate
+from .state import named_modules
 
 
 @dataclass(slots=True)
@@ -70,10 +71,14 @@ class Capture(TorchFunctionMode):
         self.active = False
         self.wanted = wanted
         self.listener = listener
-        self.roots = dict(
-            reversed([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-        )
-        self.names = {id(t): name for name, t in self.roots.items()}
+        self.roots: list[Tensor] = []
+        self.names: dict[int, str] = {}
+        for prefix, module in named_modules(model):
+            for own in (module._parameters, module._buffers):
+                for name, t in own.items():
+                    if t is not None and id(t) not in self.names:
+                        self.roots.append(t)
+                        self.names[id(t)] = prefix + name
         self.known: dict[int, tuple[weakref.ref[Tensor], _Sampled | _Derived]] = {}
         self.couplers = couplers
         self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
@@ -88,7 +93,7 @@ class Capture(TorchFunctionMode):
             self.known.clear()
             self.ordinal = 0
         root = _Derived(None)
-        for t in self.roots.values():
+        for t in self.roots:
             self._mark(t, root)
         for t, axis in inputs:
             if axis is None:
@@ -155,20 +160,26 @@ class Capture(TorchFunctionMode):
         tensors = [t for t in flat(args, kwargs) if isinstance(t, Tensor)]
         if func in rules.LIKE:
             tensors = tensors[:1]  # the other argument only lends its type or shape
-        kinds = [self._kind(t) for t in tensors]
-        sampled = [(t, k.layout) for t, k in zip(tensors, kinds, strict=True) if isinstance(k, _Sampled)]
-        if not sampled or (func in rules.PICKS and self._is_choice(kinds, sampled)):
-            before = {id(t): t._version for t in tensors} if tensors else {}
+        sampled: list[tuple[Tensor, Layout | None]] = []
+        shared: list[tuple[Tensor, _Derived]] = []
+        for t in tensors:
+            kind = self._kind(t)
+            if isinstance(kind, _Sampled):
+                sampled.append((t, kind.layout))
+            elif kind is not None:
+                shared.append((t, kind))
+        live = self._live(shared) if shared and func not in rules.INERT else []
+        if not sampled or (shared and func in rules.PICKS and _is_choice(sampled)):
+            before = {id(t): t._version for t in tensors}
             out = func(*args, **kwargs)
-            if any(isinstance(k, _Derived) for k in kinds):
-                self._derive(func, args, kwargs, [] if func in rules.INERT else self._live(tensors, kinds), before, out)
+            if shared:
+                self._derive(func, args, kwargs, live, before, out)
             return out
         couples = (
             "makes a sample's values depend on the other samples"
             if self.ordinal in self.couplers or mixes(func, args, kwargs, sampled)
             else rules.coupling(func, args, kwargs)
         )
-        live = [] if func in rules.INERT else self._live(tensors, kinds)
         if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
             self.coupled |= bool(couples) and not is_wrapped(tensors)
             out = func(*args, **kwargs)
@@ -176,21 +187,12 @@ class Capture(TorchFunctionMode):
             return out
         return self._record(func, args, kwargs, tensors, sampled, live, couples)
 
-    def _is_choice(
-        self, kinds: Sequence[_Sampled | _Derived | None], sampled: Sequence[tuple[Tensor, Layout | None]]
-    ) -> bool:
-        """Whether only numbers of the batch as a whole (the experts that are hit, the longest length) pick from shared
-        tensors.
-        """
-        numbers = all(at is None and not t.is_floating_point() for t, at in sampled)
-        return numbers and any(isinstance(k, _Derived) for k in kinds)
-
-    def _live(self, tensors: list[Tensor], kinds: Sequence[_Sampled | _Derived | None]) -> list[Shared]:
-        """The shared arguments whose gradient is asked for, each once."""
+    def _live(self, shared: Sequence[tuple[Tensor, _Derived]]) -> list[Shared]:
+        """Those of the shared arguments whose gradient is asked for, each once."""
         found = {
-            id(t): Shared(t, k.derivation)
-            for t, k in zip(tensors, kinds, strict=True)
-            if isinstance(k, _Derived) and t.requires_grad and (k.derivation is not None or id(t) in self.wanted)
+            id(t): Shared(t, kind.derivation)
+            for t, kind in shared
+            if t.requires_grad and (kind.derivation is not None or id(t) in self.wanted)
         }
         return list(found.values())
 
@@ -321,9 +323,16 @@ class Capture(TorchFunctionMode):
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
+def _is_choice(sampled: Sequence[tuple[Tensor, Layout | None]]) -> bool:
+    """Whether only numbers of the batch as a whole (the experts that are hit, the longest length) pick from shared
+    tensors.
+    """
+    return all(at is None and not t.is_floating_point() for t, at in sampled)
+
+
 def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: bool) -> list[Tensor]:
     """What a call made: its outputs, or the tensor it changed."""
-    if isinstance(out, Tensor) and not kwargs:
+    if isinstance(out, Tensor) and "out" not in kwargs:
         return [out]
     results = list(tensors_in(args[0] if out is None and mutates else out))
     if isinstance(into := kwargs.get("out"), Tensor) and into is not out:

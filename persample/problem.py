@@ -16,7 +16,7 @@ from .batch import Batch
 from .errors import ArgumentError, LossError, UnknownParameterError
 from .factors import Factors
 from .losses import LossFunction
-from .state import parameters_of
+from .state import named_modules, parameters_of
 
 Selection = str | re.Pattern[str] | Iterable[str] | Callable[[str, Tensor], bool] | None
 Emit = Callable[[str, Factors], None]
@@ -51,13 +51,17 @@ def named_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     first: dict[int, str] = {}
     found: dict[str, nn.Parameter] = {}
     aliases: dict[str, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if id(p) in first:
-            aliases[name] = first[id(p)]
-        else:
-            first[id(p)] = name
-            if p.requires_grad:
-                found[name] = p
+    for prefix, module in named_modules(model):
+        for own, p in module._parameters.items():
+            if p is None:
+                continue
+            name = prefix + own
+            if id(p) in first:
+                aliases[name] = first[id(p)]
+            else:
+                first[id(p)] = name
+                if p.requires_grad:
+                    found[name] = p
     return found, {alias: name for alias, name in aliases.items() if name in found}
 
 

@@ -52,12 +52,14 @@ def _stays(sampled: Sampled, out: Tensor) -> bool:
     """The short way to what `_followed` finds for most calls: all samples stay where they are."""
     first, layout = sampled[0]
     shape = out.shape
-    if len(sampled) == 1 and first.ndim == len(shape) and layout.alone is None:
-        places = [axis for axis, size in enumerate(shape) if size == layout.size]
-        return first.shape == shape or places == [layout.axis]
-    return layout.alone is None and all(
-        x.shape == shape and at.axis == layout.axis and same(at, layout) for x, at in sampled
-    )
+    if layout.alone is not None:
+        return False
+    if len(sampled) == 1:
+        if first.shape == shape:
+            return True
+        size = layout.size
+        return first.ndim == len(shape) and [axis for axis, s in enumerate(shape) if s == size] == [layout.axis]
+    return all(x.shape == shape and at.axis == layout.axis and same(at, layout) for x, at in sampled)
 
 
 def lone_sample(x: Tensor) -> Layout:

@@ -28,6 +28,19 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return queue
 
 
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under each of its names, with the dot that its members' names go on after; faster than the
+    generators behind ``model.named_parameters(remove_duplicate=False)`` by the same measure.
+    """
+    found, stack = [], [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        found.append((prefix, module))
+        if module._modules:
+            stack += [(f"{prefix}{name}.", m) for name, m in reversed([*module._modules.items()]) if m is not None]
+    return found
+
+
 def parameters_of(model: nn.Module) -> list[Tensor]:
     """The parameters of every module; tied ones under each."""
     return [p for module in modules_of(model) for p in module._parameters.values() if p is not None]
@@ -74,16 +87,19 @@ class Buffers:
                     buffer.copy_(value)
 
 
-@contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
+class undone_on_error:  # noqa: N801 (a context manager)
     """What raises inside leaves random state and buffers as they were."""
-    random, buffers = random_state(model), Buffers(model)
-    try:
-        yield
-    except BaseException:
-        set_random_state(random)
-        buffers.restore()
-        raise
+
+    def __init__(self, model: nn.Module) -> None:
+        self.random, self.buffers = random_state(model), Buffers(model)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            set_random_state(self.random)
+            self.buffers.restore()
 
 
 @contextmanager

@@ -129,12 +129,12 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
 
 def wide(g: Factors) -> Factors:
     """``g`` with one dtype, of at least float32, and real: a complex entry is two, its real and its imaginary part."""
-    kind = dtype(g)
     found = {t.dtype for t in tensors(g)[isinstance(g, Rows) :]}
+    if found <= _WIDE and len(found) == 1:
+        return g
+    kind = dtype(g)
     if kind.is_complex:
         return Dense(torch.view_as_real(dense(g).resolve_conj()))
-    if len(found) == 1 and kind.itemsize >= 4:
-        return g
     return cast(g, torch.promote_types(kind, torch.float32))
 
 
@@ -142,6 +142,9 @@ def common(a: Factors, b: Factors) -> tuple[Factors, Factors]:
     """Both `wide`, with one dtype."""
     kind = torch.promote_types(torch.promote_types(dtype(a), dtype(b)), torch.float32)
     return wide(cast(a, kind)), wide(cast(b, kind))
+
+
+_WIDE = {torch.float32, torch.float64}
 
 
 # ---- blocks -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,10 @@ def spread(call: Call, g: Tensor, p: Tensor) -> Any:
 
 def _sum_to(g: Tensor, shape: torch.Size, keep: int) -> Tensor:
     """Sum all but the first ``keep`` axes down to ``shape`` (aligned at the right)."""
-    if (end := g.ndim - len(shape)) > keep:  # the extra axes in one sum, which is never a view of the user's tensors
+    end = g.ndim - len(shape)
+    if end == keep + 1 and g.shape[keep] == 1:  # one token of every sample: nothing to add up
+        g = g.squeeze(keep)
+    elif end > keep:  # the extra axes in one sum
         g = g.sum(tuple(range(keep, end)))
     over = [keep + a for a, size in enumerate(shape) if size == 1 != g.shape[keep + a]]
     return g.sum(over, keepdim=True) if over else g

@@ -87,7 +87,7 @@ class Buffers:
                     buffer.copy_(value)
 
 
-class undone_on_error:  # noqa: N801 (a context manager)
+class undone_on_error:
     """What raises inside leaves random state and buffers as they were."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -192,7 +192,7 @@ def _pixel_norms(g: Conv) -> Tensor:
 
 
 def _pixel_products(g: Conv) -> tuple[Tensor, ...]:
-    step = cost.chunk(g.geometry.groups * g.geometry.pixels(tuple(g.grad.shape[2:])) ** 2)
+    step = cost.chunk(2 * g.geometry.groups * g.geometry.pixels(tuple(g.grad.shape[2:])) ** 2)  # of either side
     parts = zip(g.input.split(step), g.grad.split(step), strict=True)
     found = [convolution.pixel_products(input, grad, g.geometry) for input, grad in parts]
     return tuple(torch.cat(f) for f in zip(*found, strict=True))

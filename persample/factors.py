@@ -173,9 +173,16 @@ def nbytes(g: Factors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors(g))
 
 
-def compact(g: Factors) -> Factors:
-    """``g`` as it is best kept: `Dense` where that is smaller than the factors, ``g`` otherwise."""
-    if isinstance(g, Dense) or nbytes(g) < len(g) * g.shape.numel() * tensors(g)[-1].element_size():
+def compact(g: Factors, own: bool = True) -> Factors:
+    """``g`` as it is best kept: `Dense` where that is smaller than the factors, ``g`` otherwise.
+
+    ``own``: rows that are a view of another tensor (an output gradient, which several parameters may have in common)
+    get memory of their own, for whoever is handed them may write into it.
+    """
+    if isinstance(g, Dense):
+        base = g.value._base
+        return Dense(g.value.clone()) if own and base is not None and base.numel() >= g.value.numel() else g
+    if nbytes(g) < len(g) * g.shape.numel() * tensors(g)[-1].element_size():
         return g
     return Dense(dense(g))
 

@@ -188,7 +188,11 @@ def pose(
     frozen = (name for name, p in model.named_parameters() if not p.requires_grad)
     names = select(found, aliases, params, frozen)
     if not names:
-        raise UnknownParameterError("the model has no parameter that requires grad, so there is no gradient to take.")
+        swapped = isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in parameters_of(loss_fn))
+        raise UnknownParameterError(
+            "the model has no parameter that requires grad, so there is no gradient to take."
+            + (" Are model and loss_fn swapped? The order is (model, loss_fn, inputs, targets)." if swapped else "")
+        )
     chosen = {name: found[name] for name in names}
     return Problem(
         model, loss_fn, Batch.of(inputs, targets, batch_dim), chosen, {a: n for a, n in aliases.items() if n in chosen}

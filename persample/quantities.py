@@ -102,8 +102,9 @@ class Kept:
         """The factors, unless what they alias has changed."""
         if tuple(t._version for t in tensors(self.factors)) != self.versions:
             raise InplaceError(
-                f"the factors of parameter '{self.name}' alias a tensor of the forward pass that was changed in place "
-                "since. Read what you need before changing inputs or activations in place, or call dense() first."
+                f"the factors of parameter '{self.name}' share memory with a tensor that was changed in place since: an "
+                "input or activation of the model, or rows that were handed out as they are kept, without a copy. Read "
+                "what you need first, and change a clone() of rows."
             )
         return self.factors
 

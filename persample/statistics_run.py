@@ -63,7 +63,7 @@ class Statistics(Quantities):
         """Reduce the factors of one parameter."""
         self._n, self._kinds[name] = len(g), dtype(g)
         if "clip" in self.requests:  # whose factors are needed once more when all norms are known
-            g = compact(g)
+            g = compact(g, own=False)  # nobody is handed the rows
             self._kept[name] = Kept.of(name, g)
         several = len(self._readers) > 1
         split = shared_split(g) if several or (self._readers and "project" in self._stored) else ""

@@ -130,6 +130,8 @@ def test_frozen_parameters_are_said_to_be_frozen(unchanged: Any) -> None:
     model.requires_grad_(False)
     with pytest.raises(persample.UnknownParameterError, match="no parameter that requires grad"):
         persample.gradients(model, square, x())
+    with pytest.raises(persample.UnknownParameterError, match="Are model and loss_fn swapped"):
+        persample.gradients(nn.MSELoss(), nn.Linear(D, 2).double(), x(), x())
 
 
 class Opaque(torch.autograd.Function):

@@ -542,6 +542,34 @@ def test_factors_can_be_read_until_what_they_alias_changes() -> None:
     assert G.select("bias").norm().shape == (N,)
 
 
+class Sums(nn.Module):
+    """Layers whose outputs are added up: all of them get one and the same output gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.other = nn.Linear(D, 5), nn.Linear(D, 5)
+        self.norm, self.shift = nn.LayerNorm(5), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.other(x) + self.norm(x[:, :5]) + self.shift
+
+
+@pytest.mark.parametrize("max_bytes", [None, 1])
+def test_whoever_is_handed_rows_may_write_into_them(max_bytes: int | None) -> None:
+    model, (x, y) = Sums().double(), batch(D)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, max_bytes=max_bytes)
+    expected = {name: rows.clone() for name, rows in G.dense().items()}
+    G["linear.bias"].mul_(2)  # the matrix that is kept
+    assert torch.equal(G["linear.weight"], expected["linear.weight"])
+    with pytest.raises(persample.InplaceError, match=r"'linear.bias'.*rows that were handed out"):
+        G.norm()
+    rows = persample.gradients(model, nn.CrossEntropyLoss(), x, y, max_bytes=max_bytes).dense()
+    for own in rows.values():
+        own.mul_(2)
+    assert all(torch.equal(rows[name], 2 * expected[name]) for name in rows)
+
+
 @pytest.mark.parametrize("asked", ["sum", "mean", "variance"])
 def test_statistics_write_the_mean_gradient_where_they_have_it(asked: str) -> None:
     model, (x, y) = convnet().double(), batch(3, 8, 8)

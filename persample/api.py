@@ -89,8 +89,8 @@ def gradients(
             raise ArgumentError(f"max_bytes must be a positive number of bytes, got {max_bytes!r}.")
         if coupled is not None:
             raise ArgumentError(
-                f"coupled={coupled!r} is about a whole batch, which max_bytes={max_bytes} would run in slices: leave one "
-                "of the two out, or give a smaller batch."
+                f"coupled={coupled!r} is about a whole batch, which max_bytes={max_bytes} would run in slices: leave "
+                "one of the two out, or give a smaller batch."
             )
         max_bytes = int(min(max_bytes, sys.maxsize))
     if verify not in (None, True, False):

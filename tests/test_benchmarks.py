@@ -150,6 +150,7 @@ def test_report(tmp_path: Path) -> None:
     text = (tmp_path / "results.md").read_text()
     assert "| W1 |  |  | 1.25 |" in text and "| W1 |  |  | 2.50 BackPACK |" in text
     assert "**1.25**" in text  # the least of its column
+    assert "spans 80 % of its figure" in text and "W1 Q2, persample (1.00 to 2.00)" in text
     assert (tmp_path / "benchmark.svg").stat().st_size < 200_000
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -60,6 +61,7 @@ def blocks(found: Found, options: Options) -> Iterable[str]:
     yield machine(options)
     yield "### This library, the best of its engines"
     yield _table("", QUANTITIES, {w: [_best(found, w, q, OURS) for q in QUANTITIES] for w in FULL})
+    yield spread(found)
     yield "### The best of the others"
     yield _table("", QUANTITIES, {w: [_best(found, w, q, PEERS, named=True) for q in QUANTITIES] for w in FULL})
     yield "### Peak memory"
@@ -119,6 +121,22 @@ def around(found: Found, w: str) -> list[str]:
     ratios = {e: found.get((w, "Q2", e), {}).get("ratio") for e in [*AROUND, "persample"]}
     base = {"verify": ratios["persample"], "criterion": ratios["persample"], "capture": 1.0, "floor": 0.0}
     return ["" if ratios[e] is None or base[e] is None else _number(ratios[e] - base[e]) for e in AROUND]
+
+
+def spread(found: Found, most: int = 4) -> str:
+    """How far the middle half of a figure's pairs is spread, typically and at most."""
+    cells = {
+        (w, q, e): (c["high"] - c["low"]) / c["ratio"]
+        for (w, q, e), c in found.items()
+        if w in FULL and q in QUANTITIES and e in OURS and "ratio" in c
+    }
+    if not cells:
+        return ""
+    widest = sorted(cells, key=lambda cell: -cells[cell])[:most]
+    listed = (f"{w} {q}, {e} ({found[w, q, e]['low']:.2f} to {found[w, q, e]['high']:.2f})" for w, q, e in widest)
+    typical = 100 * statistics.median(cells.values())
+    figures = f"The middle half of the pairs of a cell spans {typical:.0f} % of its figure"
+    return f"{figures} (median over all cells of this library); the most in {'; '.join(listed)}."
 
 
 def every(found: Found, w: str) -> str:

@@ -103,8 +103,8 @@ class Kept:
         if tuple(t._version for t in tensors(self.factors)) != self.versions:
             raise InplaceError(
                 f"the factors of parameter '{self.name}' share memory with a tensor that was changed in place since: "
-                "an input or activation of the model, or rows that were handed out as they are kept, without a copy. Read "
-                "what you need first, and change a clone() of rows."
+                "an input or activation of the model, or rows that were handed out as they are kept, without a copy. "
+                "Read what you need first, and change a clone() of rows."
             )
         return self.factors
 

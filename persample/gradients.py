@@ -91,7 +91,9 @@ class Gradients(Quantities):
     # ---- the rows themselves ------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Tensor:
-        """``[N, *P]``: the individual gradients of one parameter."""
+        """``[N, *P]``: the individual gradients of one parameter.  Rows that are kept as such are no copy: once they are
+        changed in place, what needs them raises `InplaceError`; rows of other parameters share no memory with them.
+        """
         if not isinstance(name, str):
             raise UnknownParameterError(
                 f"rows are asked for by the name of a parameter, got {name!r}; sample n is G['name'][n], or "

@@ -91,8 +91,8 @@ class Gradients(Quantities):
     # ---- the rows themselves ------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Tensor:
-        """``[N, *P]``: the individual gradients of one parameter.  Rows that are kept as such are no copy: once they are
-        changed in place, what needs them raises `InplaceError`; rows of other parameters share no memory with them.
+        """``[N, *P]``: the individual gradients of one parameter.  Rows that are kept as such are no copy: once changed in
+        place, what needs them raises `InplaceError`.  Rows of two parameters share no memory.
         """
         if not isinstance(name, str):
             raise UnknownParameterError(

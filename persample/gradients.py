@@ -91,8 +91,10 @@ class Gradients(Quantities):
     # ---- the rows themselves ------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Tensor:
-        """``[N, *P]``: the individual gradients of one parameter.  Rows that are kept as such are no copy: once changed in
-        place, what needs them raises `InplaceError`.  Rows of two parameters share no memory.
+        """``[N, *P]``: the individual gradients of one parameter.
+
+        Rows that are kept as such are no copy: once they are changed in place, what needs them raises `InplaceError`.
+        Those of two parameters share no memory.
         """
         if not isinstance(name, str):
             raise UnknownParameterError(

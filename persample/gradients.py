@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import display, reductions
 from .errors import QuantityError, UnknownParameterError
-from .factors import Factors, compact, dense, device, dtype, nbytes
+from .factors import Dense, Factors, compact, dense, device, dtype, nbytes
 from .problem import Pass, Selection, select
 from .quantities import PARTS, Checked, Kept, Parts, Quantities
 from .report import bytes_text
@@ -49,7 +49,7 @@ class Gradients(Quantities):
         """``parameters``: what `backward` writes to; ``note``: shown by ``repr``."""
         if not factors:
             raise QuantityError("no parameter to take gradients of.")
-        self._kept = {name: Kept.of(name, g) for name, g in factors.items()}
+        self._kept = {name: Kept.of(name, g) for name, g in _apart(factors).items()}
         self.factors = Checked(self._kept)
         self.losses, self.outputs, self.unused, self.note = losses, outputs, tuple(unused), note
         self.names = tuple(factors)
@@ -185,6 +185,20 @@ class Gradients(Quantities):
 
     def _repr_html_(self) -> str:
         return display.gradients_html(self)
+
+
+def _apart(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Rows of every parameter in memory of their own, for whoever is handed them may write into them: two parameters
+    that are added up have the same ones.
+    """
+    found, taken = dict(factors), set[int]()
+    for name, g in found.items():
+        if isinstance(g, Dense):
+            place = g.value.untyped_storage().data_ptr()
+            if place in taken and g.value.numel():
+                found[name] = Dense(g.value.clone())
+            taken.add(place)
+    return found
 
 
 def _difference(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> str:

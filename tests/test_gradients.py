@@ -570,6 +570,27 @@ def test_whoever_is_handed_rows_may_write_into_them(max_bytes: int | None) -> No
     assert all(torch.equal(rows[name], 2 * expected[name]) for name in rows)
 
 
+class Halves(nn.Module):
+    """A bias that is the sum of two parameters: they have the same rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.one, self.two = (nn.Parameter(torch.randn(*shape)) for shape in ((5, D), (5,), (5,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.one + self.two).mean(1)
+
+
+def test_parameters_with_the_same_rows_share_no_memory() -> None:
+    model, (x, y) = Halves().double(), batch(T, D)
+    rows = persample.gradients(model, nn.CrossEntropyLoss(), x, y).dense()
+    assert torch.equal(rows["one"], rows["two"])
+    expected = rows["two"].clone()
+    rows["one"].mul_(2)
+    assert torch.equal(rows["two"], expected)
+
+
 @pytest.mark.parametrize("asked", ["sum", "mean", "variance"])
 def test_statistics_write_the_mean_gradient_where_they_have_it(asked: str) -> None:
     model, (x, y) = convnet().double(), batch(3, 8, 8)

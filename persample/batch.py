@@ -120,6 +120,8 @@ class Batch:
         if not any(axis is not None for axis in trees[0].axes):
             raise SampleAxisError(
                 f"none of the inputs has a sample axis of size N = {n}. Say where it is with batch_dim=."
+                if any(isinstance(x, Tensor) for x in trees[0].leaves)
+                else "there is no tensor among the inputs: arrays and lists aren't converted (torch.as_tensor does)."
             )
         return Batch(n, trees[0], trees[1], dims[2])
 
@@ -223,8 +225,8 @@ def _check_sizes(given: list[tuple[list[Any], Any, list[Axis], bool]], n: int, b
         way = f" At axis 0, all have size {fronts.pop()}: leave batch_dim= out?" if said and len(fronts) == 1 else ""
         raise SampleAxisError(
             f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but the {first} of "
-            f"shape {tuple(y.shape)} have N = {n} samples at axis {at}{said}.{way} Say where the samples of each are "
-            "with batch_dim= (None: shared by all samples)."
+            f"shape {tuple(y.shape)} have N = {n} samples at axis {at}{said}.{way} Give as many of each, or say "
+            "where the samples are with batch_dim= (None: shared by all samples)."
         )
 
 

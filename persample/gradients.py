@@ -93,8 +93,8 @@ class Gradients(Quantities):
     def __getitem__(self, name: str) -> Tensor:
         """``[N, *P]``: the individual gradients of one parameter.
 
-        Rows that are kept as such are no copy: once they are changed in place, what needs them raises `InplaceError`.
-        Those of two parameters share no memory.
+        They are the caller's: no other rows that are handed out share their memory.  Those that are kept as such are no
+        copy the first time: once they are changed in place, asking for anything that needs them raises `InplaceError`.
         """
         if not isinstance(name, str):
             raise UnknownParameterError(
@@ -104,7 +104,7 @@ class Gradients(Quantities):
         name = self._aliases.get(name, name)
         if name not in self._kept:
             raise UnknownParameterError(f"no parameter '{name}'; there are {list(self.names)}.")
-        return dense(self.factors[name])
+        return self._kept[name].rows()
 
     def __contains__(self, name: object) -> bool:
         return name in self._kept or name in self._aliases
@@ -114,10 +114,10 @@ class Gradients(Quantities):
 
     def dense(self, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """``{name: [N, *P]}``: all individual gradients, written into ``out``, a dictionary of the same, where given
-        (much faster than fresh memory).
+        (much faster than fresh memory, and never what is kept; see `__getitem__`).
         """
         if out is None:
-            return {name: dense(self.factors[name]) for name in self.names}
+            return {name: self._kept[name].rows() for name in self.names}
         if not isinstance(out, Mapping):
             raise QuantityError(
                 f"out must be a dictionary {{name: tensor [N, *P]}}, got {type(out).__name__}; one wide matrix "

@@ -98,6 +98,11 @@ def select(
             raise UnknownParameterError(f"the predicate params= accepts none of the parameters {_some(available)}.")
     elif isinstance(params, Iterable):
         wanted = list(params)
+        if any(isinstance(name, Tensor) for name in wanted):
+            raise UnknownParameterError(
+                "params= takes the names of parameters, not the tensors: [name for name, p in model.named_parameters() "
+                "if ...]."
+            )
         chosen = {aliases.get(name, name) for name in wanted}
         if not wanted:
             raise UnknownParameterError("params= is empty: it names no parameter. Leave it out for all of them.")

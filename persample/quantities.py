@@ -21,7 +21,7 @@ from torch import Size, Tensor
 
 from . import display, reductions
 from .errors import InplaceError, QuantityError, UnknownParameterError
-from .factors import Factors, dtype, tensors
+from .factors import Dense, Factors, dense, dtype, tensors
 from .streaming import joined
 
 if TYPE_CHECKING:
@@ -86,13 +86,14 @@ NEEDS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Kept:
     """The factors of one parameter, to be read later: they may alias tensors of the forward pass."""
 
     name: str
     factors: Factors
     versions: tuple[int, ...]
+    handed: bool = False  # whether somebody has the matrix that is kept
 
     @staticmethod
     def of(name: str, g: Factors) -> Kept:
@@ -104,9 +105,19 @@ class Kept:
             raise InplaceError(
                 f"the factors of parameter '{self.name}' share memory with a tensor that was changed in place since: "
                 "an input or activation of the model, or rows that were handed out as they are kept, without a copy. "
-                "Read what you need first, and change a clone() of rows."
+                "Read what you need first, and change a clone() of rows, or rows in dense(out=)."
             )
         return self.factors
+
+    def rows(self) -> Tensor:
+        """``[N, *P]``: what is kept as a matrix is handed out once, and copied after that, as whoever has it may write
+        into it.
+        """
+        value = dense(self.read())
+        if not isinstance(self.factors, Dense):
+            return value
+        handed, self.handed = self.handed, True
+        return value.clone() if handed else value
 
     def weighted_sum(self, weight: Tensor | None) -> Tensor:
         """``weight^T G``, in the parameter's own type."""

@@ -29,8 +29,8 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module under each of its names, with the dot that its members' names go on after; faster than the
-    generators behind ``model.named_parameters(remove_duplicate=False)`` by the same measure.
+    """Every module under each of its names, with the dot that its members' names go on after, in the order
+    of torch's own (slower) generators with ``remove_duplicate=False``.
     """
     found, stack = [], [("", model)]
     while stack:

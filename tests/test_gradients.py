@@ -559,7 +559,7 @@ class Sums(nn.Module):
 def test_whoever_is_handed_rows_may_write_into_them(max_bytes: int | None) -> None:
     model, (x, y) = Sums().double(), batch(D)
     G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, max_bytes=max_bytes)
-    expected = {name: rows.clone() for name, rows in G.dense().items()}
+    expected = persample.gradients(model, nn.CrossEntropyLoss(), x, y, max_bytes=max_bytes).dense()
     G["linear.bias"].mul_(2)  # the matrix that is kept
     assert torch.equal(G["linear.weight"], expected["linear.weight"])
     with pytest.raises(persample.InplaceError, match=r"'linear.bias'.*rows that were handed out"):
@@ -568,6 +568,19 @@ def test_whoever_is_handed_rows_may_write_into_them(max_bytes: int | None) -> No
     for own in rows.values():
         own.mul_(2)
     assert all(torch.equal(rows[name], 2 * expected[name]) for name in rows)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_rows_that_were_handed_out_share_no_memory_with_later_ones(engine: str) -> None:
+    model, (x, y) = Sums().double(), batch(D)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine)
+    first, second, third = G.dense(), G.select("linear").dense(), G["linear.bias"]
+    expected = {name: rows.clone() for name, rows in first.items()}
+    for rows in (*second.values(), third):
+        rows.zero_()
+    assert all(torch.equal(first[name], expected[name]) for name in first)
+    assert torch.equal(G["other.bias"], expected["other.bias"])
+    assert torch.allclose(G.norm() ** 2, sum(r.flatten(1).square().sum(1) for r in expected.values()), rtol=1e-12)
 
 
 class Halves(nn.Module):

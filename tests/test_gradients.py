@@ -583,6 +583,15 @@ def test_rows_that_were_handed_out_share_no_memory_with_later_ones(engine: str) 
     assert torch.allclose(G.norm() ** 2, sum(r.flatten(1).square().sum(1) for r in expected.values()), rtol=1e-12)
 
 
+def test_a_bias_shares_no_memory_with_the_factors_of_its_weight() -> None:
+    model, (x, y) = nn.Linear(40, 5).double(), batch(40)
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    assert isinstance(G.factors["weight"], Outer)
+    expected = G.select("weight").norm()
+    G["bias"].zero_()
+    assert torch.equal(G.select("weight").norm(), expected)
+
+
 class Halves(nn.Module):
     """A bias that is the sum of two parameters: they have the same rows."""
 

@@ -14,8 +14,8 @@ Knows tensors and geometry only.  Any number of spatial dims; positions outside 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -49,18 +49,34 @@ class Geometry:
         sides = zip(positions, self.kernel, self.stride, self.dilation, strict=True)
         return tuple((length - 1) * s + (k - 1) * e + 1 if length else 0 for length, k, s, e in sides)
 
+    def widened(self, positions: tuple[int, ...]) -> list[int]:
+        """The size of a phase image: at its row pitch, every kernel offset is a shifted view."""
+        sides = zip(positions, self.kernel, self.stride, self.dilation, strict=True)
+        return [length + (k - 1) * e // s for length, k, s, e in sides]
+
+    def tokens(self, positions: tuple[int, ...]) -> int:
+        """How many tokens such a view has, from the first position to the last."""
+        size = self.widened(positions)
+        return 1 + sum((p - 1) * prod(size[d + 1 :]) for d, p in enumerate(positions)) if prod(positions) else 0
+
     def pixels(self, positions: tuple[int, ...]) -> int:
         """How many pixels of the padded input they read."""
         return prod(self.reach(positions))
 
 
+def sizes(input: Tensor, grad: Tensor, geo: Geometry) -> cost.Convolution:
+    """What decides which kernel is the fastest."""
+    positions, k = tuple(grad.shape[2:]), geo.groups
+    pixels, tokens = geo.pixels(positions), geo.tokens(positions)
+    channels, outputs = input.shape[1] // max(1, k), grad.shape[1] // max(1, k)
+    return cost.Convolution(len(grad) * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets)
+
+
 def shifted(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, list[Tensor]]:
     """Tokens of ``grad`` ``[N, K, T, O]`` and, per kernel offset, tokens of ``input`` ``[N, K, T, I]`` (views)."""
     positions = tuple(grad.shape[2:])
-    steps = [(k - 1) * e // s for k, s, e in zip(geo.kernel, geo.stride, geo.dilation, strict=True)]
-    size = [length + q for length, q in zip(positions, steps, strict=True)]  # of a phase image
+    size, tokens = geo.widened(positions), geo.tokens(positions)
     pitch = [prod(size[d + 1 :]) for d in range(len(size))]
-    tokens = 1 + sum((length - 1) * p for length, p in zip(positions, pitch, strict=True)) if prod(positions) else 0
     left = _split(_widened(grad, size)[..., :tokens], geo.groups)
     images: dict[tuple[int, ...], Tensor] = {}
     right = []
@@ -116,14 +132,14 @@ def dense(input: Tensor, grad: Tensor, geo: Geometry, shape: Size, out: Tensor |
 
     By kernel offset, the fastest layout in memory has the kernel's dims first; it is what a new tensor gets.
     """
-    n, positions, step = len(input), grad.shape[2:].numel(), cost.chunk(input[:1].numel() + grad[:1].numel())
-    how = cost.conv_rows(grad, shape[1], positions, geo.kernel)
+    n, step = len(input), cost.chunk(input[:1].numel() + grad[:1].numel())
+    how = cost.conv_rows(grad, sizes(input, grad, geo), out is not None)
     if how == "native":
         step = min(step, cost.chunk(shape.numel()))
     elif how == "offsets" and out is None:
         out = grad.new_empty(*shape[2:], n, *shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
-    elif how == "offsets" and cost.conv_unfolds(positions, shape[0] // geo.groups):
-        how = "tokens"
+    elif how == "tokens":
+        step = min(step, cost.chunk(unfolded_size(input, grad, geo)))
     out = grad.new_empty(n, *shape) if out is None else out
     write = {"tokens": _write_tokens, "native": _write_native, "offsets": _write_offsets}[how]
     for i in range(0, n, step):
@@ -138,7 +154,8 @@ def _write_offsets(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> N
 
 
 def _write_tokens(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
-    write_products(*unfolded(input, grad, geo), out)
+    with unfolded(input, grad, geo) as (left, right):
+        write_products(left, right, out)
 
 
 def _write_native(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
@@ -175,10 +192,23 @@ def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     return rows.view(n, outputs, channels // geo.groups, *geo.kernel)
 
 
-def unfolded(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
-    """The convolution as outer products of tokens: ``[N, K, T, O]`` and ``[N, K, T, I * offsets]``."""
+@contextmanager
+def unfolded(input: Tensor, grad: Tensor, geo: Geometry) -> Iterator[tuple[Tensor, Tensor]]:
+    """The convolution as outer products of tokens: ``[N, K, T, O]`` and, in reused memory, ``[N, K, T, I offsets]``."""
     left, rights = shifted(input, grad, geo)
-    return left, torch.stack([right.mT for right in rights], 3).flatten(2, 3).mT
+    if len(rights) == 1:
+        yield left, rights[0]
+        return
+    n, k, t, i = rights[0].shape
+    with borrow(input, n, k, i, len(rights), t) as out:
+        torch.stack([right.mT for right in rights], 3, out=out)
+        yield left, out.flatten(2, 3).mT
+
+
+def unfolded_size(input: Tensor, grad: Tensor, geo: Geometry) -> int:
+    """About how many entries per sample `unfolded` adds to the input."""
+    positions = prod(grad.shape[2:])
+    return positions * input.shape[1] * geo.offsets if geo.offsets > 1 and positions > 1 else 0
 
 
 def summed(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:

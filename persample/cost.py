@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +26,18 @@ class Costs:
     tiny: int = 1 << 15  # up to so many, the number of calls is all that counts
     samples: int = 512  # of a tile of a Gram
     long: int = 1 << 14  # from this row length on, one call per row beats one call per block
+    short: int = 64  # with fewer tokens, a block has more than one sample where it can
     tokens: int = 32  # products of tokens with each other are taken by halves, of at least so many
     token_norm: float = 0.8  # norms from products of tokens, against streaming rows
     token_gram: float = 0.8  # the same for all pairs of samples
-    pixel_norm: float = 1.4  # norms of convolutions from products of pixels
-    pixel_gram: float = 1.0  # the same for all pairs of samples
+    pixel_gram: float = 1.0  # inner products of convolutions from products of pixels
     pixel_pass: float = 80  # multiplications that one pass over products of pixels is worth
-    native_channels: int = 32  # up to so many input channels, a grouped convolution beats one product per offset,
-    native_positions: int = 256  # and from so many output positions on
-    unfold: float = 1.5  # for rows in the parameter's layout, unfold up to so many positions per output channel
+    # What else the kernels of convolutions cost, beside multiplications and in their unit:
+    offsets: tuple[float, ...] = (7, 10, 2e3, 55, 7e6)  # per entry of a side, of a row, product, entry copied, call
+    transposed: float = 60  # per entry of a row that is written in the parameter's layout, one offset at a time
+    unfolded: tuple[float, ...] = (45, 35, 2.4e7)  # per entry unfolded, of the other side, call
+    native: tuple[float, ...] = (45, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
+    pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
     few: int = 8  # up to so many samples, moments are always centred while streaming
     outer_norm: Literal["tokens", "stream"] | None = None  # None: decide by shape
     outer_gram: Literal["tokens", "stream"] | None = None
@@ -92,47 +94,87 @@ def outer_moments(n: int, t: int) -> str:
     return c.outer_moments or ("products" if n > c.few else "stream")
 
 
-def conv_norm(channels: int, outputs: int, pixels: int, positions: int, offsets: int) -> str:
-    """Per group: products of ``pixels`` (padded input) and ``positions`` (output), against one product per offset."""
+class Convolution(NamedTuple):
+    """The sizes of a convolution that decide."""
+
+    batch: int  # samples x groups
+    channels: int  # of one group, as all that follows
+    outputs: int
+    pixels: int  # of the padded input that are read
+    positions: int  # of the output
+    tokens: int  # the same with what separates rows in a view that is shifted
+    offsets: int  # of the kernel
+
+    @property
+    def slides(self) -> bool:
+        """Or else it is an outer product as it stands."""
+        return self.offsets > 1 and self.positions > 1
+
+
+def conv_norm(like: Tensor, conv: Convolution) -> str:
+    """Norms from products of ``pixels`` and ``positions``, against streaming rows."""
     c = costs()
-    gram = pixels**2 * channels + positions**2 * outputs + c.pixel_pass * pixels**2
-    fits = pixels**2 <= 4 * c.block
-    return c.conv_norm or (
-        "pixels" if fits and gram < c.pixel_norm * positions * outputs * channels * offsets else "stream"
-    )
+    if c.conv_norm or conv.pixels**2 > 4 * c.block or not conv.slides:
+        return c.conv_norm or "stream"
+    each, pair, group, call = c.pixels
+    products = each * _pairs(conv) + pair * (conv.pixels**2 + conv.positions**2) + group
+    return "pixels" if conv.batch * products + call < min(_rows(like, conv).values()) else "stream"
 
 
-def conv_alone(channels: int, outputs: int, pixels: int, positions: int, offsets: int) -> bool:
+def conv_alone(conv: Convolution) -> bool:
     """Whether inner products from products of pixels are cheaper than multiplying rows that are there anyway."""
-    gram = pixels**2 * channels + positions**2 * outputs + costs().pixel_pass * pixels**2
-    return gram < outputs * channels * offsets
+    return _pairs(conv) + costs().pixel_pass * conv.pixels**2 < conv.outputs * conv.channels * conv.offsets
 
 
-def conv_gram(n: int, m: int, channels: int, outputs: int, pixels: int, positions: int, offsets: int) -> str:
-    """Per group, for all pairs of samples: products of pixels and positions, against streaming and multiplying rows."""
+def conv_gram(n: int, m: int, conv: Convolution) -> str:
+    """For all pairs of samples: products of pixels and positions, against streaming and multiplying rows."""
     c = costs()
-    gram = n * m * (pixels**2 * channels + positions**2 * outputs + c.pixel_pass * pixels**2)
-    rows = (n * m + (n + m) * positions) * outputs * channels * offsets
-    fits = m * pixels**2 <= 4 * c.wide
+    gram = n * m * (_pairs(conv) + c.pixel_pass * conv.pixels**2)
+    rows = (n * m + (n + m) * conv.positions) * conv.outputs * conv.channels * conv.offsets
+    fits = m * conv.pixels**2 <= 4 * c.wide
     return c.conv_gram or ("pixels" if fits and gram < c.pixel_gram * rows else "stream")
 
 
-def conv_rows(like: Tensor, channels: int, positions: int, kernel: tuple[int, ...]) -> str:
-    """How the rows of a convolution are computed: unfolded to tokens, per kernel offset, by a grouped convolution."""
-    c = costs()
-    possible = len(kernel) <= 3  # dims of torch's convolutions
-    if c.conv_rows and (possible or c.conv_rows != "native"):
-        return c.conv_rows
-    if prod(kernel) == 1 or positions == 1:
+def conv_rows(like: Tensor, conv: Convolution, transposed: bool = False) -> str:
+    """How the rows of a convolution are computed: unfolded to tokens, per kernel offset, by a grouped convolution.
+
+    ``like`` is the output gradient; ``transposed``: rows are wanted in the parameter's layout.
+    """
+    possible = like.ndim <= 5  # dims of torch's convolutions
+    forced = costs().conv_rows
+    if forced and (possible or forced != "native"):
+        return forced
+    if not conv.slides:
         return "tokens"
-    fast = like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    wide = channels > c.native_channels and positions < c.native_positions
-    return "native" if fast and possible and not wide else "offsets"
+    found = _rows(like, conv, transposed)
+    return min(found, key=found.__getitem__)
 
 
-def conv_unfolds(positions: int, outputs: int) -> bool:
-    """Whether unfolding the input is cheaper than writing rows transposed, one kernel offset at a time."""
-    return positions < costs().unfold * outputs
+def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str, float]:
+    """What the rows cost by each kernel, in multiplications."""
+    c = costs()
+    n, channels, outputs, pixels, positions, tokens, offsets = conv
+    row = outputs * channels * offsets
+    side, entry, product, copied, call = c.offsets
+    entry += c.transposed * transposed
+    each = offsets * (tokens * side * (outputs + channels) + product) + copied * (pixels * channels + tokens * outputs)
+    found = {"offsets": n * (row * (tokens + entry) + each) + call * offsets}
+    entry, other, call = c.unfolded
+    found["tokens"] = n * tokens * (row + entry * channels * offsets + other * outputs) + call
+    if like.ndim <= 5 and like.device.type == "cpu" and like.dtype == torch.float32 and _mkldnn():
+        entry, pixel, group, call = c.native
+        few = max(channels * outputs, 8 if offsets == 9 else 32)  # there is a kernel of its own for depthwise 3x3
+        each = few * offsets * positions + entry * row + pixel * pixels * channels + group
+        found["native"] = n * each + call
+    return found
+
+
+def _pairs(conv: Convolution) -> int:
+    return conv.pixels**2 * conv.channels + conv.positions**2 * conv.outputs
+
+
+def _mkldnn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())
 
 
 def chunk(row: int, entries: int | None = None) -> int:

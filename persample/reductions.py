@@ -31,12 +31,12 @@ from .streaming import (
     Piece,
     alike,
     blocks,
-    channels_of,
     chunks,
     common,
     cuts,
     paired,
     pieces,
+    sizes_of,
     split_of,
     streamed,
     tiles,
@@ -184,7 +184,7 @@ def _streamed_norms(g: Conv) -> Tensor:
 
 
 def _prefers_pixels(g: Conv) -> bool:
-    return bool(g.grad.numel() and g.input.numel()) and cost.conv_norm(*channels_of(g)) == "pixels"
+    return bool(g.grad.numel() and g.input.numel()) and cost.conv_norm(g.grad, sizes_of(g)) == "pixels"
 
 
 def _pixel_norms(g: Conv) -> Tensor:
@@ -282,7 +282,7 @@ def _prefers_tokens(a: Outer, b: Outer) -> bool:
 def _prefers_pixel_pairs(a: Conv, b: Conv) -> bool:
     if a.geometry != b.geometry or a.grad.shape[2:] != b.grad.shape[2:] or not (a.input.numel() and a.grad.numel()):
         return False
-    if cost.conv_gram(len(a), len(b), *channels_of(a)) == "stream":
+    if cost.conv_gram(len(a), len(b), sizes_of(a)) == "stream":
         return False
     return _intact(*(_pixel_products(g) for g in ((a,) if b is a else (a, b))))
 

@@ -26,26 +26,33 @@ def split_of(g: Factors) -> str:
     """The cheapest way to take the rows of ``g`` apart: not at all ("whole"), or as `persample.cost.conv_rows` says."""
     if not isinstance(g, Conv):
         return "whole"
-    return cost.conv_rows(g.grad, g.shape[1], g.grad.shape[2:].numel(), g.geometry.kernel)
+    return cost.conv_rows(g.grad, sizes_of(g))
 
 
 def chunks(g: Factors, split: str) -> Iterator[tuple[slice, Factors]]:
     """Some samples at a time where taking apart needs memory."""
-    step = len(g)
-    if isinstance(g, Conv) and split == "native":
-        step = cost.chunk(g.shape.numel())
-    if isinstance(g, Conv) and split == "offsets":
-        step = cost.chunk(max(g.shape[:2].numel(), g.input[:1].numel() + g.grad[:1].numel()))
+    step = cost.chunk(_each(g, split)) if isinstance(g, Conv) else len(g)
     for i in range(0, len(g), max(1, step)):
         at = slice(i, min(i + step, len(g)))
         yield at, g if step >= len(g) else index(g, at)
+
+
+def _each(g: Conv, split: str) -> int:
+    """Entries per sample that taking apart needs memory for."""
+    match split:
+        case "native":
+            return g.shape.numel()
+        case "tokens":
+            return convolution.unfolded_size(g.input, g.grad, g.geometry)
+    return max(g.shape[:2].numel(), g.input[:1].numel() + g.grad[:1].numel())
 
 
 def pieces(g: Factors, split: str) -> Iterator[Piece]:
     """The pieces of ``g``, each with all samples."""
     match g, split:
         case Conv(input, grad), "tokens":
-            yield Outer(*convolution.unfolded(input, grad, g.geometry), Size((g.shape[0], g.shape[1:].numel())))
+            with convolution.unfolded(input, grad, g.geometry) as (left, right):
+                yield Outer(left, right, Size((g.shape[0], g.shape[1:].numel())))
         case Conv(input, grad), "offsets":
             left, rights = convolution.shifted(input, grad, g.geometry)
             yield from (Outer(left, right, g.shape[:2]) for right in rights)
@@ -78,7 +85,7 @@ def shared_split(g: Factors) -> str:
             if size <= c.wide and split_of(g) != "offsets":
                 return "whole"
             fits = len(g) * g.shape[:2].numel() <= c.wide
-            return "offsets" if fits and g.geometry.offsets > 1 and not cost.conv_alone(*channels_of(g)) else ""
+            return "offsets" if fits and g.geometry.offsets > 1 and not cost.conv_alone(sizes_of(g)) else ""
     return ""
 
 
@@ -95,10 +102,8 @@ def formed(g: Factors, split: str) -> Iterator[Dense]:
             yield Dense(dense(piece, out=out))
 
 
-def channels_of(g: Conv) -> tuple[int, int, int, int, int]:
-    """Of one group: input and output channels, pixels read, output positions, kernel offsets."""
-    pixels, positions = g.geometry.pixels(tuple(g.grad.shape[2:])), g.grad.shape[2:].numel()
-    return g.shape[1], g.shape[0] // g.geometry.groups, pixels, positions, g.geometry.offsets
+def sizes_of(g: Conv) -> cost.Convolution:
+    return convolution.sizes(g.input, g.grad, g.geometry)
 
 
 def joined(parts: list[Tensor], split: str, shape: Size) -> Tensor:
@@ -119,7 +124,7 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
             b = Dense(dense(b))
         elif split != split_of(b):
             split = "offsets"
-    if split == "native" and max(len(a), len(b)) * a.shape.numel() > cost.costs().wide:
+    if isinstance(a, Conv) and max(len(a), len(b)) * _each(a, split) > cost.costs().block:
         split = "offsets"
     if b is a:
         yield from ((piece, piece) for piece in pieces(a, split))
@@ -187,10 +192,13 @@ def streamed(g: Piece) -> Iterator[Block]:
 
 def tiles(g: Piece) -> tuple[int, list[slice]]:
     """Samples and parts of blocks of the usual size: whole rows of a few samples, or parts of long rows."""
-    entries = g.shape.numel()
-    if entries <= cost.costs().wide:
-        return cost.chunk(entries), cuts(g, entries)
-    return 1, cuts(g, cost.costs().block)
+    entries, c = g.shape.numel(), cost.costs()
+    if entries > c.wide:
+        return 1, cuts(g, c.block)
+    samples = cost.chunk(entries)
+    if isinstance(g, Outer) and g.left.shape[2] < c.short:  # one short product does not keep all threads busy
+        samples = max(samples, min(4, c.wide // (2 * max(1, entries))))
+    return samples, cuts(g, entries)
 
 
 def _write(g: Piece, at: slice, part: slice, out: Tensor) -> None:

@@ -385,16 +385,23 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert [cost.halvings(t) for t in (0, 1, 31, 63, 64, 127, 128, 197, 1024)] == [0, 0, 0, 0, 1, 1, 2, 2, 5]
     assert cost.outer_gram(128, 128, 1, 1, 512, 512) == "tokens"
     assert cost.outer_gram(64, 64, 64, 64, 512, 128) == "stream"
-    assert cost.conv_norm(128, 128, 100, 64, 9) == "pixels"
-    assert cost.conv_norm(32, 32, 34 * 34, 32 * 32, 9) == "stream"
-    assert cost.conv_gram(32, 32, 256, 256, 36, 16, 9) == "pixels"
-    assert cost.conv_gram(32, 32, 128, 128, 100, 64, 9) == "stream"
-    like = torch.empty(0)
-    assert cost.conv_rows(like, 3, 1024, (3, 3)) == "native"
-    assert cost.conv_rows(like, 128, 64, (3, 3)) == "offsets"
-    assert cost.conv_rows(like, 128, 64, (1, 1)) == "tokens"
-    assert cost.conv_rows(like, 3, 1024, (1, 3, 3, 3)) == "offsets"
-    assert cost.conv_rows(like.double(), 3, 1024, (3, 3)) == "offsets"
+    like = torch.empty(32, 1, 1, 1)
+
+    def conv(channels: int, outputs: int, side: int, kernel: int = 3, dims: int = 2) -> cost.Convolution:
+        reach, tokens = side + kernel - 1, side * (side + kernel - 1) ** (dims - 1)
+        return cost.Convolution(32, channels, outputs, reach**dims, side**dims, tokens, kernel**dims)
+
+    assert cost.conv_norm(like, conv(128, 128, 8)) == "pixels"
+    assert cost.conv_norm(like, conv(32, 32, 32)) == "stream"
+    assert cost.conv_gram(32, 32, conv(256, 256, 4)) == "pixels"
+    assert cost.conv_gram(32, 32, conv(128, 128, 8)) == "stream"
+    assert cost.conv_rows(like, conv(3, 64, 32)) == "native"
+    assert cost.conv_rows(like, conv(256, 256, 4)) == "tokens"
+    assert cost.conv_rows(like.double(), conv(256, 256, 16)) == "offsets"
+    assert cost.conv_rows(like.double(), conv(256, 256, 16), transposed=True) == "tokens"
+    assert cost.conv_rows(like, conv(128, 128, 8, kernel=1)) == "tokens"
+    assert cost.conv_rows(like, conv(3, 64, 1024, dims=1)) == "native"
+    assert "native" not in (cost.conv_rows(x, conv(3, 64, 32)) for x in (like.double(), like[..., None, None, None]))
 
 
 @pytest.mark.parametrize("least", [1, 2, 3, 32])

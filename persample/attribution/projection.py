@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import convolution
 from ..einsum import combine, einsum
 from ..errors import ArgumentError
 from ..factors import Conv, Dense, Factors, Outer, Rows, cast, dense, device, dtype, index
+from ..streaming import pieces
 
 BLOCK = 1 << 22  # entries of intermediate results at a time
 
@@ -105,11 +105,7 @@ class Projection:
         step = max(1, BLOCK // max(1, entries))
         for start in range(0, len(g), step):
             block = index(g, slice(start, start + step))
-            if not factored:
-                block = Dense(dense(block))
-            elif isinstance(block, Conv):
-                block = Outer(*convolution.unfolded(block.input, block.grad, block.geometry), block.shape)
-            yield block
+            yield from pieces(block, "tokens") if factored else (Dense(dense(block)),)
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:

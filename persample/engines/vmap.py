@@ -142,7 +142,7 @@ def first(pieces: Pieces) -> Pieces:
 
 def _unused(problem: Problem, rows: dict[str, Tensor]) -> tuple[str, ...]:
     """torch.func gives zeros for what no loss depends on; whether it is that or a true zero, one sample alone tells."""
-    zero = [name for name, value in rows.items() if not bool(value.any())]
+    zero = [name for name, value in rows.items() if not any(bool(part.any()) for part in (value[:1], value))]
     if not zero:
         return ()
     grads = one_sample(problem, 0, [problem.parameters[name] for name in zero])[2]

@@ -105,16 +105,11 @@ class Convolution(NamedTuple):
     tokens: int  # the same with what separates rows in a view that is shifted
     offsets: int  # of the kernel
 
-    @property
-    def slides(self) -> bool:
-        """Or else it is an outer product as it stands."""
-        return self.offsets > 1 and self.positions > 1
-
 
 def conv_norm(like: Tensor, conv: Convolution) -> str:
     """Norms from products of ``pixels`` and ``positions``, against streaming rows."""
     c = costs()
-    if c.conv_norm or conv.pixels**2 > 4 * c.block or not conv.slides:
+    if c.conv_norm or conv.positions == 1 or conv.pixels**2 > 4 * c.block:
         return c.conv_norm or "stream"
     each, pair, group, call = c.pixels
     products = each * _pairs(conv) + pair * (conv.pixels**2 + conv.positions**2) + group
@@ -144,8 +139,6 @@ def conv_rows(like: Tensor, conv: Convolution, transposed: bool = False) -> str:
     forced = costs().conv_rows
     if forced and (possible or forced != "native"):
         return forced
-    if not conv.slides:
-        return "tokens"
     found = _rows(like, conv, transposed)
     return min(found, key=found.__getitem__)
 
@@ -155,6 +148,8 @@ def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str
     c = costs()
     n, channels, outputs, pixels, positions, tokens, offsets = conv
     row = outputs * channels * offsets
+    if 1 in (offsets, positions):  # an outer product as it stands
+        return {"tokens": n * positions * row}
     side, entry, product, copied, call = c.offsets
     entry += c.transposed * transposed
     each = offsets * (tokens * side * (outputs + channels) + product) + copied * (pixels * channels + tokens * outputs)

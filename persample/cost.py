@@ -38,7 +38,7 @@ class Costs:
     unfolded: tuple[float, ...] = (45, 35, 2.4e7)  # per entry unfolded, of the other side, call
     native: tuple[float, ...] = (45, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
     pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
-    few: int = 8  # up to so many samples, moments are always centred while streaming
+    few: int = 6  # up to so many samples, moments are always centred while streaming
     outer_norm: Literal["tokens", "stream"] | None = None  # None: decide by shape
     outer_gram: Literal["tokens", "stream"] | None = None
     outer_moments: Literal["products", "stream"] | None = None

@@ -382,6 +382,7 @@ def test_costs_are_restored() -> None:
 def test_the_cost_model_decides_by_shape() -> None:
     assert cost.outer_norm(16, 128, 256, 1024) == "tokens"
     assert cost.outer_norm(8, 512, 256, 256) == "stream"
+    assert [cost.outer_moments(n, 1) for n in (1, 6, 7, 128)] == ["stream", "stream", "products", "products"]
     assert [cost.halvings(t) for t in (0, 1, 31, 63, 64, 127, 128, 197, 1024)] == [0, 0, 0, 0, 1, 1, 2, 2, 5]
     assert cost.outer_gram(128, 128, 1, 1, 512, 512) == "tokens"
     assert cost.outer_gram(64, 64, 64, 64, 512, 128) == "stream"

@@ -82,7 +82,7 @@ def shared_split(g: Factors) -> str:
                 return "whole"
             return "blocks" if cost.outer_gram(n, n, t, t, o, i) == "stream" else ""
         case Conv():
-            if size <= c.wide and split_of(g) != "offsets":
+            if size <= {"native": c.wide, "tokens": c.wide // 2}.get(split_of(g), 0):
                 return "whole"
             fits = len(g) * g.shape[:2].numel() <= c.wide
             return "offsets" if fits and g.geometry.offsets > 1 and not cost.conv_alone(sizes_of(g)) else ""
@@ -197,7 +197,7 @@ def tiles(g: Piece) -> tuple[int, list[slice]]:
         return 1, cuts(g, c.block)
     samples = cost.chunk(entries)
     if isinstance(g, Outer) and g.left.shape[2] < c.short:  # one short product does not keep all threads busy
-        samples = max(samples, min(4, c.wide // (2 * max(1, entries))))
+        samples = max(samples, min(4, c.wide // (3 * max(1, entries))))
     return samples, cuts(g, entries)
 
 

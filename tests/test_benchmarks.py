@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import case, engines, measure, peers, plan, quantities, report, verification, workloads
+from benchmarks import case, engines, kernels, measure, peers, plan, quantities, report, verification, workloads
 from benchmarks.case import Case, Options
+
+from persample import cost, reductions
+from persample.factors import dense
 
 References = dict[str, dict[str, quantities.Result]]
 
@@ -166,3 +170,16 @@ def test_results_are_json(tmp_path: Path) -> None:
     options, one = Options(toy=True, folder=tmp_path), Case("N=2", "Q2", "torch.func, chunks of 8")
     case.write(one, options, {"ratio": 1.0})
     assert json.loads(one.path(options).read_text())["engine"] == one.engine
+
+
+def test_kernels_of_random_convolutions_agree() -> None:
+    rng = random.Random(0)
+    for _ in range(8):
+        g = kernels.draw(rng, (1e4, 1e5))
+        expected = dense(g).flatten(1).double().square().sum(1)
+        for forced in ({}, *kernels.KERNELS.values()):
+            with cost.using(**forced):
+                torch.testing.assert_close(reductions.row_dot(g, g).double(), expected, rtol=1e-3, atol=1e-3)
+    (found,) = kernels.regrets(0, 0, (1e4, 1e5))
+    assert found[2] in kernels.KERNELS
+    assert found[1] > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -133,6 +134,8 @@ class Gradients(Quantities):
             raise QuantityError(
                 f"out must not be of integers, but the tensor for '{wrong[0]}' is {out[wrong[0]].dtype}."
             )
+        if both := _overlapping({name: out[name] for name in self.names}):
+            raise QuantityError(f"out must be tensors of their own, but those for '{both[0]}' and '{both[1]}' overlap.")
         return {name: dense(self.factors[name], out[name]) for name in self.names}
 
     def flat(self, out: Tensor | None = None) -> Tensor:
@@ -199,6 +202,16 @@ def _apart(factors: Mapping[str, Factors]) -> dict[str, Factors]:
                 found[name] = Dense(g.value.clone())
             taken.add(place)
     return found
+
+
+def _overlapping(out: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Two contiguous tensors that share memory (columns of one matrix lie between each other, and don't)."""
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name)
+        for name, t in out.items()
+        if t.is_contiguous() and t.numel() and t.data_ptr()
+    )
+    return next(((a[2], b[2]) for a, b in pairwise(spans) if b[0] < a[1]), None)
 
 
 def _difference(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> str:

@@ -629,3 +629,15 @@ def test_statistics_write_the_mean_gradient_where_they_have_it(asked: str) -> No
     S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm"])
     with pytest.raises(persample.QuantityError, match="not kept the rows for 'sum'"):
         S.backward()
+
+
+def test_out_of_two_parameters_must_not_share_memory() -> None:
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randint(2, (4,))
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+    memory = torch.empty(4 * 8)
+    with pytest.raises(persample.QuantityError, match="'weight' and 'bias' overlap"):
+        G.dense(out={"weight": memory[:24].view(4, 2, 3), "bias": memory[16:24].view(4, 2)})
+    side_by_side = memory.view(4, 8)
+    found = G.dense(out={"weight": side_by_side[:, :6].view(4, 2, 3), "bias": side_by_side[:, 6:]})
+    assert torch.equal(found["weight"], G["weight"])
+    assert torch.equal(found["bias"], G["bias"])

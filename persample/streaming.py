@@ -124,7 +124,7 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
             b = Dense(dense(b))
         elif split != split_of(b):
             split = "offsets"
-    if isinstance(a, Conv) and max(len(a), len(b)) * _each(a, split) > cost.costs().block:
+    if isinstance(a, Conv) and max(len(a), len(b)) * _each(a, split) > cost.costs().wide // 2:
         split = "offsets"
     if b is a:
         yield from ((piece, piece) for piece in pieces(a, split))

@@ -95,8 +95,13 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
     """The quantities of all samples, merged slice by slice."""
     requests = listed(requests)
     total = Statistics(requests, problem.parameters)
+    kinds = {NEEDS[name] for name in total.requests}
+    with_sums = "variance" in kinds and "sum" not in kinds  # in between: variances are merged by the means
+    if with_sums:
+        requests = [*requests, "sum"]
+        total = Statistics(requests, problem.parameters)
     passes: list[Pass] = []
-    paired = "gram" in (NEEDS[name] for name in total.requests)
+    paired = "gram" in kinds
 
     def once(part: Problem, meter: Meter) -> Pass:
         own = Statistics(requests, problem.parameters)
@@ -110,6 +115,8 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
     slices = list(sweep(problem, budget, once))
     if paired:
         fill_in(total._stored["gram"], slices, run)
+    if with_sums:
+        total.forget("sum")
     whole = joined(slices, passes)
     total.losses, total.outputs, total.unused = whole.losses, whole.outputs, whole.unused
     return total
@@ -118,19 +125,18 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
 def take_in(total: Statistics, more: Statistics) -> None:
     """Merge the parts of further samples; the inner products across are left zero."""
     n, m = len(total), len(more)
-    for kind, parts in total._stored.items():
-        for name, part in more._stored[kind].items():
+    mine, theirs = total._stored, more._stored
+    merged = n and "variance" in mine
+    gaps = {name: s / m - mine["sum"][name] / n for name, s in theirs["sum"].items()} if merged else {}
+    for kind, parts in mine.items():
+        for name, part in theirs[kind].items():
             parts[name] = MERGE[kind](parts[name], n, part, m) if n else part
+    for name, gap in gaps.items():  # of the means
+        mine["variance"][name].add_(gap.abs().square_(), alpha=n * m / (n + m) ** 2)
     if more._clipped is not None:
         before = total._clipped
         total._clipped = {name: c if before is None else before[name] + c for name, c in more._clipped.items()}
     total._n, total._kinds, total.note = n + m, more._kinds, more.note
-
-
-def _merged_moments(a: tuple[Tensor, Tensor], n: int, b: tuple[Tensor, Tensor], m: int) -> tuple[Tensor, Tensor]:
-    (total, variance), (more, more_variance) = a, b
-    gap = more / m - total / n
-    return total + more, _averaged(variance, n, more_variance, m).add_(gap.square_(), alpha=n * m / (n + m) ** 2)
 
 
 def _averaged(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
@@ -150,14 +156,14 @@ def _added(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
     return a + b
 
 
-# How the part of n samples and that of m more become one.
+# How the part of n samples and that of m more become one; for variances, the distance of the means comes on top.
 MERGE: dict[str, Callable[[Any, int, Any, int], Any]] = {
     "squares": _appended,
     "dot": _appended,
     "project": _appended,
     "sum": _added,
     "mean_square": _averaged,
-    "moments": _merged_moments,
+    "variance": _averaged,
     "gram": _beside,
 }
 

@@ -51,11 +51,25 @@ def moments(g: Factors) -> tuple[Tensor, Tensor]:
             return total, (value - total / max(1, len(g))).square_().sum(0)
         case Rows():
             return lookup.moments(g)
-        case Outer(left) if cost.outer_moments(len(g), left.shape[2]) == "products":
-            return _product_moments(g)
+        case Outer(left, right) if cost.outer_moments(len(g), left.shape[2]) == "products":
+            total = right.new_empty(left.shape[1], left.shape[3], right.shape[3])
+            return total.view(g.shape), _product_moments(g, total)
         case _:
             mean, square = _accumulated(g, _merge, 2)
             return mean.mul_(len(g)), square
+
+
+@kernel
+def centred(g: Factors) -> Tensor:
+    """``sum_n (G_n - mean)^2``, ``[*P]``: the second one of `moments`, in less memory."""
+    if dtype(g).is_complex:
+        return centred(wide(g)).sum(-1)
+    g = wide(g)
+    match g:
+        case Outer(left) if cost.outer_moments(len(g), left.shape[2]) == "products":
+            return _product_moments(g)
+        case _:
+            return moments(g)[1]
 
 
 def _small(value: Tensor) -> bool:
@@ -127,20 +141,30 @@ def _merge_block(block: Tensor, count: int, mean: Tensor, square: Tensor) -> Non
     square.addcmul_(own, own, value=count * n / (count + n))
 
 
-def _product_moments(g: Outer) -> tuple[Tensor, Tensor]:
-    """Of outer products, from products of tokens: the sum, and the sum of squares less ``N mean^2``.
+def _product_moments(g: Outer, sums: Tensor | None = None) -> Tensor:
+    """Centred squares of outer products, from products of tokens: the sum of squares less ``N mean^2``; ``sums`` is
+    filled if given, ``[K, O, I]``.
 
     That difference is checked: where less than a hundredth of the squares is left, those rows of ``P`` are streamed.
     """
-    total, centred = tokens.weighted_sum(g, None), tokens.square_sum(g)
-    centred.addcmul_(total, total, value=-1 / len(g))
-    with borrow(total, *total.shape) as left:
-        torch.addcmul(centred, total, total, value=-1 / (99 * len(g)), out=left)
-        if left.amin() < 0 if left.numel() else False:
-            for b in range(len(left)):
-                rows = (left[b] < 0).any(1).nonzero().squeeze(1)
-                centred[b, rows] = _centred_rows(g, b, rows)
-    return total.view(g.shape), centred.view(g.shape)
+    left, right = (f[:, :, 0].transpose(0, 1) for f in (g.left, g.right))  # [K, N, *]
+    (k, n, o), i = left.shape, right.shape[2]
+    squares, result = right.square(), right.new_empty(k, o, i)
+    some, step = max(1, cost.chunk(o * i)), min(o, cost.chunk(i))
+    for b in range(0, k, some):
+        for r in range(0, o, max(1, step)):
+            at = (slice(b, b + some), slice(r, r + step))
+            own, found = left[at[0], :, at[1]].mT, result[at]
+            with borrow(result, *found.shape) as spare:
+                total = torch.bmm(own, right[at[0]], out=spare if sums is None else sums[at])
+                torch.bmm(own.square(), squares[at[0]], out=found)
+                found.addcmul_(total, total, value=-1 / n)
+                torch.addcmul(found, total, total, value=-1 / (99 * n), out=spare)
+                if found.numel() and spare.amin() < 0:
+                    for j in range(len(found)):
+                        rows = (spare[j] < 0).any(1).nonzero().squeeze(1)
+                        found[j, rows] = _centred_rows(g, b + j, r + rows)
+    return result.view(g.shape)
 
 
 def _centred_rows(g: Outer, block: int, rows: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ PARTS: dict[str, Callable[[Factors, Any], Any]] = {
     "sum": lambda g, _: reductions.weighted_sum(g),  # [*P]
     "mean_square": lambda g, _: reductions.square_sum(g).div_(len(g)),  # [*P]
     "moments": lambda g, _: _moments(g),  # (sum, variance), [*P] each
+    "variance": lambda g, _: reductions.centred(g).div_(len(g)),  # [*P]
     "dot": reductions.dot,  # [N]
     "project": lambda g, r: r(g) if callable(r) else reductions.project(g, r),  # [N, k]
 }
@@ -60,12 +61,14 @@ READERS: dict[str, Callable[[list[Any], str, Size], Any]] = {
     "gram": lambda parts, split, shape: functools.reduce(Tensor.add_, parts),
     "mean_square": joined,
     "moments": lambda parts, split, shape: tuple(joined(list(p), split, shape) for p in zip(*parts, strict=True)),
+    "variance": joined,
 }
 
 # Parts that are read off another one, where a run computes that anyway: (that part, N) -> part.
 READ_OFF: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
     "squares": ("gram", lambda products, _: products.diagonal().clone()),
     "sum": ("moments", lambda pair, _: pair[0]),
+    "variance": ("moments", lambda pair, _: pair[1]),
     "mean_square": ("moments", lambda pair, n: (pair[0] * pair[0].conj()).real.div_(n * n).add_(pair[1])),
 }
 
@@ -79,8 +82,8 @@ NEEDS: dict[str, str] = {
     "sum": "sum",
     "mean": "sum",
     "second_moment": "mean_square",
-    "variance": "moments",
-    "std": "moments",
+    "variance": "variance",
+    "std": "variance",
     "dot": "dot",
     "project": "project",
 }
@@ -235,8 +238,7 @@ class Quantities(abc.ABC):
         check_ddof(ddof)
         if len(self) <= ddof:
             raise QuantityError(f"a variance with ddof={ddof} needs more than {ddof} sample(s), but N = {len(self)}.")
-        found = {name: variance for name, (_, variance) in self._parts("moments").items()}
-        n = len(self)
+        found, n = dict(self._parts("variance")), len(self)
         return found if not ddof else {name: variance * (n / (n - ddof)) for name, variance in found.items()}
 
     def std(self, ddof: int = 0) -> dict[str, Tensor]:

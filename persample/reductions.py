@@ -5,7 +5,7 @@ primitive        formula                result         serves
 ================ ====================== ============== ==========================================
 `weighted_sum`   ``w^T G``              ``[*P]``       batch, weighted and clipped gradients
 `square_sum`     ``1^T (G o G)``        ``[*P]``       second moments
-`moments`        sums, and centred      two ``[*P]``   variances
+`moments`        sums, and centred      two ``[*P]``   variances, with the mean (`centred`: without)
 `row_dot`        ``diag(A B^T)``        ``[N]``        norms
 `gram`           ``A B^T``              ``[N, M]``     inner products of all samples
 `dot`            ``G v``                ``[N]``        directional derivatives
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import convolution, cost, lookup, tokens
 from .factors import Conv, Dense, Factors, Outer, Rows, dtype, index, tensors
-from .moments import moments, square_sum
+from .moments import centred, moments, square_sum
 from .scratch import kernel
 from .streaming import (
     Piece,
@@ -43,7 +43,7 @@ from .streaming import (
     wide,
 )
 
-__all__ = ["dot", "gram", "moments", "project", "row_dot", "square_sum", "weighted_sum"]
+__all__ = ["centred", "dot", "gram", "moments", "project", "row_dot", "square_sum", "weighted_sum"]
 
 
 @kernel

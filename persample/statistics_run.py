@@ -2,8 +2,8 @@
 
 The factors of a parameter are reduced the moment they are complete, and dropped, so that peak memory stays near that of
 the plain backward pass; only a clipped sum keeps them until all norms are known.  What is asked for shares parts: norms
-are read off a Gram matrix, sums and second moments off a variance, and rows that several parts would stream are formed
-once.
+are read off a Gram matrix, sums and second moments come with a variance, and rows that several parts would stream are
+formed once.  What is not asked for is not kept.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ class Statistics(Quantities):
         self.note = ""  # what `Gradients` would carry: a notion under BatchNorm, how rows were verified
         self._n = 0
         self._kinds: dict[str, torch.dtype] = {}  # of the rows; their parts are kept in no less than single precision
-        kinds = sorted({NEEDS[name]: None for name in self.requests}, key=lambda kind: kind in READ_OFF)
+        kinds = list({NEEDS[name]: None for name in self.requests})
         self._stored: dict[str, Parts] = {kind: {} for kind in kinds}
+        computed = ["moments", *kinds] if "variance" in kinds and {"sum", "mean_square"} & {*kinds} else kinds
+        self._computed = [kind for kind in computed if READ_OFF.get(kind, ("", None))[0] not in computed]
+        self._readers = [kind for kind in self._computed if kind in READERS]
         self._pieces = {
             kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names)
-            for kind in kinds
+            for kind in self._computed
         }
-        own = {kind for kind in kinds if READ_OFF.get(kind, ("", None))[0] not in self._stored}
-        self._readers = [kind for kind in kinds if kind in own and kind in READERS]
         self._kept: dict[str, Kept] = {}
         self._clipped: dict[str, Tensor] | None = None
         self._versions: dict[str, list[int]] = {}  # of the parts of a kind, when they were first read
@@ -79,14 +80,13 @@ class Statistics(Quantities):
 
     def _reduce(self, name: str, g: Factors, found: Parts) -> None:
         """Store the parts of one parameter, of which some were ``found`` already."""
+        computed = {k: found[k] if k in found else PARTS[k](g, self._pieces[k][name]) for k in self._computed}
         for kind, parts in self._stored.items():
-            source, read_off = READ_OFF.get(kind, ("", None))
-            if kind in found:
-                parts[name] = found[kind]
-            elif read_off is not None and source in self._stored:
-                parts[name] = read_off(self._stored[source][name], len(g))
+            if kind in computed:
+                parts[name] = computed[kind]
             else:
-                parts[name] = PARTS[kind](g, self._pieces[kind][name])
+                source, read_off = READ_OFF[kind]
+                parts[name] = read_off(computed[source], len(g))
 
     def __len__(self) -> int:
         return self._n
@@ -106,6 +106,10 @@ class Statistics(Quantities):
             self._clipped = super().clip(**self.requests["clip"])
         return self
 
+    def forget(self, name: str) -> None:
+        """Drop a quantity that was only needed in between."""
+        del self.requests[name], self._stored[NEEDS[name]]
+
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         if kind not in self._stored:
             raise _not_asked(next(name for name, need in NEEDS.items() if need == kind), self.requests)
@@ -115,7 +119,7 @@ class Statistics(Quantities):
 
     def _intact(self, kind: str, parts: Parts) -> Parts:
         """The parts, which are handed out as they are, unless somebody has changed them."""
-        versions = [t._version for part in parts.values() for t in (part if isinstance(part, tuple) else (part,))]
+        versions = [part._version for part in parts.values()]
         if self._versions.setdefault(kind, versions) != versions:
             asked = [name for name in self.requests if kind in (name, NEEDS[name])]
             raise InplaceError(
@@ -126,11 +130,7 @@ class Statistics(Quantities):
 
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
         if weight is None:
-            if "moments" in self._stored:
-                sums = {name: total for name, (total, _) in self._parts("moments").items()}
-            else:
-                sums = self._parts("sum")
-            return {name: total.to(self._kinds[name]) for name, total in sums.items()}
+            return {name: total.to(self._kinds[name]) for name, total in self._parts("sum").items()}
         if not self._kept:
             raise QuantityError(
                 "a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=."

@@ -430,10 +430,11 @@ class ComplexAffine(nn.Module):
 
 
 @pytest.mark.parametrize("asked", [["second_moment", "variance", "mean"], ["second_moment"], ["variance"]])
-def test_moments_of_complex_rows_are_of_absolute_values(asked: list[str]) -> None:
+@pytest.mark.parametrize("max_bytes", [None, 1])
+def test_moments_of_complex_rows_are_of_absolute_values(asked: list[str], max_bytes: int | None) -> None:
     model, x = ComplexAffine(), torch.randn(N, 3, dtype=torch.float64)
     rows = persample.gradients(model, lambda out, _: out.sum(1), x, engine="loop")["weight"]
-    S = persample.gradients(model, lambda out, _: out.sum(1), x, quantities=asked)
+    S = persample.gradients(model, lambda out, _: out.sum(1), x, quantities=asked, max_bytes=max_bytes)
     want = {
         "second_moment": rows.abs().square().mean(0),
         "variance": (rows - rows.mean(0)).abs().square().mean(0),
@@ -509,7 +510,7 @@ def test_looks_in_notebooks_and_plots() -> None:
     [
         (["second_moment"], "second_moment"),
         (["variance"], "variance"),
-        (["variance"], "sum"),
+        (["mean", "variance"], "sum"),
         (["sum"], "sum"),
         ([("clip", {"max_norm": 0.1})], "clip"),
     ],
@@ -613,22 +614,23 @@ def test_parameters_with_the_same_rows_share_no_memory() -> None:
     assert torch.equal(rows["two"], expected)
 
 
-@pytest.mark.parametrize("asked", ["sum", "mean", "variance"])
-def test_statistics_write_the_mean_gradient_where_they_have_it(asked: str) -> None:
+@pytest.mark.parametrize("asked", [["sum"], ["mean"], ["variance", "mean"], ["std", "second_moment", "sum"]])
+def test_statistics_write_the_mean_gradient_where_they_have_it(asked: list[str]) -> None:
     model, (x, y) = convnet().double(), batch(3, 8, 8)
     nn.CrossEntropyLoss()(model(x), y).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     for options in ({}, {"max_bytes": 1}):
         model.zero_grad()
-        S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm", asked], **options)
+        S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm", *asked], **options)
         S.backward()
         S.backward()  # adds
         assert all(torch.allclose(p.grad, 2 * expected[n], atol=1e-12) for n, p in model.named_parameters())
     with pytest.raises(persample.QuantityError, match="weighted sum needs the rows"):
         S.backward(torch.ones(N, dtype=torch.float64))
-    S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm"])
-    with pytest.raises(persample.QuantityError, match="not kept the rows for 'sum'"):
-        S.backward()
+    for options in ({}, {"max_bytes": 1}):
+        S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm", "variance"], **options)
+        with pytest.raises(persample.QuantityError, match=r"\['norm', 'variance'\] only.*for 'sum'.*Add it"):
+            S.backward()
 
 
 def test_out_of_two_parameters_must_not_share_memory() -> None:

@@ -53,6 +53,7 @@ def check(g: Factors, rows: Tensor) -> None:
     total, square = reductions.moments(g)
     close(total, rows.sum(0))
     close(square, centred(rows))
+    close(reductions.centred(g), centred(rows))
     close(reductions.row_dot(g, g), flat(rows).square().sum(1))
     close(reductions.gram(g, g), flat(rows) @ flat(rows).mT)
     close(reductions.dot(g, v), flat(rows) @ v.flatten())
@@ -210,6 +211,7 @@ def test_moments_around_a_large_mean(form: str, spread: float, variant: str) -> 
     }[form])  # fmt: skip
     with cost.using(**VARIANTS[variant]):
         total, square = reductions.moments(g)
+        torch.testing.assert_close(reductions.centred(g), square, rtol=0, atol=0)
     assert float(square.min()) >= 0
     assert_close(total.double(), rows.sum(0), rtol=1e-5, atol=0)
     expected = centred(rows)
@@ -222,7 +224,8 @@ def test_products_of_tokens_stream_the_entries_that_cancel() -> None:
     left, right = randn(0, 50, 2, 1, 6), randn(1, 50, 2, 1, 5)
     left[:, 1, 0, 2], right[:, 1, 0, 3] = 3 + 1e-3 * randn(2, 50), 2.0
     g, rows = single(factors.Outer(left, right, torch.Size((12, 5))))
-    assert_close(reductions.moments(g)[1].double(), centred(rows), rtol=1e-4, atol=1e-8)
+    for square in (reductions.moments(g)[1], reductions.centred(g)):
+        assert_close(square.double(), centred(rows), rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
@@ -236,6 +239,7 @@ def test_half_precision_is_accumulated_in_float32(name: str, kind: torch.dtype) 
         (reductions.square_sum(g), rows.square().sum(0)),
         (reductions.moments(g)[0], rows.sum(0)),
         (reductions.moments(g)[1], centred(rows)),
+        (reductions.centred(g), centred(rows)),
         (reductions.row_dot(g, g), flat(rows).square().sum(1)),
         (reductions.gram(g, g), flat(rows) @ flat(rows).mT),
         (reductions.dot(g, v), flat(rows) @ v.flatten()),
@@ -264,6 +268,7 @@ def test_complex_entries_are_two_real_ones() -> None:
     total, square = reductions.moments(g)
     close(total, value.sum(0))
     close(square, (value - value.mean(0)).abs().square().sum(0))
+    close(reductions.centred(g), square)
     close(reductions.square_sum(g), value.abs().square().sum(0))
     close(reductions.weighted_sum(g, weight), torch.einsum("n,nab->ab", weight.to(value.dtype), value))
     close(reductions.row_dot(g, g), real.square().sum(1))
@@ -294,8 +299,9 @@ def test_int32_indices_of_a_large_table_do_not_overflow() -> None:
 def everything(g: Factors) -> list[Tensor]:
     v, weight = torch.ones(g.shape, dtype=torch.float64), torch.ones(len(g), dtype=torch.float64)
     return [
-        reductions.weighted_sum(g, weight), reductions.square_sum(g), *reductions.moments(g), reductions.row_dot(g, g),
-        reductions.gram(g, g), reductions.dot(g, v), reductions.project(g, v.unsqueeze(-1)), factors.dense(g),
+        reductions.weighted_sum(g, weight), reductions.square_sum(g), *reductions.moments(g), reductions.centred(g),
+        reductions.row_dot(g, g), reductions.gram(g, g), reductions.dot(g, v), factors.dense(g),
+        reductions.project(g, v.unsqueeze(-1)),
     ]  # fmt: skip
 
 

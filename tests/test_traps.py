@@ -183,7 +183,7 @@ def test_norms_in_half_precision_accumulate_in_single() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("asked", [["mean"], ["variance"]])
+@pytest.mark.parametrize("asked", [["mean"], ["variance", "sum"]])
 @pytest.mark.parametrize("max_bytes", [None, 1])
 def test_sums_have_one_type_whatever_is_kept(dtype: torch.dtype, asked: list[str], max_bytes: int | None) -> None:
     """That of the rows, rounded once; second moments, variances and norms stay in single precision."""

@@ -46,7 +46,7 @@ def by_cabs(lr: float) -> Rule:
     """``lr tr Sigma / L``: batch size coupled with the learning rate of plain SGD (Balles et al. 2017, eq. 22)."""
 
     def rule(G: HasMoments) -> tuple[Tensor, Tensor]:
-        return lr * add_up(centred_total(G, mean_square(G)).values()) / len(G), mean_loss(G)
+        return lr * add_up(centred_total(G).values()) / len(G), mean_loss(G)
 
     return rule
 

@@ -71,4 +71,4 @@ def cabs(G: HasMoments, lr: float, by: By = None) -> Any:
     loss = mean_loss(G)
     if not bool(loss > 0):
         raise QuantityError(f"CABS divides by the mean loss, taken to have infimum 0, but it is {float(loss):.4g}.")
-    return per_group(by, lambda centred: lr * centred.clamp_min(0) / len(G) / loss, centred_total(G, mean_square(G)))
+    return per_group(by, lambda centred: lr * centred.clamp_min(0) / len(G) / loss, centred_total(G))

@@ -74,7 +74,7 @@ class Moments(Accumulator[DatasetMoments]):
     large batch.  It keeps two tensors of the size of the parameters.
     """
 
-    needs = ("variance",)
+    needs = ("mean", "variance")
     kind = DatasetMoments
 
     def of(self, G: Quantities) -> DatasetMoments:

@@ -142,7 +142,7 @@ def signal_to_noise(G: HasMoments, *, ddof: int = 0, eps: float = 0.0, by: By = 
 
     The gradient signal-to-noise ratio of Liu et al. 2020, "Understanding why neural networks generalize well through
     GSNR of parameters".  Population variance by default.  An entry that is zero for all samples has no signal: 0.
-    Needs ``quantities=["variance"]``.
+    Needs ``quantities=["mean", "variance"]``.
     """
     means, variances = G.mean(), G.variance(ddof)
     ratios = {name: _ratio(means[name].square(), variances[name] + eps) for name in means}
@@ -159,7 +159,7 @@ def evidence_based_stopping(G: HasMoments, *, eps: float = 0.0, by: By = None) -
     Mahsereci et al. 2017, "Early stopping without a validation set", eq. 7: the mean over the ``D`` entries, unbiased
     (``ddof=1``) variances.  It is positive when the mean gradient is smaller than sampling noise alone would make it.
     Entries that are zero for all samples count with 0, so dead parameters speak for stopping: leave them out by
-    ``params=`` or ``by``. Needs ``quantities=["variance"]``.
+    ``params=`` or ``by``. Needs ``quantities=["mean", "variance"]``.
     """
     n = several(G, "evidence-based stopping")
     ratio = signal_to_noise(G, ddof=1, eps=eps, by=by)

@@ -83,7 +83,7 @@ def square_total(G: HasMoments) -> Part:
     """``{name: sum_n |g_n|^2}``."""
     if not isinstance(G, Quantities) or (_lacks(G, "squares") and not _lacks(G, "mean_square")):
         return {name: len(G) * m.sum() for name, m in G.second_moment().items()}
-    if _lacks(G, "squares") and _lacks(G, "gram") and not _lacks(G, "moments"):
+    if _lacks(G, "squares") and _lacks(G, "gram") and not _lacks(G, "variance"):
         means = mean_square(G)
         return {name: len(G) * (v.sum() + means[name]) for name, v in G.variance().items()}
     return {name: s.sum() for name, s in squares(G).items()}
@@ -91,21 +91,21 @@ def square_total(G: HasMoments) -> Part:
 
 def mean_square(G: HasMoments) -> Part:
     """``{name: |gbar|^2}``, of the mean gradient ``gbar``."""
-    if _lacks(G, "sum") and _lacks(G, "moments") and not _lacks(G, "gram"):
+    if _lacks(G, "sum") and not _lacks(G, "gram"):
         assert isinstance(G, Quantities)
         return {name: K.mean() for name, K in G.gram(per_parameter=True).items()}
     return {name: m.square().sum() for name, m in G.mean().items()}
 
 
-def centred_total(G: HasMoments, mean_squares: Part) -> Part:
-    """``{name: sum_n |g_n - gbar|^2}``, the trace of the scatter matrix.
+def centred_total(G: HasMoments, mean_squares: Part | None = None) -> Part:
+    """``{name: sum_n |g_n - gbar|^2}``, the trace of the scatter matrix; ``mean_squares`` where they are there anyway.
 
     From norms it is the difference ``sum |g|^2 - N |gbar|^2``, which loses digits where the noise is tiny against the
     gradient; where half of them are gone and the rows are there, they are centred before squaring instead.
     """
-    if not isinstance(G, Quantities) or (isinstance(G, Statistics) and not _lacks(G, "moments")):
+    if not isinstance(G, Quantities) or (isinstance(G, Statistics) and not _lacks(G, "variance")):
         return {name: len(G) * v.sum() for name, v in G.variance().items()}
-    totals = square_total(G)
+    totals, mean_squares = square_total(G), mean_square(G) if mean_squares is None else mean_squares
     differences = {name: total - len(G) * mean_squares[name] for name, total in totals.items()}
     if isinstance(G, Gradients):
         for name, difference in differences.items():

@@ -300,8 +300,8 @@ def everything(g: Factors) -> list[Tensor]:
     v, weight = torch.ones(g.shape, dtype=torch.float64), torch.ones(len(g), dtype=torch.float64)
     return [
         reductions.weighted_sum(g, weight), reductions.square_sum(g), *reductions.moments(g), reductions.centred(g),
-        reductions.row_dot(g, g), reductions.gram(g, g), reductions.dot(g, v), factors.dense(g),
-        reductions.project(g, v.unsqueeze(-1)),
+        reductions.row_dot(g, g), reductions.gram(g, g), reductions.dot(g, v),
+        reductions.project(g, v.unsqueeze(-1)), factors.dense(g),
     ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Costs:
     unfolded: tuple[float, ...] = (45, 35, 2.4e7)  # per entry unfolded, of the other side, call
     native: tuple[float, ...] = (45, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
     pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
+    formed: float = 20  # per entry of rows of all samples that are formed first, and read again
     few: int = 6  # up to so many samples, moments are always centred while streaming
     outer_norm: Literal["tokens", "stream"] | None = None  # None: decide by shape
     outer_gram: Literal["tokens", "stream"] | None = None
@@ -141,6 +142,25 @@ def conv_rows(like: Tensor, conv: Convolution, transposed: bool = False) -> str:
         return forced
     found = _rows(like, conv, transposed)
     return min(found, key=found.__getitem__)
+
+
+def conv_slices(like: Tensor, conv: Convolution, n: int, groups: int) -> int:
+    """In how many slices of the outputs (or groups) the rows of all samples are formed, each at most `wide`; 0 where
+    going through kernel offsets is cheaper: a piece of rows is in cache then, but a slice has the whole input to read.
+    """
+    c = costs()
+    size = n * groups * conv.outputs * conv.channels * conv.offsets
+    parts = min(-(-size // max(1, c.wide)), groups if groups > 1 else conv.outputs)
+    if parts < 1 or c.conv_rows:
+        return 0 if c.conv_rows == "offsets" else parts
+    if groups == 1 and parts > 1 and conv.outputs < 16 * parts:
+        return 0  # torch's convolutions are slow for fewer
+    one = conv._replace(batch=n, outputs=-(-conv.outputs // parts))
+    if groups > 1:
+        one = conv._replace(batch=n * -(-groups // parts))
+    found = _rows(like, one, transposed=True)
+    sliced = parts * min(found.values()) + c.formed * size
+    return parts if sliced < _rows(like, conv._replace(batch=n * groups))["offsets"] else 0
 
 
 def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str, float]:

@@ -10,6 +10,7 @@ convolution gives whole rows; with one position or one offset it is an `Outer`. 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Size, Tensor
@@ -91,15 +92,22 @@ def shared_split(g: Factors) -> str:
 
 def formed(g: Factors, split: str) -> Iterator[Dense]:
     """The rows of ``g``, piece by piece, in memory that is reused for the next piece; see `shared_split`, `joined`."""
-    like = tensors(g)[-1]
     if split == "blocks":
         assert isinstance(g, Outer)
         for _, _, block in blocks(g, len(g), cuts(g, cost.chunk(len(g), cost.costs().wide))):
             yield Dense(block)
         return
     for piece in pieces(g, split) if split == "offsets" else (g,):
-        with borrow(like, len(g), *piece.shape) as out:
-            yield Dense(dense(piece, out=out))
+        yield from _formed(piece)
+
+
+def _formed(g: Factors) -> Iterator[Dense]:
+    """The rows of ``g``, formed in memory that is reused afterwards."""
+    if isinstance(g, Dense):
+        yield g
+        return
+    with borrow(tensors(g)[-1], len(g), *g.shape) as out:
+        yield Dense(dense(g, out=out))
 
 
 def sizes_of(g: Conv) -> cost.Convolution:
@@ -125,11 +133,42 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
         elif split != split_of(b):
             split = "offsets"
     if isinstance(a, Conv) and max(len(a), len(b)) * _each(a, split) > cost.costs().wide // 2:
+        parts = cost.conv_slices(a.grad, sizes_of(a), max(len(a), len(b)), a.geometry.groups)
+        if split != "offsets" and parts:
+            yield from _sliced(a, b if isinstance(b, Conv) else Dense(dense(b)), parts)
+            return
         split = "offsets"
     if b is a:
         yield from ((piece, piece) for piece in pieces(a, split))
     else:
         yield from zip(pieces(a, split), pieces(b, split), strict=True)
+
+
+def _sliced(a: Conv, b: Conv | Dense, parts: int) -> Iterator[tuple[Piece, Piece]]:
+    """Rows of both, slice by slice."""
+    groups = a.geometry.groups
+    for x, y in zip(_slices(a, groups, parts), _slices(b, groups, parts), strict=True):
+        for rows in _formed(x):
+            yield from ((rows, other) for other in ((rows,) if b is a else _formed(y)))
+
+
+def _slices(g: Conv | Dense, groups: int, parts: int) -> Iterator[Conv | Dense]:
+    """Some outputs of a convolution (or some groups) at a time, with all samples."""
+    outputs, channels = g.shape[:2]
+    if groups > 1:
+        unit = outputs // groups
+    else:
+        unit = 1 if outputs < 16 * parts else 16  # the vectors of torch's convolutions
+    step = unit * -(-outputs // (unit * parts))
+    for first in range(0, outputs, step):
+        at = slice(first, min(first + step, outputs))
+        match g:
+            case Dense(value):
+                yield Dense(value[:, at])
+            case Conv(input, grad):
+                own = slice(at.start // unit * channels, at.stop // unit * channels) if groups > 1 else slice(None)
+                shape = Size((at.stop - at.start, *g.shape[1:]))
+                yield replace(g, input=input[:, own], grad=grad[:, at], shape=shape)
 
 
 def wide(g: Factors) -> Factors:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from forms import examples, flat, forms, make_dense, make_outer, make_rows, randn
+from forms import examples, flat, forms, make_conv, make_dense, make_outer, make_rows, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,6 +28,7 @@ VARIANTS = {
     "products": {"outer_norm": "tokens", "outer_gram": "tokens", "outer_moments": "products", "conv_norm": "pixels",
                  "conv_gram": "pixels", "conv_rows": "native", "few": 0},
     "halves": {"outer_norm": "tokens", "tokens": 1, "long": 1},
+    "native": {"conv_norm": "stream", "conv_gram": "stream", "conv_rows": "native"},
     "tokens": {"outer_norm": "tokens", "outer_gram": "tokens", "conv_norm": "stream", "conv_rows": "tokens"},
 }  # fmt: skip
 VARIANTS |= {f"{name}_small": SMALL | changes for name, changes in VARIANTS.items()}
@@ -409,6 +410,24 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert cost.conv_rows(like, conv(128, 128, 8, kernel=1)) == "tokens"
     assert cost.conv_rows(like, conv(3, 64, 1024, dims=1)) == "native"
     assert "native" not in (cost.conv_rows(x, conv(3, 64, 32)) for x in (like.double(), like[..., None, None, None]))
+    slices = [cost.conv_slices(like, conv(*sizes), 32, 1) for sizes in ((96, 96, 32), (96, 192, 16), (192, 192, 8))]
+    assert slices == [1, 2, 0]
+    assert cost.conv_slices(like, conv(256, 16, 32, 7), 128, 1) == 0  # few outputs would be left in a slice
+    with cost.using(conv_rows="offsets"):
+        assert cost.conv_slices(like, conv(96, 96, 32), 32, 1) == 0
+    with cost.using(conv_rows="tokens", wide=1):
+        assert cost.conv_slices(like, conv(2, 6, 8), 32, 4) == 4
+
+
+def test_rows_in_slices_of_outputs() -> None:
+    """Also of so many outputs that slices are whole vectors, and of one form with another."""
+    (a, rows_a), (b, rows_b) = (make_conv(seed, 3, 1, 72, 4, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1)) for seed in (0, 1))
+    for wide in (72, 500, 2000, 10**6):
+        with cost.using(wide=wide, conv_rows="native", conv_gram="stream"):
+            check(a, rows_a)
+            check_pair(a, rows_a, b, rows_b)
+            check_pair(a, rows_a, Dense(rows_b), rows_b)
+            check_pair(Dense(rows_a), rows_a, b, rows_b)
 
 
 @pytest.mark.parametrize("least", [1, 2, 3, 32])

@@ -1,8 +1,9 @@
 """``python -m benchmarks.kernels``: does `persample.cost` choose well among the kernels of a convolution?
 
-Draws convolutions (dims, channels, groups, sizes, strides, dilations) and times the norms of their rows by each kernel,
-and as `persample.cost` chooses.  Prints what the choice costs relative to the best, both together with the layer's
-weight gradient: ``(chosen + unit) / (best + unit)``.  The figures in `persample.cost.Costs` are from such runs.
+Draws convolutions (dims, channels, groups, sizes, strides, dilations) and times the norms of their rows, or the inner
+products of all of them, by each kernel, and as `persample.cost` chooses.  Prints what the choice costs relative to the
+best, both together with the layer's weight gradient: ``(chosen + unit) / (best + unit)``.  The figures in
+`persample.cost.Costs` are from such runs.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 from persample import convolution, cost, reductions
 from persample.factors import Conv
 
+STREAM, PIXELS = ({"conv_norm": how, "conv_gram": how} for how in ("stream", "pixels"))
 KERNELS = {
-    "offsets": {"conv_norm": "stream", "conv_rows": "offsets"},
-    "native": {"conv_norm": "stream", "conv_rows": "native"},
-    "tokens": {"conv_norm": "stream", "conv_rows": "tokens"},
-    "pixels": {"conv_norm": "pixels"},
+    "offsets": STREAM | {"conv_rows": "offsets"},
+    "native": STREAM | {"conv_rows": "native"},
+    "tokens": STREAM | {"conv_rows": "tokens"},
+    "pixels": PIXELS,
 }
+QUANTITIES = {"norms": reductions.row_dot, "gram": reductions.gram}
 
 
 def draw(rng: random.Random, work: tuple[float, float]) -> Conv:
@@ -62,28 +65,30 @@ def seconds(run: Callable[[], object], repeats: int = 3) -> float:
     return min(found)
 
 
-def compared(g: Conv) -> tuple[float, dict[str, float]]:
-    """Of the norms as chosen, and by each kernel, in units of the weight gradient."""
+def compared(g: Conv, quantity: str = "norms") -> tuple[float, dict[str, float]]:
+    """The time as chosen, and by each kernel, in units of the weight gradient."""
 
-    def norms() -> object:
-        return reductions.row_dot(g, g)
+    def compute() -> object:
+        return QUANTITIES[quantity](g, g)
 
     unit = seconds(lambda: convolution.summed(g.input, g.grad, g.geometry))
-    chosen, each = seconds(norms) / unit, {}
+    chosen, each = seconds(compute) / unit, {}
     pixels = convolution.sizes(g.input, g.grad, g.geometry).pixels
     for name, forced in KERNELS.items():
         if name != "pixels" or pixels**2 <= cost.costs().block:  # or it takes forever
             with cost.using(**forced):
-                each[name] = seconds(norms) / unit
+                each[name] = seconds(compute) / unit
     return chosen, each
 
 
-def regrets(seed: int, duration: float, work: tuple[float, float] = (3e6, 1.5e9)) -> Iterator[tuple[Conv, float, str]]:
+def regrets(
+    seed: int, duration: float, work: tuple[float, float] = (3e6, 1.5e9), quantity: str = "norms"
+) -> Iterator[tuple[Conv, float, str]]:
     """Convolutions, what the choice costs relative to the best, and which kernel that is; at least one."""
     rng, end = random.Random(seed), time.perf_counter() + duration
     while True:
         g = draw(rng, work)
-        chosen, each = compared(g)
+        chosen, each = compared(g, quantity)
         best = min(each, key=each.__getitem__)
         yield g, (chosen + 1) / (each[best] + 1), best
         if time.perf_counter() >= end:
@@ -93,11 +98,12 @@ def regrets(seed: int, duration: float, work: tuple[float, float] = (3e6, 1.5e9)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--quantity", choices=QUANTITIES, default="norms")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = list(regrets(args.seed, args.seconds))
+    found = list(regrets(args.seed, args.seconds, quantity=args.quantity))
     for g, regret, best in sorted(found, key=lambda f: -f[1])[:10]:
         sizes = f"input {list(g.input.shape)}, weight {list(g.shape)}, stride {g.stride[0]}, dilation {g.dilation[0]}"
         print(f"{regret:5.2f}  {best:8} is best for {sizes}")

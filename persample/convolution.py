@@ -159,7 +159,7 @@ def _write_tokens(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> No
 
 
 def _write_native(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
-    out.copy_(native(input, grad, geo).view(out.shape))
+    out.copy_(native(input, grad, geo).reshape(out.shape))
 
 
 def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -186,10 +186,19 @@ def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     """All rows ``[N, K O, I, *kernel]``: the weight gradient of one convolution with ``N K`` groups; up to 3 dims."""
-    n, outputs, channels = len(input), grad.shape[1], input.shape[1]
-    one = input.reshape(1, n * channels, *input.shape[2:])
-    rows = _weight_gradient(one, grad.reshape(1, n * outputs, *grad.shape[2:]), replace(geo, groups=n * geo.groups))
-    return rows.view(n, outputs, channels // geo.groups, *geo.kernel)
+    n, k, channels, outputs = len(input), geo.groups, input.shape[1] // geo.groups, grad.shape[1] // geo.groups
+    full, full_outputs = cost.vectors(channels, outputs)
+    one, one_grad = _as_one(input, k, full), _as_one(grad, k, full_outputs)
+    rows = _weight_gradient(one, one_grad, replace(geo, groups=n * k)).view(n, k, full_outputs, full, *geo.kernel)
+    return rows[:, :, :outputs, :channels].flatten(1, 2)
+
+
+def _as_one(x: Tensor, groups: int, full: int) -> Tensor:
+    """All samples as groups of one, each of ``full`` channels: ``[1, N K full, *S]``."""
+    x = x.unflatten(1, (groups, x.shape[1] // groups))
+    if full > x.shape[2]:
+        x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, full - x.shape[2]))
+    return x.reshape(1, len(x) * groups * full, *x.shape[3:])
 
 
 @contextmanager

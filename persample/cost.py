@@ -37,6 +37,8 @@ class Costs:
     transposed: float = 60  # per entry of a row that is written in the parameter's layout, one offset at a time
     unfolded: tuple[float, ...] = (45, 35, 2.4e7)  # per entry unfolded, of the other side, call
     native: tuple[float, ...] = (45, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
+    thin: float = 2  # how much slower that is with one to three channels
+    filled: float = 60  # per entry of a side that is filled up to whole vectors
     pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
     formed: float = 20  # per entry of rows of all samples that are formed first, and read again
     few: int = 6  # up to so many samples, moments are always centred while streaming
@@ -178,10 +180,24 @@ def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str
     found["tokens"] = n * tokens * (row + entry * channels * offsets + other * outputs) + call
     if like.ndim <= 5 and like.device.type == "cpu" and like.dtype == torch.float32 and _mkldnn():
         entry, pixel, group, call = c.native
-        few = max(channels * outputs, 8 if offsets == 9 else 32)  # there is a kernel of its own for depthwise 3x3
-        each = few * offsets * positions + entry * row + pixel * pixels * channels + group
-        found["native"] = n * each + call
+        width, height = vectors(channels, outputs)
+        if channels >= 4:
+            pairs: float = width * height
+        elif row == offsets == 9:
+            pairs = 8  # depthwise 3x3 has a kernel of its own
+        else:
+            pairs = c.thin * channels * (outputs + -outputs % 8)
+        each = offsets * (pairs * positions + entry * width * height) + pixel * pixels * width + group
+        copied = (width != channels) * pixels * width + (height != outputs) * positions * height
+        found["native"] = n * (each + c.filled * copied) + call
     return found
+
+
+def vectors(channels: int, outputs: int) -> tuple[int, int]:
+    """The channels of a group, filled up with zeros so that torch's convolutions on a CPU are fast: these are several
+    times slower for other numbers than multiples of 8, but for very few channels that is less work still.
+    """
+    return (channels, outputs) if channels < 4 else (channels + -channels % 8, outputs + -outputs % 8)
 
 
 def _pairs(conv: Convolution) -> int:

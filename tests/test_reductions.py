@@ -415,16 +415,25 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert cost.conv_slices(like, conv(256, 16, 32, 7), 128, 1) == 0  # few outputs would be left in a slice
     with cost.using(conv_rows="offsets"):
         assert cost.conv_slices(like, conv(96, 96, 32), 32, 1) == 0
+    assert [cost.vectors(*sizes) for sizes in ((3, 20), (4, 8), (20, 1), (64, 32))] == [
+        (3, 20),
+        (8, 8),
+        (24, 8),
+        (64, 32),
+    ]
     with cost.using(conv_rows="tokens", wide=1):
         assert cost.conv_slices(like, conv(2, 6, 8), 32, 4) == 4
 
 
-def test_rows_in_slices_of_outputs() -> None:
-    """Also of so many outputs that slices are whole vectors, and of one form with another."""
-    (a, rows_a), (b, rows_b) = (make_conv(seed, 3, 1, 72, 4, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1)) for seed in (0, 1))
+@pytest.mark.parametrize(("groups", "outputs", "channels"), [(1, 72, 4), (1, 3, 9), (2, 3, 5), (3, 8, 4)])
+def test_rows_in_slices_of_outputs(groups: int, outputs: int, channels: int) -> None:
+    """Also of so many outputs that slices are whole vectors, of one form with another, and filled up with zeros."""
+    sizes = (groups, outputs, channels, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1))
+    (a, rows_a), (b, rows_b) = (make_conv(seed, 3, *sizes) for seed in (0, 1))
     for wide in (72, 500, 2000, 10**6):
-        with cost.using(wide=wide, conv_rows="native", conv_gram="stream"):
+        with cost.using(wide=wide, conv_rows="native", conv_norm="stream", conv_gram="stream"):
             check(a, rows_a)
+            close(factors.dense(a), rows_a)
             check_pair(a, rows_a, b, rows_b)
             check_pair(a, rows_a, Dense(rows_b), rows_b)
             check_pair(Dense(rows_a), rows_a, b, rows_b)

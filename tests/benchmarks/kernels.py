@@ -34,7 +34,7 @@ def draw(rng: random.Random, work: tuple[float, float]) -> Conv:
     while True:
         dims = rng.choice([1, 2, 2, 2, 3])
         n, channels, outputs = (
-            rng.choice(choices) for choices in ([4, 16, 32, 128], *[[1, 3, 16, 32, 64, 128, 256]] * 2)
+            rng.choice(choices) for choices in ([4, 16, 32, 128], *[[1, 3, 6, 16, 20, 32, 64, 100, 128, 256]] * 2)
         )
         groups = rng.choice([1, 1, 1, 1, 4, channels])
         kernel, stride, dilation = (

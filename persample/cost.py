@@ -38,6 +38,7 @@ class Costs:
     unfolded: tuple[float, ...] = (45, 35, 2.4e7)  # per entry unfolded, of the other side, call
     native: tuple[float, ...] = (45, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
     thin: float = 2  # how much slower that is with one to three channels
+    slow: float = 2.5  # how much slower in dims that it is not made for
     filled: float = 60  # per entry of a side that is filled up to whole vectors
     pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
     formed: float = 20  # per entry of rows of all samples that are formed first, and read again
@@ -182,7 +183,8 @@ def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str
         entry, pixel, group, call = c.native
         width, height = vectors(channels, outputs)
         if channels >= 4:
-            pairs: float = width * height
+            slow = like.ndim == 3 or (like.ndim == 5 and outputs < 8)  # one dim, or three and few outputs
+            pairs: float = width * height * (c.slow if slow else 1)
         elif row == offsets == 9:
             pairs = 8  # depthwise 3x3 has a kernel of its own
         else:

@@ -148,7 +148,7 @@ def conv_rows(like: Tensor, conv: Convolution, transposed: bool = False) -> str:
 
 
 def conv_slices(like: Tensor, conv: Convolution, n: int, groups: int) -> int:
-    """In how many slices of the outputs (or groups) the rows of all samples are formed, each at most `wide`; 0 where
+    """In how many slices of the outputs (or groups) the rows of all samples are formed, each about `wide`; 0 where
     going through kernel offsets is cheaper: a piece of rows is in cache then, but a slice has the whole input to read.
     """
     c = costs()

@@ -6,7 +6,7 @@ Rows of independent samples don't depend on the slice that they are computed in,
 rows, norms, derivatives, projections  one slice after the other
 sums, clipped sums                     added
 second moments                         averaged, by the number of samples
-variances                              merged by the distance of the means (Chan, Golub, LeVeque 1983)
+variances                              merged by the distance of the means (Chan, Golub, LeVeque 1983), held until then
 Gram matrices                          block by block: rows of one slice are kept while every later slice is run again
 ====================================== ===============================================================================
 

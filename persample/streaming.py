@@ -4,7 +4,8 @@ This is the default of every primitive: norms, Grams and projections add over bl
 block.  A block is computed into reused memory and read while it is still in cache; ``[N, *P]`` never exists.
 
 A convolution is a direct sum over kernel offsets (`persample.convolution`); with few input channels, one grouped
-convolution gives whole rows; with one position or one offset it is an `Outer`.  Nothing but this file knows which.
+convolution gives whole rows; with one position or one offset it is an `Outer`.  For inner products, larger ones form
+rows in slices of outputs.  Nothing but this file knows which.
 """
 
 from __future__ import annotations

@@ -147,23 +147,26 @@ def conv_rows(like: Tensor, conv: Convolution, transposed: bool = False) -> str:
     return min(found, key=found.__getitem__)
 
 
-def conv_slices(like: Tensor, conv: Convolution, n: int, groups: int) -> int:
-    """In how many slices of the outputs (or groups) the rows of all samples are formed, each about `wide`; 0 where
-    going through kernel offsets is cheaper: a piece of rows is in cache then, but a slice has the whole input to read.
+def conv_slice(like: Tensor, conv: Convolution, n: int, groups: int) -> int:
+    """For how many outputs at a time the rows of all samples are formed: about `wide` entries, of whole groups, or of
+    whole vectors of outputs.  0 where going through kernel offsets is cheaper: a piece of rows is in cache then, while
+    every slice has the whole input to read.
     """
-    c = costs()
-    size = n * groups * conv.outputs * conv.channels * conv.offsets
-    parts = min(-(-size // max(1, c.wide)), groups if groups > 1 else conv.outputs)
-    if parts < 1 or c.conv_rows:
-        return 0 if c.conv_rows == "offsets" else parts
-    if groups == 1 and parts > 1 and conv.outputs < 16 * parts:
-        return 0  # torch's convolutions are slow for fewer
-    one = conv._replace(batch=n, outputs=-(-conv.outputs // parts))
-    if groups > 1:
-        one = conv._replace(batch=n * -(-groups // parts))
-    found = _rows(like, one, transposed=True)
-    sliced = parts * min(found.values()) + c.formed * size
-    return parts if sliced < _rows(like, conv._replace(batch=n * groups))["offsets"] else 0
+    c, outputs = costs(), groups * conv.outputs
+    size = n * outputs * conv.channels * conv.offsets
+    parts = -(-size // max(1, c.wide))
+    if not parts or c.conv_rows == "offsets":
+        return 0
+    few = groups == 1 and outputs < 16 * parts  # so that none is a whole vector of torch's convolutions
+    unit = conv.outputs if groups > 1 else 1 if few else 16
+    step = min(outputs, unit * -(-outputs // (unit * parts)))
+    if c.conv_rows:
+        return step
+    if few and parts > 1:
+        return 0
+    one = conv._replace(batch=n * step // conv.outputs) if groups > 1 else conv._replace(batch=n, outputs=step)
+    sliced = -(-outputs // step) * min(_rows(like, one, transposed=True).values()) + c.formed * size
+    return step if sliced < _rows(like, conv._replace(batch=n * groups))["offsets"] else 0
 
 
 def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str, float]:

@@ -134,9 +134,9 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
         elif split != split_of(b):
             split = "offsets"
     if isinstance(a, Conv) and max(len(a), len(b)) * _each(a, split) > cost.costs().wide // 2:
-        parts = cost.conv_slices(a.grad, sizes_of(a), max(len(a), len(b)), a.geometry.groups)
-        if split != "offsets" and parts:
-            yield from _sliced(a, b if isinstance(b, Conv) else Dense(dense(b)), parts)
+        step = cost.conv_slice(a.grad, sizes_of(a), max(len(a), len(b)), a.geometry.groups)
+        if split != "offsets" and step:
+            yield from _sliced(a, b if isinstance(b, Conv) else Dense(dense(b)), step)
             return
         split = "offsets"
     if b is a:
@@ -145,31 +145,29 @@ def paired(a: Factors, b: Factors) -> Iterator[tuple[Piece, Piece]]:
         yield from zip(pieces(a, split), pieces(b, split), strict=True)
 
 
-def _sliced(a: Conv, b: Conv | Dense, parts: int) -> Iterator[tuple[Piece, Piece]]:
-    """Rows of both, slice by slice."""
+def _sliced(a: Conv, b: Conv | Dense, step: int) -> Iterator[tuple[Piece, Piece]]:
+    """Rows of both, ``step`` outputs at a time."""
     groups = a.geometry.groups
-    for x, y in zip(_slices(a, groups, parts), _slices(b, groups, parts), strict=True):
+    for x, y in zip(_slices(a, groups, step), _slices(b, groups, step), strict=True):
         for rows in _formed(x):
-            yield from ((rows, other) for other in ((rows,) if b is a else _formed(y)))
+            if b is a:
+                yield rows, rows
+            else:
+                yield from ((rows, other) for other in _formed(y))
 
 
-def _slices(g: Conv | Dense, groups: int, parts: int) -> Iterator[Conv | Dense]:
-    """Some outputs of a convolution (or some groups) at a time, with all samples."""
+def _slices(g: Conv | Dense, groups: int, step: int) -> Iterator[Conv | Dense]:
+    """Some outputs of a convolution at a time, with all samples; of several groups, whole ones."""
     outputs, channels = g.shape[:2]
-    if groups > 1:
-        unit = outputs // groups
-    else:
-        unit = 1 if outputs < 16 * parts else 16  # the vectors of torch's convolutions
-    step = unit * -(-outputs // (unit * parts))
     for first in range(0, outputs, step):
         at = slice(first, min(first + step, outputs))
         match g:
             case Dense(value):
                 yield Dense(value[:, at])
             case Conv(input, grad):
-                own = slice(at.start // unit * channels, at.stop // unit * channels) if groups > 1 else slice(None)
-                shape = Size((at.stop - at.start, *g.shape[1:]))
-                yield replace(g, input=input[:, own], grad=grad[:, at], shape=shape)
+                if groups > 1:
+                    input = input[:, at.start * groups // outputs * channels : at.stop * groups // outputs * channels]
+                yield replace(g, input=input, grad=grad[:, at], shape=Size((at.stop - at.start, *g.shape[1:])))
 
 
 def wide(g: Factors) -> Factors:

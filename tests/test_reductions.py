@@ -410,19 +410,18 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert cost.conv_rows(like, conv(128, 128, 8, kernel=1)) == "tokens"
     assert cost.conv_rows(like, conv(3, 64, 1024, dims=1)) == "native"
     assert "native" not in (cost.conv_rows(x, conv(3, 64, 32)) for x in (like.double(), like[..., None, None, None]))
-    slices = [cost.conv_slices(like, conv(*sizes), 32, 1) for sizes in ((96, 96, 32), (96, 192, 16), (192, 192, 8))]
-    assert slices == [1, 2, 0]
-    assert cost.conv_slices(like, conv(256, 16, 32, 7), 128, 1) == 0  # few outputs would be left in a slice
+    steps = [cost.conv_slice(like, conv(*sizes), 32, 1) for sizes in ((96, 96, 32), (96, 192, 16), (192, 192, 8))]
+    assert steps == [96, 96, 0]
+    assert cost.conv_slice(like, conv(256, 16, 32, 7), 128, 1) == 0  # few outputs would be left in a slice
     with cost.using(conv_rows="offsets"):
-        assert cost.conv_slices(like, conv(96, 96, 32), 32, 1) == 0
-    assert [cost.vectors(*sizes) for sizes in ((3, 20), (4, 8), (20, 1), (64, 32))] == [
-        (3, 20),
-        (8, 8),
-        (24, 8),
-        (64, 32),
-    ]
+        assert cost.conv_slice(like, conv(96, 96, 32), 32, 1) == 0
     with cost.using(conv_rows="tokens", wide=1):
-        assert cost.conv_slices(like, conv(2, 6, 8), 32, 4) == 4
+        assert cost.conv_slice(like, conv(2, 6, 8), 32, 4) == 6  # a whole group
+        assert cost.conv_slice(like, conv(2, 6, 8), 32, 1) == 1
+    with cost.using(conv_rows="tokens", wide=20 * 32 * 2 * 9):
+        assert cost.conv_slice(like, conv(2, 72, 8), 32, 1) == 32  # whole vectors
+    padded = [cost.vectors(*sizes) for sizes in ((3, 20), (4, 8), (20, 1), (64, 32))]
+    assert padded == [(3, 20), (8, 8), (24, 8), (64, 32)]
 
 
 @pytest.mark.parametrize(("groups", "outputs", "channels"), [(1, 72, 4), (1, 3, 9), (2, 3, 5), (3, 8, 4)])

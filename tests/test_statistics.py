@@ -167,6 +167,15 @@ def test_formula(name: str) -> None:
         close(function(case.run(quantities=["mean", "variance"])), expected)
 
 
+def test_cabs_needs_no_mean_where_the_variance_is_there() -> None:
+    case = Case()
+    expected = LR * trace(case.J, 0) / case.loop.losses.mean()
+    for max_bytes in (None, 1):
+        close(statistics.cabs(case.run(quantities=["variance"], max_bytes=max_bytes), LR), expected)
+    with pytest.raises(persample.QuantityError, match=r"\['variance'\] only.*for 'sum'"):
+        statistics.noise_scale(case.run(quantities=["variance"]))
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formula_per_layer(name: str) -> None:
     function, formula, needs, moments = FORMULAS[name]

@@ -66,7 +66,7 @@ def cabs(G: HasMoments, lr: float, by: By = None) -> Any:
 
     Balles et al. 2017, "Coupling adaptive batch sizes with learning rates", eq. 22: *population* covariance, plain
     SGD with learning rate ``lr``, a loss whose infimum is 0.  Round and bound it yourself, or by
-    `persample.optim.AdaptiveBatchSize`. Needs ``quantities=["norm", "mean"]``.
+    `persample.optim.AdaptiveBatchSize`. Needs ``quantities=["norm", "mean"]``, or ``["variance"]``.
     """
     loss = mean_loss(G)
     if not bool(loss > 0):

@@ -39,7 +39,7 @@ def propagate(
     """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that have samples."""
     if sampled[0][1].n == 1:
         return lone_sample(out)
-    if func not in _SPECIAL and _stays(sampled, out):
+    if func not in _SPECIAL and _stays(func, args, sampled, out):
         return sampled[0][1]
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -48,18 +48,24 @@ def propagate(
         return None
 
 
-def _stays(sampled: Sampled, out: Tensor) -> bool:
+def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor) -> bool:
     """The short way to what `_followed` finds for most calls: all samples stay where they are."""
     first, layout = sampled[0]
-    shape = out.shape
+    shape, axis = out.shape, layout.axis
     if layout.alone is not None:
         return False
     if len(sampled) == 1:
         if first.shape == shape:
             return True
+        front = first.ndim - _READS.get(func, first.ndim)
+        if axis < front and args and first is args[0] and shape[:front] == first.shape[:front]:
+            return True
         size = layout.size
-        return first.ndim == len(shape) and [axis for axis, s in enumerate(shape) if s == size] == [layout.axis]
-    return all(x.shape == shape and at.axis == layout.axis and same(at, layout) for x, at in sampled)
+        return first.ndim == len(shape) and [a for a, s in enumerate(shape) if s == size] == [axis]
+    if all(x.shape == shape and at.axis == axis and same(at, layout) for x, at in sampled):
+        return True
+    front = len(shape) - _MEETS.get(func, len(shape))
+    return axis < front and all(x.ndim == len(shape) and at.axis == axis and same(at, layout) for x, at in sampled)
 
 
 def lone_sample(x: Tensor) -> Layout:
@@ -310,6 +316,8 @@ def _assigned(args: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor)
 _REDUCTIONS = """sum nansum mean nanmean prod amax amin aminmax max min median nanmedian mode quantile var std var_mean
     std_mean norm logsumexp any all argmax argmin count_nonzero kthvalue"""
 
+_POOLS = ("avg", "max", "adaptive_avg", "adaptive_max", "lp")
+
 _WHERE = named("where")
 _MASKED = {Tensor.__getitem__} | named("masked_select")
 _JOINS = named("cat", "concat", "concatenate")
@@ -320,5 +328,18 @@ _REDUCES_DIM = named("sum", "nansum", "mean", "nanmean", "amax", "amin", "max", 
 _WRITES = {Tensor.__setitem__} | named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")
 _COPIES = named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
 _PLACES = named("index_add_", "index_copy_", "index_add", "index_copy")
+# How many of its first argument's last axes a function reads together, or, of two arguments that have samples, of both:
+# what is before stays where it is, whatever its size.
+_READS: dict[Function, int] = {
+    F.linear: 1,
+    F.embedding: 0,
+    **dict.fromkeys(named("matmul", "mm", "__matmul__"), 1),
+    **{getattr(F, f"{name}{d}d"): d + 1 for name in ("conv", "conv_transpose") for d in (1, 2, 3)},
+    **{getattr(F, f"{name}_pool{d}d"): d for name in _POOLS for d in (1, 2, 3)},
+}
+_MEETS: dict[Function, int] = {
+    **dict.fromkeys(named("add", "sub", "mul", "div", "true_divide"), 0),
+    **dict.fromkeys((*named("matmul", "bmm", "__matmul__"), F.scaled_dot_product_attention), 2),
+}
 _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *_JOINS, *_STACKS, *_SPREADS, *_REDUCES, *_WRITES, *_COPIES}
 _SPECIAL |= {F.embedding_bag, torch.einsum}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from persample import propagate
 from persample.capture import Capture, _Sampled
 from persample.layout import Layout
 
@@ -127,6 +128,43 @@ def test_one_operation(name: str, shape: tuple[int, ...]) -> None:
             return inner(x)
 
     assert check(operation, x, Layout(4)) is not None
+
+
+COMMON: dict[str, Operation] = {
+    "linear": lambda x: F.linear(x, W[:3]),
+    "matmul": lambda x: x @ W[:, :3],
+    "mm": lambda x: torch.mm(x.flatten(1), torch.ones(x[0].numel(), 4)),
+    "conv": lambda x: F.conv2d(x, torch.ones(4, x.shape[1], 2, 1)),
+    "conv_transpose": lambda x: F.conv_transpose2d(x, torch.ones(x.shape[1], 4, 2, 1)),
+    "max_pool": lambda x: F.max_pool2d(x, 2, 1),
+    "adaptive_pool": lambda x: F.adaptive_avg_pool2d(x, 1),
+    "embedding": lambda x: F.embedding((x[..., 0].abs() * 3).long() % 4, W),
+    "scores": lambda x: x @ x.mT[..., :3],
+    "products": lambda x: torch.bmm(x.flatten(1, 2), x.flatten(1, 2).mT),
+    "gate": lambda x: x * x[:, :, :1, :1],
+    "distance": lambda x: x[:, :1] - x[..., :1],
+    "cross_attention": lambda x: F.scaled_dot_product_attention(x, x[:, :, :3], x[:, :, :3]),
+}
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_common_functions_are_not_run_twice_where_sizes_coincide(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many samples as features: the functions of nearly every model are known, and cost no second run for shapes."""
+    monkeypatch.setattr(propagate, "_grown", lambda *_: pytest.fail(f"{name} was run once more"))
+    found = check(COMMON[name], torch.randn(4, 4, 4, 4), Layout(4))
+    assert found is not None and found.axis == 0
+
+
+def test_what_contracts_samples_goes_no_short_way() -> None:
+    x, at = torch.randn(4, 4), Layout(4)
+    for func, args, sampled in (
+        (F.linear, (x.mT[:3], W[:3]), [(x.mT[:3], Layout(4, 1))]),
+        (torch.matmul, (W[:3], x[:, :3]), [(x[:, :3], at)]),
+        (torch.matmul, (x[:, :3], x[:3]), [(x[:, :3], at), (x[:3], Layout(3))]),
+        (torch.matmul, (x, x.mT), [(x, at), (x.mT, Layout(4, 1))]),
+        (torch.mul, (x[:, :1], x[:, :1].mT), [(x[:, :1], at), (x[:, :1].mT, Layout(4, 1))]),
+    ):
+        assert not propagate._stays(func, args, sampled, func(*args))
 
 
 def test_selection_by_value() -> None:

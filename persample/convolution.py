@@ -69,7 +69,8 @@ def sizes(input: Tensor, grad: Tensor, geo: Geometry) -> cost.Convolution:
     positions, k = tuple(grad.shape[2:]), geo.groups
     pixels, tokens = geo.pixels(positions), geo.tokens(positions)
     channels, outputs = input.shape[1] // max(1, k), grad.shape[1] // max(1, k)
-    return cost.Convolution(len(grad) * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets)
+    dilated = any(e > 1 for e in geo.dilation)
+    return cost.Convolution(len(grad) * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets, dilated)
 
 
 def shifted(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, list[Tensor]]:
@@ -187,7 +188,7 @@ def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
 def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     """All rows ``[N, K O, I, *kernel]``: the weight gradient of one convolution with ``N K`` groups; up to 3 dims."""
     n, k, channels, outputs = len(input), geo.groups, input.shape[1] // geo.groups, grad.shape[1] // geo.groups
-    full, full_outputs = cost.vectors(channels, outputs)
+    full, full_outputs = cost.vectors(grad, sizes(input, grad, geo))
     one, one_grad = _as_one(input, k, full), _as_one(grad, k, full_outputs)
     rows = _weight_gradient(one, one_grad, replace(geo, groups=n * k)).view(n, k, full_outputs, full, *geo.kernel)
     return rows[:, :, :outputs, :channels].flatten(1, 2)

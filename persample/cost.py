@@ -37,9 +37,14 @@ class Costs:
     transposed: float = 60  # per entry of a row that is written in the parameter's layout, one offset at a time
     unfolded: tuple[float, ...] = (45, 35, 2.4e7)  # per entry unfolded, of the other side, call
     native: tuple[float, ...] = (45, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
-    thin: float = 2  # how much slower that is with one to three channels
-    slow: float = 2.5  # how much slower in dims that it is not made for
-    filled: float = 60  # per entry of a side that is filled up to whole vectors
+    slow: float = 2.5  # how much slower its multiplications are in dims and dilations that it is not made for
+    filled: float = 30  # per entry of a side that is filled up to whole vectors
+    odd: tuple[float, ...] = (
+        40,
+        15,
+        4,
+    )  # per entry that it unfolds for other channels, of the other side; if colliding
+    depthwise: float = 16  # per entry unfolded, where groups have one channel and one output
     pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
     formed: float = 20  # per entry of rows of all samples that are formed first, and read again
     few: int = 6  # up to so many samples, moments are always centred while streaming
@@ -108,6 +113,7 @@ class Convolution(NamedTuple):
     positions: int  # of the output
     tokens: int  # the same with what separates rows in a view that is shifted
     offsets: int  # of the kernel
+    dilated: bool = False
 
 
 def conv_norm(like: Tensor, conv: Convolution) -> str:
@@ -172,7 +178,7 @@ def conv_slice(like: Tensor, conv: Convolution, n: int, groups: int) -> int:
 def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str, float]:
     """What the rows cost by each kernel, in multiplications."""
     c = costs()
-    n, channels, outputs, pixels, positions, tokens, offsets = conv
+    n, channels, outputs, pixels, positions, tokens, offsets, _ = conv
     row = outputs * channels * offsets
     if 1 in (offsets, positions):  # an outer product as it stands
         return {"tokens": n * positions * row}
@@ -183,26 +189,42 @@ def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str
     entry, other, call = c.unfolded
     found["tokens"] = n * tokens * (row + entry * channels * offsets + other * outputs) + call
     if like.ndim <= 5 and like.device.type == "cpu" and like.dtype == torch.float32 and _mkldnn():
-        entry, pixel, group, call = c.native
-        width, height = vectors(channels, outputs)
-        if channels >= 4:
-            slow = like.ndim == 3 or (like.ndim == 5 and outputs < 8)  # one dim, or three and few outputs
-            pairs: float = width * height * (c.slow if slow else 1)
-        elif row == offsets == 9:
-            pairs = 8  # depthwise 3x3 has a kernel of its own
-        else:
-            pairs = c.thin * channels * (outputs + -outputs % 8)
-        each = offsets * (pairs * positions + entry * width * height) + pixel * pixels * width + group
-        copied = (width != channels) * pixels * width + (height != outputs) * positions * height
-        found["native"] = n * (each + c.filled * copied) + call
+        found["native"] = n * min(_grouped(like, conv).values()) + c.native[3]
     return found
 
 
-def vectors(channels: int, outputs: int) -> tuple[int, int]:
-    """The channels of a group, filled up with zeros so that torch's convolutions on a CPU are fast: these are several
-    times slower for other numbers than multiples of 8, but for very few channels that is less work still.
+def _grouped(like: Tensor, conv: Convolution) -> dict[tuple[int, int], float]:
+    """What one group costs in torch's grouped convolution, by the channels and outputs that it is filled up to with
+    zeros: as it is, or to multiples of 8, for which a CPU has fast kernels.
+
+    Other numbers of channels are unfolded and multiplied, most slowly where the number of positions is a multiple of
+    1024, so that rows collide in cache (unless there are so many that threads share in one group).
     """
-    return (channels, outputs) if channels < 4 else (channels + -channels % 8, outputs + -outputs % 8)
+    c = costs()
+    _, channels, outputs, pixels, positions, _, offsets, dilated = conv
+    entry, pixel, group, _ = c.native
+    full = width, height = channels + -channels % 8, outputs + -outputs % 8
+    slow = c.slow if dilated or (like.ndim == 5 and outputs < 8) else 1
+    copied = (width != channels) * pixels * width + (height != outputs) * positions * height
+    work = width * height * (slow * positions + entry) * offsets
+    found = {full: work + pixel * pixels * width + c.filled * copied + group}
+    if full != (channels, outputs):
+        unfolded, other, colliding = c.odd
+        each = unfolded * (colliding if positions % 1024 == 0 and positions < 12_000 else 1)
+        pairs: float = channels * (each + outputs) + other * outputs / offsets
+        if channels == outputs == 1:
+            pairs = 8 if like.ndim == 4 and offsets == 9 else c.depthwise  # 3x3 has a kernel of its own
+        work = (pairs * positions + entry * channels * outputs) * offsets
+        found[channels, outputs] = work + pixel * pixels * channels + group
+    return found
+
+
+def vectors(like: Tensor, conv: Convolution) -> tuple[int, int]:
+    """The channels and outputs to which a group is filled up with zeros before torch's grouped convolution."""
+    if like.device.type != "cpu":
+        return conv.channels, conv.outputs
+    found = _grouped(like, conv)
+    return min(found, key=found.__getitem__)
 
 
 def _pairs(conv: Convolution) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -386,6 +387,17 @@ def test_costs_are_restored() -> None:
     assert cost.costs() is before
 
 
+FILLED = {
+    True: [(8, 24), (8, 8), (24, 8), (64, 32)],
+    False: [(3, 20), (4, 8), (20, 1), (64, 32)],
+}
+
+
+def filled_or_not(filled: bool) -> dict[str, Any]:
+    """Whether torch's grouped convolutions get whole vectors of channels, whatever it costs."""
+    return {"odd": (1e9, 0, 1), "depthwise": 1e9} if filled else {"filled": 1e9}
+
+
 def test_the_cost_model_decides_by_shape() -> None:
     assert cost.outer_norm(16, 128, 256, 1024) == "tokens"
     assert cost.outer_norm(8, 512, 256, 256) == "stream"
@@ -420,17 +432,25 @@ def test_the_cost_model_decides_by_shape() -> None:
         assert cost.conv_slice(like, conv(2, 6, 8), 32, 1) == 1
     with cost.using(conv_rows="tokens", wide=20 * 32 * 2 * 9):
         assert cost.conv_slice(like, conv(2, 72, 8), 32, 1) == 32  # whole vectors
-    padded = [cost.vectors(*sizes) for sizes in ((3, 20), (4, 8), (20, 1), (64, 32))]
-    assert padded == [(3, 20), (8, 8), (24, 8), (64, 32)]
+    odd = [conv(*sizes, 28) for sizes in ((3, 20), (4, 8), (20, 1), (64, 32))]
+    assert cost.vectors(like, conv(3, 32, 32)) == (8, 32)
+    assert cost.vectors(like, conv(3, 64, 8, 7)) == (3, 64)
+    assert cost.vectors(like, conv(3, 32, 32)._replace(dilated=True)) == (3, 32)
+    for filled, sizes in FILLED.items():
+        with cost.using(**filled_or_not(filled)):
+            assert [cost.vectors(like, c) for c in odd] == sizes
+            assert [cost.vectors(like.to("meta"), c) for c in odd] == FILLED[False]
 
 
-@pytest.mark.parametrize(("groups", "outputs", "channels"), [(1, 72, 4), (1, 3, 9), (2, 3, 5), (3, 8, 4)])
-def test_rows_in_slices_of_outputs(groups: int, outputs: int, channels: int) -> None:
+@pytest.mark.parametrize("filled", [True, False])
+@pytest.mark.parametrize(("groups", "outputs", "channels"), [(1, 72, 4), (1, 3, 9), (2, 3, 5), (3, 8, 4), (3, 2, 1)])
+def test_rows_in_slices_of_outputs(groups: int, outputs: int, channels: int, filled: bool) -> None:
     """Also of so many outputs that slices are whole vectors, of one form with another, and filled up with zeros."""
     sizes = (groups, outputs, channels, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1))
     (a, rows_a), (b, rows_b) = (make_conv(seed, 3, *sizes) for seed in (0, 1))
     for wide in (72, 500, 2000, 10**6):
-        with cost.using(wide=wide, conv_rows="native", conv_norm="stream", conv_gram="stream"):
+        ways = filled_or_not(filled)
+        with cost.using(wide=wide, conv_rows="native", conv_norm="stream", conv_gram="stream", **ways):
             check(a, rows_a)
             close(factors.dense(a), rows_a)
             check_pair(a, rows_a, b, rows_b)

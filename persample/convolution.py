@@ -136,7 +136,7 @@ def dense(input: Tensor, grad: Tensor, geo: Geometry, shape: Size, out: Tensor |
     n, step = len(input), cost.chunk(input[:1].numel() + grad[:1].numel())
     how = cost.conv_rows(grad, sizes(input, grad, geo), out is not None)
     if how == "native":
-        step = min(step, cost.chunk(shape.numel()))
+        step = cost.shared(shape.numel())
     elif how == "offsets" and out is None:
         out = grad.new_empty(*shape[2:], n, *shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
     elif how == "tokens":

@@ -236,8 +236,25 @@ def _mkldnn() -> bool:
 
 
 def chunk(row: int, entries: int | None = None) -> int:
-    """How many samples with ``row`` entries each make up a block."""
-    return max(1, (entries or costs().block) // max(1, row))
+    """How many samples with ``row`` entries each make up a block: as many for every thread, if there are so many."""
+    found, threads = max(1, (entries or costs().block) // max(1, row)), torch.get_num_threads()
+    return found - found % threads if found > threads else found
+
+
+def shared(row: int) -> int:
+    """The same, with a sample for every thread if that fits a wide block: kernels that share out samples, not the work
+    for one of them, leave the other threads idle.
+    """
+    found, threads = chunk(row), torch.get_num_threads()
+    return threads if found < threads and threads * row <= costs().wide else found
+
+
+def lanes(like: Tensor, row: int) -> int:
+    """Into how many totals, of ``row`` entries each, the samples of a block are added up: one for every thread, where
+    there are few samples in a block and all totals together fit a wide block.
+    """
+    c, threads = costs(), torch.get_num_threads()
+    return threads if like.device.type == "cpu" and 16 * row >= c.block and threads * row <= c.wide else 1
 
 
 def cancelled(dtype: torch.dtype) -> float:

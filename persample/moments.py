@@ -7,7 +7,7 @@ unchecked: a block is centred on its own mean and merged with what came before b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -77,55 +77,98 @@ def _small(value: Tensor) -> bool:
 
 
 def _accumulated(g: Factors, take: Callable[..., None], count: int) -> list[Tensor]:
-    """``[*P]`` each, filled by ``take(piece, samples so far, *totals)``."""
+    """``[*P]`` each, filled by ``take(piece, samples so far, *totals)``, a row of ``[lanes, P]`` for each lane."""
     split, totals = split_of(g), list[list[Tensor]]()
     for at, part in chunks(g, split):
         for number, piece in enumerate(pieces(part, split)):
             if not at.start:
-                totals.append([tensors(g)[-1].new_zeros(piece.shape.numel()) for _ in range(count)])
+                size = piece.shape.numel()
+                like = tensors(g)[-1]
+                totals.append([like.new_zeros(cost.lanes(like, size), size) for _ in range(count)])
             take(piece, at.start, *totals[number])
     if not totals:
         return [tensors(g)[-1].new_zeros(g.shape) for _ in range(count)]
-    return [joined(list(parts), split, g.shape) for parts in zip(*totals, strict=True)]
+    found = [_together(len(g), *parts) for parts in totals]
+    return [joined(list(parts), split, g.shape) for parts in zip(*found, strict=True)]
+
+
+def _together(n: int, *totals: Tensor) -> tuple[Tensor, ...]:
+    """The totals of all lanes in one, ``[P]``: sums of squares, or means and the squares centred on them."""
+    if len(totals) == 1:
+        return (totals[0].sum(0) if len(totals[0]) > 1 else totals[0][0],)
+    (mean, *means), (square, *squares) = totals
+    lanes = len(totals[0])
+    done = -(-n // lanes)
+    for lane, (other, more) in enumerate(zip(means, squares, strict=True), 1):
+        if own := n // lanes + (lane < n % lanes):
+            gap = other.sub_(mean)
+            mean.add_(gap, alpha=own / (done + own))
+            square.add_(more).addcmul_(gap, gap, value=done * own / (done + own))
+            done += own
+    return mean, square
+
+
+def _dealt(rows: Tensor, before: int, lanes: int) -> Iterator[tuple[slice, Tensor, int]]:
+    """Rows ``[n, P]`` dealt out to lanes, with how many each of these lanes had: to all of them at a time, where
+    ``before`` have been dealt evenly.
+
+    Threads share out the samples of a block, one part each, and the entries of an operation in the same way: so every
+    thread reads and writes what it has written itself.  Cores that share no cache take twice as long otherwise.
+    """
+    first = min(-before % lanes, len(rows))
+    even = (len(rows) - first) // lanes
+    done = first + even * lanes
+    for j in range(first):
+        yield _one(rows, j, before, lanes)
+    for j in range(even):
+        yield slice(None), rows[first:done].unflatten(0, (lanes, even))[:, j], (before + first) // lanes + j
+    for j in range(done, len(rows)):
+        yield _one(rows, j, before, lanes)
+
+
+def _one(rows: Tensor, j: int, before: int, lanes: int) -> tuple[slice, Tensor, int]:
+    count, lane = divmod(before + j, lanes)
+    return slice(lane, lane + 1), rows[j : j + 1], count
 
 
 def _add_squares(g: Piece, count: int, total: Tensor) -> None:
     match g:
-        case Dense(value) if len(total) >= cost.costs().long:
-            for row in value.reshape(len(g), len(total)):
-                total.addcmul_(row, row)
+        case Dense(value) if total.shape[1] >= cost.costs().long:
+            for lane, rows, _ in _dealt(value.reshape(len(g), total.shape[1]), count, len(total)):
+                total[lane].addcmul_(rows, rows)
         case Dense():
             for _, part, block in blocks(g, len(g), cuts(g, cost.chunk(len(g)))):
-                total[part].addmv_(block.square_().mT, block.new_ones(len(block)))
+                total[0, part].addmv_(block.square_().mT, block.new_ones(len(block)))
         case _:
-            for _, part, block in streamed(g):
+            for at, part, block in streamed(g):
                 if block.shape[1] >= cost.costs().long:
-                    for row in block:
-                        total[part].addcmul_(row, row)
+                    for lane, rows, _ in _dealt(block, count + at.start, len(total)):
+                        total[lane, part].addcmul_(rows, rows)
                 else:
-                    total[part].addmv_(block.square_().mT, block.new_ones(len(block)))
+                    total[0, part].addmv_(block.square_().mT, block.new_ones(len(block)))
 
 
 def _merge(g: Piece, count: int, mean: Tensor, square: Tensor) -> None:
     """Take the rows of ``g`` into the mean and the centred squares of ``count`` rows so far."""
+    lanes, size = mean.shape
     long = cost.costs().long
-    if isinstance(g, Dense) and len(mean) >= long:
-        with borrow(mean, len(mean)) as spare:
-            for i, row in enumerate(g.value.reshape(len(g), len(mean)), count):
-                _merge_row(row, spare, i, mean, square)
+    if isinstance(g, Dense) and size >= long:
+        with borrow(mean, lanes, size) as spare:
+            for lane, rows, n in _dealt(g.value.reshape(len(g), size), count, lanes):
+                _merge_rows(rows, spare[: len(rows)], n, mean[lane], square[lane])
         return
     source = blocks(g, len(g), cuts(g, cost.chunk(len(g)))) if isinstance(g, Dense) else streamed(g)
     for at, part, block in source:
-        if block.shape[1] >= long and len(block) <= 16:  # few, or very long ones
-            for i, row in enumerate(block, count + at.start):
-                _merge_row(row, row, i, mean[part], square[part])
+        if lanes > 1 or (block.shape[1] >= long and len(block) <= 16):  # few, or very long ones
+            for lane, rows, n in _dealt(block, count + at.start, lanes):
+                _merge_rows(rows, rows, n, mean[lane, part], square[lane, part])
         else:
-            _merge_block(block, count + at.start, mean[part], square[part])
+            _merge_block(block, count + at.start, mean[0, part], square[0, part])
 
 
-def _merge_row(row: Tensor, gap: Tensor, count: int, mean: Tensor, square: Tensor) -> None:
-    """One long row; overwrites ``gap``, which may be the row."""
-    torch.sub(row, mean, out=gap)
+def _merge_rows(rows: Tensor, gap: Tensor, count: int, mean: Tensor, square: Tensor) -> None:
+    """One long row for each lane; overwrites ``gap``, which may be the rows."""
+    torch.sub(rows, mean, out=gap)
     mean.add_(gap, alpha=1 / (count + 1))
     square.addcmul_(gap, gap, value=count / (count + 1))
 
@@ -171,6 +214,6 @@ def _centred_rows(g: Outer, block: int, rows: Tensor) -> Tensor:
     """Centred squares of some rows of one block of the parameter, ``[rows, I]``."""
     shape = torch.Size((len(rows), g.right.shape[3]))
     part = Outer(g.left[:, block : block + 1, :, rows], g.right[:, block : block + 1], shape)
-    mean, square = (g.left.new_zeros(shape.numel()) for _ in range(2))
+    mean, square = (g.left.new_zeros(1, shape.numel()) for _ in range(2))
     _merge(part, 0, mean, square)
     return square.view(shape)

@@ -33,7 +33,7 @@ def split_of(g: Factors) -> str:
 
 def chunks(g: Factors, split: str) -> Iterator[tuple[slice, Factors]]:
     """Some samples at a time where taking apart needs memory."""
-    step = cost.chunk(_each(g, split)) if isinstance(g, Conv) else len(g)
+    step = cost.shared(_each(g, split)) if isinstance(g, Conv) else len(g)
     for i in range(0, len(g), max(1, step)):
         at = slice(i, min(i + step, len(g)))
         yield at, g if step >= len(g) else index(g, at)
@@ -235,7 +235,7 @@ def tiles(g: Piece) -> tuple[int, list[slice]]:
         return 1, cuts(g, c.block)
     samples = cost.chunk(entries)
     if isinstance(g, Outer) and g.left.shape[2] < c.short:  # one short product does not keep all threads busy
-        samples = max(samples, min(4, c.wide // (3 * max(1, entries))))
+        samples = max(samples, min(4, cost.chunk(3 * entries, c.wide)))
     return samples, cuts(g, entries)
 
 

@@ -75,6 +75,33 @@ def test_primitives(name: str, variant: str) -> None:
         check(*EXAMPLES[name])
 
 
+@pytest.mark.parametrize("lanes", [2, 3, 64])
+@pytest.mark.parametrize("how", ["offsets", "native", "tokens"])
+@pytest.mark.parametrize("block", [40, 100, 10**4])
+@same
+def test_every_thread_has_totals_of_its_own(
+    name: str, block: int, how: str, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples are dealt out to totals, however many there are of both, block by block."""
+    monkeypatch.setattr(cost, "lanes", lambda like, row: lanes)
+    for n in (1, 2, 5, 8):
+        g, rows = examples(5, n)[name]
+        with cost.using(block=block, long=1, wide=10**9, conv_rows=how, outer_moments="stream"):
+            close(reductions.square_sum(g), rows.square().sum(0))
+            total, square = reductions.moments(g)
+            close(total, rows.sum(0))
+            close(square, centred(rows))
+
+
+def test_lanes_and_blocks_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    like, block, wide = torch.empty(1), cost.costs().block, cost.costs().wide
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert [cost.lanes(like, row) for row in (block // 17, block // 16, wide // 4, wide // 4 + 1)] == [1, 4, 4, 1]
+    assert cost.lanes(like.to("meta"), block) == 1
+    assert [cost.chunk(block // n) for n in (1, 3, 4, 5, 7, 8, 9)] == [1, 3, 4, 4, 4, 8, 8]
+    assert [cost.shared(row) for row in (wide // 4 + 1, wide // 4, block // 5)] == [1, 4, 4]
+
+
 @same
 @every_kernel
 def test_two_batches(name: str, variant: str) -> None:

@@ -82,9 +82,9 @@ def _accumulated(g: Factors, take: Callable[..., None], count: int) -> list[Tens
     for at, part in chunks(g, split):
         for number, piece in enumerate(pieces(part, split)):
             if not at.start:
-                size = piece.shape.numel()
-                like = tensors(g)[-1]
-                totals.append([like.new_zeros(cost.lanes(like, size), size) for _ in range(count)])
+                like, size = tensors(g)[-1], piece.shape.numel()
+                lanes = 1 if isinstance(g, Dense) else cost.lanes(like, size)  # who wrote those rows is not known
+                totals.append([like.new_zeros(lanes, size) for _ in range(count)])
             take(piece, at.start, *totals[number])
     if not totals:
         return [tensors(g)[-1].new_zeros(g.shape) for _ in range(count)]

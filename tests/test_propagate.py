@@ -156,10 +156,10 @@ def test_common_functions_are_not_run_twice_where_sizes_coincide(name: str, monk
 
 
 def test_what_contracts_samples_goes_no_short_way() -> None:
-    x, at = torch.randn(4, 4), Layout(4)
+    x, at, images = torch.randn(4, 4), Layout(4), torch.randn(3, 4, 6)
     for func, args, sampled in (
-        (F.linear, (x.mT[:3], W[:3]), [(x.mT[:3], Layout(4, 1))]),
-        (torch.matmul, (W[:3], x[:, :3]), [(x[:, :3], at)]),
+        (F.embedding, (IDS.expand(4, 4), x), [(x, at)]),  # samples of the table, not of what is looked up
+        (F.conv1d, (images, W[..., None].expand(4, 4, 3)), [(images, Layout(4, 1))]),  # on the channels
         (torch.matmul, (x[:, :3], x[:3]), [(x[:, :3], at), (x[:3], Layout(3))]),
         (torch.matmul, (x, x.mT), [(x, at), (x.mT, Layout(4, 1))]),
         (torch.mul, (x[:, :1], x[:, :1].mT), [(x[:, :1], at), (x[:, :1].mT, Layout(4, 1))]),

@@ -60,6 +60,20 @@ class Shared:
     derivation: Derivation | None  # None: a parameter
 
 
+def leaves_of(d: Derivation) -> list[Tensor]:
+    """The parameters that a tensor was derived from."""
+    found: dict[int, Tensor] = {}
+    stack, seen = [d], {d}
+    while stack:
+        for source in stack.pop().sources:
+            if source.derivation is None:
+                found[id(source.tensor)] = source.tensor
+            elif source.derivation not in seen:
+                seen.add(source.derivation)
+                stack.append(source.derivation)
+    return list(found.values())
+
+
 @dataclass(eq=False)
 class Call:
     """One call in which shared tensors that require grad met sampled ones."""

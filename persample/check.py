@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import display
-from .calls import Call, Reached, function_name, reached
+from .calls import Call, Reached, function_name, leaves_of, reached
 from .capture import Capture
-from .collect import check_complete, check_uncoupled, factors_of, leaves_of
+from .collect import check_complete, check_uncoupled, factors_of
 from .engines import ENGINES, check_engine
 from .engines.hooks import forward, hooks
 from .errors import ArgumentError, BatchCoupledError, PersampleError, VerificationError
@@ -26,7 +26,7 @@ from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
 from .report import bytes_text, html_table, text_table
 from .rules import RULES
-from .rules.derived import Diagonal, plain
+from .rules.apart import Diagonal, plain
 from .state import Buffers, restored
 from .statistics_run import Statistics
 from .verify import LossDiffers, NoDropout, Probe, find_coupling, slack, tolerance

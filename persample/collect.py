@@ -10,19 +10,21 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import rules
-from .calls import Call, Derivation, Reached, Shared, flat, reached
-from .errors import NOTIONS, BatchCoupledError, CaptureError, PersampleError, SampleAxisError
-from .factors import Dense, Factors, Outer, add, dense
+from . import cost, rules
+from .calls import Call, Derivation, Reached, Shared, flat, function_name, leaves_of, reached
+from .errors import NOTIONS, BatchCoupledError, CaptureError, InplaceError, PersampleError, SampleAxisError
+from .factors import INDICES, Dense, Factors, Outer, Pulled, add, cast, dense, strided, tensors
 from .layout import spreads
 from .problem import Emit
-from .rules.derived import Diagonal, Lone, Rowlike, plain, pulled
+from .rules.apart import Diagonal, Lone, Rowlike, plain
+from .rules.derived import pulled
 from .rules.fallback import by_samples, of_one
 from .scratch import kernel
 
@@ -113,7 +115,8 @@ class Collect:
         parts = self.terms.pop(key, [])
         if isinstance(key, Derivation):
             if parts:
-                for p, g in pull_back(key, total(parts), self.leaves[key]):
+                last = {id(p) for p in self.leaves[key] if self.pending[id(p)] == 1}
+                for p, g in pull_back(key, total(parts), self.leaves[key], last):
                     self.terms.setdefault(id(p), []).append(g)
             for p in self.leaves[key]:
                 self._arrived(id(p))
@@ -257,43 +260,72 @@ def _takes(rule: Callable[..., Any], count: int, names: tuple[str, ...]) -> bool
     return True
 
 
-def pull_back(d: Derivation, rows: Rowlike, leaves: list[Tensor]) -> Iterator[tuple[Tensor, Rowlike]]:
-    """From rows of a derived tensor to those of the parameters it was derived from."""
+def pull_back(
+    d: Derivation, rows: Rowlike, leaves: list[Tensor], last: Collection[int] = ()
+) -> Iterator[tuple[Tensor, Rowlike]]:
+    """From rows of a derived tensor to those of the parameters it was derived from; ``last`` are the ids of parameters
+    whose rows are complete with these, and so are read before a backward can free the graph of the derivation.
+    """
     steps = None if isinstance(rows, Dense | Diagonal) and rows.value.is_complex() else pulled(d, rows)
     if steps is None:
-        yield from _by_autograd(d, plain(rows), leaves)
+        yield from _by_autograd(d, plain(rows), leaves, last)
         return
     for tensor, factor in steps:
         source = next((s for s in d.sources if s.tensor is tensor), None)
         if source is None:
             continue
         d.read(tensor)
+        found = factor()
+        if not isinstance(found, Diagonal):
+            found = cast(found, tensor.dtype)
         if source.derivation is None:
-            yield tensor, factor()
+            yield tensor, found
         else:
-            yield from pull_back(source.derivation, factor(), leaves)
+            yield from pull_back(source.derivation, found, leaves, last)
 
 
 def _by_autograd(
-    d: Derivation, rows: Factors, leaves: list[Tensor], max_bytes: int = 1 << 26
-) -> Iterator[tuple[Tensor, Dense]]:
-    """Row by row through the graph of the derivation, some rows at a time."""
-    value = dense(rows)
-    reach = [p for p in leaves if any(p is leaf for leaf in leaves_of(d))]
-    step = max(1, max_bytes // max(1, value[:1].numel() * value.element_size()))
-    with torch.enable_grad():
-        parts = [_rows_of(d, piece, reach) for piece in value.split(step)]
-    for p, column in zip(reach, zip(*parts, strict=True), strict=True):
-        if column[0] is not None:
-            yield p, Dense(torch.cat([c for c in column if c is not None]))
+    d: Derivation, rows: Factors, leaves: list[Tensor], last: Collection[int]
+) -> Iterator[tuple[Tensor, Factors]]:
+    """Through the graph of the derivation: at once where there is little of it, else when rows are read."""
+    there = reached([d.out.node]).leaves
+    reach = [p for p in leaves if id(p) in there and any(p is leaf for leaf in leaves_of(d))]
+    wait = [p for p in reach if id(p) in last and _may_wait(rows, p)]
+    yield from ((p, Pulled(rows, partial(_led_back, d, p), p.shape)) for p in wait)
+    now = [p for p in reach if not any(p is other for other in wait)]
+    if now:
+        parts = [_rows_of(d, piece, now) for piece in dense(rows).split(cost.pulled(d.shape.numel()))]
+        for p, column in zip(now, zip(*parts, strict=True), strict=True):
+            if column[0] is not None:
+                yield p, Dense(torch.cat([c for c in column if c is not None]))
+
+
+def _may_wait(rows: Factors, leaf: Tensor) -> bool:
+    """Whether there is much to lead back, and no change of type on the way."""
+    kinds = {t.dtype for t in (*tensors(rows), leaf)} - {*INDICES}
+    much = len(rows) > cost.pulled(max(rows.shape.numel(), leaf.numel()))
+    return much and kinds in ({torch.float32}, {torch.float64})
+
+
+def _led_back(d: Derivation, leaf: Tensor, seeds: Tensor) -> Tensor:
+    (rows,) = _rows_of(d, seeds, [leaf])
+    return seeds.new_zeros(len(seeds), *leaf.shape) if rows is None else strided(rows)
 
 
 def _rows_of(d: Derivation, seeds: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(d.out, leaves, seeds, is_grads_batched=True, allow_unused=True, retain_graph=True)
-    except RuntimeError:  # a backward that vmap doesn't support
-        rows = [torch.autograd.grad(d.out, leaves, seed, allow_unused=True, retain_graph=True) for seed in seeds]
-        return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+    with torch.enable_grad():
+        try:
+            return torch.autograd.grad(
+                d.out, leaves, seeds, is_grads_batched=True, allow_unused=True, retain_graph=True
+            )
+        except RuntimeError as error:  # a backward that vmap doesn't support
+            if "inplace operation" in str(error):
+                raise InplaceError(
+                    f"{function_name(d.func)}: what its gradient needs was changed in place afterwards. Use the "
+                    "out-of-place operation, or engine='loop'."
+                ) from error
+            rows = [torch.autograd.grad(d.out, leaves, seed, allow_unused=True, retain_graph=True) for seed in seeds]
+    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
 
 
 def total(parts: Sequence[Rowlike | Lone]) -> Rowlike:
@@ -330,20 +362,6 @@ def _plus(a: Rowlike, b: Rowlike) -> Rowlike:
 
 def key_of(shared: Shared) -> Key:
     return id(shared.tensor) if shared.derivation is None else shared.derivation
-
-
-def leaves_of(d: Derivation) -> list[Tensor]:
-    """The parameters that a tensor was derived from."""
-    found: dict[int, Tensor] = {}
-    stack, seen = [d], {d}
-    while stack:
-        for source in stack.pop().sources:
-            if source.derivation is None:
-                found[id(source.tensor)] = source.tensor
-            elif source.derivation not in seen:
-                seen.add(source.derivation)
-                stack.append(source.derivation)
-    return list(found.values())
 
 
 # ---- what must not go unsaid ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ class Costs:
 
     block: int = 1 << 20  # of a streamed block, some samples x a slice of the parameter: stays in cache
     wide: int = 1 << 22  # of a block that has all samples, for Grams
+    pulled: int = 1 << 19  # of a block that is led back to what a tensor was derived from, by several operations
     tiny: int = 1 << 15  # up to so many, the number of calls is all that counts
     samples: int = 512  # of a tile of a Gram
     long: int = 1 << 14  # from this row length on, one call per row beats one call per block
@@ -239,6 +240,11 @@ def chunk(row: int, entries: int | None = None) -> int:
     """How many samples with ``row`` entries each make up a block: as many for every thread, if there are so many."""
     found, threads = max(1, (entries or costs().block) // max(1, row)), torch.get_num_threads()
     return found - found % threads if found > threads else found
+
+
+def pulled(row: int) -> int:
+    """How many rows of a derived tensor, with ``row`` entries each, are led back at a time."""
+    return chunk(row, costs().pulled)
 
 
 def shared(row: int) -> int:

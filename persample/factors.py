@@ -3,14 +3,16 @@
 ``G [N, |P|]`` is the matrix whose row ``n`` is the gradient of the loss of sample ``n`` with respect to one parameter
 of shape ``P``.  It has ``N |P|`` entries, but what produces it leaves it *factored*:
 
-===== ============================================= ===========================================================
-form  stores                                        row ``n`` of ``G``
-===== ============================================= ===========================================================
-Dense ``value [N, *P]``                             ``value[n]``
-Outer ``left [N, K, T, O]``, ``right [N, K, T, I]`` ``sum_t left[n, k, t] (x) right[n, k, t]``, for all ``K`` blocks
-Rows  ``index [N, T]``, ``value [N, T, D]``         ``sum_t onehot(index[n, t]) (x) value[n, t]``
-Conv  ``input [N, K I, *S]``, ``grad [N, K O, *L]`` the correlation of both, see `persample.convolution`
-===== ============================================= ===========================================================
+====== ============================================= ===========================================================
+form   stores                                        row ``n`` of ``G``
+====== ============================================= ===========================================================
+Dense  ``value [N, *P]``                             ``value[n]``
+Outer  ``left [N, K, T, O]``, ``right [N, K, T, I]`` ``sum_t left[n, k, t] (x) right[n, k, t]``, for all ``K`` blocks
+Rows   ``index [N, T]``, ``value [N, T, D]``         ``sum_t onehot(index[n, t]) (x) value[n, t]``
+Conv   ``input [N, K I, *S]``, ``grad [N, K O, *L]`` the correlation of both, see `persample.convolution`
+Pulled ``rows``, ``back``                            ``back`` of row ``n`` of another form: of a tensor that was derived
+                                                     from the parameter
+====== ============================================= ===========================================================
 
 The forms are closed under `add` (a parameter used several times) and `fold` (several samples counted as one), so that
 no reduction knows about tying.  A rule always returns the form it finds; `compact` is for who *keeps* gradients, and
@@ -19,14 +21,17 @@ turns into `Dense` what is larger as factors.  What can be computed from a form 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Size, Tensor
 
-from . import convolution
+from . import convolution, cost
 from .convolution import Geometry
-from .scratch import kernel
+from .scratch import borrow, kernel
+
+INDICES = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +79,7 @@ class Rows:
         index, value = self.index.shape, self.value.shape
         if len(index) != 2 or index != value[:2] or value[2:] != self.shape[1:] or len(self.shape) != 2:
             raise _misfit("index [N, T], value [N, T, D] and shape [V, D]", index=index, value=value, shape=self.shape)
-        if self.index.dtype not in (torch.int64, torch.int32):
+        if self.index.dtype not in INDICES:
             raise _misfit("an int64 or int32 index", index=self.index.dtype)
 
     def __len__(self) -> int:
@@ -126,7 +131,28 @@ class Conv:
         return Geometry(groups, kernel, self.stride, self.padding, self.dilation, deep)
 
 
-Factors = Dense | Outer | Rows | Conv
+@dataclass(frozen=True, eq=False)
+class Pulled:
+    """The gradient of what another tensor was derived from: ``back(rows)``, linear, and sample by sample.
+
+    Where ``back`` is a tensor, that is a product with it, entry by entry.  Otherwise it may need the graph of what was
+    derived, so that such a form lives no longer than the pass that found it.
+    """
+
+    rows: Factors  # of the derived tensor
+    back: Tensor | Callable[[Tensor], Tensor]  # [*P], or: [n, *derived] to [n, *P]
+    shape: Size  # P
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def step(self) -> int:
+        """How many rows are led back at a time."""
+        return cost.pulled(max(self.shape.numel(), self.rows.shape.numel()))
+
+
+Factors = Dense | Outer | Rows | Conv | Pulled
 
 
 def outer(left: Tensor, right: Tensor, shape: Size) -> Outer:
@@ -148,6 +174,8 @@ def tensors(g: Factors) -> tuple[Tensor, ...]:
             return (index, value)
         case Conv(input, grad):
             return (input, grad)
+        case Pulled(rows):
+            return tensors(rows)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -162,6 +190,8 @@ def dtype(g: Factors) -> torch.dtype:
             return torch.promote_types(a.dtype, b.dtype)
         case Dense(value) | Rows(value=value):
             return value.dtype
+        case Pulled(rows):
+            return dtype(rows)
 
 
 def device(g: Factors) -> torch.device:
@@ -182,7 +212,8 @@ def compact(g: Factors, own: bool = True) -> Factors:
     if isinstance(g, Dense):
         base = g.value._base
         return Dense(g.value.clone()) if own and base is not None and base.numel() >= g.value.numel() else g
-    if nbytes(g) < len(g) * g.shape.numel() * tensors(g)[-1].element_size():
+    kept = isinstance(g, Pulled) and not isinstance(g.back, Tensor)  # by a graph, which may change
+    if not kept and nbytes(g) < len(g) * g.shape.numel() * tensors(g)[-1].element_size():
         return g
     return Dense(dense(g))
 
@@ -204,6 +235,8 @@ def add(a: Factors, b: Factors) -> Factors:
         case Conv(), Conv() if _stackable(a, b):
             a, b = _deepened(a), _deepened(b)
             return replace(a, input=_cat(a.input, b.input, 2), grad=_cat(a.grad, b.grad, 2))
+        case Pulled(back=Tensor() as one), Pulled(back=Tensor() as other) if torch.equal(one, other):
+            return replace(a, rows=add(a.rows, b.rows))
         case _:
             return Dense(dense(a) + dense(b))
 
@@ -222,6 +255,8 @@ def fold(g: Factors, size: int) -> Factors:
             deep = _deepened(g)
             input, grad = (_folded(f, size).movedim(1, 2).flatten(2, 3) for f in (deep.input, deep.grad))
             return replace(deep, input=input, grad=grad)
+        case Pulled(rows):
+            return replace(g, rows=fold(rows, size))
 
 
 def scale(g: Factors, factor: float | Tensor) -> Factors:
@@ -237,6 +272,8 @@ def scale(g: Factors, factor: float | Tensor) -> Factors:
             return replace(g, value=value * factor)
         case Conv(_, grad):
             return replace(g, grad=grad * factor)
+        case Pulled(rows):
+            return replace(g, rows=scale(rows, factor))
 
 
 def cast(g: Factors, dtype: torch.dtype) -> Factors:
@@ -250,6 +287,10 @@ def cast(g: Factors, dtype: torch.dtype) -> Factors:
             return replace(g, value=value.to(dtype))
         case Conv(input, grad):
             return replace(g, input=input.to(dtype), grad=grad.to(dtype))
+        case Pulled(rows, back):
+            if isinstance(back, Tensor):
+                return replace(g, rows=cast(rows, dtype), back=back.to(dtype))
+            return g if {t.dtype for t in tensors(rows)} - {*INDICES} == {dtype} else Dense(dense(g).to(dtype))
 
 
 def index(g: Factors, samples: slice | Tensor) -> Factors:
@@ -259,10 +300,12 @@ def index(g: Factors, samples: slice | Tensor) -> Factors:
             return Dense(value[samples])
         case Outer(left, right, _):
             return replace(g, left=left[samples], right=right[samples])
-        case Rows(index, value, _):
-            return replace(g, index=index[samples], value=value[samples])
+        case Rows(tokens, value, _):
+            return replace(g, index=tokens[samples], value=value[samples])
         case Conv(input, grad):
             return replace(g, input=input[samples], grad=grad[samples])
+        case Pulled(rows):
+            return replace(g, rows=index(rows, samples))
 
 
 def reshape(g: Factors, shape: Size) -> Factors:
@@ -273,6 +316,8 @@ def reshape(g: Factors, shape: Size) -> Factors:
             return replace(g, shape=shape)
         case Rows(shape=own) | Conv(shape=own) if own == shape:
             return g
+        case Pulled(rows, Tensor() as back):
+            return Pulled(reshape(rows, shape), back.reshape(shape), shape)
         case _:
             return Dense(dense(g).reshape(len(g), *shape))
 
@@ -283,8 +328,31 @@ def transpose(g: Factors) -> Factors:
     match g:
         case Outer(left, right, _) if (left.shape[1], left.shape[3], right.shape[3]) == (1, o, i):
             return Outer(right, left, Size((i, o)))
+        case Pulled(rows, Tensor() as back):
+            return Pulled(transpose(rows), back.mT, Size((i, o)))
         case _:
             return Dense(dense(g).mT)
+
+
+def times(g: Factors, factor: Tensor) -> Factors:
+    """``G`` with every row times ``factor``, which broadcasts to ``P``, entry by entry."""
+    wide = factor.detach().to(dtype(g)).expand(g.shape)
+    steps = tuple(0 if size == 1 else step for size, step in zip(wide.shape, wide.stride(), strict=True))
+    match g:
+        case Dense(value):
+            return Dense(value * wide)
+        case Rows(tokens, value):
+            return replace(g, value=value * wide[tokens.long()])
+        case Outer(left, right) if wide.numel() and wide.ndim and len(wide) == left.shape[1] * left.shape[3]:
+            if not any(steps[1:]):
+                return replace(g, left=left * wide.flatten(1)[:, 0].view(left.shape[1], 1, left.shape[3]))
+            if not steps[0]:
+                return replace(g, right=right * wide[0].flatten())
+        case Conv(_, grad) if wide.numel() and not any(steps[1:]):
+            return replace(g, grad=grad * wide.flatten(1)[:, 0].view(-1, *[1] * (grad.ndim - 2)))
+        case Pulled(rows, Tensor() as back):
+            return Pulled(rows, back * wide, g.shape)
+    return Pulled(g, wide.clone(memory_format=torch.contiguous_format), g.shape)
 
 
 # ---- individual gradients ---------------------------------------------------------------------------------------
@@ -295,6 +363,8 @@ def dense(g: Factors, out: Tensor | None = None) -> Tensor:
     """``G`` itself, ``[N, *P]``; written into ``out`` if given."""
     g = cast(g, dtype(g))
     match g:
+        case Pulled():
+            return _pulled(g, out)
         case Dense(value):
             return value if out is None else out.copy_(value)
         case Outer(left, right, shape):
@@ -306,6 +376,29 @@ def dense(g: Factors, out: Tensor | None = None) -> Tensor:
             return out.scatter_add_(1, index.long().unsqueeze(-1).expand_as(value), value.to(out.dtype))
         case Conv(input, grad):
             return convolution.dense(input, grad, g.geometry, g.shape, out)
+
+
+def led(g: Pulled) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of ``g``, some samples at a time; they may lie in memory that is used again for the next ones."""
+    for i in range(0, len(g), g.step):
+        at = slice(i, min(i + g.step, len(g)))
+        rows = index(g.rows, at)
+        if isinstance(rows, Dense):
+            yield at, _back(g, rows.value)
+        else:
+            with borrow(tensors(rows)[-1], len(rows), *rows.shape) as block:
+                yield at, _back(g, dense(rows, out=block))
+
+
+def _back(g: Pulled, rows: Tensor) -> Tensor:
+    return rows * g.back if isinstance(g.back, Tensor) else g.back(rows)
+
+
+def _pulled(g: Pulled, out: Tensor | None) -> Tensor:
+    out = tensors(g)[-1].new_empty(len(g), *g.shape) if out is None else out
+    for at, rows in led(g):
+        out[at] = rows
+    return out
 
 
 # ---- details ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cost, lookup, tokens
-from .factors import Dense, Factors, Outer, Rows, dtype, tensors
+from .factors import Dense, Factors, Outer, Pulled, Rows, dtype, tensors
 from .scratch import borrow, kernel
 from .streaming import Piece, blocks, chunks, cuts, joined, pieces, split_of, streamed, wide
 
@@ -31,6 +31,8 @@ def square_sum(g: Factors) -> Tensor:
             return lookup.square_sum(g)
         case Outer(left) if left.shape[2] == 1:
             return tokens.square_sum(g).view(g.shape)
+        case Pulled(rows, Tensor() as back):
+            return square_sum(rows) * back.square()
         case _:
             return _accumulated(g, _add_squares, 1)[0]
 
@@ -54,6 +56,9 @@ def moments(g: Factors) -> tuple[Tensor, Tensor]:
         case Outer(left, right) if cost.outer_moments(len(g), left.shape[2]) == "products":
             total = right.new_empty(left.shape[1], left.shape[3], right.shape[3])
             return total.view(g.shape), _product_moments(g, total)
+        case Pulled(rows, Tensor() as back):
+            total, square = moments(rows)
+            return total * back, square * back.square()
         case _:
             mean, square = _accumulated(g, _merge, 2)
             return mean.mul_(len(g)), square
@@ -68,6 +73,8 @@ def centred(g: Factors) -> Tensor:
     match g:
         case Outer(left) if cost.outer_moments(len(g), left.shape[2]) == "products":
             return _product_moments(g)
+        case Pulled(rows, Tensor() as back):
+            return centred(rows) * back.square()
         case _:
             return moments(g)[1]
 
@@ -83,7 +90,9 @@ def _accumulated(g: Factors, take: Callable[..., None], count: int) -> list[Tens
         for number, piece in enumerate(pieces(part, split)):
             if not at.start:
                 like, size = tensors(g)[-1], piece.shape.numel()
-                lanes = 1 if isinstance(g, Dense) else cost.lanes(like, size)  # who wrote those rows is not known
+                lanes = (
+                    1 if isinstance(g, Dense | Pulled) else cost.lanes(like, size)
+                )  # who wrote those rows is not known
                 totals.append([like.new_zeros(lanes, size) for _ in range(count)])
             take(piece, at.start, *totals[number])
     if not totals:

@@ -14,8 +14,9 @@ primitive        formula                result         serves
 
 Each takes a form apart (`persample.streaming`) and reduces the pieces: `Dense` ones directly, `Rows` by table entry
 (`persample.lookup`), an `Outer` by products of tokens (`persample.tokens`) where `persample.cost` says so, else by
-blocks.  Half precision is computed in float32: results are float32, or float64 for float64 factors.  A complex entry of
-a parameter counts as the two real ones that it is: inner products are real.
+blocks.  Sums of `Pulled` rows are led back once.  Half precision is computed in float32: results are float32, or
+float64 for float64 factors.  A complex entry of a parameter counts as the two real ones that it is: inner products are
+real.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import convolution, cost, lookup, tokens
-from .factors import Conv, Dense, Factors, Outer, Rows, dtype, index, tensors
+from .factors import Conv, Dense, Factors, Outer, Pulled, Rows, dtype, index, led, tensors
 from .moments import centred, moments, square_sum
 from .scratch import kernel
 from .streaming import (
@@ -39,6 +40,7 @@ from .streaming import (
     sizes_of,
     split_of,
     streamed,
+    streams,
     tiles,
     wide,
 )
@@ -67,6 +69,9 @@ def weighted_sum(g: Factors, weight: Tensor | None = None) -> Tensor:
                 weight = weight.view(-1, *[1] * (grad.ndim - 1))
                 input, grad = (input * weight, grad) if input.numel() < grad.numel() else (input, grad * weight)
             return convolution.summed(input, grad, g.geometry).reshape(g.shape)
+        case Pulled(rows, back):
+            total = weighted_sum(rows, weight)
+            return total * back if isinstance(back, Tensor) else back(total.unsqueeze(0))[0]
 
 
 @kernel
@@ -85,6 +90,13 @@ def dot(g: Factors, v: Tensor) -> Tensor:
             return lookup.dot(g, v)
         case Conv(input, grad):
             return convolution.applied(input, grad, v, g.geometry)
+        case Pulled(rows, Tensor() as back):
+            return dot(rows, v * back)
+        case Pulled():
+            found = v.new_empty(len(g))
+            for at, part in led(g):
+                found[at] = part.reshape(len(part), -1).mv(v.flatten())
+            return found
 
 
 @kernel
@@ -105,7 +117,7 @@ def project(g: Factors, matrix: Tensor) -> Tensor:
                     found[at] += _matrix(piece) @ own.reshape(-1, k)
                 case Rows():
                     found[at] += lookup.project(piece, own)
-                case Outer():
+                case Outer() | Pulled():
                     own = own.reshape(-1, k)
                     for rows, cols, block in streamed(piece):
                         found[at][rows].addmm_(block, own[cols])
@@ -147,6 +159,8 @@ def _row_dot(a: Piece, b: Piece) -> Tensor:
 
 
 def _norms(g: Factors) -> Tensor:
+    if isinstance(g, Pulled) and not streams(g):
+        return _streamed_norms(g)
     if not isinstance(g, Conv):
         return _piece_norms(g)
     return _pixel_norms(g) if _prefers_pixels(g) else _streamed_norms(g)
@@ -166,6 +180,10 @@ def _piece_norms(g: Piece) -> Tensor:
             if cost.outer_norm(n, t, o, right.shape[3]) == "tokens":
                 return _checked(g, *tokens.norms(g))
             return _block_norms(g)
+        case Pulled(Outer(left, right, shape), Tensor() as back) if left.shape[2] == 1:
+            return dot(Outer(left.square(), right.square(), shape), back.square())
+        case Pulled():
+            return _block_norms(g)
 
 
 def _block_norms(g: Piece) -> Tensor:
@@ -175,7 +193,7 @@ def _block_norms(g: Piece) -> Tensor:
     return found
 
 
-def _streamed_norms(g: Conv) -> Tensor:
+def _streamed_norms(g: Conv | Pulled) -> Tensor:
     split, found = split_of(g), _zeros(g, len(g))
     for at, part in chunks(g, split):
         for piece in pieces(part, split):

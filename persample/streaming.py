@@ -17,10 +17,10 @@ import torch
 from torch import Size, Tensor
 
 from . import convolution, cost
-from .factors import Conv, Dense, Factors, Outer, Rows, cast, dense, dtype, index, tensors
+from .factors import INDICES, Conv, Dense, Factors, Outer, Pulled, Rows, cast, dense, dtype, index, led, tensors
 from .scratch import borrow
 
-Piece = Dense | Outer | Rows
+Piece = Dense | Outer | Rows | Pulled  # an `Outer` times a tensor
 Block = tuple[slice, slice, Tensor]  # samples, slice of the flat parameter, [n, width]
 
 
@@ -33,10 +33,19 @@ def split_of(g: Factors) -> str:
 
 def chunks(g: Factors, split: str) -> Iterator[tuple[slice, Factors]]:
     """Some samples at a time where taking apart needs memory."""
-    step = cost.shared(_each(g, split)) if isinstance(g, Conv) else len(g)
+    step = len(g)
+    if isinstance(g, Conv):
+        step = cost.shared(_each(g, split))
+    elif isinstance(g, Pulled) and not streams(g):
+        step = g.step
     for i in range(0, len(g), max(1, step)):
         at = slice(i, min(i + step, len(g)))
         yield at, g if step >= len(g) else index(g, at)
+
+
+def streams(g: Pulled) -> bool:
+    """Whether a product with a tensor streams in parts of the parameter."""
+    return isinstance(g.back, Tensor) and isinstance(g.rows, Outer)
 
 
 def _each(g: Conv, split: str) -> int:
@@ -66,6 +75,10 @@ def pieces(g: Factors, split: str) -> Iterator[Piece]:
             yield g
         case Outer() | Rows(), "whole" | "tokens":
             yield g
+        case Pulled(), "whole" if streams(g):
+            yield g
+        case Pulled(), "whole" if len(g) <= g.step:
+            yield from (Dense(part) for _, part in led(g))
         case _:
             yield from pieces(Dense(dense(g)), split)
 
@@ -88,6 +101,8 @@ def shared_split(g: Factors) -> str:
                 return "whole"
             fits = len(g) * g.shape[:2].numel() <= c.wide
             return "offsets" if fits and g.geometry.offsets > 1 and not cost.conv_alone(sizes_of(g)) else ""
+        case Pulled() if size <= c.wide:
+            return "whole"
     return ""
 
 
@@ -172,7 +187,7 @@ def _slices(g: Conv | Dense, groups: int, step: int) -> Iterator[Conv | Dense]:
 
 def wide(g: Factors) -> Factors:
     """``g`` with one dtype, of at least float32, and real: a complex entry is two, its real and its imaginary part."""
-    found = {t.dtype for t in tensors(g)[isinstance(g, Rows) :]}
+    found = {t.dtype for t in tensors(g)} - {*INDICES}
     if found <= _WIDE and len(found) == 1:
         return g
     kind = dtype(g)
@@ -206,6 +221,8 @@ def cuts(g: Piece, width: int) -> list[slice]:
             step = size
         case Rows():
             step = max(1, width // g.shape[1]) * g.shape[1]
+        case Pulled(rows):
+            return cuts(rows, width)  # type: ignore[arg-type]
         case Dense():
             step = max(1, width)
     return [slice(i, min(i + step, size)) for i in range(0, size, max(1, step))]
@@ -234,7 +251,8 @@ def tiles(g: Piece) -> tuple[int, list[slice]]:
     if entries > c.wide:
         return 1, cuts(g, c.block)
     samples = cost.chunk(entries)
-    if isinstance(g, Outer) and g.left.shape[2] < c.short:  # one short product does not keep all threads busy
+    rows = g.rows if isinstance(g, Pulled) else g
+    if isinstance(rows, Outer) and rows.left.shape[2] < c.short:  # one short product does not keep all threads busy
         samples = max(samples, min(4, cost.chunk(3 * entries, c.wide)))
     return samples, cuts(g, entries)
 
@@ -257,6 +275,9 @@ def _write(g: Piece, at: slice, part: slice, out: Tensor) -> None:
             place = torch.where(inside, index[at].long() - first, 0).unsqueeze(-1).expand_as(value[at])
             out = out.zero_().view(len(out), last - first, g.shape[1])
             out.scatter_add_(1, place, torch.where(inside.unsqueeze(-1), value[at], 0))
+        case Pulled(rows, Tensor() as back):
+            _write(rows, at, part, out)  # type: ignore[arg-type]
+            out.mul_(back.flatten()[part])
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from persample.factors import Conv, Dense, Factors, Outer, Rows
+from persample.factors import Conv, Dense, Factors, Outer, Pulled, Rows
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -69,6 +69,17 @@ def make_conv(
     return Conv(entry, exit, stride, padding, dilation, weight.shape), rows
 
 
+def make_pulled(seed: int, form: tuple[Factors, Tensor], entries: bool) -> tuple[Pulled, Tensor]:
+    """Led back through a product entry by entry, or through one with a matrix from the left and a sine."""
+    g, rows = form
+    slope = randn(seed + 7, *g.shape)
+    if entries:
+        return Pulled(g, slope, g.shape), rows * slope
+    matrix = randn(seed + 8, 2, g.shape[0])
+    back = lambda x: torch.einsum("ab,nb...->na...", matrix, x * slope)  # noqa: E731
+    return Pulled(g, back, Size((2, *g.shape[1:]))), back(rows)
+
+
 def examples(seed: int = 0, n: int = 3) -> dict[str, tuple[Factors, Tensor]]:
     """One of each kind, and of each kernel's special cases."""
     k33, one, zero = (3, 3), (1, 1), (0, 0)
@@ -96,6 +107,15 @@ def examples(seed: int = 0, n: int = 3) -> dict[str, tuple[Factors, Tensor]]:
         "transposed_groups": conv(seed, n, 2, 3, 2, (4, 3), k33, (3, 2), (1, 0), (1, 2), True, (2, 1)),
         "transposed1d": conv(seed, n, 1, 3, 2, (4,), (4,), (2,), (1,), (1,), True),
         "transposed3d": conv(seed, n, 1, 3, 2, (3, 2, 2), (2, 2, 3), (2, 1, 2), (0, 1, 1), (1, 1, 1), True, (1, 0, 1)),
+        "pulled_entries_one_token": make_pulled(seed, make_outer(seed, n, 1, 1, 4, 5), True),
+        "pulled_entries": make_pulled(seed, make_outer(seed, n, 1, 3, 4, 5), True),
+        "pulled_entries_blocks": make_pulled(seed, make_outer(seed, n, 3, 2, 4, 5), True),
+        "pulled_entries_conv": make_pulled(seed, conv(seed, n, 1, 4, 3, (6, 5), k33, one, one, one), True),
+        "pulled": make_pulled(seed, make_outer(seed, n, 1, 1, 4, 5), False),
+        "pulled_dense": make_pulled(seed, make_dense(seed, n, (4, 5)), False),
+        "pulled_rows": make_pulled(seed, make_rows(seed, n, 6, 5, 3), False),
+        "pulled_conv": make_pulled(seed, conv(seed, n, 1, 4, 3, (6, 5), k33, one, one, one), False),
+        "pulled_twice": make_pulled(seed + 1, make_pulled(seed, make_outer(seed, n, 1, 1, 4, 5), True), False),
     }
 
 

@@ -9,11 +9,11 @@ import torch
 from forms import convolutions, examples, flat, forms, make_conv, make_dense, make_outer, make_rows, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Size
+from torch import Size, Tensor
 from torch.testing import assert_close
 
 from persample import cost, factors
-from persample.factors import Conv, Dense, Outer, Rows, add, compact, dense, fold
+from persample.factors import Conv, Dense, Outer, Pulled, Rows, add, compact, dense, fold
 
 EXAMPLES = examples()
 same = pytest.mark.parametrize("name", EXAMPLES)
@@ -87,9 +87,17 @@ def test_fold(name: str, size: int) -> None:
 @same
 def test_add_a_second_use(name: str) -> None:
     (a, rows_a), (b, rows_b) = EXAMPLES[name], examples(seed=7)[name]
-    assert type(add(a, b)) is type(a)
+    assert type(add(a, b)) is (Dense if isinstance(a, Pulled) else type(a))  # led back in another way
     close(dense(add(a, b)), rows_a + rows_b)
     close(dense(add(add(a, b), a)), 2 * rows_a + rows_b)
+
+
+def test_add_what_is_led_back_alike() -> None:
+    (a, rows_a), (b, rows_b) = EXAMPLES["pulled_entries"], examples(seed=7)["outer"]
+    assert isinstance(a, Pulled) and isinstance(a.back, Tensor)
+    both = add(a, Pulled(b, a.back.clone(), a.shape))
+    assert isinstance(both, Pulled) and isinstance(both.rows, Outer)
+    close(dense(both), rows_a + rows_b * a.back)
 
 
 def test_add_mixed_forms() -> None:

@@ -21,7 +21,7 @@ EXAMPLES, SECOND, LARGER = examples(), examples(seed=5), examples(seed=5, n=5)
 same = pytest.mark.parametrize("name", EXAMPLES)
 
 
-SMALL = {"block": 40, "wide": 60, "samples": 2, "long": 4}
+SMALL = {"block": 40, "wide": 60, "samples": 2, "long": 4, "pulled": 40}
 VARIANTS = {
     "default": {},
     "stream": {"outer_norm": "stream", "outer_gram": "stream", "outer_moments": "stream", "conv_norm": "stream",

@@ -8,7 +8,7 @@ sample-first shapes ``[N, k, *rest]`` and ``[N, T, D]``, whatever the layout was
 A rule is an optimisation, never a requirement: what no rule serves goes through `persample.rules.fallback`.
 
 A **pull-back** is the same for tensors derived from parameters only (``weight.t()``): ``(derivation, factors,
-*arguments)`` to ``(argument, lambda: factors)``.  What none serves is differentiated by autograd, row by row.
+*arguments)`` to ``(argument, lambda: factors)``.  What none serves is differentiated by autograd, some rows at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from .derived import Rowlike
+    from .apart import Rowlike
 
 Function = Callable[..., Any]
 Yields = Iterator[tuple[Any, "Callable[[], Rowlike]"]]

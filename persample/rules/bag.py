@@ -17,7 +17,7 @@ from ..errors import SampleAxisError
 from ..factors import Rows
 from ..layout import Layout, owned, samples_first
 from . import Yields, couples, rule
-from .derived import apart
+from .apart import apart
 from .embedding import BY_FREQUENCY, refuse_table_options
 
 

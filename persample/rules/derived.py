@@ -1,13 +1,14 @@
 """Back from a tensor that was derived from parameters to what it was derived from.
 
-Transposes swap factors, views reshape them, a looked-up table becomes `Rows`; whatever isn't listed here is
-differentiated by autograd, one row at a time, by the engine.
+Transposes swap factors, views reshape them, products with a matrix take theirs, a looked-up table becomes `Rows`, and
+what acts entry by entry is a product with its slope; whatever isn't listed here is differentiated by autograd, some
+rows at a time, by the engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,78 +16,28 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from ..calls import Derivation
-from ..factors import Conv, Dense, Factors, Outer, Rows, cast, outer, reshape, scale, transpose
-from ..layout import Layout
+from .. import cost, reductions
+from ..calls import Derivation, flat, leaves_of
+from ..factors import (
+    Conv,
+    Dense,
+    Factors,
+    Outer,
+    Pulled,
+    Rows,
+    cast,
+    dense,
+    dtype,
+    index,
+    outer,
+    reshape,
+    scale,
+    times,
+    transpose,
+)
 from . import Yields, pullback, spellings
-
-
-@dataclass(frozen=True)
-class Diagonal:
-    """Rows of a derived tensor that has an entry of its own for every sample: row ``n`` is zero except at index
-    ``place[n]`` of ``axis`` (by default ``n``), where it is ``value[n]``.
-    """
-
-    value: Tensor  # [N, *shape without axis]
-    axis: int
-    shape: Size
-    place: Tensor | None = None  # [N]
-
-    @property
-    def places(self) -> Tensor:
-        return torch.arange(len(self.value), device=self.value.device) if self.place is None else self.place
-
-    def dense(self) -> Tensor:
-        """``[N, *shape]``."""
-        n = len(self.value)
-        out = self.value.new_zeros(n, *self.shape)
-        out.movedim(1 + self.axis, 1)[torch.arange(n, device=out.device), self.places] = self.value
-        return out
-
-
-@dataclass(frozen=True)
-class Lone:
-    """Rows of which only one is not zero: what a sample that was taken out of the batch leaves."""
-
-    value: Tensor  # [*shape]
-    sample: int
-    n: int
-
-    @property
-    def shape(self) -> Size:
-        return self.value.shape
-
-    def dense(self) -> Tensor:
-        """``[N, *shape]``."""
-        out = self.value.new_zeros(self.n, *self.shape)
-        out[self.sample] = self.value
-        return out
-
-
-def apart(value: Tensor, at: Layout) -> Diagonal | Dense:
-    """Rows of a shared tensor whose entries along ``at.axis`` belong to one sample each; ``value`` is the sum of all
-    rows.
-    """
-    if at.n == 1:
-        return Dense(value.unsqueeze(0))
-    pieces = value.movedim(at.axis, 0)
-    if at.plain:
-        return Diagonal(pieces, at.axis, value.shape)
-    owner = at.owners().to(value.device)
-    if at.owner is not None and len(owner) == at.n and len(owner.unique()) == at.n:
-        place = owner.argsort()
-        return Diagonal(pieces[place], at.axis, value.shape, place)
-    rows = value.new_zeros(at.n, *value.shape)
-    rows.movedim(1 + at.axis, 1)[owner, torch.arange(len(owner), device=value.device)] = pieces
-    return Dense(rows)
-
-
-Rowlike = Factors | Diagonal
-
-
-def plain(rows: Rowlike | Lone) -> Factors:
-    """Rows in one of the common forms."""
-    return Dense(rows.dense()) if isinstance(rows, Diagonal | Lone) else rows
+from .apart import Diagonal, Rowlike
+from .elementwise import sum_to
 
 
 def _same(g: Any) -> Any:
@@ -131,17 +82,15 @@ def viewed(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any) 
 
 @pullback(*spellings("expand", "expand_as", "broadcast_to"))
 def expanded(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any) -> Yields:
-    from .elementwise import _sum_to
-
     lead = len(d.shape) - input.ndim
     if isinstance(g, Diagonal):
         place = g.axis - lead
         if place >= 0 and input.shape[place] != 1:
             return  # the samples were on that axis before
         rest = input.shape[:place] + input.shape[place + 1 :] if place >= 0 else input.shape
-        yield input, lambda: Dense(_sum_to(g.value, rest, 1).reshape(-1, *input.shape))
+        yield input, lambda: Dense(sum_to(g.value, rest, 1).reshape(-1, *input.shape))
     elif isinstance(g, Dense):
-        yield input, lambda: Dense(_sum_to(g.value, input.shape, 1))
+        yield input, lambda: Dense(sum_to(g.value, input.shape, 1))
 
 
 @pullback(*spellings("index_select"))
@@ -209,9 +158,23 @@ def _times(g: Rowlike, w: Tensor) -> Rowlike:
     return replace(g, value=value, shape=Size((*g.shape[:-1], w.shape[1]))) if isinstance(g, Diagonal) else Dense(value)
 
 
+def _single(g: Rowlike, shape: Size) -> Outer | None:
+    """Sums of outer products of vectors of a matrix' two sides."""
+    whole = isinstance(g, Outer) and (g.left.shape[3], g.right.shape[3]) == tuple(shape)
+    return g if whole and isinstance(g, Outer) and g.left.shape[1] == 1 else None
+
+
 @pullback(F.linear)
 def linear(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Yields:
-    if weight.ndim != 2 or (pair := _rows(g, d.read(input))) is None:
+    if weight.ndim != 2:
+        return
+    if (o := _single(g, d.shape)) is not None:
+        yield weight, lambda: outer(o.right, o.left @ d.read(input).to(o.left.dtype), weight.shape)
+        yield input, lambda: outer(o.left, o.right @ d.read(weight).to(o.right.dtype), input.shape)
+        if bias is not None and bias.ndim == 1:
+            yield bias, lambda: Dense((o.left.sum(3, keepdim=True) * o.right).sum((1, 2)))
+        return
+    if (pair := _rows(g, d.read(input))) is None:
         return
     left, tokens = pair
     yield weight, lambda: cast(outer(left.unsqueeze(1), tokens.unsqueeze(1), weight.shape), weight.dtype)
@@ -222,26 +185,180 @@ def linear(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, bias: Tenso
 
 @pullback(*spellings("matmul", "mm"))
 def matmul(d: Derivation, g: Rowlike, input: Tensor, other: Tensor) -> Yields:
-    if input.ndim < 2 or other.ndim != 2 or (pair := _rows(g, d.read(input))) is None:
+    if input.ndim < 2 or other.ndim != 2:
+        return
+    if (o := _single(g, d.shape)) is not None:
+        yield other, lambda: outer(o.left @ d.read(input).to(o.left.dtype), o.right, other.shape)
+        yield input, lambda: outer(o.left, o.right @ d.read(other).to(o.right.dtype).mT, input.shape)
+        return
+    if (pair := _rows(g, d.read(input))) is None:
         return
     left, tokens = pair
     yield other, lambda: cast(outer(tokens.unsqueeze(1), left.unsqueeze(1), other.shape), other.dtype)
     yield input, lambda: _times(g, d.read(other).to(left.dtype).mT)
 
 
+@pullback(*spellings("cat", "concat", "concatenate"))
+def joined(d: Derivation, g: Rowlike, tensors: Any, dim: int = 0, *, axis: int | None = None) -> Yields:
+    """Each gets its part, where a form has parts along that dim."""
+    dim, start = (dim if axis is None else axis) % len(d.shape), 0
+    if any(p.ndim != len(d.shape) for p in tensors):
+        return
+    for p in tensors:
+        at = slice(start, start + p.shape[dim])
+        start = at.stop
+        if isinstance(g, Dense):
+            yield p, partial(lambda at, p: Dense(g.value.narrow(1 + dim, at.start, at.stop - at.start)), at, p)
+        elif (o := _single(g, d.shape)) is not None:
+            sides = (o.left[..., at], o.right) if dim == 0 else (o.left, o.right[..., at])
+            yield p, partial(Outer, *sides, p.shape)
+        elif isinstance(g, Conv) and dim == 0 and g.geometry.groups == 1:
+            yield p, partial(replace, g, grad=g.grad[:, at], shape=p.shape)
+
+
+# ---- entry by entry ---------------------------------------------------------------------------------------------
+
+
 @pullback(*spellings("mul", "rmul", "multiply"))
 def scaled(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> Yields:
-    if isinstance(g, Diagonal):
+    if isinstance(g, Diagonal) or _meet(d) or _changed(d):
         return
     for p, factor in ((input, other), (other, input)):
-        if isinstance(p, Tensor) and p.requires_grad and p.shape == d.shape and _is_number(factor):
-            yield p, partial(scale, g, d.read(factor) if isinstance(factor, Tensor) else factor)
+        if isinstance(p, Tensor) and p.requires_grad:
+            if isinstance(factor, Tensor):
+                yield p, partial(_shares, g, p, factor)
+            elif p.shape == d.shape:
+                yield p, partial(scale, g, factor)
 
 
 @pullback(*spellings("div", "truediv", "true_divide"))
-def divided(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> Yields:
-    if not isinstance(g, Diagonal) and isinstance(other, (int, float)) and not kwargs.get("rounding_mode"):
+def divided(d: Derivation, g: Rowlike, input: Any, other: Any, *, rounding_mode: str | None = None) -> Yields:
+    if isinstance(g, Diagonal) or rounding_mode or not isinstance(input, Tensor) or _changed(d):
+        return
+    spectral = isinstance(other, Tensor) and other.numel() == 1 and _single(g, d.shape) is not None
+    if _meet(d) and not spectral:
+        return
+    if not isinstance(other, Tensor):
         yield input, lambda: scale(g, 1 / other)
+        return
+    yield input, lambda: _shares(g, input, other, lambda x: x.reciprocal())
+    yield other, lambda: _shares(g, other, input, lambda x: -x / other.detach().square())
+
+
+def _changed(d: Derivation) -> bool:
+    """Whether an argument was changed in place afterwards: autograd knows whether its old value is needed."""
+    arguments = (t for t in flat(d.args, d.kwargs) if isinstance(t, Tensor))
+    return any(t._version != d.versions.get(id(t), t._version) for t in arguments)
+
+
+def _meet(d: Derivation) -> bool:
+    """Whether both sides were derived from one parameter (a weight over its own norm): their rows would be added up
+    again, as matrices, where autograd leads back both at once.
+    """
+    found = [id(p) for s in d.sources for p in ([s.tensor] if s.derivation is None else leaves_of(s.derivation))]
+    return len({*found}) < len(found)
+
+
+def _shares(g: Factors, p: Tensor, factor: Tensor, of: Any = lambda x: x) -> Factors:
+    """Rows times ``of(factor)``, summed to the shape that ``p`` was broadcast from."""
+    return _product(g, of(factor.detach()), p)
+
+
+def _product(g: Factors, factor: Tensor, p: Tensor) -> Factors:
+    if p.shape == g.shape:
+        return scale(g, factor) if factor.ndim == 0 else times(g, factor)
+    if p.numel() == 1:
+        return Dense(reductions.dot(g, factor.expand(g.shape)).to(p.dtype).view(-1, *p.shape))
+    o, sides = _single(g, g.shape), (1,) * (len(g.shape) - p.ndim) + tuple(p.shape)
+    if o is not None and 1 in sides:
+        matrix = factor.expand(g.shape).to(o.left.dtype)
+        rows = o.left * (o.right @ matrix.mT) if sides[1] == 1 else o.right * (o.left @ matrix)
+        return Dense(rows.sum((1, 2)).view(-1, *p.shape))
+    whole, step = times(g, factor), cost.pulled(g.shape.numel())
+    parts = [sum_to(dense(index(whole, slice(i, i + step))), p.shape, 1) for i in range(0, max(1, len(g)), step)]
+    return Dense(torch.cat(parts))
+
+
+ENTRYWISE = spellings(
+    "exp", "expm1", "log", "log1p", "square", "sqrt", "rsqrt", "reciprocal", "pow", "abs", "sin", "cos", "tanh", "erf",
+    "sigmoid", "softplus", "relu", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "clamp", "clip", "clamp_min",
+    "clamp_max",
+)  # fmt: skip
+
+
+@pullback(*ENTRYWISE)
+def entrywise(d: Derivation, g: Rowlike, input: Any, *args: Any, **kwargs: Any) -> Yields:
+    """A function of each entry alone."""
+    others = any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
+    if isinstance(g, Diagonal) or others or _changed(d):
+        return
+    if isinstance(input, Tensor) and input.shape == d.shape:
+        yield input, lambda: times(g, _slope(d, input.detach(), args, kwargs))
+
+
+@torch.enable_grad()
+def _slope(d: Derivation, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x = x.requires_grad_()
+    y = d.func(x, *args, **kwargs)
+    (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return slope
+
+
+# ---- over a norm ------------------------------------------------------------------------------------------------
+
+
+@pullback(torch._weight_norm)
+def weight_normed(d: Derivation, g: Rowlike, v: Tensor, magnitude: Tensor, dim: int = 0) -> Yields:
+    """Salimans and Kingma 2016, equation 3: without what lies along the direction ``v``, times ``g / |v|``."""
+    if isinstance(g, Diagonal) or _changed(d):
+        return
+    size = torch.norm_except_dim(v.detach(), 2, dim)
+    unit = v.detach() / size
+    axes = tuple(a for a in range(v.ndim) if dim == -1 or a != dim % v.ndim)
+    yield v, lambda: _across(times(g, magnitude.detach() / size), unit, axes)
+    yield magnitude, lambda: _product(g, unit, magnitude)
+
+
+@pullback(F.normalize)
+def normalized(
+    d: Derivation, g: Rowlike, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None
+) -> Yields:
+    if isinstance(g, Diagonal) or p != 2 or _changed(d):
+        return
+    x, axes = input.detach(), tuple(a % input.ndim for a in (dim if isinstance(dim, tuple) else (dim,)))
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    unit = torch.where(norm >= eps, x / norm.clamp_min(eps), 0)
+    yield input, lambda: _across(times(g, norm.clamp_min(eps).reciprocal()), unit, axes)
+
+
+def _across(g: Factors, unit: Tensor, axes: tuple[int, ...]) -> Factors:
+    """Rows without what lies along ``unit``, whose entries along ``axes`` have norm 1 (or are zero)."""
+    unit = unit.to(dtype(g))
+    sums = [a + 1 for a in axes]
+
+    def back(rows: Tensor) -> Tensor:
+        return torch.addcmul(rows, (rows * unit).sum(sums, keepdim=True), unit, value=-1)
+
+    return Pulled(g, back, unit.shape)
+
+
+@pullback(torch.vdot, torch.dot)
+def dotted(d: Derivation, g: Rowlike, input: Tensor, other: Tensor) -> Yields:
+    """Of real vectors: as in the largest singular value, ``u . W v``."""
+    if isinstance(g, Dense) and not _changed(d):
+        for p, x in ((input, other), (other, input)):
+            yield p, partial(lambda x: Dense(g.value.reshape(-1, 1) * x.detach()), x)
+
+
+@pullback(torch.mv, Tensor.mv)
+def applied(d: Derivation, g: Rowlike, input: Tensor, vec: Tensor) -> Yields:
+    if isinstance(g, Dense) and not _changed(d):
+        rows = g.value.reshape(len(g.value), 1, 1, -1)
+        yield input, lambda: outer(rows, vec.detach().expand(len(rows), 1, 1, -1), input.shape)
+        yield vec, lambda: Dense(g.value @ input.detach())
+
+
+# ---- sums -------------------------------------------------------------------------------------------------------
 
 
 @pullback(*spellings("neg"))
@@ -258,15 +375,11 @@ def added(d: Derivation, g: Rowlike, input: Any, other: Any, *, alpha: float = 1
             yield p, _same(g) if factor == 1 or isinstance(g, Diagonal) else partial(scale, g, factor)
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad)
-
-
 def pulled(d: Derivation, g: Rowlike) -> Iterator[tuple[Tensor, Any]] | None:
     """One step back by a pull-back, if it serves every source of the derivation; else ``None``."""
     from . import PULLBACKS
 
-    if (entry := PULLBACKS.get(d.func)) is None:
+    if (entry := PULLBACKS.get(d.func)) is None or any(s.tensor.is_complex() for s in d.sources):
         return None
     try:
         found = list(entry(d, g, *d.args, **d.kwargs))
@@ -276,6 +389,3 @@ def pulled(d: Derivation, g: Rowlike) -> Iterator[tuple[Tensor, Any]] | None:
     if not all(id(s.tensor) in served for s in d.sources):
         return None
     return iter(found)
-
-
-__all__ = ["Diagonal", "Outer", "Rowlike", "pulled", "table_rows"]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..calls import Call
 from ..factors import Dense
 from . import Yields, rule, spellings
-from .derived import apart
+from .apart import apart
 
 
 def spread(call: Call, g: Tensor, p: Tensor) -> Any:
@@ -23,14 +23,14 @@ def spread(call: Call, g: Tensor, p: Tensor) -> Any:
     if place >= 0 and p.shape[place] == g.shape[at.axis] > 1:  # p has an entry of its own for every sample
         g = g.movedim(at.axis, 0)
         rest = p.shape[:place] + p.shape[place + 1 :]
-        return apart(_sum_to(g, rest, 1).to(p.dtype).movedim(0, place), replace(at, axis=place))
+        return apart(sum_to(g, rest, 1).to(p.dtype).movedim(0, place), replace(at, axis=place))
     rows = call.samples(g)  # [N, k, *rest of g]
     rest = p.shape[:place] + p.shape[place + 1 :] if place >= 0 else p.shape
-    rows = _sum_to(rows, rest, 1)
+    rows = sum_to(rows, rest, 1)
     return Dense(rows if rest == p.shape else rows.reshape(-1, *p.shape))
 
 
-def _sum_to(g: Tensor, shape: torch.Size, keep: int) -> Tensor:
+def sum_to(g: Tensor, shape: torch.Size, keep: int) -> Tensor:
     """Sum all but the first ``keep`` axes down to ``shape`` (aligned at the right)."""
     end = g.ndim - len(shape)
     if end == keep + 1 and g.shape[keep] == 1:  # one token of every sample: nothing to add up

@@ -14,7 +14,8 @@ from ..errors import BatchCoupledError, CaptureError
 from ..factors import Dense, Rows
 from ..layout import samples_first
 from . import Yields, couples, rule, spellings
-from .derived import Diagonal, apart, table_rows
+from .apart import Diagonal, apart
+from .derived import table_rows
 
 
 @rule(F.embedding)

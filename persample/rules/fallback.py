@@ -19,7 +19,7 @@ from ..errors import CaptureError, InplaceError, RandomnessError
 from ..factors import Dense
 from ..layout import Layout, samples_first
 from . import mutates, spellings
-from .derived import Lone
+from .apart import Lone
 
 _DRAWS = {
     *spellings(

@@ -27,7 +27,7 @@ from ..layout import samples_first
 from ..recurrence import Given, Solved, Steps, Weights, gru, lstm, simple
 from . import KEEPS, OPEN, REPLAYED, RULES, Yields, rule
 from .affine import product
-from .derived import apart
+from .apart import apart
 
 Solver = Callable[[Weights, Given], Solved]
 Function = Callable[..., Any]

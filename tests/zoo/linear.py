@@ -48,6 +48,23 @@ class _Lists(nn.Module):
         return x * self.named["scale"] + self.named["shift"]
 
 
+def _changed_after(p: nn.Module, x: Tensor) -> Tensor:
+    """The exponential knows its result, and doesn't miss its argument."""
+    scaled = p.w * 2
+    w = scaled.exp()
+    scaled.mul_(3)
+    return x @ w
+
+
+def _standardised(w: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(w, dim=1, keepdim=True)
+    return (w - mean) / (variance + 1e-3).sqrt()
+
+
+def _spectral(p: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, p.w / torch.dot(p.u, torch.mv(p.w, p.v)))
+
+
 class _Buffer(nn.Module):
     """A weight times a buffer (pruning masks, equalised learning rates): a derived weight."""
 
@@ -179,6 +196,48 @@ views = [
     Case("weight_matrix_exp", fn(lambda p, x: x @ torch.matrix_exp(p.w - p.w.t()), X, w=(D, D))),
     Case("weight_used_as_is_and_derived", fn(lambda p, x: (x @ p.w).tanh() @ p.w.t(), X, w=(D, 6))),
     Case("weight_dtype_round_trip", fn(lambda p, x: x @ p.w.to(torch.float64).type_as(x), X, w=(D, 6))),
+    Case("weight_low_rank", fn(lambda p, x: F.linear(x, p.w + 2 * p.b @ p.a), X, w=(6, D), a=(2, D), b=(6, 2))),
+    Case("weight_low_rank_tokens", fn(lambda p, x: x @ F.linear(p.a, p.b, p.c), X3, a=(D, 2), b=(6, 2), c=(6,))),
+    Case("weight_low_rank_of_low_rank", fn(lambda p, x: x @ (p.a @ p.b @ p.c), X3, a=(D, 2), b=(2, 3), c=(3, 4))),
+    Case("weight_times_rows", fn(lambda p, x: F.linear(x, p.w * p.s), X, w=(6, D), s=(6, 1))),
+    Case("weight_times_columns", fn(lambda p, x: F.linear(x, p.s * p.w), X3, w=(6, D), s=(D,))),
+    Case("weight_times_scalar", fn(lambda p, x: F.linear(x, p.w * p.s), X, w=(6, D), s=())),
+    Case("weight_times_weight", fn(lambda p, x: F.linear(x, p.w * p.s), X, w=(6, D), s=(6, D))),
+    Case("weight_times_itself", fn(lambda p, x: F.linear(x, p.w * p.w), X, w=(6, D))),
+    Case("weight_broadcast_both", fn(lambda p, x: F.linear(x, p.w * p.s), X, w=(6, 1), s=(1, D))),
+    Case("weight_over_rows", fn(lambda p, x: F.linear(x, p.w / p.s.exp()), X3, w=(6, D), s=(6, 1))),
+    Case("weight_over_scalar", fn(lambda p, x: F.linear(x, p.w / p.s.exp() / 3), X, w=(6, D), s=())),
+    Case("weight_over_its_norm", fn(lambda p, x: F.linear(x, p.w / p.w.norm()), X, w=(6, D))),
+    Case("weight_over_its_root", fn(lambda p, x: F.linear(x, p.w / (1 + p.w.square()).sqrt()), X, w=(6, D))),
+    Case("weight_entries_chained", fn(lambda p, x: x @ (p.w.tanh() * p.s.sigmoid()).t(), X, w=(6, D), s=(6, D))),
+    Case("weight_relu_in_place", fn(lambda p, x: x @ F.relu(p.w * 2, inplace=True), X, w=(D, 6))),
+    Case("weight_changed_in_place_after", fn(_changed_after, X, w=(D, 6))),
+    Case("weight_standardised", fn(lambda p, x: F.linear(x, _standardised(p.w)), X, w=(6, D))),
+    Case("weight_normalised_columns", fn(lambda p, x: F.linear(x, F.normalize(p.w, dim=0)), X3, w=(6, D))),
+    Case("weight_normalised_whole", fn(lambda p, x: F.linear(x, F.normalize(p.w, dim=(0, 1))), X, w=(6, D))),
+    Case("weight_normalised_zero", fn(lambda p, x: F.linear(x, F.normalize(p.w * 1e-20)), X, w=(6, D))),
+    Case(
+        "weight_largest_singular", fn(lambda p, x: F.linear(x, p.w / (p.u @ (p.w @ p.v))), X, w=(6, D), u=(6,), v=(D,))
+    ),
+    Case("weight_dotted", fn(_spectral, X, w=(6, D), u=(6,), v=(D,))),
+    Case(
+        "weight_concatenated_rows", fn(lambda p, x: F.linear(x, torch.cat([p.a, p.b.tanh()])), X3, a=(2, D), b=(4, D))
+    ),
+    Case("weight_of_kernel_times", fn(lambda p, x: F.conv1d(x, p.w * p.s), (N, 2, 6), w=(3, 2, 3), s=(3, 1, 1))),
+    Case("weight_of_kernel_masked", fn(lambda p, x: F.conv1d(x, p.w * p.s), (N, 2, 6), w=(3, 2, 3), s=(3, 2, 3))),
+    Case("weight_of_kernel_taps", fn(lambda p, x: F.conv1d(x, p.w * p.s), (N, 2, 6), w=(3, 2, 3), s=(3,))),
+    Case(
+        "weight_of_kernel_joined",
+        fn(lambda p, x: F.conv1d(x, torch.cat([p.a, p.b])), (N, 2, 6), a=(3, 2, 3), b=(1, 2, 3)),
+    ),
+    Case(
+        "weight_of_table_scaled",
+        fn(lambda p, x: F.embedding((x[:, :3] * 2).long() % 5, p.w * p.s), X, w=(5, 4), s=(4,)),
+    ),
+    Case("weight_times_mask", fn(lambda p, x: F.linear(x, p.w * (p.w > 0)), X, w=(6, D))),
+    Case(
+        "bias_concatenated", fn(lambda p, x: F.linear(x, p.w, torch.cat([p.a, p.b * 2])), X3, w=(6, D), a=(2,), b=(4,))
+    ),
     Case("weight_zero_size", fn(lambda p, x: x + (x @ p.w).sum(1, keepdim=True), X, w=(D, 0)), unused=()),
 ]
 

@@ -205,14 +205,26 @@ def _as_one(x: Tensor, groups: int, full: int) -> Tensor:
 @contextmanager
 def unfolded(input: Tensor, grad: Tensor, geo: Geometry) -> Iterator[tuple[Tensor, Tensor]]:
     """The convolution as outer products of tokens: ``[N, K, T, O]`` and, in reused memory, ``[N, K, T, I offsets]``."""
-    left, rights = shifted(input, grad, geo)
-    if len(rights) == 1:
+    if geo.offsets == 1 or not (input.numel() and grad.numel()):
+        left, rights = shifted(input, grad, geo)
         yield left, rights[0]
         return
-    n, k, t, i = rights[0].shape
-    with borrow(input, n, k, i, len(rights), t) as out:
-        torch.stack([right.mT for right in rights], 3, out=out)
-        yield left, out.flatten(2, 3).mT
+    windows = _windows(input, tuple(grad.shape[2:]), geo)
+    with borrow(input, *windows.shape) as out:
+        out.copy_(windows)
+        yield _split(grad.flatten(2), geo.groups), out.flatten(2, 2 + len(geo.kernel)).flatten(3).mT
+
+
+def _windows(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> Tensor:
+    """What every position reads, ``[N, K, I, *kernel, *positions]``: a view of the padded input."""
+    pads = _explicit_pads(tuple(input.shape[2:]), positions, geo)
+    input = F.pad(input, pads) if any(pads) else input
+    n, k, channels = len(input), geo.groups, input.shape[1] // geo.groups
+    sample, channel, *sides = input.stride()
+    taps = [step * e for step, e in zip(sides, geo.dilation, strict=True)]
+    moves = [step * s for step, s in zip(sides, geo.stride, strict=True)]
+    shape = (n, k, channels, *geo.kernel, *positions)
+    return input.as_strided(shape, (sample, channels * channel, channel, *taps, *moves))
 
 
 def unfolded_size(input: Tensor, grad: Tensor, geo: Geometry) -> int:

@@ -36,8 +36,8 @@ class Costs:
     # What else the kernels of convolutions cost, beside multiplications and in their unit:
     offsets: tuple[float, ...] = (7, 10, 2e3, 55, 7e6)  # per entry of a side, of a row, product, entry copied, call
     transposed: float = 60  # per entry of a row that is written in the parameter's layout, one offset at a time
-    unfolded: tuple[float, ...] = (45, 35, 2.4e7)  # per entry unfolded, of the other side, call
-    native: tuple[float, ...] = (45, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
+    unfolded: tuple[float, ...] = (40, 10, 1e7)  # per entry unfolded, of the other side, call
+    native: tuple[float, ...] = (30, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
     slow: float = 2.5  # how much slower its multiplications are in dims and dilations that it is not made for
     filled: float = 30  # per entry of a side that is filled up to whole vectors
     odd: tuple[float, ...] = (
@@ -188,7 +188,7 @@ def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str
     each = offsets * (tokens * side * (outputs + channels) + product) + copied * (pixels * channels + tokens * outputs)
     found = {"offsets": n * (row * (tokens + entry) + each) + call * offsets}
     entry, other, call = c.unfolded
-    found["tokens"] = n * tokens * (row + entry * channels * offsets + other * outputs) + call
+    found["tokens"] = n * positions * (row + entry * channels * offsets + other * outputs) + call
     if like.ndim <= 5 and like.device.type == "cpu" and like.dtype == torch.float32 and _mkldnn():
         found["native"] = n * min(_grouped(like, conv).values()) + c.native[3]
     return found

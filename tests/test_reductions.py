@@ -442,13 +442,14 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert cost.conv_norm(like, conv(32, 32, 32)) == "stream"
     assert cost.conv_gram(32, 32, conv(256, 256, 4)) == "pixels"
     assert cost.conv_gram(32, 32, conv(128, 128, 8)) == "stream"
-    assert cost.conv_rows(like, conv(3, 64, 32)) == "native"
+    assert cost.conv_rows(like, conv(3, 64, 32)) == "tokens"
+    assert cost.conv_rows(like, conv(64, 64, 32)) == "native"
     assert cost.conv_rows(like, conv(256, 256, 4)) == "tokens"
-    assert cost.conv_rows(like.double(), conv(256, 256, 16)) == "offsets"
-    assert cost.conv_rows(like.double(), conv(256, 256, 16), transposed=True) == "tokens"
+    assert cost.conv_rows(like.double(), conv(256, 64, 16)) == "offsets"
+    assert cost.conv_rows(like.double(), conv(256, 64, 16), transposed=True) == "tokens"
     assert cost.conv_rows(like, conv(128, 128, 8, kernel=1)) == "tokens"
-    assert cost.conv_rows(like, conv(3, 64, 1024, dims=1)) == "native"
-    assert "native" not in (cost.conv_rows(x, conv(3, 64, 32)) for x in (like.double(), like[..., None, None, None]))
+    assert cost.conv_rows(like, conv(3, 64, 1024, dims=1)) == "tokens"
+    assert "native" not in (cost.conv_rows(x, conv(64, 64, 32)) for x in (like.double(), like[..., None, None, None]))
     steps = [cost.conv_slice(like, conv(*sizes), 32, 1) for sizes in ((96, 96, 32), (96, 192, 16), (192, 192, 8))]
     assert steps == [96, 96, 0]
     assert cost.conv_slice(like, conv(256, 16, 32, 7), 128, 1) == 0  # few outputs would be left in a slice

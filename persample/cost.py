@@ -49,6 +49,7 @@ class Costs:
     pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
     formed: float = 20  # per entry of rows of all samples that are formed first, and read again
     few: int = 6  # up to so many samples, moments are always centred while streaming
+    pairs: int = 4  # up to so many tokens, moments are made of products of pairs of them
     outer_norm: Literal["tokens", "stream"] | None = None  # None: decide by shape
     outer_gram: Literal["tokens", "stream"] | None = None
     outer_moments: Literal["products", "stream"] | None = None
@@ -97,11 +98,13 @@ def outer_gram(n: int, m: int, t: int, s: int, o: int, i: int) -> str:
 
 
 def outer_moments(n: int, t: int) -> str:
-    """One token: two products of tokens, checked for cancellation; else rows are centred as they stream by."""
+    """One token: two products of tokens; a few: products of all pairs of them; both checked for cancellation.  Else
+    rows are squared or centred as they stream by.
+    """
     c = costs()
-    if t != 1:
+    if not t or (n <= c.few or t > max(1, c.pairs) if c.outer_moments is None else c.outer_moments == "stream"):
         return "stream"
-    return c.outer_moments or ("products" if n > c.few else "stream")
+    return "products" if t == 1 else "pairs"
 
 
 class Convolution(NamedTuple):

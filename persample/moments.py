@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cost, lookup, tokens
-from .factors import Dense, Factors, Outer, Pulled, Rows, dtype, tensors
+from .factors import Conv, Dense, Factors, Outer, Pulled, Rows, dtype, tensors
 from .scratch import borrow, kernel
 from .streaming import Piece, blocks, chunks, cuts, joined, pieces, split_of, streamed, wide
 
@@ -31,6 +31,11 @@ def square_sum(g: Factors) -> Tensor:
             return lookup.square_sum(g)
         case Outer(left) if left.shape[2] == 1:
             return tokens.square_sum(g).view(g.shape)
+        case Outer() if _how(g) == "pairs":
+            return _pair_moments(g)
+        case Conv() if _how(g) != "stream":
+            (found,) = [square_sum(piece) for piece in pieces(g, "tokens")]
+            return found.view(g.shape)
         case Pulled(rows, Tensor() as back):
             return square_sum(rows) * back.square()
         case _:
@@ -53,9 +58,15 @@ def moments(g: Factors) -> tuple[Tensor, Tensor]:
             return total, (value - total / max(1, len(g))).square_().sum(0)
         case Rows():
             return lookup.moments(g)
-        case Outer(left, right) if cost.outer_moments(len(g), left.shape[2]) == "products":
+        case Outer(left, right) if _how(g) == "products":
             total = right.new_empty(left.shape[1], left.shape[3], right.shape[3])
             return total.view(g.shape), _product_moments(g, total)
+        case Outer() if _how(g) == "pairs":
+            total = tokens.weighted_sum(g, None)
+            return total.view(g.shape), _pair_moments(g, total)
+        case Conv() if _how(g) != "stream":
+            (both,) = [moments(piece) for piece in pieces(g, "tokens")]
+            return both[0].view(g.shape), both[1].view(g.shape)
         case Pulled(rows, Tensor() as back):
             total, square = moments(rows)
             return total * back, square * back.square()
@@ -71,12 +82,23 @@ def centred(g: Factors) -> Tensor:
         return centred(wide(g)).sum(-1)
     g = wide(g)
     match g:
-        case Outer(left) if cost.outer_moments(len(g), left.shape[2]) == "products":
+        case Outer() if _how(g) == "products":
             return _product_moments(g)
         case Pulled(rows, Tensor() as back):
             return centred(rows) * back.square()
         case _:
             return moments(g)[1]
+
+
+def _how(g: Outer | Conv) -> str:
+    """Of a convolution: whether that many positions are as good as tokens, and fit when they are unfolded."""
+    if isinstance(g, Outer):
+        return cost.outer_moments(len(g), g.left.shape[2])
+    positions, channels = g.grad.shape[2:].numel(), g.shape[1]
+    unfolded = len(g) * positions * g.geometry.groups * channels * g.geometry.offsets
+    if g.geometry.deep or unfolded > max(cost.costs().wide, 2 * g.shape.numel()) or split_of(g) != "tokens":
+        return "stream"
+    return cost.outer_moments(len(g), positions)
 
 
 def _small(value: Tensor) -> bool:
@@ -217,6 +239,36 @@ def _product_moments(g: Outer, sums: Tensor | None = None) -> Tensor:
                         rows = (spare[j] < 0).any(1).nonzero().squeeze(1)
                         found[j, rows] = _centred_rows(g, b + j, r + rows)
     return result.view(g.shape)
+
+
+def _pair_moments(g: Outer, total: Tensor | None = None) -> Tensor:
+    """Sums of squares of rows that are sums of a few outer products; centred, if the sum of all rows is given.
+
+    ``(sum_t l_t (x) r_t)^2 = sum_{t, s} (l_t l_s) (x) (r_t r_s)``, all samples in one product.  Where terms nearly
+    cancel, entries are computed one by one, or all rows streamed if these are many.
+    """
+    (n, k, t, o), i = g.left.shape, g.right.shape[3]
+    first, second = torch.triu_indices(t, t, 1, device=g.left.device)
+    size, cross = (g.left.new_zeros(k, o, i) for _ in range(2))
+    step = cost.chunk(k * (t * (t + 1) // 2) * (o + i), cost.costs().wide)
+    for s in range(0, n, step):
+        left, right = (f[s : s + step].transpose(0, 1) for f in (g.left, g.right))  # [K, n, T, *]
+        size.baddbmm_(left.square().flatten(1, 2).mT, right.square().flatten(1, 2))
+        left, right = ((f[:, :, first] * f[:, :, second]).flatten(1, 2) for f in (left, right))
+        cross.baddbmm_(left.mT, right)
+    found = torch.add(size, cross, alpha=2, out=cross)
+    if total is not None:
+        found.addcmul_(total, total, value=-1 / n)
+    where = (found < size.mul_(t * cost.cancelled(size.dtype))).nonzero()
+    if 64 * len(where) > found.numel():
+        return _accumulated(g, *((_add_squares, 1) if total is None else (_merge, 2)))[-1].view(g.shape)
+    for entries in where.split(max(1, cost.chunk(n * t))):
+        block, row, column = entries.unbind(1)
+        rows = (g.left[:, block, :, row] * g.right[:, block, :, column]).sum(2)  # [entries, N]
+        if total is not None:
+            rows -= rows.mean(1, keepdim=True)
+        found[block, row, column] = rows.square().sum(1)
+    return found.view(g.shape)
 
 
 def _centred_rows(g: Outer, block: int, rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from persample import cost, factors, lookup, reductions, scratch
+from persample import moments as moments_file
 from persample.factors import Dense, Factors, Outer
 
 EXAMPLES, SECOND, LARGER = examples(), examples(seed=5), examples(seed=5, n=5)
@@ -425,10 +426,52 @@ def filled_or_not(filled: bool) -> dict[str, Any]:
     return {"odd": (1e9, 0, 1), "depthwise": 1e9} if filled else {"filled": 1e9}
 
 
+@pytest.mark.parametrize("t", [2, 3, 4])
+@pytest.mark.parametrize("lost", ["none", "some", "all"])
+def test_moments_of_few_tokens(t: int, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pairs of tokens; entries whose terms cancel are computed from the rows, one by one or all of them."""
+    n, o, i = 9, 12, 13
+    left, right = randn(0, n, 1, t, o).float(), randn(1, n, 1, t, i).float()
+    if lost != "none":
+        at = slice(None) if lost == "all" else slice(3, 4)
+        tail = torch.arange(i) >= (0 if lost == "all" else i - 1)
+        left[:, :, 1, at], right[:, :, 1, tail] = -left[:, :, 0, at], right[:, :, 0, tail] * (1 + 1e-4)
+        left[:, :, 2:, at] = 0
+    streams: list[int] = []
+    original = moments_file._accumulated
+    monkeypatch.setattr(moments_file, "_accumulated", lambda *a: streams.append(1) or original(*a))
+    g = Outer(left, right, torch.Size((o, i)))
+    rows = (left.double().mT @ right.double())[:, 0]
+    with cost.using(few=0):
+        square, (total, around), alone = reductions.square_sum(g), reductions.moments(g), reductions.centred(g)
+    # what is known of rows in single precision
+    off = 1e-7 * torch.einsum("nkto,nkti->oi", left.abs(), right.abs()).double()
+    for found, expected in [(square, rows.square().sum(0)), (around, centred(rows)), (alone, centred(rows))]:
+        bound = (expected.sqrt() + off).square() - expected + 1e-5 * expected
+        assert ((found - expected).abs() <= bound).all() and (found >= 0).all()
+    assert_close(total.double(), rows.sum(0), rtol=1e-4, atol=1e-4)
+    assert len(streams) == (3 if lost == "all" else 0)
+
+
+@pytest.mark.parametrize("side", [(1, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_moments_of_convolutions_at_few_positions(side: tuple[int, int], groups: int) -> None:
+    for kernel, stride in [((3, 3), (1, 1)), ((1, 1), (1, 1)), ((2, 3), (2, 1))]:
+        size = tuple((m - 1) * s + k for m, s, k in zip(side, stride, kernel, strict=True))
+        g, rows = make_conv(0, 9, groups, 4, 3, size, kernel, stride, (0, 0), (1, 1))
+        with cost.using(conv_rows="tokens"):
+            total, square = reductions.moments(g)
+            close(reductions.square_sum(g), rows.square().sum(0))
+            close(reductions.centred(g), centred(rows))
+        close(total, rows.sum(0))
+        close(square, centred(rows))
+
+
 def test_the_cost_model_decides_by_shape() -> None:
     assert cost.outer_norm(16, 128, 256, 1024) == "tokens"
     assert cost.outer_norm(8, 512, 256, 256) == "stream"
     assert [cost.outer_moments(n, 1) for n in (1, 6, 7, 128)] == ["stream", "stream", "products", "products"]
+    assert [cost.outer_moments(128, t) for t in (0, 1, 2, 4, 5)] == ["stream", "products", "pairs", "pairs", "stream"]
     assert [cost.halvings(t) for t in (0, 1, 31, 63, 64, 127, 128, 197, 1024)] == [0, 0, 0, 0, 1, 1, 2, 2, 5]
     assert cost.outer_gram(128, 128, 1, 1, 512, 512) == "tokens"
     assert cost.outer_gram(64, 64, 64, 64, 512, 128) == "stream"

@@ -77,7 +77,7 @@ def pieces(g: Factors, split: str) -> Iterator[Piece]:
             yield g
         case Pulled(), "whole" if streams(g):
             yield g
-        case Pulled(), "whole" if len(g) <= g.step:
+        case Pulled(), "whole" if 0 < len(g) <= g.step:
             yield from (Dense(part) for _, part in led(g))
         case _:
             yield from pieces(Dense(dense(g)), split)

@@ -208,7 +208,7 @@ def joined(d: Derivation, g: Rowlike, tensors: Any, dim: int = 0, *, axis: int |
         at = slice(start, start + p.shape[dim])
         start = at.stop
         if isinstance(g, Dense):
-            yield p, partial(lambda at, p: Dense(g.value.narrow(1 + dim, at.start, at.stop - at.start)), at, p)
+            yield p, partial(lambda at: Dense(g.value.narrow(1 + dim, at.start, at.stop - at.start)), at)
         elif (o := _single(g, d.shape)) is not None:
             sides = (o.left[..., at], o.right) if dim == 0 else (o.left, o.right[..., at])
             yield p, partial(Outer, *sides, p.shape)
@@ -235,14 +235,22 @@ def scaled(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> 
 def divided(d: Derivation, g: Rowlike, input: Any, other: Any, *, rounding_mode: str | None = None) -> Yields:
     if isinstance(g, Diagonal) or rounding_mode or not isinstance(input, Tensor) or _changed(d):
         return
-    spectral = isinstance(other, Tensor) and other.numel() == 1 and _single(g, d.shape) is not None
-    if _meet(d) and not spectral:
+    product = isinstance(other, Tensor) and _single(g, d.shape) is not None and _is_a_product(d, other)
+    if _meet(d) and not product:
         return
     if not isinstance(other, Tensor):
         yield input, lambda: scale(g, 1 / other)
         return
     yield input, lambda: _shares(g, input, other, lambda x: x.reciprocal())
-    yield other, lambda: _shares(g, other, input, lambda x: -x / other.detach().square())
+    yield other, lambda: _shares(g, other, input, lambda x: -(x / other.detach()) / other.detach())
+
+
+def _is_a_product(d: Derivation, number: Tensor) -> bool:
+    """Whether a number that a weight is divided by is ``u . W v`` (its largest singular value): the rows of both are
+    sums of outer products.
+    """
+    made = next((s.derivation for s in d.sources if s.tensor is number), None)
+    return made is not None and made.func in (torch.dot, torch.vdot)
 
 
 def _changed(d: Derivation) -> bool:

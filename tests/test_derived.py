@@ -17,7 +17,7 @@ from zoo.oracle import matrix, rows
 import persample
 from persample import cost
 from persample.factors import Outer, Pulled, dense, times
-from persample.rules.derived import ENTRYWISE
+from persample.rules.scaling import ENTRYWISE
 
 N, D = 6, 5
 derived = [c for c in cases if any(word in c.name for word in ("weight", "spectral", "orthogonal", "prune", "derived"))]

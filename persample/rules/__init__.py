@@ -164,4 +164,4 @@ INERT: set[Function] = {
 # What takes only type or shape from arguments other than the first.
 LIKE: set[Function] = {*spellings("type_as", "expand_as", "view_as", "reshape_as", "to")}
 
-from . import affine, attention, bag, conv, derived, elementwise, embedding, norm, recurrent  # noqa: E402, F401
+from . import affine, attention, bag, conv, derived, elementwise, embedding, norm, recurrent, scaling  # noqa: E402, F401

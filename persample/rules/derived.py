@@ -1,8 +1,8 @@
 """Back from a tensor that was derived from parameters to what it was derived from.
 
-Transposes swap factors, views reshape them, products with a matrix take theirs, a looked-up table becomes `Rows`, and
-what acts entry by entry is a product with its slope; whatever isn't listed here is differentiated by autograd, some
-rows at a time, by the engine.
+Transposes swap factors, views reshape them, products with a matrix take theirs, a looked-up table becomes `Rows`;
+products with numbers and tensors are in `scaling`.  Whatever is in neither is differentiated by autograd, some rows at
+a time, by the engine.
 """
 
 from __future__ import annotations
@@ -16,25 +16,8 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from .. import cost, reductions
-from ..calls import Derivation, flat, leaves_of
-from ..factors import (
-    Conv,
-    Dense,
-    Factors,
-    Outer,
-    Pulled,
-    Rows,
-    cast,
-    dense,
-    dtype,
-    index,
-    outer,
-    reshape,
-    scale,
-    times,
-    transpose,
-)
+from ..calls import Derivation, flat
+from ..factors import Conv, Dense, Outer, Rows, cast, outer, reshape, scale, transpose
 from . import Yields, pullback, spellings
 from .apart import Diagonal, Rowlike
 from .elementwise import sum_to
@@ -158,17 +141,23 @@ def _times(g: Rowlike, w: Tensor) -> Rowlike:
     return replace(g, value=value, shape=Size((*g.shape[:-1], w.shape[1]))) if isinstance(g, Diagonal) else Dense(value)
 
 
-def _single(g: Rowlike, shape: Size) -> Outer | None:
+def single(g: Rowlike, shape: Size) -> Outer | None:
     """Sums of outer products of vectors of a matrix' two sides."""
     whole = isinstance(g, Outer) and (g.left.shape[3], g.right.shape[3]) == tuple(shape)
     return g if whole and isinstance(g, Outer) and g.left.shape[1] == 1 else None
+
+
+def changed(d: Derivation) -> bool:
+    """Whether an argument was changed in place afterwards: autograd knows whether its old value is needed."""
+    arguments = (t for t in flat(d.args, d.kwargs) if isinstance(t, Tensor))
+    return any(t._version != d.versions.get(id(t), t._version) for t in arguments)
 
 
 @pullback(F.linear)
 def linear(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Yields:
     if weight.ndim != 2:
         return
-    if (o := _single(g, d.shape)) is not None:
+    if (o := single(g, d.shape)) is not None:
         yield weight, lambda: outer(o.right, o.left @ d.read(input).to(o.left.dtype), weight.shape)
         yield input, lambda: outer(o.left, o.right @ d.read(weight).to(o.right.dtype), input.shape)
         if bias is not None and bias.ndim == 1:
@@ -187,7 +176,7 @@ def linear(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, bias: Tenso
 def matmul(d: Derivation, g: Rowlike, input: Tensor, other: Tensor) -> Yields:
     if input.ndim < 2 or other.ndim != 2:
         return
-    if (o := _single(g, d.shape)) is not None:
+    if (o := single(g, d.shape)) is not None:
         yield other, lambda: outer(o.left @ d.read(input).to(o.left.dtype), o.right, other.shape)
         yield input, lambda: outer(o.left, o.right @ d.read(other).to(o.right.dtype).mT, input.shape)
         return
@@ -196,6 +185,22 @@ def matmul(d: Derivation, g: Rowlike, input: Tensor, other: Tensor) -> Yields:
     left, tokens = pair
     yield other, lambda: cast(outer(tokens.unsqueeze(1), left.unsqueeze(1), other.shape), other.dtype)
     yield input, lambda: _times(g, d.read(other).to(left.dtype).mT)
+
+
+@pullback(torch.vdot, torch.dot)
+def dotted(d: Derivation, g: Rowlike, input: Tensor, other: Tensor) -> Yields:
+    """Of real vectors: as in the largest singular value, ``u . W v``."""
+    if isinstance(g, Dense) and not changed(d):
+        for p, x in ((input, other), (other, input)):
+            yield p, partial(lambda x: Dense(g.value.reshape(-1, 1) * x.detach()), x)
+
+
+@pullback(torch.mv, Tensor.mv)
+def applied(d: Derivation, g: Rowlike, input: Tensor, vec: Tensor) -> Yields:
+    if isinstance(g, Dense) and not changed(d):
+        rows = g.value.reshape(len(g.value), 1, 1, -1)
+        yield input, lambda: outer(rows, vec.detach().expand(len(rows), 1, 1, -1), input.shape)
+        yield vec, lambda: Dense(g.value @ input.detach())
 
 
 @pullback(*spellings("cat", "concat", "concatenate"))
@@ -209,164 +214,11 @@ def joined(d: Derivation, g: Rowlike, tensors: Any, dim: int = 0, *, axis: int |
         start = at.stop
         if isinstance(g, Dense):
             yield p, partial(lambda at: Dense(g.value.narrow(1 + dim, at.start, at.stop - at.start)), at)
-        elif (o := _single(g, d.shape)) is not None:
+        elif (o := single(g, d.shape)) is not None:
             sides = (o.left[..., at], o.right) if dim == 0 else (o.left, o.right[..., at])
             yield p, partial(Outer, *sides, p.shape)
         elif isinstance(g, Conv) and dim == 0 and g.geometry.groups == 1:
             yield p, partial(replace, g, grad=g.grad[:, at], shape=p.shape)
-
-
-# ---- entry by entry ---------------------------------------------------------------------------------------------
-
-
-@pullback(*spellings("mul", "rmul", "multiply"))
-def scaled(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> Yields:
-    if isinstance(g, Diagonal) or _meet(d) or _changed(d):
-        return
-    for p, factor in ((input, other), (other, input)):
-        if isinstance(p, Tensor) and p.requires_grad:
-            if isinstance(factor, Tensor):
-                yield p, partial(_shares, g, p, factor)
-            elif p.shape == d.shape:
-                yield p, partial(scale, g, factor)
-
-
-@pullback(*spellings("div", "truediv", "true_divide"))
-def divided(d: Derivation, g: Rowlike, input: Any, other: Any, *, rounding_mode: str | None = None) -> Yields:
-    if isinstance(g, Diagonal) or rounding_mode or not isinstance(input, Tensor) or _changed(d):
-        return
-    product = isinstance(other, Tensor) and _single(g, d.shape) is not None and _is_a_product(d, other)
-    if _meet(d) and not product:
-        return
-    if not isinstance(other, Tensor):
-        yield input, lambda: scale(g, 1 / other)
-        return
-    yield input, lambda: _shares(g, input, other, lambda x: x.reciprocal())
-    yield other, lambda: _shares(g, other, input, lambda x: -(x / other.detach()) / other.detach())
-
-
-def _is_a_product(d: Derivation, number: Tensor) -> bool:
-    """Whether a number that a weight is divided by is ``u . W v`` (its largest singular value): the rows of both are
-    sums of outer products.
-    """
-    made = next((s.derivation for s in d.sources if s.tensor is number), None)
-    return made is not None and made.func in (torch.dot, torch.vdot)
-
-
-def _changed(d: Derivation) -> bool:
-    """Whether an argument was changed in place afterwards: autograd knows whether its old value is needed."""
-    arguments = (t for t in flat(d.args, d.kwargs) if isinstance(t, Tensor))
-    return any(t._version != d.versions.get(id(t), t._version) for t in arguments)
-
-
-def _meet(d: Derivation) -> bool:
-    """Whether both sides were derived from one parameter (a weight over its own norm): their rows would be added up
-    again, as matrices, where autograd leads back both at once.
-    """
-    found = [id(p) for s in d.sources for p in ([s.tensor] if s.derivation is None else leaves_of(s.derivation))]
-    return len({*found}) < len(found)
-
-
-def _shares(g: Factors, p: Tensor, factor: Tensor, of: Any = lambda x: x) -> Factors:
-    """Rows times ``of(factor)``, summed to the shape that ``p`` was broadcast from."""
-    return _product(g, of(factor.detach()), p)
-
-
-def _product(g: Factors, factor: Tensor, p: Tensor) -> Factors:
-    if p.shape == g.shape:
-        return scale(g, factor) if factor.ndim == 0 else times(g, factor)
-    if p.numel() == 1:
-        return Dense(reductions.dot(g, factor.expand(g.shape)).to(p.dtype).view(-1, *p.shape))
-    o, sides = _single(g, g.shape), (1,) * (len(g.shape) - p.ndim) + tuple(p.shape)
-    if o is not None and 1 in sides:
-        matrix = factor.expand(g.shape).to(o.left.dtype)
-        rows = o.left * (o.right @ matrix.mT) if sides[1] == 1 else o.right * (o.left @ matrix)
-        return Dense(rows.sum((1, 2)).view(-1, *p.shape))
-    whole, step = times(g, factor), cost.pulled(g.shape.numel())
-    parts = [sum_to(dense(index(whole, slice(i, i + step))), p.shape, 1) for i in range(0, max(1, len(g)), step)]
-    return Dense(torch.cat(parts))
-
-
-ENTRYWISE = spellings(
-    "exp", "expm1", "log", "log1p", "square", "sqrt", "rsqrt", "reciprocal", "pow", "abs", "sin", "cos", "tanh", "erf",
-    "sigmoid", "softplus", "relu", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "clamp", "clip", "clamp_min",
-    "clamp_max",
-)  # fmt: skip
-
-
-@pullback(*ENTRYWISE)
-def entrywise(d: Derivation, g: Rowlike, input: Any, *args: Any, **kwargs: Any) -> Yields:
-    """A function of each entry alone."""
-    others = any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
-    if isinstance(g, Diagonal) or others or _changed(d):
-        return
-    if isinstance(input, Tensor) and input.shape == d.shape:
-        yield input, lambda: times(g, _slope(d, input.detach(), args, kwargs))
-
-
-@torch.enable_grad()
-def _slope(d: Derivation, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    x = x.requires_grad_()
-    y = d.func(x, *args, **kwargs)
-    (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    return slope
-
-
-# ---- over a norm ------------------------------------------------------------------------------------------------
-
-
-@pullback(torch._weight_norm)
-def weight_normed(d: Derivation, g: Rowlike, v: Tensor, magnitude: Tensor, dim: int = 0) -> Yields:
-    """Salimans and Kingma 2016, equation 3: without what lies along the direction ``v``, times ``g / |v|``."""
-    if isinstance(g, Diagonal) or _changed(d):
-        return
-    size = torch.norm_except_dim(v.detach(), 2, dim)
-    unit = v.detach() / size
-    axes = tuple(a for a in range(v.ndim) if dim == -1 or a != dim % v.ndim)
-    yield v, lambda: _across(times(g, magnitude.detach() / size), unit, axes)
-    yield magnitude, lambda: _product(g, unit, magnitude)
-
-
-@pullback(F.normalize)
-def normalized(
-    d: Derivation, g: Rowlike, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None
-) -> Yields:
-    if isinstance(g, Diagonal) or p != 2 or _changed(d):
-        return
-    x, axes = input.detach(), tuple(a % input.ndim for a in (dim if isinstance(dim, tuple) else (dim,)))
-    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
-    unit = torch.where(norm >= eps, x / norm.clamp_min(eps), 0)
-    yield input, lambda: _across(times(g, norm.clamp_min(eps).reciprocal()), unit, axes)
-
-
-def _across(g: Factors, unit: Tensor, axes: tuple[int, ...]) -> Factors:
-    """Rows without what lies along ``unit``, whose entries along ``axes`` have norm 1 (or are zero)."""
-    unit = unit.to(dtype(g))
-    sums = [a + 1 for a in axes]
-
-    def back(rows: Tensor) -> Tensor:
-        return torch.addcmul(rows, (rows * unit).sum(sums, keepdim=True), unit, value=-1)
-
-    return Pulled(g, back, unit.shape)
-
-
-@pullback(torch.vdot, torch.dot)
-def dotted(d: Derivation, g: Rowlike, input: Tensor, other: Tensor) -> Yields:
-    """Of real vectors: as in the largest singular value, ``u . W v``."""
-    if isinstance(g, Dense) and not _changed(d):
-        for p, x in ((input, other), (other, input)):
-            yield p, partial(lambda x: Dense(g.value.reshape(-1, 1) * x.detach()), x)
-
-
-@pullback(torch.mv, Tensor.mv)
-def applied(d: Derivation, g: Rowlike, input: Tensor, vec: Tensor) -> Yields:
-    if isinstance(g, Dense) and not _changed(d):
-        rows = g.value.reshape(len(g.value), 1, 1, -1)
-        yield input, lambda: outer(rows, vec.detach().expand(len(rows), 1, 1, -1), input.shape)
-        yield vec, lambda: Dense(g.value @ input.detach())
-
-
-# ---- sums -------------------------------------------------------------------------------------------------------
 
 
 @pullback(*spellings("neg"))

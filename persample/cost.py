@@ -24,6 +24,7 @@ class Costs:
     block: int = 1 << 20  # of a streamed block, some samples x a slice of the parameter: stays in cache
     wide: int = 1 << 22  # of a block that has all samples, for Grams
     pulled: int = 1 << 19  # of a block that is led back to what a tensor was derived from, by several operations
+    held: int = 1 << 26  # bytes of factors that are kept until their checks are read, on other devices than the CPU
     tiny: int = 1 << 15  # up to so many, the number of calls is all that counts
     samples: int = 512  # of a tile of a Gram
     long: int = 1 << 14  # from this row length on, one call per row beats one call per block

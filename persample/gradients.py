@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import display, reductions
+from . import display, doubt, reductions
 from .errors import QuantityError, UnknownParameterError
 from .factors import Dense, Factors, compact, dense, device, dtype, nbytes
 from .problem import Pass, Selection, select
@@ -66,7 +66,7 @@ class Gradients(Quantities):
 
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         pieces = self._split(kind, argument) if kind in ("dot", "project") else dict.fromkeys(self.names)
-        return {name: PARTS[kind](self.factors[name], pieces[name]) for name in self.names}
+        return doubt.computed(self.names, lambda name: PARTS[kind](self.factors[name], pieces[name]))
 
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
         if weight is not None and (
@@ -87,7 +87,8 @@ class Gradients(Quantities):
             raise QuantityError(
                 f"the two have different parameters: {_difference(self.shapes, other.shapes)}. Use select() on both."
             )
-        return {name: reductions.gram(self.factors[name], other.factors[name]) for name in self.names}
+        theirs = other.factors
+        return doubt.computed(self.names, lambda name: reductions.gram(self.factors[name], theirs[name]))
 
     # ---- the rows themselves ------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """Sums of rows of a table (`Rows`), reduced without forming ``[N, V, D]``.
 
 A sample that looks up an entry several times adds up there, so what is not linear in ``G`` needs these sums first: one
-row for every pair of a sample and an entry that it looked up.  They are at most ``N T``, however large the table.
+row for every pair of a sample and an entry that it looked up.  There are at most ``N T`` of them, however large the
+table; on other devices than the CPU as many are reserved, as the host would have to wait for the number.  Inner
+products of all samples do so.
 """
 
 from __future__ import annotations
@@ -11,27 +13,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cost
+from . import cost, doubt
 from .factors import Rows
 
 
 @dataclass(frozen=True)
 class Entries:
-    """The rows of ``G`` that are not zero, ordered by table entry: row ``r`` belongs to a sample and an entry."""
+    """The rows of ``G`` that are not zero: row ``r`` belongs to a sample and an entry."""
 
     sample: Tensor  # [R]
     entry: Tensor  # [R]
     value: Tensor  # [R, D]
+    real: Tensor  # [R]: the others only fill up, with values of zero
 
 
 def entries(g: Rows) -> Entries:
+    """As few as there are, unless a device would be waited for to know how many."""
+    return by_sample(g) if doubt.waits(g.index.device) else by_entry(g)
+
+
+def by_entry(g: Rows) -> Entries:
+    """Ordered by table entry first, and nothing to fill up."""
     n = len(g)
     key = g.index.long() * n + torch.arange(n, device=g.index.device).unsqueeze(1)
     found, place = torch.unique(key.flatten(), return_inverse=True)
     value = g.value.new_zeros(len(found), g.shape[1]).index_add_(0, place, g.value.flatten(0, 1))
-    if not n:
-        return Entries(found, found, value)
-    return Entries(found % n, torch.div(found, n, rounding_mode="floor"), value)
+    entry = torch.div(found, max(1, n), rounding_mode="floor")
+    return Entries(found - entry * n, entry, value, torch.ones_like(found, dtype=torch.bool))
+
+
+def by_sample(g: Rows) -> Entries:
+    """Ordered by sample, then by entry, ``T`` for every sample: where it looked up fewer, its last one fills up."""
+    (n, t), index = g.index.shape, g.index.long()
+    index, order = index.sort(dim=1)
+    new = torch.ones_like(index)
+    new[:, 1:] = index[:, 1:] != index[:, :-1]
+    place = new.cumsum(1).sub_(1)  # of each token of the sorted ones, among those of its sample that differ
+    entry = index[:, -1:].repeat(1, t).scatter_(1, place, index)
+    rows = torch.arange(n, device=index.device).unsqueeze(1)
+    target = torch.empty_like(place).scatter_(1, order, place + rows * t)
+    value = g.value.new_zeros(n * t, g.shape[1]).index_add_(0, target.flatten(), g.value.flatten(0, 1))
+    real = torch.arange(t, device=index.device) <= place[:, -1:]
+    return Entries(rows.expand(n, t).flatten(), entry.flatten(), value, real.flatten())
 
 
 def weighted_sum(g: Rows, weight: Tensor | None) -> Tensor:
@@ -44,7 +67,7 @@ def norms(g: Rows) -> Tensor:
     """Squared norms of the rows of ``G``, ``[N]``."""
     e = entries(g)
     squares: Tensor = torch.linalg.vector_norm(e.value, dim=1).square_()
-    return e.value.new_zeros(len(g)).index_add_(0, e.sample, squares)
+    return squares.new_zeros(len(g)).index_add_(0, e.sample, squares)
 
 
 def square_sum(g: Rows) -> Tensor:
@@ -55,14 +78,13 @@ def square_sum(g: Rows) -> Tensor:
 
 def moments(g: Rows) -> tuple[Tensor, Tensor]:
     """Sum and centred sum of squares; a sample that did not look an entry up counts as zero there."""
-    e = entries(g)
-    used, place, count = torch.unique_consecutive(e.entry, return_inverse=True, return_counts=True)
-    total = e.value.new_zeros(len(used), g.shape[1]).index_add_(0, place, e.value)
-    mean = total / max(1, len(g))
-    square = mean.square().mul_((len(g) - count).unsqueeze(1))
-    square.index_add_(0, place, e.value.sub_(mean[place]).square_())
-    found = [e.value.new_zeros(g.shape).index_copy_(0, used, part) for part in (total, square)]
-    return found[0], found[1]
+    e, n = entries(g), max(1, len(g))
+    total = e.value.new_zeros(g.shape).index_add_(0, e.entry, e.value)
+    count = e.value.new_zeros(len(total)).index_add_(0, e.entry, e.real.to(e.value.dtype))
+    square = total / n  # the mean, for now
+    gaps = e.value.sub_(square[e.entry]).mul_(e.real.unsqueeze(1)).square_()
+    square = square.square_().mul_((len(g) - count).unsqueeze(1))
+    return total, square.index_add_(0, e.entry, gaps)
 
 
 def dot(g: Rows, v: Tensor) -> Tensor:
@@ -83,13 +105,13 @@ def project(g: Rows, matrix: Tensor) -> Tensor:
 
 def row_dot(a: Rows, b: Rows) -> Tensor:
     """``diag(A B^T)``, ``[N]``: over the entries that a sample looked up in both."""
-    n, (x, y) = len(a), (entries(a), entries(b))
-    key, other = x.entry * n + x.sample, y.entry * n + y.sample
+    n, (x, y) = len(a), (by_sample(a), by_sample(b))
+    key, other = (e.sample * a.shape[0] + e.entry for e in (x, y))
     if not len(key) or not len(other):
         return x.value.new_zeros(n)
-    place = torch.searchsorted(other, key).clamp_(max=len(other) - 1)
+    place = torch.searchsorted(other, key).clamp_(max=len(other) - 1)  # the first: what fills up comes later
     products = (x.value * y.value[place]).sum(1)
-    return products.new_zeros(n).index_add_(0, x.sample, torch.where(other[place] == key, products, 0))
+    return torch.where(other[place] == key, products, 0).view(a.index.shape).sum(1)
 
 
 def gram(a: Rows, b: Rows) -> Tensor:
@@ -97,8 +119,8 @@ def gram(a: Rows, b: Rows) -> Tensor:
 
     Entries with about as many samples (within a factor of two) are multiplied together, padded by zeros.
     """
-    x = entries(a)
-    y = x if b is a else entries(b)
+    x = by_entry(a)
+    y = x if b is a else by_entry(b)
     found = x.value.new_zeros(len(a) * len(b))
     counts = [torch.bincount(e.entry, minlength=a.shape[0]) for e in (x, y)]
     starts = [count.cumsum(0) - count for count in counts]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cost, lookup, tokens
+from .doubt import doubtful
 from .factors import Conv, Dense, Factors, Outer, Pulled, Rows, dtype, tensors
 from .scratch import borrow, kernel
 from .streaming import Piece, blocks, chunks, cuts, joined, pieces, split_of, streamed, wide
@@ -234,7 +235,7 @@ def _product_moments(g: Outer, sums: Tensor | None = None) -> Tensor:
                 torch.bmm(own.square(), squares[at[0]], out=found)
                 found.addcmul_(total, total, value=-1 / n)
                 torch.addcmul(found, total, total, value=-1 / (99 * n), out=spare)
-                if found.numel() and spare.amin() < 0:
+                if found.numel() and doubtful(spare.amin() < 0):
                     for j in range(len(found)):
                         rows = (spare[j] < 0).any(1).nonzero().squeeze(1)
                         found[j, rows] = _centred_rows(g, b + j, r + rows)
@@ -259,7 +260,10 @@ def _pair_moments(g: Outer, total: Tensor | None = None) -> Tensor:
     found = torch.add(size, cross, alpha=2, out=cross)
     if total is not None:
         found.addcmul_(total, total, value=-1 / n)
-    where = (found < size.mul_(t * cost.cancelled(size.dtype))).nonzero()
+    lost = found < size.mul_(t * cost.cancelled(size.dtype))
+    if not doubtful(lost.any()):
+        return found.view(g.shape)
+    where = lost.nonzero()
     if 64 * len(where) > found.numel():
         return _accumulated(g, *((_add_squares, 1) if total is None else (_merge, 2)))[-1].view(g.shape)
     for entries in where.split(max(1, cost.chunk(n * t))):

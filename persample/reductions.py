@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import convolution, cost, lookup, tokens
+from .doubt import doubtful
 from .factors import Conv, Dense, Factors, Outer, Pulled, Rows, dtype, index, led, tensors
 from .moments import centred, moments, square_sum
 from .scratch import kernel
@@ -219,7 +220,7 @@ def _pixel_products(g: Conv) -> tuple[Tensor, ...]:
 def _checked(g: Factors, value: Tensor, size: Tensor) -> Tensor:
     """Squared norms from products of tokens; samples whose tokens nearly cancel are computed from their rows."""
     lost = value < cost.cancelled(value.dtype) * size
-    if lost.any():
+    if doubtful(lost.any()):
         which = lost.nonzero().squeeze(1)
         part = index(g, which)
         value[which] = _streamed_norms(part) if isinstance(part, Conv) else _block_norms(part)
@@ -307,7 +308,7 @@ def _prefers_pixel_pairs(a: Conv, b: Conv) -> bool:
 
 def _intact(*norms: tuple[Tensor, ...]) -> bool:
     """Whether no row's own terms nearly cancel: that would show in all its products."""
-    return not any(bool((value < cost.cancelled(value.dtype) * size).any()) for value, size in norms)
+    return not any(doubtful((value < cost.cancelled(value.dtype) * size).any()) for value, size in norms)
 
 
 def _zeros(g: Factors, *shape: int) -> Tensor:

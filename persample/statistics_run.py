@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import cost, doubt
 from .errors import InplaceError, QuantityError
-from .factors import Factors, compact, dtype
+from .factors import Factors, compact, dtype, nbytes
 from .problem import Pass
 from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, READERS, Kept, Parts, Quantities
 from .streaming import formed, shared_split
@@ -50,6 +51,7 @@ class Statistics(Quantities):
         }
         self._kept: dict[str, Kept] = {}
         self._clipped: dict[str, Tensor] | None = None
+        self._doubtful: dict[str, tuple[Kept, list[Tensor]]] = {}  # whose checks were put off
         self._versions: dict[str, list[int]] = {}  # of the parts of a kind, when they were first read
 
     def _argument(self, kind: str) -> Any:
@@ -66,6 +68,21 @@ class Statistics(Quantities):
         if "clip" in self.requests:  # whose factors are needed once more when all norms are known
             g = compact(g, own=False)  # nobody is handed the rows
             self._kept[name] = Kept.of(name, g)
+        with doubt.collected() as flags:
+            self._take(name, g)
+        if flags:
+            self._doubtful[name] = Kept.of(name, g), flags
+            if sum(nbytes(kept.factors) for kept, _ in self._doubtful.values()) > cost.costs().held:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Look at the checks that were put off, and compute again what is doubtful."""
+        held, self._doubtful = self._doubtful, {}
+        for name in doubt.raised({name: flags for name, (_, flags) in held.items()}):
+            self._take(name, held[name][0].read())
+
+    def _take(self, name: str, g: Factors) -> None:
+        """Compute the parts of one parameter; those that stream their rows from the same blocks."""
         several = len(self._readers) > 1
         split = shared_split(g) if several or (self._readers and "project" in self._stored) else ""
         if split == "whole":
@@ -97,6 +114,7 @@ class Statistics(Quantities):
 
     def finish(self, run: Pass, note: str = "") -> Statistics:
         """Take what the engine reports, and make the clipped sum."""
+        self._settle()
         self.losses, self.outputs, self.unused, self.note = run.losses, run.outputs, run.unused, note
         for parts in self._stored.values():
             ordered = {name: parts[name] for name in self.names}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from persample import cost, factors, lookup, reductions, scratch
+from persample import cost, doubt, factors, lookup, reductions, scratch
 from persample import moments as moments_file
 from persample.factors import Dense, Factors, Outer
 
@@ -141,6 +141,14 @@ def test_mixed_forms() -> None:
 @given(forms(), st.sampled_from(list(VARIANTS)))
 def test_any_form(pair: tuple[Factors, Tensor], variant: str) -> None:
     with cost.using(**VARIANTS[variant]):
+        check(*pair)
+
+
+@settings(max_examples=60, deadline=None)
+@given(forms(), st.sampled_from(list(VARIANTS)))
+def test_any_form_where_numbers_of_entries_are_not_asked_for(pair: tuple[Factors, Tensor], variant: str) -> None:
+    with pytest.MonkeyPatch.context() as patch, cost.using(**VARIANTS[variant]):
+        patch.setattr(doubt, "waits", lambda device: True)
         check(*pair)
 
 

@@ -267,12 +267,12 @@ def _gram(a: Piece, b: Piece) -> Tensor:
         case Rows(), Rows():
             return lookup.gram(a, b)
         case Dense(), Dense():
-            return _products(_matrix(a), _matrix(b))
+            return _own_products(_matrix(a)) if b is a else _products(_matrix(a), _matrix(b))
     found = _zeros(a, len(a), len(b))
     width = cost.chunk(max(len(a), len(b)), cost.costs().wide)
     if b is a:
         for _, _, x in blocks(a, len(a), cuts(a, width)):
-            found += _products(x, x)
+            found += _own_products(x)
         return found
     a, b, leader = alike(a, b)
     parts = cuts(leader, width)
@@ -287,6 +287,18 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
         return x @ y.mT
     left, right = (t.unflatten(1, (4, -1)).transpose(0, 1) for t in (x, y))
     return torch.bmm(left, right.mT).sum(0)
+
+
+def _own_products(x: Tensor) -> Tensor:
+    """``x x^T``.  Long rows of many samples are multiplied with those of later bands of samples only."""
+    n, bands = len(x), min(4, len(x) // 32)
+    if bands < 2 or x.shape[1] < cost.costs().long:
+        return _products(x, x)
+    found, step = x.new_empty(n, n), -(-n // bands)
+    for i in range(0, n, step):
+        found[i : i + step, i:] = _products(x[i : i + step], x[i:])
+        found[i + step :, i : i + step] = found[i : i + step, i + step :].mT
+    return found
 
 
 def _prefers_tokens(a: Outer, b: Outer) -> bool:

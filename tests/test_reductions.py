@@ -144,6 +144,17 @@ def test_any_form(pair: tuple[Factors, Tensor], variant: str) -> None:
         check(*pair)
 
 
+@pytest.mark.parametrize("n", [1, 31, 63, 64, 65, 97, 128, 129, 200])
+@pytest.mark.parametrize("width", [7, 8])
+def test_inner_products_in_bands_of_samples(n: int, width: int) -> None:
+    """No product is computed twice, nor left out."""
+    g, rows = make_dense(0, n, (width, 2))
+    h, more = make_outer(1, n, 1, 3, 4, width)
+    with cost.using(long=4, outer_gram="stream", tiny=0):
+        close(reductions.gram(g, g), flat(rows) @ flat(rows).mT)
+        close(reductions.gram(h, h), flat(more) @ flat(more).mT)
+
+
 @settings(max_examples=60, deadline=None)
 @given(forms(), st.sampled_from(list(VARIANTS)))
 def test_any_form_where_numbers_of_entries_are_not_asked_for(pair: tuple[Factors, Tensor], variant: str) -> None:

@@ -41,11 +41,7 @@ class Costs:
     native: tuple[float, ...] = (30, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
     slow: float = 2.5  # how much slower its multiplications are in dims and dilations that it is not made for
     filled: float = 30  # per entry of a side that is filled up to whole vectors
-    odd: tuple[float, ...] = (
-        40,
-        15,
-        4,
-    )  # per entry that it unfolds for other channels, of the other side; if colliding
+    odd: tuple[float, ...] = (40, 15, 4)  # per entry unfolded for other channels, of the other side; if colliding
     depthwise: float = 16  # per entry unfolded, where groups have one channel and one output
     pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
     formed: float = 20  # per entry of rows of all samples that are formed first, and read again

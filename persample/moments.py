@@ -113,9 +113,8 @@ def _accumulated(g: Factors, take: Callable[..., None], count: int) -> list[Tens
         for number, piece in enumerate(pieces(part, split)):
             if not at.start:
                 like, size = tensors(g)[-1], piece.shape.numel()
-                lanes = (
-                    1 if isinstance(g, Dense | Pulled) else cost.lanes(like, size)
-                )  # who wrote those rows is not known
+                known = not isinstance(g, Dense | Pulled)  # which thread wrote the rows
+                lanes = cost.lanes(like, size) if known else 1
                 totals.append([like.new_zeros(lanes, size) for _ in range(count)])
             take(piece, at.start, *totals[number])
     if not totals:

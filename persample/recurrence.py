@@ -109,7 +109,7 @@ def gru(w: Weights, given: Given) -> Solved:
     before = given.steps.before(given.h, given.initial[0])
     a, b = _gates(given.x, w.ih, w.b_ih, 3), _gates(before, w.hh, w.b_hh, 3)
     r, z = a[:, :2].add_(b[:, :2]).sigmoid_().unbind(1)
-    n = a[:, 2].addcmul_(r, b[:, 2]).tanh_()
+    n = torch.addcmul(a[:, 2], r, b[:, 2]).tanh_()
     new = _tanh_backward(1 - z, n)  # of h with respect to what n is the tanh of
     k = torch.stack([_sigmoid_backward(new * b[:, 2], r), _sigmoid_backward(before - n, z), new * r], 1)
     hidden, gate = torch.empty_like(given.h), b  # b isn't needed any more
@@ -131,26 +131,32 @@ def lstm(w: Weights, given: Given) -> Solved:
     a = F.linear(given.x, w.ih, bias).addmm_(before, w.hh.mT).unflatten(1, (4, -1))
     i, f, n, o = a.unbind(1)
     a[:, :2].sigmoid_()
-    n.tanh_()
+    n = n.clone().tanh_()  # in place, between the others, takes three times as long
     o.sigmoid_()
-    c, at = i * n, given.initial[1].clone()
+    c, at = i * n, given.initial[1]
     for f_t, c_t in steps.forwards(f, c):
-        at[: len(c_t)] = c_t.addcmul_(f_t, at[: len(c_t)])
+        c_t.addcmul_(f_t, at[: len(c_t)])
+        at = c_t if len(c_t) == len(at) else torch.cat([c_t, at[len(c_t) :]])
     c_before, c = steps.before(c, given.initial[1]), c.tanh()
     hidden = o * c if w.hr is not None else None
     through, keep = _tanh_backward(o, c), f.clone()  # of h with respect to c, of c with respect to the one before
-    slopes = _sigmoid_backward(n, i), _sigmoid_backward(c_before, f), _tanh_backward(i, n), _sigmoid_backward(c, o)
-    for gate, slope in enumerate(slopes):  # of c, and the last of h, with respect to the pre-activations
-        a[:, gate] = slope
+    # In place of the gates, the slopes of c, and for the last of h, with respect to the pre-activations.
+    torch.ops.aten.tanh_backward(i, n, grad_input=a[:, 2])
+    torch.ops.aten.sigmoid_backward(n, i, grad_input=i)
+    torch.ops.aten.sigmoid_backward(c_before, f, grad_input=f)
+    torch.ops.aten.sigmoid_backward(c, o, grad_input=o)
+    gates = a.flatten(1)
     left = torch.empty_like(given.grad) if w.hr is not None else given.grad
     state, cell = given.final
-    for g, k, through_t, keep_t, left_t in steps.backwards(given.grad, a, through, keep, left):
+    for g, k, of_c, of_h, through_t, keep_t, left_t in steps.backwards(
+        given.grad, gates, a[:, :3], a[:, 3], through, keep, left
+    ):
         dh, dc = state[: len(g)].add_(g), cell[: len(g)]
         if w.hr is not None:
             dh = left_t.copy_(dh) @ w.hr
         dc.addcmul_(dh, through_t)
-        k[:, :3] *= dc.unsqueeze(1)  # the slopes become the gradients
-        k[:, 3] *= dh
+        of_c.mul_(dc.unsqueeze(1))  # the slopes become the gradients
+        of_h.mul_(dh)
         dc.mul_(keep_t)
-        torch.mm(k.flatten(1), w.hh, out=state[: len(g)])
-    return Solved(a.flatten(1), a.flatten(1), before, [state, cell], None if hidden is None else (left, hidden))
+        torch.mm(k, w.hh, out=state[: len(g)])
+    return Solved(gates, gates, before, [state, cell], None if hidden is None else (left, hidden))

@@ -45,16 +45,22 @@ def norms(g: Outer) -> tuple[Tensor, Tensor]:
 def _squares(left: Tensor, right: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
     """``sum_{t, s} <l_t, l_s> <r_t, r_s>`` of ``[M, T, *]``, ``[M]``, and a bound.
 
-    Products are symmetric: those of the first half of the tokens with the second count twice, and the two halves are
-    samples of their own.
+    Products are symmetric: those of the first half of the tokens with the second count twice.  The two halves are
+    samples of their own, at once if that takes no copy.
     """
     if not halvings:
         return _products(left, left, right, right)
     half = left.shape[1] // 2
     value, size = _products(left[:, :half], left[:, half:], right[:, :half], right[:, half:])
-    left, right = (x.unflatten(1, (2, half)).flatten(0, 1) for x in (left, right))
-    more, bound = (part.view(-1, 2).sum(1) for part in _squares(left, right, halvings - 1))
-    return more.add_(value, alpha=2), bound.add_(size, alpha=2)
+    if left.is_contiguous() and right.is_contiguous():
+        left, right = (x.unflatten(1, (2, half)).flatten(0, 1) for x in (left, right))
+        more, bound = (part.view(-1, 2).sum(1) for part in _squares(left, right, halvings - 1))
+        return more.add_(value, alpha=2), bound.add_(size, alpha=2)
+    value, size = value.mul_(2), size.mul_(2)
+    for at in (slice(half), slice(half, None)):
+        more, bound = _squares(left[:, at], right[:, at], halvings - 1)
+        value, size = value.add_(more), size.add_(bound)
+    return value, size
 
 
 def _products(left: Tensor, left2: Tensor, right: Tensor, right2: Tensor) -> tuple[Tensor, Tensor]:

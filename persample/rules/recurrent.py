@@ -163,17 +163,26 @@ def _rows(call: Call, one: _Layer, grads: Sequence[Tensor | None]) -> Yields:
             return x.unsqueeze(0)
         return samples_first(x if at.axis == 0 else x.unflatten(0, (len(one.sizes), -1)), at).flatten(1, -2)
 
+    @cache
+    def left(direction: int, recurrent: bool, dtype: torch.dtype) -> Tensor:
+        s = solved(direction)
+        return rows(s.hh if recurrent else s.ih, dtype)
+
+    @cache
+    def summed(direction: int, recurrent: bool, dtype: torch.dtype) -> Tensor:
+        return left(direction, recurrent, dtype).sum(1)
+
     def weight(p: Tensor, direction: int, which: int) -> Outer | Dense:
         """The factors of ``w_ih, w_hh, b_ih, b_hh, w_hr``."""
         s = solved(direction)
         if which == 4:
             assert s.hr is not None
             return product(rows(s.hr[0], p.dtype), rows(s.hr[1], p.dtype), p.shape)
-        left = rows(s.hh if which % 2 else s.ih, p.dtype)
+        recurrent = which % 2 == 1 and s.hh is not s.ih  # all but gru add both up, and so have one gradient there
         if which > 1:
-            return Dense(left.sum(1))
+            return Dense(summed(direction, recurrent, p.dtype))
         x = s.before if which else call.read(one.input).reshape(len(s.before), -1)
-        return product(left, rows(x, p.dtype), p.shape)
+        return product(left(direction, recurrent, p.dtype), rows(x, p.dtype), p.shape)
 
     def input_gradient() -> Tensor:
         parts = [solved(d).ih @ one.of(d, one.wide).ih for d in range(one.directions)]

@@ -26,15 +26,16 @@ from torch.overrides import TorchFunctionMode
 
 from . import rules
 from .calls import KEY, Call, Derivation, Shared, behind, flat, mapped, metadata, tensors_in
-from .errors import HigherOrderError
+from .errors import HigherOrderError, SampleAxisError
 from .layout import Layout
-from .propagate import found_again, lone_sample, mixes, propagate
+from .propagate import found_again, lone_sample, mixes, propagate, sums_up
 from .state import named_modules
 
 
 @dataclass(slots=True)
 class _Sampled:
     layout: Layout | None
+    total: bool = False  # surely made of all samples together (their mean over the batch)
 
 
 @dataclass(slots=True)
@@ -83,6 +84,7 @@ class Capture(TorchFunctionMode):
         self.couplers = couplers
         self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
         self.ordinal = 0  # of the call that is running
+        self.called: set[Callable[..., Any]] = set()
         self.count = 0
         self.n = 0
 
@@ -124,6 +126,18 @@ class Capture(TorchFunctionMode):
             return None
         return (-1,) if kind.layout is None else (kind.layout.axis, kind.layout.outer, kind.layout.inner)
 
+    def check_order(self, losses: Tensor) -> None:
+        """Raise for losses ``[N]`` that are not in the order of the samples, as far as they were followed."""
+        kind = self._kind(losses)
+        layout = kind.layout if isinstance(kind, _Sampled) else None
+        if layout is not None and layout.n == len(losses) > 1 and layout.alone is None and not layout.plain:
+            owners = layout.owners().tolist()
+            i = next((i for i, sample in enumerate(owners) if sample != i), 0)
+            raise SampleAxisError(
+                f"losses [{len(losses)}] are not in the order of the samples, as rows are: losses[{i}] is that of "
+                f"sample {owners[i]}. Don't sort losses, or pick from them, before they are given."
+            )
+
     def _unseen(self, t: Tensor) -> _Sampled | _Derived:
         """What a tensor is whose making the mode has not seen (a custom ``autograd.Function``, a change through a
         view), by its graph.
@@ -149,6 +163,7 @@ class Capture(TorchFunctionMode):
         if not self.active:
             return func(*args, **kwargs)
         self.ordinal += 1
+        self.called.add(func)
         if func in _DIFFERENTIATES:
             self._refuse_higher_order(func, args, kwargs)
             return func(*args, **kwargs)
@@ -161,11 +176,14 @@ class Capture(TorchFunctionMode):
         if func in rules.LIKE:
             tensors = tensors[:1]  # the other argument only lends its type or shape
         sampled: list[tuple[Tensor, Layout | None]] = []
+        totals: list[Tensor] = []
         shared: list[tuple[Tensor, _Derived]] = []
         for t in tensors:
             kind = self._kind(t)
             if isinstance(kind, _Sampled):
                 sampled.append((t, kind.layout))
+                if kind.total:
+                    totals.append(t)
             elif kind is not None:
                 shared.append((t, kind))
         live = self._live(shared) if shared and func not in rules.INERT else []
@@ -177,15 +195,17 @@ class Capture(TorchFunctionMode):
             return out
         couples = (
             "makes a sample's values depend on the other samples"
-            if self.ordinal in self.couplers or mixes(func, args, kwargs, sampled)
+            if self.ordinal in self.couplers
+            or mixes(func, args, kwargs, sampled)
+            or (totals and _meet(func, totals, sampled))
             else rules.coupling(func, args, kwargs)
         )
         if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
             self.coupled |= bool(couples) and not is_wrapped(tensors)
             out = func(*args, **kwargs)
-            self._propagate(func, args, kwargs, tensors, sampled, out)
+            self._propagate(func, args, kwargs, tensors, sampled, totals, out)
             return out
-        return self._record(func, args, kwargs, tensors, sampled, live, couples)
+        return self._record(func, args, kwargs, tensors, sampled, totals, live, couples)
 
     def _live(self, shared: Sequence[tuple[Tensor, _Derived]]) -> list[Shared]:
         """Those of the shared arguments whose gradient is asked for, each once."""
@@ -203,6 +223,7 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         tensors: list[Tensor],
         sampled: list[tuple[Tensor, Layout | None]],
+        totals: list[Tensor],
         live: list[Shared],
         couples: str,
     ) -> Any:
@@ -235,7 +256,7 @@ class Capture(TorchFunctionMode):
         out = self._run(call, func, args, kwargs)
         if func in rules.NESTED and call.replay is None:
             out = tuple(t.clone() for t in out)
-        self._propagate(func, args, kwargs, tensors, sampled, out)
+        self._propagate(func, args, kwargs, tensors, sampled, totals, out)
         outputs = [t for t in _results(args, kwargs, out, mutates) if t.requires_grad and t.grad_fn is not None]
         self.coupled |= bool(couples) and not outputs
         for t in outputs:
@@ -277,16 +298,19 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         tensors: list[Tensor],
         sampled: list[tuple[Tensor, Layout | None]],
+        totals: list[Tensor],
         out: Any,
     ) -> None:
         known = [(t, layout) for t, layout in sampled if layout is not None]
+        all_totals = len(totals) == len(sampled)
         for t in _results(args, kwargs, out, rules.mutates(func)):
             if any(t is a for a, _ in sampled):
                 continue  # changed in place, or handed through: the samples stay where they are
             layout = propagate(func, args, kwargs, known, tensors, t) if known else None
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
                 continue  # a constant
-            self._mark(t, _Sampled(layout))
+            total = all_totals or (layout is None and sums_up(func, args, kwargs, sampled))
+            self._mark(t, _Sampled(layout, total))
             if rules.mutates(func) and t._base is not None and not isinstance(self._kind(t._base), _Sampled):
                 self._mark(t._base, _Sampled(None))
 
@@ -321,6 +345,11 @@ class Capture(TorchFunctionMode):
 
 
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+def _meet(func: Callable[..., Any], totals: Sequence[Tensor], sampled: Sequence[tuple[Tensor, Layout | None]]) -> bool:
+    """Whether a number of all samples acts on single ones, and has a gradient."""
+    return len(totals) < len(sampled) and func not in rules.INERT and any(t.requires_grad for t in totals)
 
 
 def _is_choice(sampled: Sequence[tuple[Tensor, Layout | None]]) -> bool:

@@ -60,12 +60,16 @@ class Listener:
 
     def forward_ends(self, output: Any, recorded: Sequence[weakref.ref[Call]]) -> None:
         """The backward to come may be of what this forward has computed."""
-        found = reached((t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor)), self.owner)
-        check_complete(found, self.parameters)
-        check_uncoupled(found, self.parameters)
+        self.check(output)
         self._calls = [ref for ref in [*self._calls, *recorded] if ref() is not None]
         for call in self._live():
             call.expected = 0  # which outputs a loss will depend on is not known here
+
+    def check(self, output: Any) -> None:
+        """Raise for outputs that don't have gradients of single samples."""
+        found = reached((t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor)), self.owner)
+        check_complete(found, self.parameters)
+        check_uncoupled(found, self.parameters)
 
     def forget(self) -> None:
         """Listen to nothing any more."""
@@ -86,6 +90,8 @@ class Listener:
         """The first arrival of a backward begins a collection; the end of that backward completes it."""
         if self.asleep():
             return
+        if call.couples:  # in the loss
+            check_uncoupled(Reached([call]), self.parameters)
         task = torch._C._current_graph_task_id()
         task = self._ends if task == -1 else task  # at the end of that backward
         with self._lock:

@@ -231,8 +231,10 @@ class Recorder:
         self._outputs = detached(output)
         if self._listener is not None:
             self._listener.outputs = self._outputs
-        if self._entered:
-            return  # the loss may use parameters too: go on listening
+        if self._entered:  # the loss may use parameters too: go on listening
+            if self._listener is not None and output is not None:
+                self._listener.check(output)
+            return
         capture.stop()
         capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._modes.close()
@@ -272,6 +274,8 @@ class Recorder:
                 )
             check_complete(found, self._parameters)
             check_uncoupled(found, self._parameters)
+            if capture is not None:
+                capture.check_order(losses)
             sizes = {call.layout.n for call in found.calls if call.shared}
             if len(sizes) == 1 and (out := ways_out(losses, n := sizes.pop())):
                 raise LossError(
@@ -291,7 +295,8 @@ class Recorder:
         sink = Sink(self._parameters, self._aliases, quantities)
         modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.samples_of(losses)
-        kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen)
+        called = frozenset[Any]() if self._capture is None else frozenset(self._capture.called)
+        kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
         verifies = kind not in held if self.verify is None else self.verify
         n = int(torch.randint(len(losses), (), generator=torch.Generator().manual_seed(len(losses))))

@@ -76,6 +76,8 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                 whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
             if whole is None:
                 whole = problem.loss_fn(outputs, targets)
+            if is_per_sample(whole, batch.n):
+                capture.check_order(whole)
     finally:
         capture.stop()
     each, tree = is_per_sample(whole, batch.n), batch.outputs(outputs)

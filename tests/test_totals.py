@@ -1,0 +1,185 @@
+"""Numbers of all samples together that act on single ones are coupling that shows without running anything twice: also
+where nothing is verified, as in a handle that reports backward passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import persample
+
+N, D = 5, 6
+Y = torch.arange(N) % 3
+
+
+def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+class Between(nn.Module):
+    """Two layers, with a function of the batch between them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(D, D), nn.Linear(D, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.function(self.first(x)))
+        return out
+
+
+COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred": lambda h: h - h.mean(0),
+    "in_place": lambda h: h.clone().sub_(h.mean(0, keepdim=True)),
+    "normalised": lambda h: (h - h.mean(dim=0)) / (h.var(0, unbiased=False) + 1e-3).sqrt(),
+    "std": lambda h: h / torch.std(h, 0),
+    "norm": lambda h: h / h.norm(2, 0),
+    "vector_norm": lambda h: h / torch.linalg.vector_norm(h),
+    "one_number": lambda h: h * h.sum(),
+    "nested": lambda h: h * h.square().sum((0, 1)).sqrt().exp(),
+    "leave_one_out": lambda h: (h.sum(0) - h) / (N - 1),
+    "expanded": lambda h: h + h.mean(0).expand_as(h),
+    "joined": lambda h: torch.cat([h[:, :3], h.mean(0, keepdim=True).expand(N, -1)[:, 3:]], 1),
+    "where": lambda h: torch.where(h > 0, h, h.mean(0)),
+    "normalize": lambda h: F.normalize(h, dim=0),
+    "softmax": lambda h: h * h.softmax(0),
+    "log_softmax": lambda h: h * F.log_softmax(h, dim=-2),
+    "cumsum": lambda h: h.cumsum(0),
+    "covariance": lambda h: h @ (h.mT @ h),
+    "linear": lambda h: h * F.linear(h.t(), h.t()).sum(),
+    "transposed": lambda h: (h.t() - h.t().mean(1, keepdim=True)).t(),
+    "unflattened": lambda h: (h.view(N, 2, 3) * h.view(N, 2, 3).mean((0, 2), keepdim=True)).flatten(1),
+    "logsumexp": lambda h: h - h.logsumexp(0),
+}
+ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "features": lambda h: h - h.mean(1, keepdim=True),
+    "features_softmax": lambda h: h.softmax(-1) + F.normalize(h) + h.cumsum(1),
+    "detached": lambda h: h - 0 * h.mean(0).detach(),
+    "stabilised": lambda h: (h - h.max()).exp() / (h - h.max()).exp().sum(1, keepdim=True),
+    "stabilised_by_amax": lambda h: (h - h.amax((0, 1))).softmax(1),
+    "products": lambda h: (h.unsqueeze(1) @ h.unsqueeze(2)).flatten(1) * h,
+    "compared": lambda h: h * (h > h.mean(0) * float("inf")),
+    "constants": lambda h: h * torch.ones(N, 1).sum(0),
+}
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(N, D)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_in_a_model(name: str, x: Tensor) -> None:
+    model = Between(COUPLED[name])
+    for engine in ({}, {"verify": False}, {"quantities": ["norm"], "verify": False}):
+        with pytest.raises(persample.BatchCoupledError, match=r"first.weight.* \(and 1 more\).*last.weight"):
+            persample.gradients(model, losses, x, Y, **engine)  # type: ignore[arg-type]
+    behind = persample.gradients(model, losses, x, Y, params="last", verify=False)
+    out = losses(model(x), Y)
+    for n in range(N):
+        (expected,) = torch.autograd.grad(out[n], model.last.weight, retain_graph=True)
+        torch.testing.assert_close(behind["last.weight"][n], expected)
+
+
+@pytest.mark.parametrize("block", [True, False])
+@pytest.mark.parametrize("name", [*COUPLED, "batch_norm"])
+def test_nothing_is_reported_to_a_handle(name: str, block: bool, x: Tensor) -> None:
+    model, reported = Between(COUPLED.get(name, nn.BatchNorm1d(D))), list[Any]()
+    handle = persample.extend(model, reduction="mean", on_backward=reported.append)
+    with handle if block else contextlib.nullcontext(), pytest.raises(persample.BatchCoupledError):
+        losses(model(x), Y).mean().backward()
+    handle.remove()
+    assert not reported and all(p.grad is None for p in model.parameters())
+
+
+def test_losses_that_are_coupled_inside_the_block_of_a_handle(x: Tensor) -> None:
+    model, reported = Between(torch.tanh), list[Any]()
+    with persample.extend(model, reduction="mean", on_backward=reported.append):
+        each = losses(model(x), Y)
+        with pytest.raises(persample.BatchCoupledError, match=r"sub .*depend on the other samples"):
+            (each - each.mean()).square().mean().backward()
+    assert not reported
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda losses: losses - losses.mean(),
+        lambda losses: losses / losses.sum(),
+        lambda losses: losses * losses.softmax(0),
+        lambda losses: losses.cumsum(0),
+    ],
+)
+def test_in_the_losses_given_to_a_recorder(function: Callable[[Tensor], Tensor], warm: bool, x: Tensor) -> None:
+    """Also after the model was verified with other losses."""
+    model = Between(torch.tanh)
+    with persample.extend(model) as recorder:
+        if warm:
+            recorder.gradients(losses(model(x), Y))
+        with pytest.raises(persample.BatchCoupledError):
+            recorder.gradients(function(losses(model(x), Y)))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_couples_nothing(name: str, x: Tensor) -> None:
+    model = Between(ALONE[name]).double()
+    x, reported = x.double(), list[Any]()
+    g = persample.gradients(model, losses, x, Y, verify=False)
+    with persample.extend(model, reduction="mean", on_backward=reported.append):
+        losses(model(x), Y).mean().backward()
+    out = losses(model(x), Y)
+    for n in range(N):
+        grads = torch.autograd.grad(out[n], list(model.parameters()), retain_graph=True)
+        for (p, _), expected in zip(model.named_parameters(), grads, strict=True):
+            torch.testing.assert_close(g[p][n], expected, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(reported[0][p][n], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_totals_that_meet_only_totals(x: Tensor) -> None:
+    """The loss of a backward of one's own, with a penalty on statistics of the batch."""
+    model, reported = Between(torch.tanh), list[Any]()
+    with persample.extend(model, reduction="mean", on_backward=reported.append):
+        out = model(x)
+        (losses(out, Y).mean() + out.mean(0).square().sum() / out.std()).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(reported[0].mean()[name], p.grad)
+
+
+def test_one_sample_is_not_coupled(x: Tensor) -> None:
+    model = Between(COUPLED["centred"])
+    assert persample.gradients(model, losses, x[:1], Y[:1]).norm().shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda v: v.sort().values, lambda v: v.flip(0), lambda v: v.roll(1), lambda v: v[torch.tensor([1, 0, 2, 3, 4])]],
+)
+def test_losses_in_another_order(move: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    model = Between(torch.tanh)
+    with pytest.raises(persample.SampleAxisError, match=r"losses\[\d\] is that of sample \d"):
+        persample.gradients(model, lambda o, y: move(losses(o, y)), x, Y, verify=False)
+    order = pytest.raises(persample.SampleAxisError, match="not in the order of the samples")
+    with persample.extend(model, verify=False) as recorder, order:
+        recorder.gradients(move(losses(model(x), Y)))
+    ordered = persample.gradients(model, lambda o, y: losses(o, y).view(1, -1)[0].clone(), x, Y, verify=False)
+    assert ordered.losses is not None and len(ordered.losses) == N
+
+
+def test_a_recorder_verifies_losses_of_another_kind(x: Tensor) -> None:
+    """What functions were called is part of what was verified."""
+    model = Between(torch.tanh)
+    with persample.extend(model) as recorder:
+        recorder.gradients(losses(model(x), Y))
+        out = losses(model(x), Y)
+        mixed = out + out.unfold(0, 1, 1).amax()  # a largest number isn't looked at
+        with pytest.raises(persample.VerificationError, match="off by"):
+            recorder.gradients(mixed)

@@ -28,7 +28,7 @@ from . import rules
 from .calls import KEY, Call, Derivation, Shared, behind, flat, mapped, metadata, tensors_in
 from .errors import HigherOrderError, SampleAxisError
 from .layout import Layout
-from .propagate import found_again, lone_sample, mixes, propagate, sums_up
+from .propagate import found_again, lone_sample, mixes, propagate, rewritten, sums_up, writes_into
 from .state import named_modules
 
 
@@ -304,7 +304,11 @@ class Capture(TorchFunctionMode):
         known = [(t, layout) for t, layout in sampled if layout is not None]
         all_totals = len(totals) == len(sampled)
         for t in _results(args, kwargs, out, rules.mutates(func)):
-            if any(t is a for a, _ in sampled):
+            if (before := next((layout for a, layout in sampled if a is t), self)) is not self:
+                if len(sampled) > 1 and writes_into(func, args, t):
+                    self._mark(t, _Sampled(rewritten(func, args, kwargs, sampled)))
+                elif before is None:
+                    self._mark(t, _Sampled(None))
                 continue  # changed in place, or handed through: the samples stay where they are
             layout = propagate(func, args, kwargs, known, tensors, t) if known else None
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):

@@ -72,6 +72,7 @@ class Collect:
         key = key_of(shared)
         self.pending[key] += 1
         if isinstance(key, Derivation) and key not in self.leaves:
+            check_no_hook(shared.tensor, key)
             self.leaves[key] = [p for p in leaves_of(key) if id(p) in self.names]
             self.pending.update(id(p) for p in self.leaves[key])
 
@@ -275,13 +276,29 @@ def pull_back(
         if source is None:
             continue
         d.read(tensor)
+        if source.derivation is not None:
+            check_no_hook(tensor, d)
         found = factor()
+        if found.shape != tensor.shape:
+            raise CaptureError(
+                f"{function_name(d.func)}: its pull-back gave rows of shape {tuple(found.shape)} for an argument of "
+                f"shape {tuple(tensor.shape)}. Correct it or remove() it, or use engine='loop'."
+            )
         if not isinstance(found, Diagonal):
             found = cast(found, tensor.dtype)
         if source.derivation is None:
             yield tensor, found
         else:
             yield from pull_back(source.derivation, found, leaves, last)
+
+
+def check_no_hook(tensor: Tensor, d: Derivation) -> None:
+    """Raise for a derived tensor with a function that changes its gradient."""
+    if tensor._backward_hooks:
+        raise CaptureError(
+            f"{function_name(d.func)}: a tensor of shape {tuple(tensor.shape)} that is computed from parameters has a "
+            "hook (register_hook), which acts on the gradient of each loss by itself. Remove it, or use engine='loop'."
+        )
 
 
 def _by_autograd(

@@ -345,7 +345,7 @@ def times(g: Factors, factor: Tensor) -> Factors:
             return replace(g, value=value * wide[tokens.long()])
         case Outer(left, right) if wide.numel() and wide.ndim and len(wide) == left.shape[1] * left.shape[3]:
             if not any(steps[1:]):
-                return replace(g, left=left * wide.flatten(1)[:, 0].view(left.shape[1], 1, left.shape[3]))
+                return replace(g, left=left * wide.reshape(len(wide), -1)[:, 0].view(left.shape[1], 1, left.shape[3]))
             if not steps[0]:
                 return replace(g, right=right * wide[0].flatten())
         case Conv(_, grad) if wide.numel() and not any(steps[1:]):

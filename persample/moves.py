@@ -36,7 +36,7 @@ def _reshaped(
     if places:
         return replace(layout, axis=places[0])
     if layout.owner is not None:
-        return _read(layout, _numbers(layout, args[0]).reshape(new), out)
+        return read(layout, numbered(layout, args[0]).reshape(new), out)
     stride = layout.inner * behind
     for axis in range(len(new)):
         below = prod(new[axis + 1 :])
@@ -85,13 +85,13 @@ def _one_of(made: Any, again: Callable[[], Any], out: Tensor) -> Tensor:
 # ---- indexing, repeating: the same with the samples' numbers ----------------------------------------------------
 
 
-def _numbers(layout: Layout, x: Tensor, thin: bool = False) -> Tensor:
+def numbered(layout: Layout, x: Tensor, thin: bool = False) -> Tensor:
     """``x`` with every entry replaced by the number of its sample; ``thin``: of size 1 but along the sample axis."""
     numbers = layout.owners().to(x.device).view([-1 if a == layout.axis else 1 for a in range(x.ndim)])
     return numbers if thin else numbers.expand(x.shape)
 
 
-def _read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
+def read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
     """The axis along which the numbers of samples change, if it is only one."""
     if not numbers.numel():
         empty = [a for a in range(numbers.ndim) if numbers.shape[a] == 0]
@@ -112,12 +112,12 @@ def indexed(
     x, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
     if all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index):
         return _viewed(func, args, kwargs, layout, out)
-    numbers = _numbers(layout, x)
+    numbers = numbered(layout, x)
     if all(isinstance(i, (slice, Tensor)) for i in index):  # what it doesn't pick from needn't be there
         used = [i.ndim if isinstance(i, Tensor) and i.dtype is torch.bool else 1 for i in index]
         whole = {sum(used[:j]) for j, i in enumerate(index) if i == slice(None)} | {*range(sum(used), x.ndim)}
         numbers = numbers[tuple(slice(0, 1) if a in whole - {layout.axis} else slice(None) for a in range(x.ndim))]
-    return _read(layout, func(numbers, *args[1:], **kwargs), out)
+    return read(layout, func(numbers, *args[1:], **kwargs), out)
 
 
 def _selected(
@@ -130,7 +130,7 @@ def _selected(
 
 
 def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
-    return _read(layout, func(_numbers(layout, args[0]), *args[1:], **kwargs), out)
+    return read(layout, func(numbered(layout, args[0]), *args[1:], **kwargs), out)
 
 
 def _repeated(
@@ -140,7 +140,7 @@ def _repeated(
         len(args) == 1 and "repeats" not in kwargs
     ):  # repeat_interleave(counts): every sample's number as often as it says
         return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
-    return _read(layout, func(_numbers(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
+    return read(layout, func(numbered(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
 
 
 def nonzero_of(
@@ -225,7 +225,9 @@ MOVED: dict[Function, Follow] = {
     **dict.fromkeys((getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")), _viewed),
     Tensor.__getitem__: indexed,
     **dict.fromkeys(named("index_select"), _selected),
-    **dict.fromkeys(named("masked_select", "gather", "take_along_dim", "take", "roll", "flip"), _moved),
+    **dict.fromkeys(
+        named("masked_select", "gather", "take_along_dim", "take", "roll", "flip", "flipud", "fliplr", "rot90"), _moved
+    ),
     **dict.fromkeys(named("repeat", "tile", "repeat_interleave"), _repeated),
     **dict.fromkeys(named("nonzero", "argwhere", "where"), nonzero_of),
     **dict.fromkeys(named("sort", "argsort", "msort", "topk"), sorted_along),

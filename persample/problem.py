@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .batch import Batch
-from .errors import ArgumentError, LossError, UnknownParameterError
+from .errors import ArgumentError, CaptureError, LossError, UnknownParameterError
 from .factors import Factors
 from .losses import LossFunction
 from .state import named_modules, parameters_of
@@ -153,6 +153,16 @@ def check_model(model: Any) -> None:
             "arrive at them. Take per-sample gradients of the model before it is sharded (DistributedDataParallel "
             "works), or of a copy with the full state."
         )
+
+
+def check_no_hooks(parameters: Mapping[str, Tensor]) -> None:
+    """Raise for parameters with a function that changes their gradient."""
+    for name, p in parameters.items():
+        if p._backward_hooks:
+            raise CaptureError(
+                f"parameter '{name}' has a hook (register_hook), which acts on the gradient of each loss by itself. "
+                "Remove it while per-sample gradients are computed and apply it to the rows; or use engine='loop'."
+            )
 
 
 def _name(model: nn.Module, parameter: Tensor) -> str:

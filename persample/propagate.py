@@ -23,7 +23,19 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .layout import Layout, kept, owned, same
-from .moves import MOVED, Function, bind, indexed, named, nonzero_of, recurred, sort_axis, sorted_along
+from .moves import (
+    MOVED,
+    Function,
+    bind,
+    indexed,
+    named,
+    nonzero_of,
+    numbered,
+    read,
+    recurred,
+    sort_axis,
+    sorted_along,
+)
 
 Sampled = Sequence[tuple[Tensor, Layout]]
 
@@ -44,7 +56,14 @@ def propagate(
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return _followed(func, args, kwargs, sampled, tensors, out)
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError):  # a way to call the function that isn't known
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+        TypeError,
+        KeyError,
+        ArithmeticError,
+    ):  # a way to call the function that isn't known
         return None
 
 
@@ -56,7 +75,7 @@ def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor)
         return False
     if len(sampled) == 1:
         if first.shape == shape:
-            return True
+            return func not in _PRODUCTS or not sums_up(func, args, {}, sampled)
         front = first.ndim - _READS.get(func, first.ndim)
         if axis < front and args and first is args[0] and shape[:front] == first.shape[:front]:
             return True
@@ -96,8 +115,15 @@ def _followed(
         return _bagged(args, kwargs, sampled, out)
     if (func in _WRITES and args and out is args[0] and out is not first) or (func in _COPIES and args[0] is not first):
         return _written(func, args, kwargs, sampled, out)
+    if func in _COPIES and len(sampled) > 1:
+        return rewritten(func, args, kwargs, sampled)
+    if func in _GROWS:
+        axes = _grown(layout, func, args, kwargs, sampled, out)
+        return replace(layout, axis=axes[0]) if len(axes) == 1 else None
     if func is torch.einsum:
         return _einsum(args, sampled, out)
+    if func in _PRODUCTS and sums_up(func, args, kwargs, sampled):
+        return None
     if func in _REDUCES and len(sampled) == 1:
         if (axis := _axis_behind(func, args, kwargs, layout.axis, first.ndim)) is not None and layout.fits(
             out.shape, axis
@@ -154,7 +180,7 @@ def mixes(
         return sort_axis(func, args, kwargs) == a.axis
     if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x) == a.axis:
         return True
-    if a is None or not others or func in MOVED or func in _JOINS or func in _WRITES:
+    if a is None or not others or func in MOVED or func in _JOINS or func in _WRITES or func in _COPIES:
         return False
     alike = [b for y, b in others if y.shape == x.shape and b is not None and b.axis == a.axis]
     return not all(same(a, b) for b in alike)
@@ -171,6 +197,9 @@ def sums_up(
     if not known or len(known) < len(sampled):
         return False
     (x, at), *others = known
+    if func in _PRODUCTS and not others and len(args) > 1:  # with a constant
+        second = x.ndim - 1 if func is F.linear else max(0, x.ndim - 2)
+        return at.axis == (x.ndim - 1 if x is args[0] else second)
     if (place := _SUMS.get(func)) is not None and not others and args and x is args[0]:
         return _reduced(place, args, kwargs, at.axis, x.ndim)
     if func in _PRODUCTS and len(others) == 1 and args and x is args[0] and x.ndim > 1:
@@ -233,11 +262,13 @@ def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor) -> Layout | No
     operands = args[1:] if not isinstance(args[1], (list, tuple)) else tuple(args[1])
     if isinstance(args[0], str) and "." not in args[0] and "->" in args[0]:
         left, right = args[0].replace(" ", "").split("->")
-        for x, layout in sampled:
-            for letters, operand in zip(left.split(","), operands, strict=True):
-                if operand is x and letters[layout.axis] in right:
-                    return replace(layout, axis=right.index(letters[layout.axis]))
-    return next((k for x, layout in sampled if (k := kept(layout, x.ndim, out.shape)) is not None), None)
+        pairs = zip(left.split(","), operands, strict=True)
+        layouts = {id(x): layout for x, layout in sampled}
+        found = {letters[layouts[id(x)].axis]: layouts[id(x)] for letters, x in pairs if id(x) in layouts}
+        (letter, layout), *others = found.items()
+        return replace(layout, axis=right.index(letter)) if letter in right and not others else None
+    axes = _grown(sampled[0][1], torch.einsum, args, {}, sampled, out)
+    return replace(sampled[0][1], axis=axes[0]) if len(axes) == 1 else None
 
 
 # ---- joining ----------------------------------------------------------------------------------------------------
@@ -324,10 +355,65 @@ def _written(
             i = index[0]
             return _agrees(out, layout, 0, i.nonzero()[:, 0] if i.dtype is torch.bool else i)
         return _assigned(args, layout, value, out)
+    if "put" in func.__name__:
+        return None
     dim, index, source = bind(args[1:], kwargs, "dim", "index", "source")
+    source = kwargs.get("src", source)
     if value is source and dim % out.ndim == layout.axis:
         return _agrees(out, layout, layout.axis, index) if func in _PLACES else None
     return kept(layout, value.ndim, out.shape)
+
+
+def writes_into(func: Function, args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether a call writes parts of one tensor into ``out``."""
+    return func in _WRITES and bool(args) and out is args[0]
+
+
+def rewritten(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
+) -> Layout | None:
+    """The layout of a tensor that has samples, after entries of another one were written into it: by doing the same
+    with the numbers of the samples.
+    """
+    layouts = {id(t): at for t, at in sampled}
+    target, layout, adds = args[0], layouts[id(args[0])], func in _ADDS
+    if func is Tensor.__setitem__:
+        index, value = args[1:3]
+    elif "put" in func.__name__:
+        index, value, adds = bind(args[1:], kwargs, "indices", "values", "accumulate")
+    else:
+        dim, index, value = bind(args[1:], kwargs, "dim", "index", "source")
+        value = kwargs.get("src", value)
+    if not isinstance(value, Tensor) or id(value) not in layouts:
+        return layout  # a constant
+    at = layouts[id(value)]
+    if at is None or layout is None or layout.n == 1:
+        return layout if layout is not None and layout.n == 1 else None
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        if func is Tensor.__setitem__ and _spares(index, layout.axis) and at.alone is None and same(at, layout):
+            return layout
+        mine = numbered(layout, target)
+        theirs = torch.full_like(value, at.alone, dtype=torch.long) if at.alone is not None else numbered(at, value)
+        try:
+            if func is Tensor.__setitem__:
+                after = mine.clone()
+                after[index] = theirs
+            elif "put" in func.__name__:
+                after = mine.index_put(index, theirs)
+            else:
+                after = (mine.index_copy if "index" in func.__name__ else mine.scatter)(dim, index, theirs)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None
+        if torch.equal(mine, after):
+            return layout
+        return None if adds else read(layout, after, target)
+
+
+def _spares(index: Any, axis: int) -> bool:
+    """Whether an index surely takes all of this axis, and leaves it where it is."""
+    index = index if isinstance(index, tuple) else (index,)
+    plain = all(isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index)
+    return plain and (axis >= len(index) or index[axis] == slice(None))
 
 
 def _agrees(out: Tensor, layout: Layout, axis: int, places: Tensor) -> Layout | None:
@@ -380,8 +466,11 @@ _ALONG: dict[Function, int] = {
     **dict.fromkeys(named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), 1),
     F.normalize: 2,
 }
-_WRITES = {Tensor.__setitem__} | named("index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_")
-_COPIES = named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
+_ADDS = named("index_add_", "scatter_add_", "scatter_reduce_", "index_add", "scatter_add", "scatter_reduce")
+_WRITES = {Tensor.__setitem__} | named(
+    "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "index_put_"
+)
+_COPIES = named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "index_put")
 _PLACES = named("index_add_", "index_copy_", "index_add", "index_copy")
 # How many of its first argument's last axes a function reads together, or, of two arguments that have samples, of both:
 # what is before stays where it is, whatever its size.
@@ -397,4 +486,7 @@ _MEETS: dict[Function, int] = {
     **dict.fromkeys((*named("matmul", "bmm", "__matmul__"), F.scaled_dot_product_attention), 2),
 }
 _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *_JOINS, *_STACKS, *_SPREADS, *_REDUCES, *_WRITES, *_COPIES}
-_SPECIAL |= {F.embedding_bag, torch.einsum}
+# Where the axis isn't told by its size: it is looked where there is more with more samples.
+_GROWS = named("tensordot", "cdist", "as_strided", "transpose_copy", "permute_copy", "vstack", "hstack", "dstack")
+_GROWS |= named("row_stack", "column_stack")
+_SPECIAL |= {F.embedding_bag, torch.einsum, *_GROWS}

@@ -16,6 +16,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .factors import Factors, strided
 from .gradients import Result, Sink
 from .listener import Listener, Reduction
 from .losses import ways_out
-from .problem import Pass, Selection, check_model, named_parameters, select
+from .problem import Pass, Selection, check_model, check_no_hooks, named_parameters, select
 from .state import modules_of
 from .statistics_run import Request, Statistics, listed
 from .verify import compared, raise_if_wrong, row_of
@@ -128,6 +129,7 @@ class Recorder:
         self._modes = contextlib.ExitStack()  # that stay on for a forward, or a whole with-block
         self._entered = False  # the mode is on for a whole with-block
         self._depth = 0
+        self._frame: FrameType | None = None  # of the forward that runs
         self._thread = 0  # that runs the forward, or the with-block
         self._lock = threading.Lock()
         self._sleeps = threading.local()
@@ -174,12 +176,8 @@ class Recorder:
         self._outputs = None
         if self._listener is not None:
             self._listener.forget()
-        if (capture := self._capture) is not None and not self._entered:  # a forward was interrupted from outside
-            capture.stop()
-            self._capture = None
-            if (modes := torch.overrides._get_current_function_mode_stack()) and modes[-1] is capture:
-                capture.__exit__(None, None, None)
-            self._modes.close()
+        if not self._entered:  # a forward was interrupted from outside
+            self._leave_forward()
 
     def _new_capture(self) -> Capture:
         found, aliases = named_parameters(self.model)  # requires_grad may have changed
@@ -204,6 +202,7 @@ class Recorder:
             self._depth += depth
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._recover()
         self._take(1)
         if self._depth > 1 or not torch.is_grad_enabled():
             return
@@ -221,10 +220,37 @@ class Recorder:
         assert self._capture is not None
         self._capture.start(batch.n, batch.inputs.tensors())
 
+    def _recover(self) -> None:
+        """Forget a forward that was interrupted from outside (Ctrl-C): nobody says so, but its frame has gone."""
+        caller = sys._getframe()
+        while caller.f_back is not None and caller.f_code is not nn.Module._call_impl.__code__:
+            caller = caller.f_back
+        if not self._depth or self._thread != threading.get_ident():
+            self._frame = caller
+            return
+        while caller is not None and caller is not self._frame:
+            caller = caller.f_back  # type: ignore[assignment]
+        if caller is None:
+            self._depth = 0
+            if not self._entered:
+                self._leave_forward()
+            self._recover()
+
+    def _leave_forward(self) -> None:
+        if (capture := self._capture) is None:
+            return
+        capture.stop()
+        self._capture = None
+        if (modes := torch.overrides._get_current_function_mode_stack()) and modes[-1] is capture:
+            capture.__exit__(None, None, None)
+        self._modes.close()
+
     def _after(self, output: Any) -> None:
         if self._thread != threading.get_ident():  # it was refused
             return
         self._depth -= 1
+        if not self._depth:
+            self._frame = None
         capture = self._capture
         if self._depth or capture is None or not capture.active:
             return
@@ -272,6 +298,7 @@ class Recorder:
                     "after extend()), with gradients "
                     "enabled, and don't detach its outputs."
                 )
+            check_no_hooks(self._parameters)
             check_complete(found, self._parameters)
             check_uncoupled(found, self._parameters)
             if capture is not None:

@@ -21,7 +21,7 @@ from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
 from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, unreduced, warn_if_not_mean
-from ..problem import Emit, Pass, Problem
+from ..problem import Emit, Pass, Problem, check_no_hooks
 
 
 def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pass:
@@ -33,6 +33,7 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
     with torch.enable_grad():
         outputs, losses, seeds, criterion = forward(problem, capture)
     found = reached((t.grad_fn for t, *_ in seeds), capture)
+    check_no_hooks(problem.parameters)
     check_complete(found, problem.parameters)
     check_uncoupled(found, problem.parameters)
     collect = Collect(found, problem.parameters, emit, problem.batch.n, release=True)

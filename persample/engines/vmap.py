@@ -23,7 +23,7 @@ from ..batch import Batch, apply, flatten, suspended, unflatten
 from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
 from ..losses import LossFunction, ignored, is_per_sample
-from ..problem import Emit, Pass, Problem
+from ..problem import Emit, Pass, Problem, check_no_hooks
 from ..watch import Watch
 from .loop import one_sample
 
@@ -53,6 +53,7 @@ Run = Callable[[Problem, Pieces, list[Any]], Found]
 
 def vectorised(problem: Problem, emit: Emit, max_bytes: int | None, run: Run) -> Pass:
     """The batch by ``run``, as many samples at a time as there is memory for their rows."""
+    check_no_hooks(problem.parameters)
     batch, model = problem.batch, problem.model
     values = {name: p.detach() for name, p in problem.parameters.items()}
     fixed = {name: p.detach() for name, p in model.named_parameters() if name not in values}

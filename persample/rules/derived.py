@@ -155,12 +155,12 @@ def changed(d: Derivation) -> bool:
 
 @pullback(F.linear)
 def linear(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Yields:
-    if weight.ndim != 2:
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return
     if (o := single(g, d.shape)) is not None:
         yield weight, lambda: outer(o.right, o.left @ d.read(input).to(o.left.dtype), weight.shape)
         yield input, lambda: outer(o.left, o.right @ d.read(weight).to(o.right.dtype), input.shape)
-        if bias is not None and bias.ndim == 1:
+        if bias is not None:
             yield bias, lambda: Dense((o.left.sum(3, keepdim=True) * o.right).sum((1, 2)))
         return
     if (pair := _rows(g, d.read(input))) is None:
@@ -168,7 +168,7 @@ def linear(d: Derivation, g: Rowlike, input: Tensor, weight: Tensor, bias: Tenso
     left, tokens = pair
     yield weight, lambda: cast(outer(left.unsqueeze(1), tokens.unsqueeze(1), weight.shape), weight.dtype)
     yield input, lambda: _times(g, d.read(weight).to(left.dtype))
-    if bias is not None and bias.ndim == 1:
+    if bias is not None:
         yield bias, lambda: Dense(left.sum(1).to(bias.dtype))
 
 

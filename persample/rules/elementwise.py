@@ -77,7 +77,7 @@ def div(call: Call, g: Tensor, input: Any, other: Any, *, rounding_mode: str | N
     if isinstance(input, Tensor) and not call.sampled(input):
         yield input, lambda: spread(call, g / call.read(other), input)
     if isinstance(other, Tensor) and not call.sampled(other):
-        yield other, lambda: spread(call, -g * call.read(input) / call.read(other).square(), other)
+        yield other, lambda: spread(call, -g * call.read(input) / call.read(other) / call.read(other), other)
 
 
 @rule(torch.where, Tensor.where)
@@ -125,6 +125,10 @@ def setitem(call: Call, g: Tensor, target: Tensor, index: Any, value: Any) -> Yi
 
 
 def _keeps_samples(index: Any) -> bool:
-    """``x[:, ...] = p``: the assignment runs over all samples."""
-    first = index[0] if isinstance(index, tuple) else index
-    return first is Ellipsis or (isinstance(first, slice) and first == slice(None))
+    """``x[:, ...] = p``: the assignment runs over all samples, which come first also in the part that is picked (not so
+    behind tensors of indices that stand apart).
+    """
+    index = index if isinstance(index, tuple) else (index,)
+    picks = [i for i, x in enumerate(index) if x is not None and x is not Ellipsis and not isinstance(x, slice)]
+    apart = bool(picks) and picks[-1] - picks[0] >= len(picks) and any(not isinstance(index[i], int) for i in picks)
+    return not apart and (index[0] is Ellipsis or (isinstance(index[0], slice) and index[0] == slice(None)))

@@ -126,7 +126,8 @@ def layer(call: Call, g: Any, input: Tensor, *args: Any) -> Yields:
             "layer batches of sequences (batch_first=True if the batch comes first), or say where the samples are with "
             "batch_dim=."
         )
-    one = _Layer(LAYERS[call.func], input, _states(hx), list(weights), biases, 2 if both else 1, sizes)
+    weights = [call.read(w) for w in weights]
+    one = _Layer(LAYERS[call.func], input, _states(hx), weights, biases, 2 if both else 1, sizes)
     yield from _rows(call, one, g)
 
 
@@ -142,7 +143,7 @@ def cell(
     b_hh: Tensor | None = None,
 ) -> Yields:
     if input.ndim == 2 and (b_ih is None) == (b_hh is None):
-        weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+        weights = [call.read(w) for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
         one = _Layer(CELLS[call.func], input, _states(hx), weights, b_ih is not None, 1, [len(input)])
         g = [g] if isinstance(g, Tensor) else g
         yield from _rows(call, one, [g[0], None, *g[1:]])

@@ -130,7 +130,8 @@ def normalized(
 ) -> Yields:
     if isinstance(g, Diagonal) or p != 2 or changed(d):
         return
-    x, axes = input.detach(), tuple(a % input.ndim for a in (dim if isinstance(dim, tuple) else (dim,)))
+    x, dims = input.detach(), dim if isinstance(dim, tuple) else (dim,)
+    axes = tuple(a % input.ndim for a in dims or range(input.ndim))
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
     unit = torch.where(norm >= eps, x / norm.clamp_min(eps), 0)
     yield input, lambda: _across(times(g, norm.clamp_min(eps).reciprocal()), unit, axes)
@@ -142,6 +143,7 @@ def _across(g: Factors, unit: Tensor, axes: tuple[int, ...]) -> Factors:
     sums = [a + 1 for a in axes]
 
     def back(rows: Tensor) -> Tensor:
-        return torch.addcmul(rows, (rows * unit).sum(sums, keepdim=True), unit, value=-1)
+        along = rows * unit
+        return torch.addcmul(rows, along.sum(sums, keepdim=True) if sums else along, unit, value=-1)
 
     return Pulled(g, back, unit.shape)

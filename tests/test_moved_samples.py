@@ -1,0 +1,277 @@
+"""Models that move samples about, or do something else that once went wrong without a word: against the definition,
+with nothing verified, where N is also every other size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import persample
+
+N = 4
+PERM = torch.tensor([2, 0, 3, 1])
+
+
+def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.flatten(1) * targets).sum(1)
+
+
+class Moved(nn.Module):
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.move = nn.Linear(N, N), nn.Linear(N, 2), move
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.move(self.first(x)))
+        return out
+
+
+def into(h: Tensor, fresh: Callable[[Tensor], Tensor], index: Any = PERM) -> Tensor:
+    h = h[PERM]
+    out = fresh(h)
+    out[index] = h
+    return out
+
+
+def zeros(h: Tensor) -> Tensor:
+    """In the order of samples that were sorted."""
+    return torch.zeros_like(h[PERM])
+
+
+def in_a_loop(h: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    for k in range(N):
+        out[k] = h[N - 1 - k]
+    return torch.stack([out[N - 1 - k] for k in range(N)])
+
+
+def dispatched(h: Tensor, expression: str = "nec,nd->ecd") -> Tensor:
+    slots = torch.eye(N)[:, None].expand(N, 2, N).to(h.dtype)  # every sample has a slot of its own
+    return torch.einsum("nec,ecd->nd", slots, torch.einsum(expression, slots * h.mean(), h) * 0 + 1) * h
+
+
+SERVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros_like": lambda h: into(h, torch.zeros_like),
+    "empty_like": lambda h: into(h, torch.empty_like),
+    "new_zeros": lambda h: into(h, lambda h: h.new_zeros(h.shape)),
+    "rows": lambda h: into(h, torch.zeros_like, (PERM, slice(None))),
+    "in_a_loop": in_a_loop,
+    "index_copy": lambda h: zeros(h).index_copy(0, PERM, h[PERM]),
+    "index_copy_": lambda h: zeros(h).index_copy_(0, PERM, h[PERM]),
+    "index_put": lambda h: zeros(h).index_put((PERM,), h[PERM]),
+    "scatter": lambda h: zeros(h).scatter(0, PERM[:, None].expand(N, N), h[PERM]),
+    "scatter_src": lambda h: zeros(h).scatter(0, PERM[:, None].expand(N, N), src=h[PERM]),
+    "flipud": lambda h: torch.flipud(torch.flipud(h) * 2),
+    "rot90": lambda h: torch.rot90(torch.rot90(h, 2), 2),
+    "tensordot": lambda h: torch.tensordot(torch.eye(N, dtype=h.dtype) * 2, h, dims=([1], [1])).T,
+    "cdist": lambda h: torch.cdist(torch.ones(N, N, dtype=h.dtype), h).T,
+    "einsum_ellipsis": lambda h: torch.einsum("n...,o...->on", h, torch.ones(N, N, dtype=h.dtype)).T,
+    "einsum_moved": lambda h: torch.einsum("n...->...n", h).T,
+    "einsum_implicit": lambda h: torch.einsum("nd,od", h, torch.eye(N, dtype=h.dtype)),
+    "transpose_copy": lambda h: torch.transpose_copy(h, 0, 1).T,
+    "features": lambda h: h @ torch.eye(N, dtype=h.dtype),
+}
+# What can't be followed is refused, where a parameter meets it.
+REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "permuted by a matrix": lambda h: F.one_hot(PERM).to(h.dtype) @ h,
+    "index_add": lambda h: zeros(h).index_add(0, PERM, h[PERM]),
+    "index_put, added": lambda h: h.index_put((PERM,), h, accumulate=True),
+    "vstack": lambda h: torch.vstack([h, h])[:N],
+    "shifted": lambda h: torch.cat([h[1:], h[:1]]) + 0 * into(h, torch.zeros_like, slice(None)),
+    "expert slots": lambda h: torch.einsum("nec,nd->ecd", torch.eye(N)[:, None].to(h.dtype), h)[0],
+}
+
+
+def expected(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Rows of the losses of this batch, one by one."""
+    out, named = losses(model(x), y), dict(model.named_parameters())
+    rows = [torch.autograd.grad(out[n], list(named.values()), retain_graph=True) for n in range(len(x))]
+    return dict(zip(named, map(torch.stack, zip(*rows, strict=True)), strict=True))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(N, N, dtype=torch.float64), torch.randn(N, 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_samples_are_where_they_were_put(name: str) -> None:
+    x, y = batch()
+    model = Moved(SERVED[name]).double()
+    g = persample.gradients(model, losses, x, y, verify=False)
+    for parameter, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_samples_that_are_lost(name: str) -> None:
+    x, y = batch()
+    model = Moved(REFUSED[name]).double()
+    with pytest.raises((persample.SampleAxisError, persample.BatchCoupledError)):
+        persample.gradients(model, losses, x, y, verify=False)
+
+
+def test_a_batch_that_was_sorted_already_verifies_nothing_for_the_next() -> None:
+    class Sorted(Moved):
+        def forward(self, x: Tensor) -> Tensor:
+            order = x[:, 0].argsort()
+            h = self.first(x[order])
+            out = torch.zeros_like(h)
+            out[order] = h
+            found: Tensor = self.last(out)
+            return found
+
+    x, y = batch()
+    model = Sorted(torch.tanh).double()
+    persample.gradients(model, losses, x[x[:, 0].argsort()], y)
+    g = persample.gradients(model, losses, x, y)
+    for parameter, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)
+
+
+def test_indices_that_stand_apart() -> None:
+    class Assigns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(N, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.view(N, 4, 2, 3).clone()
+            x[:, torch.tensor([0, 1, 2, 3]), :, torch.tensor([0, 1, 2, 0])] = self.p.unsqueeze(1)
+            return x.square()
+
+    x = torch.randn(N, 24, dtype=torch.float64)
+    model, y = Assigns().double(), torch.randn(N, 24, dtype=torch.float64)
+    g = persample.gradients(model, losses, x, y, verify=False)
+    torch.testing.assert_close(g["p"], expected(model, x, y)["p"], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_weights_that_have_changed(layer: Any) -> None:
+    model, x = layer(3, 2, batch_first=True), torch.randn(4, 5, 3)
+    with persample.extend(model, params=r"weight.*", verify=False) as recorder:
+        each = model(x)[0].square().sum((1, 2))
+        with torch.no_grad():
+            model.weight_hh_l0.add_(1)
+        with pytest.raises((persample.InplaceError, RuntimeError), match=r"changed in place|inplace operation"):
+            recorder.gradients(each)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap"])
+def test_hooks_of_parameters_are_refused(engine: str) -> None:
+    model, (x, y) = nn.Linear(N, 2).double(), batch()
+    handle = model.weight.register_hook(lambda g: g.clamp(-0.1, 0.1))
+    with pytest.raises(persample.CaptureError, match=r"'weight' has a hook"):
+        persample.gradients(model, losses, x, y, engine=engine)
+    with persample.extend(model) as recorder, pytest.raises(persample.CaptureError, match="hook"):
+        recorder.gradients(losses(model(x), y))
+    rows = persample.gradients(model, losses, x, y, engine="loop")["weight"]
+    assert rows.abs().max() <= 0.1
+    handle.remove()
+    assert persample.gradients(model, losses, x, y, engine=engine)["weight"].abs().max() > 0.1
+
+
+def test_hooks_of_derived_weights_are_refused() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, N))
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.w * 2
+            w.register_hook(lambda g: g.clamp(-0.1, 0.1))
+            return F.linear(x, w)
+
+    x, y = batch()
+    with pytest.raises(persample.CaptureError, match="hook"):
+        persample.gradients(Doubled().double(), losses, x, y, verify=False)
+
+
+def test_an_interrupted_forward_is_forgotten() -> None:
+    """Ctrl-C runs no hook; the next forward notices."""
+    interrupts = [False]
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            if interrupts[0]:
+                raise KeyboardInterrupt
+            return out
+
+    model, reported = Net(3, 2), list[Any]()
+    handle = persample.extend(model, reduction="sum", on_backward=reported.append)
+    x = torch.randn(6, 3)
+    interrupts[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    interrupts[0] = False
+    for n in (6, 3, 6):
+        model(x[:n]).square().sum().backward()
+    assert [len(g) for g in reported] == [6, 3, 6]
+    assert not torch.overrides._get_current_function_mode_stack()
+    for g, n in zip(reported, (6, 3, 6), strict=True):
+        torch.testing.assert_close(g["weight"], 2 * model(x[:n]).detach().unsqueeze(2) * x[:n].unsqueeze(1))
+    handle.remove()
+    assert handle._depth == 0
+
+
+@pytest.mark.parametrize(("dtype", "p"), [(torch.float16, 300.0), (torch.float32, 2e19), (torch.float64, 1e160)])
+def test_a_divisor_whose_square_is_no_number(dtype: torch.dtype, p: float) -> None:
+    class Divides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor([p, p], dtype=dtype))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / self.p
+
+    model, x = Divides(), (0.5 + torch.rand(3, 2)).to(dtype)
+    y = torch.full((3, 2), p / 3).to(dtype)
+    g = persample.gradients(model, losses, x, y, verify=False)["p"]
+    rows = expected(model, x, y)["p"]
+    assert rows.isfinite().all() and rows.abs().min() > 0
+    torch.testing.assert_close(g, rows, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda w, v: w.exp().unsqueeze(1) * v[:1],
+        lambda w, v: (w * 2).view(N, 1) * v[:1].square(),
+        lambda w, v: F.normalize(w, dim=0).unsqueeze(1) * v,
+        lambda w, v: F.linear(v.unsqueeze(0), torch.outer(w, v), v[:1]).T * w[:, None],
+    ],
+    ids=["exp", "scaled", "normalize", "bias of one"],
+)
+def test_weights_from_vectors(derive: Any) -> None:
+    class Vectors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.rand(N) + 0.5), nn.Parameter(torch.rand(3) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = derive(self.w, self.v)
+            return F.linear(x[:, : w.shape[1]], w)
+
+    torch.manual_seed(0)
+    model, x, y = Vectors().double(), torch.randn(5, 4, dtype=torch.float64), torch.randn(5, N, dtype=torch.float64)
+    for verify in (True, False):
+        g = persample.gradients(model, losses, x, y, verify=verify)
+        for name, rows in expected(model, x, y).items():
+            torch.testing.assert_close(g[name], rows, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(g.norm(per_parameter=True)[name], rows.flatten(1).norm(dim=1))
+
+
+def test_weight_norm_of_a_bias() -> None:
+    """Every entry is a vector of its own: its direction has no gradient."""
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(N, 2), "bias", 0).double()
+    x, y = batch()
+    g = persample.gradients(model, losses, x, y, verify=False)
+    for name, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[name], rows, rtol=1e-9, atol=1e-14)

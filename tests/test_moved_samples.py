@@ -221,7 +221,7 @@ def test_an_interrupted_forward_is_forgotten() -> None:
     assert handle._depth == 0
 
 
-@pytest.mark.parametrize(("dtype", "p"), [(torch.float16, 300.0), (torch.float32, 2e19), (torch.float64, 1e160)])
+@pytest.mark.parametrize(("dtype", "p"), [(torch.float16, 300.0), (torch.float32, 2e19)])
 def test_a_divisor_whose_square_is_no_number(dtype: torch.dtype, p: float) -> None:
     class Divides(nn.Module):
         def __init__(self) -> None:

@@ -217,9 +217,10 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
         off, size = (sums[name].double() - g.double()).norm(), g.double().norm()
         summed_wrong = bool(off > tolerance(g.dtype) * (size + slack(g.dtype) * total))
         verdict = "wrong" if name in bad or summed_wrong else "unused" if name in run.unused else "exact"
-        rows.append(
-            _row(name, run, max(errors[name]), float(off / size) if size > 0 else float(off), verdict, summed_wrong)
-        )
+        error, sum_error = max(errors[name]), float(off / size) if size > 0 else float(off)
+        if not bool(g.isfinite().all()):  # NaN agrees with nothing, not even itself
+            verdict, error, sum_error, summed_wrong = "not finite", float("nan"), float("nan"), False
+        rows.append(_row(name, run, error, sum_error, verdict, summed_wrong))
     return CheckReport(engine, problem.batch.n, tuple(chosen), tuple(rows), note)
 
 
@@ -238,6 +239,11 @@ def _row(name: str, run: Pass, error: float, sum_error: float, verdict: str, sum
     reason, way = "", ""
     if verdict == "unused":
         reason = "no loss depends on it; its rows are zeros"
+    elif verdict == "not finite":
+        reason, way = (
+            "its ordinary gradient is no finite number, so nothing can be compared.",
+            "Look for NaN and infinities in parameters, inputs and losses.",
+        )
     elif verdict == "wrong" and summed_wrong:
         reason, way = (
             "the rows don't add up to the ordinary gradient: a use was missed, or a rule is wrong.",

@@ -183,3 +183,14 @@ def test_a_recorder_verifies_losses_of_another_kind(x: Tensor) -> None:
         mixed = out + out.unfold(0, 1, 1).amax()  # a largest number isn't looked at
         with pytest.raises(persample.VerificationError, match="off by"):
             recorder.gradients(mixed)
+
+
+def test_a_check_of_numbers_that_are_not_finite(x: Tensor) -> None:
+    """NaN is never exact."""
+    model = Between(torch.tanh)
+    with torch.no_grad():
+        model.last.bias.fill_(float("nan"))
+    report = persample.check(model, losses, x, Y)
+    assert not report.ok and {row.verdict for row in report.rows} == {"not finite"}
+    with pytest.raises(persample.VerificationError, match="no finite number"):
+        report.raise_if_bad()

@@ -310,7 +310,8 @@ class Capture(TorchFunctionMode):
                 elif before is None:
                     self._mark(t, _Sampled(None))
                 continue  # changed in place, or handed through: the samples stay where they are
-            layout = propagate(func, args, kwargs, known, tensors, t) if known else None
+            lost = len(known) < len(sampled)
+            layout = propagate(func, args, kwargs, known, tensors, t, lost) if known else None
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
                 continue  # a constant
             total = all_totals or (layout is None and sums_up(func, args, kwargs, sampled))

@@ -47,15 +47,22 @@ def propagate(
     sampled: Sampled,
     tensors: Sequence[Tensor],
     out: Tensor,
+    lost: bool = False,
 ) -> Layout | None:
-    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that have samples."""
+    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that have samples.
+
+    ``lost``: there are others, of which it isn't known where the samples are (scores of all samples against all).  What
+    they are multiplied with is guessed by its size: that couples the batch, and only what is behind it is to be served.
+    """
     if sampled[0][1].n == 1:
         return lone_sample(out)
+    if func in _PRODUCTS and not lost and sums_up(func, args, kwargs, sampled):
+        return None
     if func not in _SPECIAL and _stays(func, args, sampled, out):
         return sampled[0][1]
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return _followed(func, args, kwargs, sampled, tensors, out)
+            return _followed(func, args, kwargs, sampled, tensors, out, lost)
     except (
         RuntimeError,
         ValueError,
@@ -75,7 +82,7 @@ def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor)
         return False
     if len(sampled) == 1:
         if first.shape == shape:
-            return func not in _PRODUCTS or not sums_up(func, args, {}, sampled)
+            return True
         front = first.ndim - _READS.get(func, first.ndim)
         if axis < front and args and first is args[0] and shape[:front] == first.shape[:front]:
             return True
@@ -99,6 +106,7 @@ def _followed(
     sampled: Sampled,
     tensors: Sequence[Tensor],
     out: Tensor,
+    lost: bool,
 ) -> Layout | None:
     first, layout = sampled[0]
     if any(at.alone is not None for _, at in sampled):
@@ -121,9 +129,7 @@ def _followed(
         axes = _grown(layout, func, args, kwargs, sampled, out)
         return replace(layout, axis=axes[0]) if len(axes) == 1 else None
     if func is torch.einsum:
-        return _einsum(args, sampled, out)
-    if func in _PRODUCTS and sums_up(func, args, kwargs, sampled):
-        return None
+        return _einsum(args, sampled, out, lost)
     if func in _REDUCES and len(sampled) == 1:
         if (axis := _axis_behind(func, args, kwargs, layout.axis, first.ndim)) is not None and layout.fits(
             out.shape, axis
@@ -180,6 +186,8 @@ def mixes(
         return sort_axis(func, args, kwargs) == a.axis
     if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x) == a.axis:
         return True
+    if func is torch.einsum and a is not None and a.n > 1:
+        return len(_sample_letters(args, sampled) or ()) > 1
     if a is None or not others or func in MOVED or func in _JOINS or func in _WRITES or func in _COPIES:
         return False
     alike = [b for y, b in others if y.shape == x.shape and b is not None and b.axis == a.axis]
@@ -202,6 +210,9 @@ def sums_up(
         return at.axis == (x.ndim - 1 if x is args[0] else second)
     if (place := _SUMS.get(func)) is not None and not others and args and x is args[0]:
         return _reduced(place, args, kwargs, at.axis, x.ndim)
+    if func is torch.einsum:
+        letters = _sample_letters(args, sampled)
+        return letters is not None and not {*letters} & {*args[0].split("->")[1]}
     if func in _PRODUCTS and len(others) == 1 and args and x is args[0] and x.ndim > 1:
         y, by = others[0]
         row = max(0, y.ndim - 2) if func is not F.linear else y.ndim - 1
@@ -257,18 +268,27 @@ def _grown(
     return [a for a in range(out.ndim) if any(shape[a] == out.shape[a] + 1 == layout.size + 1 for shape in shapes)]
 
 
-def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor) -> Layout | None:
+def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor, lost: bool) -> Layout | None:
     """The sample axis keeps its letter."""
+    first, layout = sampled[0]
+    if (letters := _sample_letters(args, sampled)) is None:
+        axes = _grown(layout, torch.einsum, args, {}, sampled, out)
+        return replace(layout, axis=axes[0]) if len(axes) == 1 else None
+    right = args[0].replace(" ", "").split("->")[1]
+    if (letter := next((letter for letter in letters if letter in right), None)) is not None:
+        return replace(letters[letter], axis=right.index(letter))
+    return kept(layout, first.ndim, out.shape) if lost else None
+
+
+def _sample_letters(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout | None]]) -> dict[str, Layout] | None:
+    """By which letters the samples go in an einsum; ``None`` if they aren't all written out."""
+    if not isinstance(args[0], str) or "." in args[0] or "->" not in args[0]:
+        return None
     operands = args[1:] if not isinstance(args[1], (list, tuple)) else tuple(args[1])
-    if isinstance(args[0], str) and "." not in args[0] and "->" in args[0]:
-        left, right = args[0].replace(" ", "").split("->")
-        pairs = zip(left.split(","), operands, strict=True)
-        layouts = {id(x): layout for x, layout in sampled}
-        found = {letters[layouts[id(x)].axis]: layouts[id(x)] for letters, x in pairs if id(x) in layouts}
-        (letter, layout), *others = found.items()
-        return replace(layout, axis=right.index(letter)) if letter in right and not others else None
-    axes = _grown(sampled[0][1], torch.einsum, args, {}, sampled, out)
-    return replace(sampled[0][1], axis=axes[0]) if len(axes) == 1 else None
+    layouts = {id(x): at for x, at in sampled if at is not None and at.alone is None}
+    left = args[0].replace(" ", "").split("->")[0].split(",")
+    pairs = [(term, layouts[id(x)]) for term, x in zip(left, operands, strict=True) if id(x) in layouts]
+    return {term[at.axis]: at for term, at in pairs}
 
 
 # ---- joining ----------------------------------------------------------------------------------------------------

@@ -56,10 +56,14 @@ def propagate(
     """
     if sampled[0][1].n == 1:
         return lone_sample(out)
-    if func in _PRODUCTS and not lost and sums_up(func, args, kwargs, sampled):
+    first, layout = sampled[0]
+    inner = (
+        not args or first is not args[0] or layout.axis == first.ndim - 1
+    )  # most often, it is the first of more axes
+    if inner and func in _PRODUCTS and not lost and sums_up(func, args, kwargs, sampled):
         return None
     if func not in _SPECIAL and _stays(func, args, sampled, out):
-        return sampled[0][1]
+        return layout
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return _followed(func, args, kwargs, sampled, tensors, out, lost)

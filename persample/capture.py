@@ -84,7 +84,7 @@ class Capture(TorchFunctionMode):
         self.couplers = couplers
         self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
         self.ordinal = 0  # of the call that is running
-        self.called: set[Callable[..., Any]] = set()
+        self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
         self.count = 0
         self.n = 0
 
@@ -306,7 +306,7 @@ class Capture(TorchFunctionMode):
         for t in _results(args, kwargs, out, rules.mutates(func)):
             if (before := next((layout for a, layout in sampled if a is t), self)) is not self:
                 if len(sampled) > 1 and writes_into(func, args, t):
-                    self._mark(t, _Sampled(rewritten(func, args, kwargs, sampled)))
+                    self._mark(t, _Sampled(rewritten(func, args, kwargs, sampled), all_totals))
                 elif before is None:
                     self._mark(t, _Sampled(None))
                 continue  # changed in place, or handed through: the samples stay where they are

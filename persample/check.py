@@ -43,7 +43,7 @@ class Checked:
     served: str  # the functions that used it, and by rule or fallback
     error: float  # largest relative error of the rows that were compared
     sum_error: float  # relative error of the sum of rows against ordinary autograd
-    verdict: str  # "exact", "unused", "coupled", "wrong" or "error"
+    verdict: str  # "exact", "unused", "coupled", "wrong", "not finite" or "error"
     reason: str = ""
     way_out: str = ""
 

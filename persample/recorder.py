@@ -73,9 +73,9 @@ def extend(
     raise `BatchCoupledError`.
 
     ``verify``: at ``gradients(losses)``, hold one row against the ordinary gradient of that one loss; by default at the
-    first call for a model, a number of samples and modes.  It costs one more backward pass, and catches losses that
-    depend on several samples, or stand in another order.  What a persistent handle reports can't be held against
-    anything: use `persample.check` for its model.
+    first call for a model, a number of samples, modes and functions called.  It costs one more backward pass, and
+    catches losses that depend on several samples, or stand in another order.  What a persistent handle reports can't be
+    held against anything: use `persample.check` for its model.
     """
     return Recorder(
         model,

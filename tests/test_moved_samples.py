@@ -51,11 +51,6 @@ def in_a_loop(h: Tensor) -> Tensor:
     return torch.stack([out[N - 1 - k] for k in range(N)])
 
 
-def dispatched(h: Tensor, expression: str = "nec,nd->ecd") -> Tensor:
-    slots = torch.eye(N)[:, None].expand(N, 2, N).to(h.dtype)  # every sample has a slot of its own
-    return torch.einsum("nec,ecd->nd", slots, torch.einsum(expression, slots * h.mean(), h) * 0 + 1) * h
-
-
 SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros_like": lambda h: into(h, torch.zeros_like),
     "empty_like": lambda h: into(h, torch.empty_like),

@@ -35,6 +35,13 @@ class Between(nn.Module):
         return out
 
 
+def written(h: Tensor) -> Tensor:
+    """A mean, one entry of which is written once more."""
+    mean = h.mean(0).clone()
+    mean[0] = h[:, 0].mean()
+    return mean
+
+
 COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "centred": lambda h: h - h.mean(0),
     "in_place": lambda h: h.clone().sub_(h.mean(0, keepdim=True)),
@@ -57,6 +64,7 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda h: (h.t() - h.t().mean(1, keepdim=True)).t(),
     "unflattened": lambda h: (h.view(N, 2, 3) * h.view(N, 2, 3).mean((0, 2), keepdim=True)).flatten(1),
     "logsumexp": lambda h: h - h.logsumexp(0),
+    "written": lambda h: h - written(h),
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "features": lambda h: h - h.mean(1, keepdim=True),

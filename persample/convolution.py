@@ -217,8 +217,7 @@ def unfolded(input: Tensor, grad: Tensor, geo: Geometry) -> Iterator[tuple[Tenso
 
 def _windows(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> Tensor:
     """What every position reads, ``[N, K, I, *kernel, *positions]``: a view of the padded input."""
-    pads = _explicit_pads(tuple(input.shape[2:]), positions, geo)
-    input = F.pad(input, pads) if any(pads) else input
+    input = _read(input, positions, geo)
     n, k, channels = len(input), geo.groups, input.shape[1] // geo.groups
     sample, channel, *sides = input.stride()
     taps = [step * e for step, e in zip(sides, geo.dilation, strict=True)]
@@ -259,8 +258,7 @@ def pixel_products(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, 
     the other, sums along the diagonals.
     """
     n, k, positions = len(input), geo.groups, tuple(grad.shape[2:])
-    pads = _explicit_pads(tuple(input.shape[2:]), positions, geo)
-    pixels = F.pad(input, pads) if any(pads) else input
+    pixels = _read(input, positions, geo)
     sides = tuple(pixels.shape[2:])
     x, g = (t.reshape(n * k, t.shape[1] // k, prod(t.shape[2:])) for t in (pixels, grad))
     with ExitStack() as stack:
@@ -297,8 +295,7 @@ def pixel_gram(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], geo: Geometry
 
 def _pixels(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, tuple[int, ...]]:
     """What is read of the padded input, ``[K, N pixels, I]``, and how many pixels that is per dim."""
-    pads = _explicit_pads(tuple(input.shape[2:]), tuple(grad.shape[2:]), geo)
-    pixels = F.pad(input, pads) if any(pads) else input
+    pixels = _read(input, tuple(grad.shape[2:]), geo)
     return _tokens(pixels, geo.groups), tuple(pixels.shape[2:])
 
 
@@ -340,12 +337,16 @@ def _without_depth(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, 
     return input.transpose(1, 2).flatten(0, 1), grad.transpose(1, 2).flatten(0, 1), rest
 
 
-def _explicit_pads(sizes: tuple[int, ...], positions: tuple[int, ...], geo: Geometry) -> list[int]:
-    """For `F.pad`: zeros (or cropping) that leave exactly what the positions read."""
-    pads: list[int] = []
-    for size, p, reach in zip(sizes, geo.padding, geo.reach(positions), strict=True):
-        pads = [p, reach - p - size, *pads]
-    return pads
+def _read(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> Tensor:
+    """The padded input, cut to exactly what the positions read."""
+    before: list[int] = []
+    after: list[int] = []
+    for size, p, reach in zip(input.shape[2:], geo.padding, geo.reach(positions), strict=True):
+        before, after = [p, 0, *before], [0, reach - p - size, *after]
+    if all(size + cut >= 0 for size, cut in zip(reversed(input.shape), after[1::2], strict=False)):
+        pads = [a + b for a, b in zip(before, after, strict=True)]
+        return F.pad(input, pads) if any(pads) else input
+    return F.pad(F.pad(input, before), after)  # `F.pad` cuts first, and can't cut zeros that it is about to add
 
 
 def _padded(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> tuple[Tensor, tuple[int, ...]]:
@@ -354,7 +355,7 @@ def _padded(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> tuple[T
     lengths = tuple((size + 2 * p - (k - 1) * e - 1) // s + 1 for size, p, k, s, e in reach)
     if lengths == positions:
         return input, geo.padding
-    return F.pad(input, _explicit_pads(tuple(input.shape[2:]), positions, geo)), (0,) * len(positions)
+    return _read(input, positions, geo), (0,) * len(positions)
 
 
 def _weight_gradient(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:

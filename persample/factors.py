@@ -439,5 +439,7 @@ def _deepened(g: Conv) -> Conv:
 
 def _stackable(a: Conv, b: Conv) -> bool:
     a, b = _deepened(a), _deepened(b)
-    same = (a.stride, a.padding, a.dilation, a.input.shape[3:], a.grad.shape[3:])
-    return same == (b.stride, b.padding, b.dilation, b.input.shape[3:], b.grad.shape[3:])
+    sides = ((a.input, b.input), (a.grad, b.grad))
+    if any(x.shape[1] != y.shape[1] or x.shape[3:] != y.shape[3:] for x, y in sides):
+        return False  # channels differ where the same weight is used with another number of groups
+    return (a.stride, a.padding, a.dilation) == (b.stride, b.padding, b.dilation)

@@ -82,7 +82,7 @@ def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor)
     """The short way to what `_followed` finds for most calls: all samples stay where they are."""
     first, layout = sampled[0]
     shape, axis = out.shape, layout.axis
-    if layout.alone is not None:
+    if layout.alone is not None or (func is F.embedding and args and first is not args[0]):
         return False
     if len(sampled) == 1:
         if first.shape == shape:
@@ -125,6 +125,8 @@ def _followed(
         return _joined(args, kwargs, sampled, out)
     if func is F.embedding_bag:
         return _bagged(args, kwargs, sampled, out)
+    if func is F.embedding and (table := bind(args, kwargs, "input", "weight")[1]) is sampled[-1][0]:
+        return indexed(Tensor.__getitem__, (table, args[0] if args else kwargs["input"]), {}, sampled[-1][1], out)
     if (func in _WRITES and args and out is args[0] and out is not first) or (func in _COPIES and args[0] is not first):
         return _written(func, args, kwargs, sampled, out)
     if func in _COPIES and len(sampled) > 1:
@@ -182,7 +184,13 @@ def mixes(
     if not others and func not in MOVED and func not in _ALONG:
         return False
     if any(at is not None and at.alone is not None for _, at in sampled):
-        lone = func not in _JOINS | _STACKS and func not in _WRITES and func not in MOVED and a is not None and a.n > 1
+        lone = (
+            func not in _JOINS | _GATHERS.keys()
+            and func not in _WRITES
+            and func not in MOVED
+            and a is not None
+            and a.n > 1
+        )
         return lone and a is not None and not all(b is None or same(a, b) for _, b in others)
     if a is not None and MOVED.get(func) is recurred and not isinstance(args[3], (tuple, list)):
         return a.axis == 0 and a.n > 1 and x is args[0]
@@ -350,17 +358,28 @@ def _one_by_one(
     """What becomes of samples that are taken out of the batch: each stays alone until they are joined again."""
     layouts = {id(t): at for t, at in sampled}
     n = sampled[0][1].n
-    if func in _JOINS | _STACKS:
-        parts = args[0] if args else kwargs["tensors"]
-        dim = next((d for d in (*args[1:2], kwargs.get("dim")) if d is not None), 0) % out.ndim
-        size = 1 if func in _STACKS else None
-        known = [(layouts[id(p)].alone, size or p.shape[dim]) for p in parts if id(p) in layouts]
+    if func in _JOINS or func in _GATHERS:
+        parts = args[0] if args else next(kwargs[name] for name in ("tensors", "sequences") if name in kwargs)
+        dim = _joins_at(func, args, kwargs, parts, out)
+        new = out.ndim > parts[0].ndim  # the axis, with one entry for each
+        known = [(layouts[id(p)].alone, 1 if new else p.shape[dim]) for p in parts if id(p) in layouts]
         owners = [torch.full((count,), k, dtype=torch.long) for k, count in known if k is not None]
         return owned(n, dim, torch.cat(owners)) if len(owners) == len(parts) else None
     if func is Tensor.__setitem__ and out is args[0] and isinstance(i := args[1], int) and id(out) not in layouts:
         return _agrees(out, sampled[-1][1], 0, torch.tensor([i % len(out)]))
     first = sampled[0][1]
     return first if all(same(at, first) for _, at in sampled) else None
+
+
+def _joins_at(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parts: Sequence[Tensor], out: Tensor
+) -> int:
+    """The axis along which several tensors are put behind each other."""
+    if axes := _GATHERS.get(func):
+        return axes[min(max(1, parts[0].ndim), len(axes)) - 1]
+    if func is torch._C._nn.pad_sequence:
+        return 0 if bind(args, kwargs, "sequences", "batch_first")[1] else 1
+    return int(next((d for d in (*args[1:2], kwargs.get("dim")) if d is not None), 0) % out.ndim)
 
 
 # ---- writing into a part ----------------------------------------------------------------------------------------
@@ -473,7 +492,14 @@ _POOLS = ("avg", "max", "adaptive_avg", "adaptive_max", "lp")
 _WHERE = named("where")
 _MASKED = {Tensor.__getitem__} | named("masked_select")
 _JOINS = named("cat", "concat", "concatenate")
-_STACKS = named("stack")
+# What else puts tensors behind each other, and along which axis: that of lists, of tables; empty where the call says.
+_GATHERS: dict[Function, tuple[int, ...]] = {
+    **dict.fromkeys((*named("stack"), torch._C._nn.pad_sequence), ()),
+    **dict.fromkeys(named("vstack", "row_stack"), (0,)),
+    **dict.fromkeys(named("hstack"), (0, 1)),
+    **dict.fromkeys(named("column_stack"), (1,)),
+    **dict.fromkeys(named("dstack"), (2,)),
+}
 _SPREADS = named("expand", "expand_as", "broadcast_to")
 _REDUCES = named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
 _REDUCES_DIM = named("sum", "nansum", "mean", "nanmean", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp")
@@ -509,8 +535,7 @@ _MEETS: dict[Function, int] = {
     **dict.fromkeys(named("add", "sub", "mul", "div", "true_divide"), 0),
     **dict.fromkeys((*named("matmul", "bmm", "__matmul__"), F.scaled_dot_product_attention), 2),
 }
-_SPECIAL = {*MOVED, *_WHERE, *_MASKED, *_JOINS, *_STACKS, *_SPREADS, *_REDUCES, *_WRITES, *_COPIES}
+_SPECIAL = {*MOVED, *_WHERE, *_MASKED, *_JOINS, *_GATHERS, *_SPREADS, *_REDUCES, *_WRITES, *_COPIES}
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
-_GROWS = named("tensordot", "cdist", "as_strided", "transpose_copy", "permute_copy", "vstack", "hstack", "dstack")
-_GROWS |= named("row_stack", "column_stack")
+_GROWS = {*named("tensordot", "cdist", "as_strided", "transpose_copy", "permute_copy"), *_GATHERS} - named("stack")
 _SPECIAL |= {F.embedding_bag, torch.einsum, *_GROWS}

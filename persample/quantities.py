@@ -120,7 +120,7 @@ class Kept:
         if not isinstance(self.factors, Dense):
             return value
         handed, self.handed = self.handed, True
-        return value.clone() if handed else value
+        return value.clone() if handed or 0 in value.stride() else value  # zeros of what is unused are one number
 
     def weighted_sum(self, weight: Tensor | None) -> Tensor:
         """``weight^T G``, in the parameter's own type."""

@@ -37,13 +37,15 @@ from .state import Buffers, drawn_since, modules_of, random_state, restored
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    return TOLERANCE.get(dtype, 0.2)
+def tolerance(*dtypes: torch.dtype) -> float:
+    """That of the coarsest type that takes part, autocast included."""
+    cast = [torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    return max(TOLERANCE.get(d.to_real(), 0.2) for d in (*dtypes, *cast))
 
 
 def slack(dtype: torch.dtype) -> float:
     """Of all rows together: what rounding may do to a parameter whose own gradient is tiny."""
-    return 1e-5 if dtype is torch.float64 else 1e-3
+    return 1e-5 if dtype.to_real() is torch.float64 else 1e-3
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Probe:
             loss, grads = (_within_batch if run.coupled else _alone)(self.problem, self.n)
         assert run.losses is not None
         mine = run.losses[self.n]
-        if _differ(mine, loss):
+        if _differ(mine, loss, self.problem):
             raise LossDiffers(self.n, float(mine), float(loss))
         return compared(self.rows, dict(zip(self.problem.parameters, grads, strict=True)), self.n, loss.dtype)
 
@@ -111,10 +113,11 @@ def compared(
     """Row ``n`` of every parameter against what it should be (``None``: zeros)."""
     wanted = {name: torch.zeros_like(rows[name]) if g is None else g for name, g in grads.items()}
     scale = torch.stack([_double(g).norm() for g in wanted.values()]).norm()
+    tol = tolerance(precision, *(g.dtype for g in wanted.values()))
     verdicts = []
     for name, g in wanted.items():
         off, size = (_double(rows[name]) - _double(g)).norm(), _double(g).norm()
-        ok = bool(off <= tolerance(precision) * (size + slack(g.dtype) * scale)) or not bool(scale.isfinite())
+        ok = bool(off <= tol * (size + slack(g.dtype) * scale)) or not bool(scale.isfinite())
         verdicts.append(Verdict(name, float(off / size) if size > 0 else float(off), n, ok))
     return verdicts
 
@@ -143,13 +146,14 @@ def check_alone(problem: Problem, n: int) -> None:
         batch = _batch_losses(problem)[n]
         if drawn_since(before, problem.model):
             return  # other random draws than dropout: nothing to compare
-    if _differ(batch, alone):
+    if _differ(batch, alone, problem):
         raise LossDiffers(n, float(batch.detach()), float(alone), find_coupling(problem, n)[0])
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
+def _differ(a: Tensor, b: Tensor, problem: Problem) -> bool:
     """Whether two losses are different beyond rounding."""
-    tol, x, y = tolerance(b.dtype), _double(a.detach()), _double(b.detach())
+    tol = tolerance(b.dtype, *(p.dtype for p in problem.parameters.values()))
+    x, y = _double(a.detach()), _double(b.detach())
     return bool(y.isfinite()) and not bool((x - y).abs() <= tol * (x.abs() + y.abs()) + 1e-3 * tol)
 
 

@@ -103,6 +103,9 @@ def einsum(call: Call, g: Tensor, equation: Any, *operands: Any) -> Yields:
     at = call.layout
     if not at.plain or any(len(set(part)) != len(part) for part in letters):
         return
+    pairs = {pair for part, x in zip(letters, operands, strict=True) for pair in zip(part, x.shape, strict=True)}
+    if len(pairs) > len({letter for letter, _ in pairs}):
+        return  # axes of one entry that are broadcast
     n = result[at.axis]
     for position, (own, w) in enumerate(zip(letters, operands, strict=True)):
         others = [i for i in range(len(operands)) if i != position]

@@ -28,6 +28,12 @@ def _images(call: Call, x: Tensor) -> tuple[Tensor, int]:
     return x.flatten(0, 1), x.shape[1]
 
 
+def _batched(call: Call, input: Tensor, weight: Tensor) -> bool:
+    """Whether the samples are on the batch axis, and not taken for channels or positions."""
+    at = call.layouts.get(id(input))
+    return at is not None and input.ndim == weight.ndim and at.alone is None and at.axis == 0
+
+
 def _kernel(call: Call, x: Tensor, g: Tensor, weight: Tensor, geometry: Placing) -> Factors:
     (images, k), (grads, _) = _images(call, x), _images(call, g)
     factors = Conv(images, grads, *geometry, weight.shape)
@@ -53,7 +59,7 @@ def conv(
     groups: int = 1,
 ) -> Yields:
     dims = weight.ndim - 2
-    if call.sampled(weight) or not call.sampled(input) or input.ndim != weight.ndim:
+    if call.sampled(weight) or not _batched(call, input, weight):
         return
     stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
     if padding == "same":  # what doesn't divide goes to the high end
@@ -78,7 +84,7 @@ def conv_transpose(
     dilation: Any = 1,
 ) -> Yields:
     dims = weight.ndim - 2
-    if call.sampled(weight) or not call.sampled(input) or input.ndim != weight.ndim:
+    if call.sampled(weight) or not _batched(call, input, weight):
         return
     geometry = (_tuple(stride, dims), _tuple(padding, dims), _tuple(dilation, dims))
     yield weight, lambda: _kernel(call, g, input, weight, geometry)

@@ -80,9 +80,11 @@ def gradients(
     """
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)
+    plain = " BatchNorm layers after .eval() are the same function, without coupled=." if coupled == "eval" else ""
     if coupled is not None and engine != "hooks":
         raise ArgumentError(
             f"coupled={coupled!r} needs engine='hooks': {engine!r} runs samples alone, which is another function."
+            + plain
         )
     if max_bytes is not None:
         if not isinstance(max_bytes, Real) or not max_bytes >= 1:
@@ -90,7 +92,7 @@ def gradients(
         if coupled is not None:
             raise ArgumentError(
                 f"coupled={coupled!r} is about a whole batch, which max_bytes={max_bytes} would run in slices: leave "
-                "one of the two out, or give a smaller batch."
+                f"one of the two out, or give a smaller batch.{plain}"
             )
         max_bytes = int(min(max_bytes, sys.maxsize))
     if verify not in (None, True, False):

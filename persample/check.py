@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import display
 from .calls import Call, Reached, function_name, leaves_of, reached
 from .capture import Capture
-from .collect import check_complete, check_uncoupled, factors_of
+from .collect import check_complete, couplers, factors_of
 from .engines import ENGINES, check_engine
 from .engines.hooks import forward, hooks
 from .errors import ArgumentError, BatchCoupledError, PersampleError, VerificationError
@@ -358,8 +358,9 @@ def explain(
 
     It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients
     of zeros.  ``kept`` is what `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A
-    statistics run keeps neither, except that ``clip`` keeps the former until all norms are known.  Raises what the
-    run would raise.  There is no ``coupled=``: `persample.coupling` shows what those runs do.
+    statistics run keeps neither, except that ``clip`` keeps the former until all norms are known.  Parameters that are
+    coupled are told as such; whatever else the run would raise is raised.  There is no ``coupled=``:
+    `persample.coupling` shows what those runs do.
     """
     _no_notion("explain", coupled)
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
@@ -377,9 +378,12 @@ def explain(
         _, _, seeds, _ = forward(problem, capture)
         found = reached(t.grad_fn for t, *_ in seeds)
         check_complete(found, problem.parameters)
-        check_uncoupled(found, problem.parameters)
+        behind = couplers(found, problem.parameters)
         uses = _uses(found, problem)
-    rows = [_explain_one(name, p, n, uses[name], streamed) for name, p in problem.parameters.items()]
+    rows = [
+        _explain_coupled(name, p, n, behind[name]) if name in behind else _explain_one(name, p, n, uses[name], streamed)
+        for name, p in problem.parameters.items()
+    ]
     return Explanation(engine, n, tuple(rows))
 
 
@@ -431,6 +435,11 @@ def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool) 
     elif any(derived for *_, derived in uses):
         why = "pulled back to the parameter"
     return _explained(name, p, n, served, "Dense", full, why)
+
+
+def _explain_coupled(name: str, p: Tensor, n: int, call: Call) -> Explained:
+    why = f"{call.name} {call.couples}: which gradient is meant says coupled=, see persample.coupling"
+    return _explained(name, p, n, "- (coupled)", "-", 0, why)
 
 
 def _explained(name: str, p: Tensor, n: int, served: str, form: str, kept: int | None, why: str) -> Explained:

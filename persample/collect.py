@@ -403,13 +403,7 @@ def check_complete(found: Reached, parameters: Mapping[str, Tensor]) -> None:
 
 def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
     """Raise if any of the parameters acts through statistics of the batch."""
-    names = {id(p): name for name, p in parameters.items()}
-    coupled: dict[str, Call] = {}
-    for call in found.calls:
-        if call.couples:
-            upstream = (names[id(p)] for p in parameters_of(reached(call.inputs, call.owner)) if id(p) in names)
-            coupled.update((name, call) for name in upstream if name not in coupled)
-    if coupled:
+    if coupled := couplers(found, parameters):
         listed = [name for name in parameters if name in coupled]
         call = coupled[listed[0]]
         free = [name for name in parameters if name not in coupled]
@@ -420,6 +414,17 @@ def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
             f"not one thing. {_broadcast(call)}{NOTIONS if call.func in rules.COUPLES else _OTHER_WAY_OUT}{way}",
             tuple(listed),
         )
+
+
+def couplers(found: Reached, parameters: Mapping[str, Tensor]) -> dict[str, Call]:
+    """For every parameter that acts through several samples at once, a call that couples them."""
+    names = {id(p): name for name, p in parameters.items()}
+    coupled: dict[str, Call] = {}
+    for call in found.calls:
+        if call.couples:
+            upstream = (names[id(p)] for p in parameters_of(reached(call.inputs, call.owner)) if id(p) in names)
+            coupled.update((name, call) for name in upstream if name not in coupled)
+    return coupled
 
 
 def _broadcast(call: Call) -> str:

@@ -61,7 +61,7 @@ def ways_out(losses: Tensor, n: int) -> str:
     return ""
 
 
-_CRITERIA: dict[type[nn.Module], LossFunction] = {
+CRITERIA: dict[type[nn.Module], LossFunction] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.NLLLoss: F.nll_loss,
     nn.MSELoss: F.mse_loss,
@@ -80,10 +80,10 @@ def unreduced(loss_fn: Any, outputs: Any, targets: Any, n: int) -> Tensor | None
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
         return None
     ignore: int | None
-    if type(loss_fn) in _CRITERIA and all(b is None for b in loss_fn._buffers.values()):
+    if type(loss_fn) in CRITERIA and all(b is None for b in loss_fn._buffers.values()):
         each, reduction, ignore = copy(loss_fn), loss_fn.reduction, getattr(loss_fn, "ignore_index", None)
         each.reduction = "none"
-    elif any(loss_fn is f for f in _CRITERIA.values()):
+    elif any(loss_fn is f for f in CRITERIA.values()):
         each, reduction = partial(loss_fn, reduction="none"), "mean"
         ignore = -100 if loss_fn in (F.cross_entropy, F.nll_loss) else None
     else:
@@ -111,7 +111,7 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
             f"the model returned shape(s) {shapes}, none with N = {n} samples: a loss that the model has already "
             "reduced can't be taken apart. "
             "Let the model return its predictions (for transformers: leave out labels=, use outputs.logits), and "
-            "give loss_fn."
+            "give loss_fn. A single sample needs a batch axis too: x.unsqueeze(0)."
         )
     if sparse := [x.layout for x in outputs.leaves if isinstance(x, Tensor) and x.layout is not torch.strided]:
         raise LossError(
@@ -243,6 +243,7 @@ def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) ->
 
 
 __all__ = [
+    "CRITERIA",
     "LossFunction",
     "check_not_broadcast",
     "ignored",

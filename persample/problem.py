@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from .batch import Batch
 from .errors import ArgumentError, CaptureError, LossError, UnknownParameterError
 from .factors import Factors
-from .losses import LossFunction
+from .losses import CRITERIA, LossFunction
 from .state import named_modules, parameters_of
 
 Selection = str | re.Pattern[str] | Iterable[str] | Callable[[str, Tensor], bool] | None
@@ -198,7 +198,16 @@ def pose(
     if isinstance(loss_fn, type):
         raise LossError(f"loss_fn is the class {loss_fn.__name__}; give an instance of it: {loss_fn.__name__}().")
     if not callable(loss_fn):
-        raise LossError(f"loss_fn must be a function (outputs, targets) or a criterion, got {loss_fn!r}.")
+        raise LossError(
+            f"loss_fn must be a function (outputs, targets) or a criterion, got a {type(loss_fn).__name__}. "
+            "The order is (model, loss_fn, inputs, targets)."
+        )
+    if targets is None and (type(loss_fn).__module__ == "torch.nn.modules.loss" or loss_fn in CRITERIA.values()):
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise LossError(
+            f"{name} compares outputs with targets, and there are none: persample.gradients(model, loss_fn, inputs, "
+            "targets)."
+        )
     found, aliases = named_parameters(model)
     frozen = (name for name, p in model.named_parameters() if not p.requires_grad)
     names = select(found, aliases, params, frozen)

@@ -345,6 +345,32 @@ def test_losses_given_to_a_recorder() -> None:
             recorder.gradients(losses)
 
 
+def test_criteria_without_targets() -> None:
+    for criterion in (nn.CrossEntropyLoss(), F.mse_loss):
+        with pytest.raises(persample.LossError, match="there are none"):
+            persample.gradients(linear(), criterion, x())
+    with pytest.raises(persample.LossError, match=r"got a Tensor.*The order is"):
+        persample.gradients(linear(), x(), square)  # type: ignore[arg-type]
+
+
+def test_rows_of_unused_parameters_are_the_users_too() -> None:
+    model = linear()
+    model.register_module("aside", linear())
+    G = persample.gradients(model, square, x())
+    assert set(G.unused) == {"aside.weight", "aside.bias"}
+    G["aside.weight"].add_(1)
+    assert not G["aside.weight"].any()
+
+
+def test_explain_tells_coupled_parameters_among_the_others() -> None:
+    model = nn.Sequential(linear(), nn.BatchNorm1d(2), nn.Linear(2, 1)).double()
+    rows = {row.name: row for row in persample.explain(model, square, x()).rows}
+    coupled = {name for name, row in rows.items() if "coupled" in row.served}
+    assert coupled == {"0.weight", "0.bias"}
+    assert "batch_norm" in rows["0.weight"].why and "coupled=" in rows["0.weight"].why
+    assert "linear (rule)" in rows["2.weight"].served
+
+
 @pytest.mark.parametrize("ask", [persample.check, persample.explain, persample.coupling], ids=lambda f: f.__name__)
 def test_check_explain_and_coupling(ask: Any) -> None:
     with pytest.raises(persample.ArgumentError, match="model must be"):

@@ -170,6 +170,8 @@ def test_coupled_batches_are_refused() -> None:
             persample.gradients(*args, max_bytes=1, params=r"2\.", verify=False, **options)
     with pytest.raises(ValueError, match="whole batch"):
         persample.gradients(*args, max_bytes=1, coupled="eval")
+    with pytest.raises(ValueError, match=r"after \.eval\(\)"):
+        persample.gradients(*args, max_bytes=1, coupled="eval")
     with pytest.raises(ValueError, match="positive"):
         persample.gradients(*args, max_bytes=0)
 

@@ -11,7 +11,7 @@ import copy
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from zoo.case import Problem, readout
 from zoo.oracle import rows
 
 import persample
-from persample import errors
+from persample import cost, errors
 from persample.factors import Dense, Outer
 
 pytestmark = [
@@ -159,6 +159,16 @@ def test_variance_in_single_precision_is_not_negative() -> None:
         assert torch.allclose(variance, x.double().var(0, unbiased=False).float().expand(2, 3), rtol=2e-2)
 
 
+@pytest.mark.parametrize("kernel", ["tokens", "offsets", "native", None])
+def test_convolutions_that_read_nothing_but_padding(kernel: Literal["tokens", "offsets", "native"] | None) -> None:
+    """One output position, behind more zeros than the kernel is wide: there is nothing of the input to cut."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(2, 3, 2, stride=9, padding=3)).double()
+    x = float64(N, 2, 4)
+    with cost.using(conv_rows=kernel):
+        G = exact(Problem(model, lambda out, _: out.flatten(1).square().sum(1), x, None), "hooks")
+    assert not G["1.weight"].any() and G["1.bias"].any()
+
+
 @pytest.mark.parametrize("forced", ["tokens", "stream"])
 def test_norms_of_two_nearly_opposite_tokens(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``sum_ts (a_t a_s)(b_t b_s)`` cancels: single precision loses what double would not."""
@@ -168,8 +178,6 @@ def test_norms_of_two_nearly_opposite_tokens(forced: str, monkeypatch: pytest.Mo
     g = Outer(left, right, torch.Size((64, 64)))
     truth = torch.einsum("nkto,nkti->noi", left.double(), right.double()).flatten(1).norm(dim=1)
     if forced == "stream":
-        from persample import cost
-
         monkeypatch.setattr(cost, "outer_norm", lambda *_: "stream")
     got = persample.Gradients({"w": g}, torch.zeros(N)).norm()
     assert float(((got - truth) / truth).abs().max()) < 1e-3

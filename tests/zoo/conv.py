@@ -56,6 +56,7 @@ _geometries = [
     ("1d_same_even_kernel", _conv(1, 2, 3, 4, padding="same"), C1),
     ("1d_valid", _conv(1, 2, 3, 4, padding="valid"), C1),
     ("1d_stride_leaves_a_rest", _conv(1, 2, 3, 2, stride=3), (N, 2, 10)),
+    ("1d_stride_past_the_input", _conv(1, 2, 3, 3, stride=9, padding=2), (N, 2, 4)),
     ("1d_wide", _conv(1, 9, 10, 3), (N, 9, 5)),
     ("2d", _conv(2, 2, 3, 3), C2),
     ("2d_no_bias", _conv(2, 2, 3, (3, 2), bias=False), C2),
@@ -132,6 +133,15 @@ layouts = [
         fn(lambda p, x: F.conv_transpose1d(x, p.w, stride=2, output_padding=1), (N, 2, 5), w=(2, 3, 3)),
     ),
     Case("torch_conv", fn(lambda p, x: torch.conv2d(x, p.w, p.b), (N, 2, 5, 6), w=(3, 2, 2, 3), b=(3,))),
+    Case(
+        "conv_weight_with_two_numbers_of_groups",
+        fn(
+            lambda p, x: F.conv2d(x, p.w, groups=2).flatten(1) + F.conv2d(x[:, 1:3], p.w).flatten(1).cos(),
+            (N, 4, 5, 6),
+            w=(4, 2, 3, 2),
+        ),
+    ),
+    Case("conv_samples_as_positions", fn(lambda p, x: F.conv1d(x.T[None], p.w)[0].T, (N, 3), w=(2, 3, 1))),
     Case("conv_weight_flipped", fn(lambda p, x: F.conv1d(x, p.w.flip(-1)), (N, 2, 9), w=(3, 2, 3))),
     Case("unfold_then_matmul", fn(lambda p, x: p.w @ F.unfold(x, 3, padding=1), (N, 2, 5, 4), w=(3, 18))),
 ]

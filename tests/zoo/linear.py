@@ -128,6 +128,7 @@ products = [
     Case("bmm_unsqueezed", fn(lambda p, x: torch.bmm(x, p.w.unsqueeze(0).expand(len(x), D, 6)), X3, w=(D, 6))),
     Case("baddbmm", fn(lambda p, x: torch.baddbmm(p.b, x, p.w.expand(len(x), -1, -1)), X3, w=(D, 6), b=(6,))),
     Case("einsum_linear", fn(lambda p, x: torch.einsum("ni,io->no", x, p.w), X, w=(D, 6))),
+    Case("einsum_broadcast", fn(lambda p, x: torch.einsum("ni,io->no", x, p.w), X, w=(1, 6))),
     Case("einsum_tokens", fn(lambda p, x: torch.einsum("nti,hio->nhto", x, p.w), X3, w=(2, D, 6))),
     Case("einsum_mixes_tokens", fn(lambda p, x: torch.einsum("nti,st->nsi", x, p.w), X3, w=(7, T))),
     Case("einsum_two_parameters", fn(lambda p, x: torch.einsum("ni,ir,ro->no", x, p.a, p.b), X, a=(D, 2), b=(2, 6))),

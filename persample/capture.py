@@ -28,8 +28,10 @@ from . import rules
 from .calls import KEY, Call, Derivation, Shared, behind, flat, mapped, metadata, tensors_in
 from .errors import HigherOrderError, SampleAxisError
 from .layout import Layout
-from .propagate import found_again, lone_sample, mixes, propagate, rewritten, sums_up, writes_into
+from .mixing import mixes, sums_up
+from .propagate import found_again, lone_sample, propagate
 from .state import named_modules
+from .writing import rewritten, writes_into
 
 
 @dataclass(slots=True)

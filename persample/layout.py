@@ -53,6 +53,9 @@ class Layout:
         return torch.arange(self.n).repeat_interleave(self.inner).repeat(self.outer)
 
 
+Sampled = Sequence[tuple[Tensor, Layout]]  # the tensors that have samples, among the arguments of a call
+
+
 def spreads(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether two tensors with as many entries (``[N, 1]`` and ``[N]``) broadcast to more than they have, so that an
     operation on both compares samples with each other.

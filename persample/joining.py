@@ -1,0 +1,102 @@
+"""Tensors that are put behind each other: each part brings the numbers of its samples.
+
+In a loop over the samples, a part is one sample's alone, and stays so until all are joined again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, Sampled, owned, same
+from .moves import Function, bind, named
+from .writing import agrees
+
+JOINS = named("cat", "concat", "concatenate")
+# What else puts tensors behind each other, and along which axis: that of lists, of tables; empty where the call says.
+GATHERS: dict[Function, tuple[int, ...]] = {
+    **dict.fromkeys((*named("stack"), torch._C._nn.pad_sequence), ()),
+    **dict.fromkeys(named("vstack", "row_stack"), (0,)),
+    **dict.fromkeys(named("hstack"), (0, 1)),
+    **dict.fromkeys(named("column_stack"), (1,)),
+    **dict.fromkeys(named("dstack"), (2,)),
+}
+
+
+def joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+    """``cat``: along the sample axis each part brings its own samples; along another, they have to agree."""
+    parts = [p for p in (args[0] if args else kwargs["tensors"]) if p.ndim == out.ndim]  # not the old empty [0]
+    dim = next((d for d in (*args[1:2], kwargs.get("dim"), kwargs.get("axis")) if d is not None), 0) % out.ndim
+    layouts = {id(t): at for t, at in sampled}
+    known = [layouts[id(p)] for p in parts if id(p) in layouts]
+    if not known:
+        return None
+    first = known[0]
+    if any(at.axis != first.axis for at in known):
+        return None
+    if dim != first.axis:
+        return first if all(same(at, first) for at in known) else None
+    if len(known) != len(parts) and out.is_floating_point():
+        return None
+    nobody = [out.new_full((p.shape[dim],), -1, dtype=torch.long) for p in parts]
+    owners = [
+        layouts[id(p)].owners().to(out.device) if id(p) in layouts else no for p, no in zip(parts, nobody, strict=True)
+    ]
+    return owned(first.n, dim, torch.cat(owners))
+
+
+def bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+    """A bag belongs to the sample of its entries, or of its offset."""
+    input, offsets = bind(args, kwargs, "input", "weight", "offsets")[::2]
+    layouts = {id(t): at for t, at in sampled}
+    if input.ndim == 2:
+        at = layouts.get(id(input), sampled[-1][1])
+        return at if at.axis == 0 else None
+    if (by := layouts.get(id(offsets))) is not None:
+        owners = by.owners()
+        if len(owners) == len(out) + 1:  # with the end of the last bag
+            owners = owners[:-1] if int(owners[-1]) < 0 else owners[1:]
+        return owned(by.n, 0, owners) if len(owners) == len(out) and bool((owners >= 0).all()) else None
+    at = sampled[0][1]
+    if at.axis != 0 or input.shape[0] != at.size:
+        return None
+    first = offsets[: len(out)]
+    full = torch.cat([first[1:], first.new_tensor([len(input)])]) > first
+    if bool(full.all()):
+        return owned(at.n, 0, at.owners().to(first.device)[first])
+    regular = Layout(at.n, 0, 1, len(out) // at.n)  # an empty bag doesn't say whose it is
+    fits = regular.size == len(out) and torch.equal(regular.owners()[full.cpu()], at.owners()[first[full].cpu()])
+    return regular if fits else None
+
+
+def one_by_one(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+) -> Layout | None:
+    """What becomes of samples that are taken out of the batch: each stays alone until they are joined again."""
+    layouts = {id(t): at for t, at in sampled}
+    n = sampled[0][1].n
+    if func in JOINS or func in GATHERS:
+        parts = args[0] if args else next(kwargs[name] for name in ("tensors", "sequences") if name in kwargs)
+        dim = _joins_at(func, args, kwargs, parts, out)
+        new = out.ndim > parts[0].ndim  # the axis, with one entry for each
+        known = [(layouts[id(p)].alone, 1 if new else p.shape[dim]) for p in parts if id(p) in layouts]
+        owners = [torch.full((count,), k, dtype=torch.long) for k, count in known if k is not None]
+        return owned(n, dim, torch.cat(owners)) if len(owners) == len(parts) else None
+    if func is Tensor.__setitem__ and out is args[0] and isinstance(i := args[1], int) and id(out) not in layouts:
+        return agrees(out, sampled[-1][1], 0, torch.tensor([i % len(out)]))
+    first = sampled[0][1]
+    return first if all(same(at, first) for _, at in sampled) else None
+
+
+def _joins_at(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parts: Sequence[Tensor], out: Tensor
+) -> int:
+    """The axis along which several tensors are put behind each other."""
+    if axes := GATHERS.get(func):
+        return axes[min(max(1, parts[0].ndim), len(axes)) - 1]
+    if func is torch._C._nn.pad_sequence:
+        return 0 if bind(args, kwargs, "sequences", "batch_first")[1] else 1
+    return int(next((d for d in (*args[1:2], kwargs.get("dim")) if d is not None), 0) % out.ndim)

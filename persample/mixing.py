@@ -1,0 +1,116 @@
+"""Calls that surely couple the samples, by how they are called: entries of different samples meet, or are summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .joining import GATHERS, JOINS
+from .layout import Layout, same
+from .moves import MOVED, Function, named, recurred, sort_axis, sorted_along
+from .writing import COPIES, WRITES
+
+# Sums of some kind, and which argument says over what.
+SUMS: dict[Function, int] = {
+    **dict.fromkeys(named("sum", "nansum", "mean", "nanmean", "prod", "logsumexp"), 1),
+    **dict.fromkeys(named("std", "var", "std_mean", "var_mean"), 1),
+    **dict.fromkeys((*named("norm"), torch.linalg.vector_norm, torch.linalg.norm), 2),
+}
+PRODUCTS = named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
+# Functions that give as many entries as they take, each from all along one axis; which argument says so.
+ALONG: dict[Function, int] = {
+    **dict.fromkeys((*named("softmax", "log_softmax"), F.softmax, F.log_softmax, F.softmin), 1),
+    **dict.fromkeys(named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), 1),
+    F.normalize: 2,
+}
+
+
+def mixes(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
+) -> bool:
+    """Whether entries of different samples surely meet, one on one."""
+    (x, a), *others = sampled
+    if not others and func not in MOVED and func not in ALONG:
+        return False
+    if any(at is not None and at.alone is not None for _, at in sampled):
+        lone = (
+            func not in JOINS | GATHERS.keys()
+            and func not in WRITES
+            and func not in MOVED
+            and a is not None
+            and a.n > 1
+        )
+        return lone and a is not None and not all(b is None or same(a, b) for _, b in others)
+    if a is not None and MOVED.get(func) is recurred and not isinstance(args[3], (tuple, list)):
+        return a.axis == 0 and a.n > 1 and x is args[0]
+    if a is not None and MOVED.get(func) is sorted_along and x is args[0] and x.ndim > 1 and a.n > 1:
+        return sort_axis(func, args, kwargs) == a.axis
+    if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x) == a.axis:
+        return True
+    if func is torch.einsum and a is not None and a.n > 1:
+        return len(sample_letters(args, sampled) or ()) > 1
+    if a is None or not others or func in MOVED or func in JOINS or func in WRITES or func in COPIES:
+        return False
+    alike = [b for y, b in others if y.shape == x.shape and b is not None and b.axis == a.axis]
+    return not all(same(a, b) for b in alike)
+
+
+def sums_up(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
+) -> bool:
+    """Whether what a call gives is surely made of all samples together: their axis is reduced, or summed over in a
+    product of two tensors that both have it.  A largest number is none of these: it is mostly there to be subtracted
+    before an exponential, which changes nothing.
+    """
+    known = [(x, at) for x, at in sampled if at is not None and at.alone is None and at.n > 1 and x.is_floating_point()]
+    if not known or len(known) < len(sampled):
+        return False
+    (x, at), *others = known
+    if func in PRODUCTS and not others and len(args) > 1:  # with a constant
+        second = x.ndim - 1 if func is F.linear else max(0, x.ndim - 2)
+        return at.axis == (x.ndim - 1 if x is args[0] else second)
+    if (place := SUMS.get(func)) is not None and not others and args and x is args[0]:
+        return _reduced(place, args, kwargs, at.axis, x.ndim)
+    if func is torch.einsum:
+        letters = sample_letters(args, sampled)
+        return letters is not None and not {*letters} & {*args[0].split("->")[1]}
+    if func in PRODUCTS and len(others) == 1 and args and x is args[0] and x.ndim > 1:
+        y, by = others[0]
+        row = max(0, y.ndim - 2) if func is not F.linear else y.ndim - 1
+        return len(args) > 1 and y is args[1] and at.axis == x.ndim - 1 and by.axis == row
+    return False
+
+
+def _reduced(place: int, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, ndim: int) -> bool:
+    """Whether a reduction takes this axis, with its dims at this ``place`` among the arguments."""
+    dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
+    if dim is None:
+        return True
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    return all(type(d) is int for d in dims) and (not dims or axis in {d % ndim for d in dims})
+
+
+def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> int | None:
+    """The axis along which all entries act on each other (softmax), where the call says which."""
+    place = ALONG.get(func)
+    if place is None or not args or x is not args[0]:
+        return None
+    dim = kwargs.get(
+        "dim", kwargs.get("axis", args[place] if len(args) > place else 1 if func is F.normalize else None)
+    )
+    return dim % max(1, x.ndim) if type(dim) is int else None
+
+
+def sample_letters(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout | None]]) -> dict[str, Layout] | None:
+    """By which letters the samples go in an einsum; ``None`` if they aren't all written out."""
+    if not isinstance(args[0], str) or "." in args[0] or "->" not in args[0]:
+        return None
+    operands = args[1:] if not isinstance(args[1], (list, tuple)) else tuple(args[1])
+    layouts = {id(x): at for x, at in sampled if at is not None and at.alone is None}
+    left = args[0].replace(" ", "").split("->")[0].split(",")
+    pairs = [(term, layouts[id(x)]) for term, x in zip(left, operands, strict=True) if id(x) in layouts]
+    return {term[at.axis]: at for term, at in pairs}

@@ -1,0 +1,116 @@
+"""Samples that are written into a part of a tensor, and where that leaves those of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, Sampled, kept, same
+from .moves import Function, bind, indexed, named, numbered, read
+
+ADDS = named("index_add_", "scatter_add_", "scatter_reduce_", "index_add", "scatter_add", "scatter_reduce")
+WRITES = {Tensor.__setitem__} | named(
+    "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "index_put_"
+)
+COPIES = named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "index_put")
+PLACES = named("index_add_", "index_copy_", "index_add", "index_copy")
+
+
+def written(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+) -> Layout | None:
+    """What becomes of a constant into which samples are written."""
+    value, layout = sampled[-1]
+    if func is Tensor.__setitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if value is not args[2]:
+            return kept(layout, value.ndim, out.shape, True)
+        if len(index) == 1 and isinstance(index[0], Tensor) and layout.axis == 0:
+            i = index[0]
+            return agrees(out, layout, 0, i.nonzero()[:, 0] if i.dtype is torch.bool else i)
+        return _assigned(args, layout, value, out)
+    if "put" in func.__name__:
+        return None
+    dim, index, source = bind(args[1:], kwargs, "dim", "index", "source")
+    source = kwargs.get("src", source)
+    if value is source and dim % out.ndim == layout.axis:
+        return agrees(out, layout, layout.axis, index) if func in PLACES else None
+    return kept(layout, value.ndim, out.shape)
+
+
+def writes_into(func: Function, args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether a call writes parts of one tensor into ``out``."""
+    return func in WRITES and bool(args) and out is args[0]
+
+
+def rewritten(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
+) -> Layout | None:
+    """The layout of a tensor that has samples, after entries of another one were written into it: by doing the same
+    with the numbers of the samples.
+    """
+    layouts = {id(t): at for t, at in sampled}
+    target, layout, adds = args[0], layouts[id(args[0])], func in ADDS
+    if func is Tensor.__setitem__:
+        index, value = args[1:3]
+    elif "put" in func.__name__:
+        index, value, adds = bind(args[1:], kwargs, "indices", "values", "accumulate")
+    else:
+        dim, index, value = bind(args[1:], kwargs, "dim", "index", "source")
+        value = kwargs.get("src", value)
+    if not isinstance(value, Tensor) or id(value) not in layouts:
+        return layout  # a constant
+    at = layouts[id(value)]
+    if at is None or layout is None or layout.n == 1:
+        return layout if layout is not None and layout.n == 1 else None
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        if func is Tensor.__setitem__ and _spares(index, layout.axis) and at.alone is None and same(at, layout):
+            return layout
+        mine = numbered(layout, target)
+        theirs = torch.full_like(value, at.alone, dtype=torch.long) if at.alone is not None else numbered(at, value)
+        try:
+            if func is Tensor.__setitem__:
+                after = mine.clone()
+                after[index] = theirs
+            elif "put" in func.__name__:
+                after = mine.index_put(index, theirs)
+            else:
+                after = (mine.index_copy if "index" in func.__name__ else mine.scatter)(dim, index, theirs)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None
+        if torch.equal(mine, after):
+            return layout
+        return None if adds else read(layout, after, target)
+
+
+def _spares(index: Any, axis: int) -> bool:
+    """Whether an index surely takes all of this axis, and leaves it where it is."""
+    index = index if isinstance(index, tuple) else (index,)
+    plain = all(isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index)
+    return plain and (axis >= len(index) or index[axis] == slice(None))
+
+
+def agrees(out: Tensor, layout: Layout, axis: int, places: Tensor) -> Layout | None:
+    """The regular layout of ``out`` whose entries at ``places`` are those that were put there."""
+    size, n = out.shape[axis], layout.n
+    if size % n or not size:
+        return None
+    for at in (Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)):
+        if torch.equal(at.owners()[places.reshape(-1).cpu()], layout.owners().cpu()):
+            return at
+    return None
+
+
+def _assigned(args: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
+    """``out[index] = value``: the axis of ``out`` that the index would bring to where the samples are in ``value``."""
+    part = out[args[1]]
+    for axis in range(out.ndim):
+        if out.shape[axis] == layout.size and layout.owner is None:
+            piece = indexed(Tensor.__getitem__, (out, args[1]), {}, replace(layout, axis=axis), part)
+            if piece is not None and piece.axis == layout.axis + part.ndim - value.ndim and same(piece, layout):
+                return replace(layout, axis=axis)
+    return None

@@ -8,7 +8,7 @@ channels.
 from . import adapters, attribution, batchnorm, curvature, einsum, factors, optim, statistics
 from .api import gradients
 from .batchnorm.coupling import Coupling, coupling
-from .check import check, explain
+from .check import check
 from .errors import (
     ArgumentError,
     BatchCoupledError,
@@ -24,6 +24,7 @@ from .errors import (
     UnknownParameterError,
     VerificationError,
 )
+from .explain import explain
 from .gradients import Gradients
 from .recorder import extend
 from .rules import pullback, rule

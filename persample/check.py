@@ -1,6 +1,4 @@
-"""`check`: is it right for this model, parameter by parameter?  `explain`: what would serve each parameter, and at
-what cost?
-"""
+"""`check`: is it right for this model, parameter by parameter?"""
 
 from __future__ import annotations
 
@@ -14,21 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from . import display
-from .calls import Call, Reached, function_name, leaves_of, reached
+from .calls import function_name
 from .capture import Capture
-from .collect import check_complete, couplers, factors_of
 from .engines import ENGINES, check_engine
 from .engines.hooks import forward, hooks
 from .errors import ArgumentError, BatchCoupledError, PersampleError, VerificationError
-from .factors import Dense, Factors, nbytes, strided
+from .factors import Factors, strided
 from .losses import LossFunction
 from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
-from .report import bytes_text, html_table, text_table
-from .rules import RULES
-from .rules.apart import Diagonal, plain
+from .report import html_table, text_table
 from .state import Buffers, restored
-from .statistics_run import Statistics
 from .verify import LossDiffers, NoDropout, Probe, find_coupling, slack, tolerance
 
 if TYPE_CHECKING:
@@ -133,7 +127,7 @@ def check(
     report; ``report.raise_if_bad()`` raises it.  There is no ``coupled=``: a sample alone says nothing about the
     notions of `persample.gradients`, which verify themselves otherwise.
     """
-    _no_notion("check", coupled)
+    no_notion("check", coupled)
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     check_engine(engine)
     if not isinstance(samples, int) or samples < 0:
@@ -146,7 +140,7 @@ def check(
     return check_problem(problem, engine, chosen)
 
 
-def _no_notion(name: str, coupled: Any) -> None:
+def no_notion(name: str, coupled: Any) -> None:
     if coupled is not None:
         raise ArgumentError(
             f"persample.{name} is about samples on their own, and has no coupled={coupled!r}. "
@@ -279,172 +273,4 @@ def _summed(problem: Problem) -> dict[str, Tensor]:
     return dict(zip(problem.parameters, map(strided, found), strict=True))
 
 
-# ---- explain --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explained:
-    """What would serve one parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    served: str
-    form: str  # "Outer", "Conv", "Rows", "Dense"
-    kept: int  # bytes of the factors that would be kept
-    dense: int  # bytes of the individual gradients [N, *P]
-    why: str
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The result of `explain`: one `Explained` per parameter in ``rows``."""
-
-    engine: str
-    n: int
-    rows: tuple[Explained, ...]
-
-    @property
-    def kept(self) -> int:
-        """Bytes of all factors."""
-        return sum(row.kept for row in self.rows)
-
-    @property
-    def dense(self) -> int:
-        """Bytes of all individual gradients."""
-        return sum(row.dense for row in self.rows)
-
-    def _title(self) -> str:
-        sizes = f"factors {bytes_text(self.kept)}, individual gradients {bytes_text(self.dense)}"
-        return f"persample.explain: engine={self.engine}, N={self.n}, {sizes}"
-
-    def _cells(self) -> list[list[str]]:
-        return [
-            [r.name, str(r.shape), r.served, r.form, bytes_text(r.kept), bytes_text(r.dense), r.why] for r in self.rows
-        ]
-
-    def __str__(self) -> str:
-        return text_table(_EXPLAIN, self._cells(), self._title())
-
-    __repr__ = __str__
-
-    def plot(self, ax: Axes | None = None, limit: int = 12) -> Axes:
-        """Memory of factors against that of individual gradients, for the ``limit`` largest parameters; draws into
-        ``ax`` if given.  Needs matplotlib.
-        """
-        return display.plot_sizes(self, ax, limit)
-
-    def _repr_html_(self) -> str:
-        shares = [r.kept / max(1, self.kept) for r in self.rows]
-        return html_table(_EXPLAIN, self._cells(), self._title(), shares, bar_name="share of kept")
-
-
-_EXPLAIN = ("parameter", "shape", "served by", "form", "kept", "[N, *P]", "why")
-
-
-def explain(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    inputs: Any,
-    targets: Any = None,
-    *,
-    engine: str = "hooks",
-    params: Selection = None,
-    batch_dim: Any = 0,
-    quantities: Iterable[Any] | None = None,
-    coupled: None = None,
-) -> Explanation:
-    """What a run of `persample.gradients` with these arguments would do, before it is done: a report with one line per
-    parameter.
-
-    It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients
-    of zeros.  ``kept`` is what `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A
-    statistics run keeps neither, except that ``clip`` keeps the former until all norms are known.  Parameters that are
-    coupled are told as such; whatever else the run would raise is raised.  There is no ``coupled=``:
-    `persample.coupling` shows what those runs do.
-    """
-    _no_notion("explain", coupled)
-    problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
-    check_engine(engine)
-    streamed = quantities is not None and "clip" not in Statistics(quantities, problem.parameters).requests
-    n = problem.batch.n
-    if engine != "hooks":
-        why = "one sample at a time: the definition" if engine == "loop" else "torch.func, all samples at once"
-        rows = [
-            _explained(name, p, n, f"engine='{engine}'", "Dense", None, why) for name, p in problem.parameters.items()
-        ]
-        return Explanation(engine, n, tuple(rows))
-    capture = Capture(model, {id(p) for p in problem.parameters.values()})
-    with restored(model), torch.enable_grad():
-        _, _, seeds, _ = forward(problem, capture)
-        found = reached(t.grad_fn for t, *_ in seeds)
-        check_complete(found, problem.parameters)
-        behind = couplers(found, problem.parameters)
-        uses = _uses(found, problem)
-    rows = [
-        _explain_coupled(name, p, n, behind[name]) if name in behind else _explain_one(name, p, n, uses[name], streamed)
-        for name, p in problem.parameters.items()
-    ]
-    return Explanation(engine, n, tuple(rows))
-
-
-Use = tuple[
-    Call, str, Factors | None, bool
-]  # the call, how it is served, its factors (None: not tried), whether the tensor is derived
-
-
-def _uses(found: Reached, problem: Problem) -> dict[str, list[Use]]:
-    names = {id(p): name for name, p in problem.parameters.items()}
-    uses: dict[str, list[Use]] = {name: [] for name in problem.parameters}
-    for call in found.calls:
-        factors: dict[int, tuple[str, Factors | None]] = {id(s.tensor): ("fallback", None) for s in call.shared}
-        if call.func in RULES:
-            zeros = (
-                [torch.zeros((), dtype=call.shared[0].tensor.dtype).expand(shape) for shape, _ in call.outputs]
-                if call.shared
-                else []
-            )
-            with torch.no_grad():
-                for shared, rows, how in factors_of(call, zeros):
-                    factors[id(shared.tensor)] = (how, Dense(rows.value) if isinstance(rows, Diagonal) else plain(rows))
-        for shared in call.shared:
-            how, g = factors[id(shared.tensor)]
-            for p in [shared.tensor] if shared.derivation is None else leaves_of(shared.derivation):
-                if id(p) in names:
-                    uses[names[id(p)]].append((call, how, g, shared.derivation is not None))
-    return uses
-
-
-def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool) -> Explained:
-    if not uses:
-        return _explained(name, p, n, "-", "Dense", 0, "no loss depends on it, or only the criterion itself")
-    served = served_text(
-        (call.func, how + (" of a derived tensor" if derived else "")) for call, how, _, derived in uses
-    )
-    known = [g for *_, g, _ in uses if g is not None]
-    full = n * p.numel() * p.element_size()
-    size = sum(nbytes(g) for g in known)
-    factored = len(known) == len(uses) and not any(derived for *_, derived in uses) and size < full
-    form = type(known[0]).__name__ if factored else "Dense"
-    if streamed:
-        return _explained(name, p, n, served, form, 0, "reduced on arrival, then dropped")
-    if factored and form != "Dense":
-        return _explained(name, p, n, served, form, size, "factors are smaller than the gradients")
-    why = "gradients are no larger than factors"
-    if any(how == "fallback" for _, how, *_ in uses):
-        why = "no rule: vmap of vjp over this call"
-    elif any(derived for *_, derived in uses):
-        why = "pulled back to the parameter"
-    return _explained(name, p, n, served, "Dense", full, why)
-
-
-def _explain_coupled(name: str, p: Tensor, n: int, call: Call) -> Explained:
-    why = f"{call.name} {call.couples}: which gradient is meant says coupled=, see persample.coupling"
-    return _explained(name, p, n, "- (coupled)", "-", 0, why)
-
-
-def _explained(name: str, p: Tensor, n: int, served: str, form: str, kept: int | None, why: str) -> Explained:
-    full = n * p.numel() * p.element_size()
-    return Explained(name, tuple(p.shape), served, form, full if kept is None else kept, full, why)
-
-
-__all__ = ["CheckReport", "Checked", "Explained", "Explanation", "check", "explain"]
+__all__ = ["CheckReport", "Checked", "check"]

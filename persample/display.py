@@ -11,7 +11,8 @@ from .report import bytes_text, html_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .check import CheckReport, Explanation
+    from .check import CheckReport
+    from .explain import Explanation
     from .gradients import Gradients
     from .quantities import Quantities
 

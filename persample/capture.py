@@ -128,6 +128,10 @@ class Capture(TorchFunctionMode):
             return None
         return (-1,) if kind.layout is None else (kind.layout.axis, kind.layout.outer, kind.layout.inner)
 
+    def is_sampled(self, t: Tensor) -> bool:
+        """Whether a tensor depends on the samples, as far as calls were seen."""
+        return isinstance(self._kind(t), _Sampled)
+
     def check_order(self, losses: Tensor) -> None:
         """Raise for losses ``[N]`` that are not in the order of the samples, as far as they were followed."""
         kind = self._kind(losses)
@@ -259,7 +263,9 @@ class Capture(TorchFunctionMode):
         if func in rules.NESTED and call.replay is None:
             out = tuple(t.clone() for t in out)
         self._propagate(func, args, kwargs, tensors, sampled, totals, out)
-        outputs = [t for t in _results(args, kwargs, out, mutates) if t.requires_grad and t.grad_fn is not None]
+        given = () if mutates or "out" in kwargs else tensors  # what is handed through comes from other calls
+        made = [t for t in _results(args, kwargs, out, mutates) if not any(t is a for a in given)]
+        outputs = [t for t in made if t.requires_grad and t.grad_fn is not None]
         self.coupled |= bool(couples) and not outputs
         for t in outputs:
             kind = self._kind(t)
@@ -312,6 +318,8 @@ class Capture(TorchFunctionMode):
                 elif before is None:
                     self._mark(t, _Sampled(None))
                 continue  # changed in place, or handed through: the samples stay where they are
+            if any(t is a for a in tensors) and not rules.mutates(func) and "out" not in kwargs:
+                continue  # handed through, without samples
             lost = len(known) < len(sampled)
             layout = propagate(func, args, kwargs, known, tensors, t, lost) if known else None
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
@@ -331,6 +339,8 @@ class Capture(TorchFunctionMode):
         out: Any,
     ) -> None:
         for t in _results(args, kwargs, out, rules.mutates(func)):
+            if any(t is s.tensor for s in sources) and not rules.mutates(func):
+                continue  # handed through
             if not t.requires_grad or t.grad_fn is None:
                 if self._kind(t) is None:
                     self._mark(t, _Derived(None))

@@ -79,7 +79,7 @@ def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor)
             return True
         front = first.ndim - _READS.get(func, first.ndim)
         if axis < front and args and first is args[0] and shape[:front] == first.shape[:front]:
-            return True
+            return len(shape) <= first.ndim or func is F.embedding  # else new axes were put in front
         size = layout.size
         return first.ndim == len(shape) and [a for a, s in enumerate(shape) if s == size] == [axis]
     if all(x.shape == shape and at.axis == axis and same(at, layout) for x, at in sampled):

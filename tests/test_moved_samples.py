@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 import persample
 
@@ -72,6 +73,9 @@ SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "column_stack": lambda h: torch.column_stack([h[n] for n in range(N)]).T,
     "pad_sequence": lambda h: nn.utils.rnn.pad_sequence([h[n] for n in range(N)], batch_first=True),
     "pad_sequence, time first": lambda h: nn.utils.rnn.pad_sequence([h[n] for n in range(N)]).T,
+    "broadcast": lambda h: torch.broadcast_tensors(h, torch.ones(N, 1, dtype=h.dtype))[0],
+    "broadcast, of a list": lambda h: torch.broadcast_tensors(*[h[:, None], torch.ones(3, 1)])[0].mean(1),
+    "at least": lambda h: torch.atleast_3d(h, h[0])[0].squeeze(2),
     "flipud": lambda h: torch.flipud(torch.flipud(h) * 2),
     "rot90": lambda h: torch.rot90(torch.rot90(h, 2), 2),
     "tensordot": lambda h: torch.tensordot(torch.eye(N, dtype=h.dtype) * 2, h, dims=([1], [1])).T,
@@ -280,3 +284,32 @@ def test_weight_norm_of_a_bias() -> None:
     g = persample.gradients(model, losses, x, y, verify=False)
     for name, rows in expected(model, x, y).items():
         torch.testing.assert_close(g[name], rows, rtol=1e-9, atol=1e-14)
+
+
+def with_itself(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A function that PyTorch hands to modes as a whole, and that returns its arguments too."""
+    if has_torch_function((x, w)):
+        out: tuple[Tensor, Tensor, Tensor] = handle_torch_function(with_itself, (x, w), x, w)
+        return out
+    return x, x @ w, w
+
+
+def test_arguments_that_are_handed_through() -> None:
+    class Passes(Moved):
+        def __init__(self) -> None:
+            super().__init__(torch.tanh)
+            self.w = nn.Parameter(torch.randn(N, N))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, product, w = with_itself(self.first(x), self.w.sin())
+            out: Tensor = self.last(h + product @ w)
+            return out
+
+    x, y = batch()
+    model = Passes().double()
+    g = persample.gradients(model, losses, x, y, verify=False)
+    with persample.extend(model) as recorder:
+        recorded = recorder.gradients(losses(model(x), y))
+    for parameter, rows in expected(model, x, y).items():
+        for found in (g, recorded):
+            torch.testing.assert_close(found[parameter], rows, rtol=1e-9, atol=1e-11)

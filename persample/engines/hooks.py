@@ -79,13 +79,17 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                 whole = problem.loss_fn(outputs, targets)
             if is_per_sample(whole, batch.n):
                 capture.check_order(whole)
+            tree = batch.outputs(outputs)
+            reach = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
+            ends = {
+                i: x for i, x in reach.items() if capture.is_sampled(x)
+            }  # the others are parameters of the criterion
     finally:
         capture.stop()
-    each, tree = is_per_sample(whole, batch.n), batch.outputs(outputs)
+    each = is_per_sample(whole, batch.n)
     check_not_broadcast(problem.loss_fn, whole, tree, batch.targets, batch.n)
     if each:
         return outputs, whole, [(whole, torch.ones_like(whole), 0)] if whole.requires_grad else [], None
-    ends = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
     cut = {i: x.detach().requires_grad_() for i, x in ends.items()}
     tree = Tree([cut.get(i, x) for i, x in enumerate(tree.leaves)], tree.spec, tree.axes)
     losses = lone_losses(problem.loss_fn, tree, batch.targets, batch.n)

@@ -113,6 +113,27 @@ def opened(func: Function) -> Function:
 # none to show.
 OPEN: dict[Function, Function] = {}
 
+
+def _broadcast(*tensors: Any) -> Any:
+    """``broadcast_tensors``, one after the other: each stays what it is."""
+    given = tensors[0] if tensors and isinstance(tensors[0], (tuple, list)) else tensors
+    shape: torch.Size = torch.broadcast_shapes(*(x.shape for x in given))
+    return tuple(x.expand(shape) if x.shape != shape else x for x in given)
+
+
+def _each(function: Function) -> Function:
+    """A function of several tensors, one after the other."""
+
+    def run(*tensors: Any) -> Any:
+        given = tensors[0] if tensors and isinstance(tensors[0], (tuple, list)) else tensors
+        return NotImplemented if given is tensors and len(given) == 1 else tuple(map(function, given))
+
+    return run
+
+
+OPEN[torch.broadcast_tensors] = _broadcast
+OPEN.update({f: _each(f) for f in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)})
+
 # Whose outputs are computed from each other: copied, so that the gradient of one doesn't come through another.
 NESTED: set[Function] = {torch.lstm_cell}
 

@@ -230,6 +230,20 @@ def _check_sizes(given: list[tuple[list[Any], Any, list[Axis], bool]], n: int, b
         )
 
 
+def cat(parts: Sequence[Any], axis: Axis) -> Any:
+    """What a model has returned for some samples after the other; without a sample axis, what is the same for all.
+
+    ``None`` where neither can be, as where sequences are padded to the longest of the samples that are run together.
+    """
+    first, *others = parts
+    if axis is not None:
+        alike = {(*x.shape[:axis], *x.shape[axis + 1 :]) for x in parts}
+        return torch.cat(list(parts), axis) if len(alike) == 1 else None
+    if isinstance(first, Tensor):
+        return first if all(x.shape == first.shape and torch.equal(x, first) for x in others) else None
+    return first
+
+
 def detached(tree: Any) -> Any:
     """The same structure, cut off from autograd."""
     leaves, spec = flatten(tree)

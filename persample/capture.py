@@ -86,6 +86,7 @@ class Capture(TorchFunctionMode):
         self.couplers = couplers
         self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
         self.ordinal = 0  # of the call that is running
+        self.differentiates = False  # a backward runs, between `start` and `stop`
         self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
         self.count = 0
         self.n = 0
@@ -172,7 +173,11 @@ class Capture(TorchFunctionMode):
         self.called.add(func)
         if func in _DIFFERENTIATES:
             self._refuse_higher_order(func, args, kwargs)
-            return func(*args, **kwargs)
+            self.differentiates = True
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.differentiates = False
         if func in rules.OPEN:
             with self:  # it hides calls of its own: run its body under the mode
                 out = rules.OPEN[func](*args, **kwargs)

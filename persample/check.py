@@ -22,7 +22,7 @@ from .losses import LossFunction
 from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
 from .report import html_table, text_table
-from .state import Buffers, restored
+from .state import Buffers, random_state, restored, set_random_state
 from .verify import LossDiffers, NoDropout, Probe, find_coupling, slack, tolerance
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _failed(
 
 
 def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...]) -> CheckReport:
-    probes, buffers = [Probe(problem, n) for n in chosen], Buffers(problem.model)
+    probes, buffers, before = [Probe(problem, n) for n in chosen], Buffers(problem.model), random_state(problem.model)
     sums: dict[str, Tensor] = {}
 
     def emit(name: str, g: Factors) -> None:
@@ -204,6 +204,7 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
             if not v.ok:
                 bad.add(v.name)
     buffers.restore()
+    set_random_state(before)
     ordinary = _summed(problem)
     total = torch.stack([g.double().norm() for g in ordinary.values()]).norm()
     rows = []

@@ -217,6 +217,8 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
     g = grads[0] if len(grads) == 1 else grads
     if not _takes(rule, 2 + len(call.args), tuple(call.kwargs)):
         return []
+    if any(isinstance(x, Tensor) and x.layout is not torch.strided for x in call.args):
+        return []
     found: list[tuple[Tensor, Rowlike]] = []
     unusual: set[int] = set()
     try:

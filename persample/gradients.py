@@ -29,7 +29,8 @@ class Gradients(Quantities):
 
     ``names`` are those of ``model.named_parameters()`` (a tied parameter once; it answers to all its names);
     ``unused`` lists the parameters that no loss depends on, whose rows are zeros.  ``losses [N]`` and ``outputs`` are
-    those of the same pass, detached; rows are not differentiable.
+    those of the same pass, detached (outputs that a run in slices can't put together are ``None``); rows are not
+    differentiable.
 
     ``factors`` are the rows as they are kept, ``{name: Factors}`` in the forms of `persample.factors`, for what is
     computed from them by `persample.reductions`.  They may alias tensors of the model's forward pass: if one of them

@@ -56,6 +56,7 @@ class Listener:
         self._task = -1  # the backward that it collects
         self._ends = -1  # the backward whose end is awaited
         self._arrived: list[Call] = []
+        self._from: tuple[int, list[Any]] = -1, []  # a backward, and the outputs of forwards that it came through
         self._creates = False  # that backward is recorded for differentiation
 
     def forward_ends(self, output: Any, recorded: Sequence[weakref.ref[Call]]) -> None:
@@ -66,16 +67,27 @@ class Listener:
             call.expected = 0  # which outputs a loss will depend on is not known here
 
     def check(self, output: Any) -> None:
-        """Raise for outputs that don't have gradients of single samples."""
-        found = reached((t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor)), self.owner)
+        """Raise for outputs that don't have gradients of single samples; be told when a backward comes to them."""
+        nodes = {t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor) and t.grad_fn is not None}
+        found = reached(nodes, self.owner)
         check_complete(found, self.parameters)
         check_uncoupled(found, self.parameters)
+        for node in nodes:
+            node.register_prehook(self._passes)
+
+    def _passes(self, grads: Any) -> None:
+        """A backward has come to an output of a forward."""
+        if not self.asleep():
+            task = torch._C._current_graph_task_id()
+            if task != self._from[0]:
+                self._from = task, []
+            self._from[1].append(torch._C._current_autograd_node())
 
     def forget(self) -> None:
         """Listen to nothing any more."""
         for call in self._live():
             call.listener = None
-        self._calls, self.outputs, self._collect = [], None, None
+        self._calls, self.outputs, self._collect, self._from = [], None, None, (-1, [])
 
     def _live(self) -> list[Call]:
         return [call for ref in self._calls if (call := ref()) is not None]
@@ -147,18 +159,22 @@ class Listener:
         if self._creates:  # what comes back from derivatives of this backward is no gradient of the losses
             for call in arrived:
                 call.listener = _second
-        if missing := self._missing(arrived):
+        if missing := self._missing(arrived, task):
             _skipped(f"it ran towards some inputs only, and did not come to {missing.name}")
             return
         unused = collect.finish()
         self.on_backward(self._sink.result(Pass(None, self.outputs, unused)))
 
-    def _missing(self, arrived: list[Call]) -> Call | None:
-        """A call upstream of those that got a gradient, which got none: a whole backward would have come there."""
-        found = reached((node for call in arrived for node in call.inputs), self.owner)
+    def _missing(self, arrived: list[Call], task: int) -> Call | None:
+        """A call to which this backward didn't come, although it came to one, or to an output, that is computed from
+        what that call gave.
+        """
+        (since, outputs), self._from = self._from, (-1, [])
+        nodes = [node for call in arrived for node in call.inputs] + (outputs if since == task else [])
+        found = reached(nodes, self.owner)
         for call in found.calls:
             call.expected = 0
-        return next((call for call in found.calls if call.shared and call not in arrived), None)
+        return next((c for c in found.calls if c.shared and c not in arrived and c.task != task), None)
 
 
 def _second(call: Call, grads: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -151,9 +152,9 @@ def _scalar(loss: Tensor) -> Tensor:
     return loss.reshape(())
 
 
-def ignored(losses: Tensor, outputs: Tree, targets: Tree, first: int = 0) -> Tensor | None:
-    """Samples whose every target is ignored (a mean over nothing is NaN): their rows are zero.  ``None`` if there are
-    none.
+def ignored(loss_fn: LossFunction, losses: Tensor, outputs: Tree, targets: Tree, first: int = 0) -> Tensor | None:
+    """Samples whose every target is ignored (a mean over nothing is NaN, whatever the outputs are): their rows are
+    zero.  ``None`` if there are none.
     """
     bad = losses.detach().isnan()
     if not bool(bad.any()):
@@ -165,6 +166,11 @@ def ignored(losses: Tensor, outputs: Tree, targets: Tree, first: int = 0) -> Ten
     for x, axis in zip(outputs.leaves, outputs.axes, strict=True):
         if axis is not None and x.is_floating_point():
             bad = bad & x.detach().movedim(axis, 0).reshape(n, -1).isfinite().all(1)
+    for value in (0.0, 1.0, -1.0) if bool(bad.any()) else ():
+        pairs = zip(outputs.leaves, outputs.axes, strict=True)
+        others = [x if a is None or not x.is_floating_point() else torch.full_like(x, value) for x, a in pairs]
+        with torch.no_grad():
+            bad = bad & lone_losses(loss_fn, replace(outputs, leaves=others), targets, n).isnan()
     if not bool(bad.any()):
         return None
     warn(
@@ -238,7 +244,7 @@ def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) ->
     if each:
         return whole
     losses = lone_losses(loss_fn, outputs, targets, n)
-    bad = ignored(losses, outputs, targets)
+    bad = ignored(loss_fn, losses, outputs, targets)
     return losses if bad is None else losses.masked_fill(bad, 0)
 
 

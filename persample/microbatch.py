@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import reductions
-from .batch import Batch, flatten, unflatten
+from .batch import Batch, cat, flatten, unflatten
 from .errors import BatchCoupledError
 from .factors import Dense, Factors, Pulled, compact, dense
 from .problem import Emit, Pass, Problem
@@ -224,7 +224,7 @@ def joined(slices: Sequence[Slice], passes: Sequence[Pass]) -> Pass:
     losses = [p.losses for p in passes if p.losses is not None]
     trees = [s.problem.batch.outputs(p.outputs) for s, p in zip(slices, passes, strict=True)]
     columns = zip(trees[0].axes, zip(*(t.leaves for t in trees), strict=True), strict=True)
-    leaves = [column[0] if axis is None else torch.cat(column, axis) for axis, column in columns]
+    leaves = [cat(column, axis) for axis, column in columns]
     unused = tuple(name for name in passes[0].unused if all(name in p.unused for p in passes))
     return Pass(torch.cat(losses), unflatten(leaves, flatten(passes[0].outputs)[1]), unused)
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from .batch import Batch
+from .calls import reached
 from .errors import ArgumentError, CaptureError, LossError, UnknownParameterError
 from .factors import Factors
 from .losses import CRITERIA, LossFunction
@@ -155,6 +157,20 @@ def check_model(model: Any) -> None:
         )
 
 
+def _check_apart(tree: Any, what: str, parameters: Mapping[str, Tensor]) -> None:
+    """Raise for what is given as data, and was computed from parameters: rows would miss that path."""
+    names = {id(p): name for name, p in parameters.items()}
+    for x in tree_leaves(tree):
+        if isinstance(x, Tensor) and x.requires_grad:
+            leaves = {id(x)} if x.grad_fn is None else reached([x.grad_fn]).leaves
+            if name := next((names[i] for i in leaves if i in names), ""):
+                raise CaptureError(
+                    f"{what} of shape {tuple(x.shape)} is computed from parameter '{name}', outside of the model's "
+                    "forward, where it isn't seen. Compute it inside (a module around both); or detach() it, if it is "
+                    "data."
+                )
+
+
 def check_no_hooks(parameters: Mapping[str, Tensor]) -> None:
     """Raise for parameters with a function that changes their gradient."""
     for name, p in parameters.items():
@@ -218,6 +234,8 @@ def pose(
             + (" Are model and loss_fn swapped? The order is (model, loss_fn, inputs, targets)." if swapped else "")
         )
     chosen = {name: found[name] for name in names}
+    _check_apart(inputs, "an input", chosen)
+    _check_apart(targets, "a target", chosen)
     return Problem(
         model, loss_fn, Batch.of(inputs, targets, batch_dim), chosen, {a: n for a, n in aliases.items() if n in chosen}
     )

@@ -27,7 +27,7 @@ from .calls import Reached, reached
 from .capture import Capture
 from .collect import Collect, check_complete, check_uncoupled
 from .engines.hooks import eager
-from .errors import ArgumentError, CaptureError, LossError
+from .errors import ArgumentError, CaptureError, InplaceError, LossError
 from .factors import Factors, strided
 from .gradients import Result, Sink
 from .listener import Listener, Reduction
@@ -119,7 +119,7 @@ class Recorder:
         self._listener = (
             None
             if on_backward is None
-            else Listener(on_backward, reduction, self.quantities, self, lambda: self._asleep)
+            else Listener(on_backward, reduction, self.quantities, self, lambda: self._asleep or self._differentiates)
         )
         self.batch_dim, self.verify = batch_dim, verify
         found, aliases = named_parameters(model)
@@ -151,6 +151,11 @@ class Recorder:
     @_asleep.setter
     def _asleep(self, value: bool) -> None:
         self._sleeps.now = value
+
+    @property
+    def _differentiates(self) -> bool:
+        """Whether the model's forward is taking gradients of its own at this moment."""
+        return self._depth > 0 and self._capture is not None and self._capture.differentiates
 
     def __enter__(self) -> Recorder:
         self._take(0)
@@ -204,6 +209,10 @@ class Recorder:
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._recover()
         self._take(1)
+        hooks: Any = self.model._forward_hooks
+        if not isinstance(next(reversed(hooks.values())), _Hook):  # those of the user's come first, whoever was there
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                hooks.move_to_end(key)
         if self._depth > 1 or not torch.is_grad_enabled():
             return
         if not self._entered and getattr(self.model, "_compiled_call_impl", None) is not None:
@@ -342,6 +351,11 @@ class Recorder:
                     torch.autograd.grad(losses, found.roots, ones, retain_graph=True, allow_unused=True)
             unused = collect.finish()
         except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise InplaceError(
+                    "a parameter or activation that these losses were computed from was changed in place since, by "
+                    "optimizer.step() for instance. Call gradients(losses) before that."
+                ) from error
             if "a second time" not in str(error):
                 raise
             raise CaptureError(

@@ -3,8 +3,9 @@
 A sample run alone is the only check that catches a wrong sample axis, a missed use, and coupling that no one
 declared.  `Probe` listens to a run and keeps one row; `Probe.verdicts` runs that sample alone and compares.  It
 restores the random state and the model's buffers.  Random draws (dropout) belong to one pass, so where the run drew
-any, both sides are run once more with dropout off.  It costs about one sample, and with random draws one more pass of
-the batch.
+any, both sides are run once more with dropout off; where other draws are left, the row is held against the ordinary
+gradient of that loss of the batch, with the same draws.  It costs about one sample, and with random draws one or two
+more passes of the batch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import contextlib
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ from .layout import one_sample as part_of
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
 from .rules import mutates, spellings
-from .state import Buffers, drawn_since, modules_of, random_state, restored
+from .state import Buffers, drawn_since, modules_of, random_state, restored, set_random_state
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
 
@@ -46,6 +49,10 @@ def tolerance(*dtypes: torch.dtype) -> float:
 def slack(dtype: torch.dtype) -> float:
     """Of all rows together: what rounding may do to a parameter whose own gradient is tiny."""
     return 1e-5 if dtype.to_real() is torch.float64 else 1e-3
+
+
+# Where a sample alone draws other random numbers than within the batch (dropout aside, which can be switched off).
+WITHIN = "verified within the batch, with the same random draws"
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,15 @@ class Probe:
         with restored(model, self.buffers), NoDropout():
             again = Probe(self.problem, self.n)
             silent = ENGINES[engine](self.problem, again.keep)
-            if drawn_since(again.before, model):
-                return [], "not verified: the model draws random numbers other than dropout"
-            return again._compare(silent), "verified with dropout off"
+            if not drawn_since(again.before, model):
+                return again._compare(silent), "verified with dropout off"
+        with restored(model, self.buffers):
+            set_random_state(self.before)
+            loss, grads = _within_batch(self.problem, self.n)
+        assert run.losses is not None
+        if _differ(run.losses[self.n], loss, self.problem):
+            return [], "not verified: the model draws random numbers other than dropout, and others for a single sample"
+        return self._compared(loss, grads), WITHIN
 
     def _compare(self, run: Pass) -> list[Verdict]:
         with restored(self.problem.model, self.buffers):
@@ -99,6 +112,9 @@ class Probe:
         mine = run.losses[self.n]
         if _differ(mine, loss, self.problem):
             raise LossDiffers(self.n, float(mine), float(loss))
+        return self._compared(loss, grads)
+
+    def _compared(self, loss: Tensor, grads: tuple[Tensor | None, ...]) -> list[Verdict]:
         return compared(self.rows, dict(zip(self.problem.parameters, grads, strict=True)), self.n, loss.dtype)
 
 
@@ -112,12 +128,14 @@ def compared(
 ) -> list[Verdict]:
     """Row ``n`` of every parameter against what it should be (``None``: zeros)."""
     wanted = {name: torch.zeros_like(rows[name]) if g is None else g for name, g in grads.items()}
-    scale = torch.stack([_double(g).norm() for g in wanted.values()]).norm()
+    sizes = torch.stack([_double(g).norm() for g in wanted.values()])
+    scale = sizes[sizes.isfinite()].norm()
     tol = tolerance(precision, *(g.dtype for g in wanted.values()))
     verdicts = []
-    for name, g in wanted.items():
-        off, size = (_double(rows[name]) - _double(g)).norm(), _double(g).norm()
-        ok = bool(off <= tol * (size + slack(g.dtype) * scale)) or not bool(scale.isfinite())
+    for (name, g), size in zip(wanted.items(), sizes, strict=True):
+        off = (_double(rows[name]) - _double(g)).norm()
+        ok = bool(off <= tol * (size + slack(g.dtype) * scale))
+        ok = ok or not bool(size.isfinite() | _double(rows[name]).norm().isfinite())  # NaN agrees with NaN only
         verdicts.append(Verdict(name, float(off / size) if size > 0 else float(off), n, ok))
     return verdicts
 
@@ -154,7 +172,9 @@ def _differ(a: Tensor, b: Tensor, problem: Problem) -> bool:
     """Whether two losses are different beyond rounding."""
     tol = tolerance(b.dtype, *(p.dtype for p in problem.parameters.values()))
     x, y = _double(a.detach()), _double(b.detach())
-    return bool(y.isfinite()) and not bool((x - y).abs() <= tol * (x.abs() + y.abs()) + 1e-3 * tol)
+    if not bool(x.isfinite() & y.isfinite()):
+        return bool(x.isfinite() | y.isfinite())
+    return not bool((x - y).abs() <= tol * (x.abs() + y.abs()) + 1e-3 * tol)
 
 
 def _batch_losses(problem: Problem) -> Tensor:
@@ -202,7 +222,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         verdicts, note = probe.verdicts(result, engine)
     if engine == "hooks" and not couplers and not all(v.ok for v in verdicts) and (ordinal := _influence(problem, n)):
         run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
-    raise_if_wrong(verdicts, engine)
+    raise_if_wrong(verdicts, None if note == WITHIN else engine)
     remember(problem, engine, couplers)
     return result, note
 
@@ -347,10 +367,29 @@ def signature(problem: Problem, engine: str) -> Any:
         tuple(problem.batch.inputs.axes),
         tuple(problem.batch.targets.axes),
         tuple(x for x in problem.batch.inputs.leaves if isinstance(x, int | float | str | bool | None)),
-        type(problem.loss_fn),
-        getattr(problem.loss_fn, "__code__", None),
-        getattr(problem.loss_fn, "__qualname__", ""),
+        _identity(problem.loss_fn),
     )
+
+
+def _identity(function: Any, depth: int = 3) -> Any:
+    """What a criterion computes, as far as can be told: its code, and what is bound to it."""
+    if function is None or isinstance(function, int | float | str | torch.dtype):
+        return function
+    if not depth or isinstance(function, Tensor) or not (callable(function) or isinstance(function, tuple | dict)):
+        return type(function)
+    inner = partial(_identity, depth=depth - 1)
+    if isinstance(function, tuple):
+        return tuple(map(inner, function))
+    if isinstance(function, dict):
+        return tuple((str(key), inner(value)) for key, value in function.items())
+    if isinstance(function, partial):
+        return inner(function.func), inner(function.args), inner(function.keywords)
+    if isinstance(function, MethodType):
+        return inner(function.__func__), inner(function.__self__)
+    if (code := getattr(function, "__code__", None)) is not None:
+        cells = tuple(cell.cell_contents for cell in function.__closure__ or () if cell is not None)
+        return code, function.__qualname__, inner(function.__defaults__ or ()), inner(cells)
+    return type(function), getattr(function, "__qualname__", ""), inner(getattr(function, "__dict__", {}))
 
 
 def verified(problem: Problem, engine: str) -> tuple[int, ...] | None:

@@ -82,7 +82,7 @@ class Objective:
         if each:
             return whole
         losses = lone_losses(self.problem.loss_fn, tree, batch.targets, batch.n)
-        bad = ignored(losses, tree, batch.targets)
+        bad = ignored(self.problem.loss_fn, losses, tree, batch.targets)
         if bad is None:
             return losses
         kept = (~bad).nonzero().flatten()  # 0 * NaN is NaN in a gradient: leave the ignored samples out

@@ -93,7 +93,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
     cut = {i: x.detach().requires_grad_() for i, x in ends.items()}
     tree = Tree([cut.get(i, x) for i, x in enumerate(tree.leaves)], tree.spec, tree.axes)
     losses = lone_losses(problem.loss_fn, tree, batch.targets, batch.n)
-    bad = ignored(losses, tree, batch.targets)
+    bad = ignored(problem.loss_fn, losses, tree, batch.targets)
     if bad is None:
         warn_if_not_mean(whole, losses)
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch, call_model, detached, flatten, unflatten
+from ..batch import Batch, call_model, cat, detached, flatten, unflatten
 from ..errors import LossError, SampleAxisError
 from ..factors import Dense, strided
 from ..losses import ignored, is_per_sample
@@ -60,7 +60,7 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
         loss = loss.reshape(()) if each else loss
     if loss.ndim:
         raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")
-    bad = None if each else ignored(loss.reshape(1), alone.outputs(output), alone.targets, n)
+    bad = None if each else ignored(problem.loss_fn, loss.reshape(1), alone.outputs(output), alone.targets, n)
     if bad is not None or not loss.requires_grad:
         return torch.zeros_like(loss) if bad is not None else loss, detached(output), (None,) * len(leaves)
     grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
@@ -79,5 +79,5 @@ def _joined(batch: Batch, outputs: list[Any]) -> Any:
             or column[0].ndim == 0
             or (axis is None and all(torch.equal(x, column[0]) for x in column))
         )
-        joined.append(column[0] if shared else torch.cat(column, axis or 0))
+        joined.append(column[0] if shared else cat(column, axis or 0))
     return unflatten(joined, spec)

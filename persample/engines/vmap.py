@@ -74,7 +74,7 @@ def vectorised(problem: Problem, emit: Emit, max_bytes: int | None, run: Run) ->
             found.append(run(problem, Pieces(batch, values, fixed, buffers, samples, dims), spec))
     rows, (losses, outputs) = tree_map(lambda *parts: _cat([x.detach() for x in parts]), *found)
     whole = _joined(spec, outputs)
-    bad = None if spec[3] else ignored(losses, batch.outputs(whole), batch.targets)
+    bad = None if spec[3] else ignored(problem.loss_fn, losses, batch.outputs(whole), batch.targets)
     for name, value in rows.items():
         emit(name, Dense(value if bad is None else value.masked_fill(bad.view(-1, *[1] * (value.ndim - 1)), 0)))
     return Pass(losses if bad is None else losses.masked_fill(bad, 0), whole, _unused(problem, rows))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..calls import Call, flat, tensors_in
 from ..errors import CaptureError, InplaceError, RandomnessError
-from ..factors import Dense
+from ..factors import Dense, strided
 from ..layout import Layout, samples_first
 from . import mutates, spellings
 from .apart import Lone
@@ -46,7 +46,7 @@ def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor])
         raise
     except Exception:  # vmap has many ways to refuse; the loop below is always right
         rows = _one_by_one(call, grads, wanted)
-    yield from ((t, Dense(r)) for t, r in zip(wanted, rows, strict=True))
+    yield from ((t, Dense(strided(r))) for t, r in zip(wanted, rows, strict=True))
 
 
 def _random(call: Call) -> RandomnessError:
@@ -150,7 +150,7 @@ def _one_by_one(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]
         found = torch.autograd.grad(
             [o for o, _ in pairs], values, [s for _, s in pairs], retain_graph=True, allow_unused=True
         )
-        rows.append([torch.zeros_like(v) if f is None else f for v, f in zip(values, found, strict=True)])
+        rows.append([torch.zeros_like(v) if f is None else strided(f) for v, f in zip(values, found, strict=True)])
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 

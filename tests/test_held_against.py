@@ -1,0 +1,348 @@
+"""What a verification is good for: what it must not pass, and what it must not blame.
+
+And backwards and losses that a recorder or a handle would report wrongly if it took them for what they look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import persample
+
+N, D = 5, 4
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (N, D)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def sine(out: Tensor, _: Any = None) -> Tensor:
+    return out.sin().flatten(1).sum(1)
+
+
+class Between(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.function = nn.Linear(D, D).double(), nn.Linear(D, 3).double(), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.function(self.a(x)))
+        return out
+
+
+def rows_of(model: nn.Module, losses: Tensor) -> Tensor:
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-9 * (1 + float(b.abs().max()))
+
+
+# ---- what a sample alone can't say ------------------------------------------------------------------------------
+
+NAN_ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "range of the batch": lambda h: (h - h.amin(0)) / (h.amax(0) - h.amin(0)),
+    "covariance": lambda h: h @ torch.cov(h.T),
+    "nearest neighbour": lambda h: h * (torch.cdist(h, h) + torch.diag(h.new_full((len(h),), torch.inf))).amin(1, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:cov\\(\\)")
+@pytest.mark.parametrize("name", NAN_ALONE)
+def test_coupling_that_makes_a_sample_alone_nan(name: str) -> None:
+    model = Between(NAN_ALONE[name])
+    for engine in ("hooks", "loop"):
+        with pytest.raises(persample.BatchCoupledError):
+            persample.gradients(model, sine, x(), engine=engine, verify=True)
+    assert not persample.check(model, sine, x()).ok
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_rows_that_are_not_finite_agree_with_such_only(bad: float) -> None:
+    data = x()
+    data[:] = bad
+    G = persample.gradients(Between(torch.sin), sine, data, verify=True)
+    assert not G["a.weight"].isfinite().any()
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(D, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.a(x)
+        return h + 0.1 * torch.randn_like(h)
+
+
+def contrastive(out: Tensor, _: Any) -> Tensor:
+    return F.cross_entropy(out @ out.T, torch.arange(len(out)), reduction="none")
+
+
+@pytest.mark.parametrize(
+    "loss", [contrastive, lambda o, _: sine(o - o.median(0).values), lambda o, _: sine(o - o[-1:])]
+)
+def test_noise_hides_no_coupling(loss: Any) -> None:
+    with pytest.raises((persample.VerificationError, persample.BatchCoupledError)):
+        persample.gradients(Noisy(), loss, x(), verify=True)
+
+
+def test_noise_is_no_mistake() -> None:
+    model = Noisy()
+    before = torch.get_rng_state()
+    G = persample.gradients(model, sine, x(), verify=True)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert close(G.flat(), rows_of(model, sine(model(x()))))
+    assert torch.equal(torch.get_rng_state(), after) and "within the batch" in G.note
+    assert persample.check(model, sine, x()).ok
+
+
+def test_noise_that_is_another_for_a_sample_alone() -> None:
+    model = Between(lambda h: h * (1 + torch.rand((), dtype=h.dtype)))
+    G = persample.gradients(model, sine, x(), engine="vmap", verify=True)
+    assert "not verified" in G.note
+
+
+# ---- what was verified is not this --------------------------------------------------------------------------------
+
+
+def either(out: Tensor, targets: Any, kind: str) -> Tensor:
+    return sine(out) if kind == "own" else contrastive(out, targets)
+
+
+class Either:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, out: Tensor, targets: Any) -> Tensor:
+        return either(out, targets, self.kind)
+
+    def method(self, out: Tensor, targets: Any) -> Tensor:
+        return self(out, targets)
+
+
+CRITERIA: dict[str, Callable[[str], Any]] = {
+    "partial": lambda kind: partial(either, kind=kind),
+    "object": Either,
+    "method": lambda kind: Either(kind).method,
+    "closure": lambda kind: lambda out, targets: either(out, targets, kind),
+    "default": lambda kind: lambda out, targets, kind=kind: either(out, targets, kind),
+    "choice of functions": lambda kind: partial(lambda out, _, f: f(out, _), f=sine if kind == "own" else contrastive),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_criteria_that_differ_in_what_is_bound_to_them(name: str) -> None:
+    make, model = CRITERIA[name], Between(torch.tanh)
+    persample.gradients(model, make("own"), x())
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(model, make("all"), x())
+
+
+# ---- data that isn't ------------------------------------------------------------------------------------------------
+
+
+class Embeds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(9, D).double(), nn.Linear(D, 3).double()
+
+    def forward(self, e: Tensor) -> Tensor:
+        out: Tensor = self.head(e.tanh()).mean(1)
+        return out
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_inputs_and_targets_computed_from_parameters(engine: str) -> None:
+    model, ids = Embeds(), torch.arange(N * 2).view(N, 2) % 9
+    e = model.embed(ids)
+    with pytest.raises(persample.CaptureError, match=r"an input.*'embed.weight'"):
+        persample.gradients(model, sine, e, engine=engine)
+    with pytest.raises(persample.CaptureError, match=r"a target.*'head.weight'"):
+        persample.gradients(model, sine, e.detach(), model(e.detach()), engine=engine)
+    assert close(
+        persample.gradients(model, sine, e.detach(), engine=engine).norm(),
+        persample.gradients(model, sine, e, engine=engine, params="head").norm(),
+    )
+
+
+def test_a_loss_that_diverges_is_not_ignored() -> None:
+    model, y = nn.Linear(D, 3).double(), torch.tensor([0, 1, 2, 0, 1])
+    loss = lambda out, y: (out.gather(1, y[:, None]) - 0.2).sqrt().mean()  # noqa: E731
+    G = persample.gradients(model, loss, x(), y)
+    alone = torch.stack([loss(model(x()[n : n + 1]), y[n : n + 1]) for n in range(N)])
+    assert alone.isnan().any() and torch.equal(G.losses.isnan(), alone.isnan())
+    with pytest.warns(UserWarning, match=r"sample\(s\) \[2\] is ignored"):
+        G = persample.gradients(model, partial(F.cross_entropy, ignore_index=2), x(), y)
+    assert G.losses[2] == 0 and not G.flat()[2].any() and G.flat()[:2].all(1).any()
+
+
+# ---- a handle, and backwards that aren't the user's whole loss ----------------------------------------------------
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.dead = (nn.Linear(D, 3).double() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dead(x)
+        out: Tensor = self.a(x) + self.b(x)
+        return out
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["handle", "with-block"])
+def test_a_backward_towards_one_of_two_branches(inside: bool) -> None:
+    model, got = Branches(), list[Any]()
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    if inside:
+        handle.__enter__()
+    try:
+        loss = sine(model(x())).mean()
+        with pytest.warns(UserWarning, match="towards some inputs only"):
+            loss.backward(inputs=list(model.a.parameters()), retain_graph=True)
+        with pytest.warns(UserWarning, match="towards some inputs only"):
+            torch.autograd.grad(loss, list(model.b.parameters()), retain_graph=True)
+        assert not got
+        loss.backward()
+    finally:
+        handle.__exit__(None, None, None) if inside else handle.remove()
+    assert set(got[0].unused) == {"dead.weight", "dead.bias"}
+    assert close(got[0].flat(), rows_of(model, sine(model(x()))))
+
+
+def test_gradients_that_the_forward_takes_are_not_reported() -> None:
+    class Langevin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.energy = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+            self.head = nn.Linear(D, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                z = x.detach().requires_grad_()
+                x = x - 0.1 * torch.autograd.grad(self.energy(z).sum(), z)[0]
+            out: Tensor = self.head(x)
+            return out
+
+    model, got = Langevin(), list[Any]()
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    loss = sine(model(x())).mean()
+    assert not got
+    loss.backward()
+    handle.remove()
+    (G,) = got
+    assert {name for name in G.names if name.startswith("energy")} == set(G.unused)
+    assert close(G.flat(), rows_of(model, sine(model(x()))))
+
+
+@pytest.mark.parametrize("recorders", [1, 2])
+def test_forward_hooks_that_come_later_are_seen(recorders: int) -> None:
+    model = nn.Sequential(nn.Linear(D, D)).double()
+    model.register_parameter("scale", nn.Parameter(x(D)))
+    got: list[Any] = []
+    handles = [persample.extend(model, on_backward=got.append, reduction="mean") for _ in range(recorders)]
+    own = model.register_forward_hook(lambda module, args, out: out * module.scale)
+    for _ in range(2):
+        sine(model(x())).mean().backward()
+    for handle in handles:
+        handle.remove()
+    want = rows_of(model, sine(model(x())))
+    own.remove()
+    assert len(got) == 2 * recorders and all(close(G.flat(), want) for G in got)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_losses_after_a_step() -> None:
+    model = Between(torch.tanh)
+    with persample.extend(model) as recorder:
+        losses = sine(model(x()))
+        losses.mean().backward(retain_graph=True)
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        with pytest.raises(persample.InplaceError, match=r"before"):
+            recorder.gradients(losses)
+
+
+# ---- what the batch computes that a sample alone doesn't -------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn = nn.GRU(D, 3, batch_first=True).double()
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out: Tensor = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
+        return out
+
+
+def test_outputs_as_long_as_the_longest_of_the_batch() -> None:
+    inputs = x(N, 6, D), torch.tensor([6, 3, 2, 4, 1])
+    G = persample.gradients(Packed(), sine, inputs)
+    for options in ({"engine": "loop"}, {"max_bytes": 1}):
+        H = persample.gradients(Packed(), sine, inputs, **options)  # type: ignore[arg-type]
+        assert H.outputs is None and close(H.flat(), G.flat())
+
+
+def test_outputs_whose_sample_axis_was_not_told() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(D, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.a(x).T
+            return out
+
+    loss = lambda out, _: out.sin().sum(0)  # noqa: E731
+    G = persample.gradients(Turned(), loss, x(7, D), max_bytes=1)
+    assert G.outputs is None
+    H = persample.gradients(Turned(), loss, x(7, D), max_bytes=1, batch_dim=(0, 0, 1))
+    assert H.outputs.shape == (3, 7) and close(G.flat(), H.flat())
+
+
+SPARSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "coo": lambda x, w: x.to_sparse() @ w,
+    "csr": lambda x, w: x.to_sparse_csr() @ w,
+    "mm": lambda x, w: torch.sparse.mm(x.to_sparse(), w),
+    "weights": lambda x, w: (
+        torch.sparse.mm(
+            torch.sparse_coo_tensor(torch.tensor([[0, 1, 2, 0, 2], [0, 1, 2, 3, 1]]), w.flatten()[:5], (3, D)), x.T
+        ).T
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant)")
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_tensors_on_the_way(name: str) -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(x(D, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return SPARSE[name](x, self.w)
+
+    G = persample.gradients(Sparse(), sine, x(), verify=True)
+    assert close(G.flat(), persample.gradients(Sparse(), sine, x(), engine="loop").flat())

@@ -244,6 +244,7 @@ class Sink:
             self.kept[name] = compact(g)
 
     def result(self, run: Pass, note: str = "") -> Result:
+        note = ", ".join(filter(None, [note, "batch-coupled" if run.coupled else ""]))
         if self.statistics is not None:
             return self.statistics.finish(run, note)
         kept = {name: self.kept[name] for name in self.parameters}

@@ -49,6 +49,7 @@ class Listener:
         self.parameters: dict[str, nn.Parameter] = {}
         self.aliases: dict[str, str] = {}
         self.outputs: Any = None  # of the last forward
+        self._coupled = False  # that forward, though not for these parameters
         self._lock = threading.Lock()
         self._calls: list[weakref.ref[Call]] = []
         self._collect: Collect | None = None
@@ -59,19 +60,23 @@ class Listener:
         self._from: tuple[int, list[Any]] = -1, []  # a backward, and the outputs of forwards that it came through
         self._creates = False  # that backward is recorded for differentiation
 
-    def forward_ends(self, output: Any, recorded: Sequence[weakref.ref[Call]]) -> None:
+    def forward_ends(self, output: Any, recorded: Sequence[weakref.ref[Call]], coupled: bool) -> None:
         """The backward to come may be of what this forward has computed."""
-        self.check(output)
+        self.check(output, coupled)
         self._calls = [ref for ref in [*self._calls, *recorded] if ref() is not None]
         for call in self._live():
             call.expected = 0  # which outputs a loss will depend on is not known here
 
-    def check(self, output: Any) -> None:
-        """Raise for outputs that don't have gradients of single samples; be told when a backward comes to them."""
+    def check(self, output: Any, coupled: bool) -> None:
+        """Raise for outputs that don't have gradients of single samples; be told when a backward comes to them.
+
+        ``coupled``: by what nobody differentiates through (a frozen backbone).
+        """
         nodes = {t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor) and t.grad_fn is not None}
         found = reached(nodes, self.owner)
         check_complete(found, self.parameters)
         check_uncoupled(found, self.parameters)
+        self._coupled = coupled or any(call.couples for call in found.calls)
         for node in nodes:
             node.register_prehook(self._passes)
 
@@ -163,7 +168,7 @@ class Listener:
             _skipped(f"it ran towards some inputs only, and did not come to {missing.name}")
             return
         unused = collect.finish()
-        self.on_backward(self._sink.result(Pass(None, self.outputs, unused)))
+        self.on_backward(self._sink.result(Pass(None, self.outputs, unused, self._coupled)))
 
     def _missing(self, arrived: list[Call], task: int) -> Call | None:
         """A call to which this backward didn't come, although it came to one, or to an output, that is computed from

@@ -268,14 +268,14 @@ class Recorder:
             self._listener.outputs = self._outputs
         if self._entered:  # the loss may use parameters too: go on listening
             if self._listener is not None and output is not None:
-                self._listener.check(output)
+                self._listener.check(output, capture.coupled)
             return
         capture.stop()
         capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._modes.close()
         self._capture = None
         if self._listener is not None and output is not None:
-            self._listener.forward_ends(output, capture.recorded)
+            self._listener.forward_ends(output, capture.recorded, capture.coupled)
 
     # ---- losses given -------------------------------------------------------------------------------------------
 
@@ -367,7 +367,9 @@ class Recorder:
         if verifies:
             self._hold(losses, n, rows)
             held.add(kind)
-        return sink.result(Pass(losses.detach(), self._outputs, unused), "verify=False" if self.verify is False else "")
+        coupled = any(call.couples for call in found.calls) or (self._capture is not None and self._capture.coupled)
+        run = Pass(losses.detach(), self._outputs, unused, coupled)
+        return sink.result(run, "verify=False" if self.verify is False else "")
 
     def _hold(self, losses: Tensor, n: int, rows: dict[str, Tensor]) -> None:
         """Row ``n`` against the ordinary gradient of loss ``n``, on the same graph: with the same random draws."""

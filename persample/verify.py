@@ -52,7 +52,7 @@ def slack(dtype: torch.dtype) -> float:
 
 
 # Where a sample alone draws other random numbers than within the batch (dropout aside, which can be switched off).
-WITHIN = "verified within the batch, with the same random draws"
+WITHIN = "verified within the batch (same random draws)"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Probe:
             loss, grads = _within_batch(self.problem, self.n)
         assert run.losses is not None
         if _differ(run.losses[self.n], loss, self.problem):
-            return [], "not verified: the model draws random numbers other than dropout, and others for a single sample"
+            return [], "not verified: a sample alone draws other random numbers"
         return self._compared(loss, grads), WITHIN
 
     def _compare(self, run: Pass) -> list[Verdict]:

@@ -52,6 +52,33 @@ def test_opacus_optimizer_clips_what_it_is_given() -> None:
         adapters.opacus.fill_grad_sample(persample.gradients(model, CE, x, y, params="2"), model)
 
 
+def test_opacus_accumulates_and_refuses_coupled_rows() -> None:
+    from opacus.optimizers import DPOptimizer
+
+    model, (x, y) = net(), batch()
+    plain = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = DPOptimizer(plain, noise_multiplier=0.0, max_grad_norm=0.3, expected_batch_size=N)
+    expected = rows(model, x, y).clip(0.3)
+    for _ in range(2):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        for at in (slice(0, 2), slice(2, 3), slice(3, None)):
+            adapters.opacus.fill_grad_sample(persample.gradients(model, CE, x[at], y[at]), model)
+        optimizer.step()
+        for (name, p), old in zip(model.named_parameters(), before, strict=True):
+            assert torch.allclose(old - p, 0.5 * expected[name] / N, rtol=1e-4, atol=1e-9)
+        expected = rows(model, x, y).clip(0.3)
+        with pytest.raises(persample.QuantityError, match="zero_grad"):
+            adapters.opacus.fill_grad_sample(persample.gradients(model, CE, x, y), model)
+    coupled = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4), nn.Linear(4, C)).double()
+    with pytest.raises(persample.BatchCoupledError):
+        adapters.opacus.fill_grad_sample(persample.gradients(coupled, CE, x, y, coupled="loss"), coupled)
+    coupled[0].requires_grad_(False)
+    with pytest.raises(persample.BatchCoupledError):
+        adapters.opacus.fill_grad_sample(persample.gradients(coupled, CE, x, y), coupled)
+    assert all(getattr(p, "grad_sample", None) is None for p in coupled.parameters())
+
+
 def test_torchjd_weighting_and_aggregator_agree() -> None:
     from torchjd.aggregation import UPGrad
     from torchjd.aggregation._upgrad import UPGradWeighting

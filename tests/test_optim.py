@@ -160,10 +160,14 @@ def test_parameters_need_names_and_must_agree() -> None:
         lambda p: optim.ClippedAdam(p, max_norm=1.0, noise_multiplier=-1.0),
         lambda p: optim.ClippedAdam(p, max_norm=1.0, expected_batch_size=0),
         lambda p: optim.PerSampleAdam(p, group_size=0),
+        lambda p: optim.ClippedAdam(p, max_norm=1.0, betas=(1.5, 0.9)),
+        lambda p: optim.ClippedSGD(p, max_norm=1.0, nesterov=True),
+        lambda p: optim.ClippedSGD([{"params": list(p), "lr": -1.0}], max_norm=1.0),
+        lambda p: optim.ClippedSGD([{"params": list(p), "max_norm": 0.1}], max_norm=1.0),
     ],
 )
 def test_options_are_checked(make: Callable[[Any], Optimizer]) -> None:
-    with pytest.raises(ValueError, match=r"must be"):
+    with pytest.raises(ValueError, match=r"must be|momentum > 0|no option 'max_norm'"):
         make(model().named_parameters())
 
 
@@ -241,6 +245,50 @@ def test_coupled_samples_are_refused() -> None:
     assert not torch.equal(flat(net.parameters()), before)
 
 
+def test_rows_behind_batch_statistics_are_refused() -> None:
+    """They are right, but exchanging one sample moves all others: clipping bounds nothing."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    net[0].requires_grad_(False)
+    x, y = torch.randn(5, 4).double(), torch.randint(0, 2, (5,))
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    opt = optim.ClippedSGD(named, max_norm=1.0)
+    with persample.extend(net) as recorder:
+        recorded = recorder.gradients(nn.functional.cross_entropy(net(x), y, reduction="none"))
+    got: list[Any] = []
+    handle = persample.extend(net, on_backward=got.append, reduction="mean")
+    nn.CrossEntropyLoss()(net(x), y).backward()
+    handle.remove()
+    asked = [("clip", {"max_norm": 1.0})]
+    runs = [persample.gradients(net, nn.CrossEntropyLoss(), x, y, quantities=q) for q in (None, asked)]
+    for G in (*runs, recorded, *got):
+        with pytest.raises(BatchCoupledError, match=r"batch-coupled\): every sample"):
+            opt.step(G)
+        assert "batch-coupled" in repr(G)
+    net[0].requires_grad_(True)
+    with pytest.raises(BatchCoupledError):
+        opt.step(persample.gradients(net, nn.CrossEntropyLoss(), x, y, params=r"[12]\."))
+    net[1].eval()
+    net[0].requires_grad_(False)
+    opt.step(persample.gradients(net, nn.CrossEntropyLoss(), x, y))
+
+
+def test_noise_of_the_model_is_no_coupling() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.randn(len(x), self.out_features).to(x)
+
+    net = Noisy(4, 2).double()
+    G = persample.gradients(net, nn.CrossEntropyLoss(), torch.randn(5, 4).double(), torch.randint(0, 2, (5,)))
+    assert G.note
+    optim.ClippedSGD(net.named_parameters(), max_norm=1.0).step(G)
+
+
+def test_pieces_of_other_parameters() -> None:
+    net = model()
+    with pytest.raises(ValueError, match="same parameters"):
+        optim.ClippedSGD(net.named_parameters(), max_norm=1.0).step([grads(net), grads(net, params="3")])
+
+
 # ---- second moments ---------------------------------------------------------------------------------------------
 
 
@@ -257,6 +305,9 @@ def test_second_moment_of_groups(size: int) -> None:
 
 def test_second_moment_of_groups_that_do_not_fit() -> None:
     net = model()
+    for size in (0, -3, 1.5):
+        with pytest.raises(ValueError, match="size of a group"):
+            optim.group_second_moment(grads(net), size)  # type: ignore[arg-type]
     with pytest.raises(QuantityError, match="must divide"):
         optim.group_second_moment(grads(net), 4)
     lean = grads(net, quantities=["mean", "second_moment"])
@@ -362,6 +413,13 @@ def test_controller() -> None:
         optim.AdaptiveBatchSize(1, ratio(1.0, 1.0), maximum=4)
     with pytest.raises(ValueError, match="growth"):
         optim.AdaptiveBatchSize(4, ratio(1.0, 1.0), maximum=4, growth=1.0)
+
+
+def test_a_batch_that_overflowed_says_nothing() -> None:
+    controller = optim.AdaptiveBatchSize(8, ratio(torch.nan, 1.0), maximum=64)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert controller.update(grads(model())) == 8
+    assert controller.state_dict() == {"size": 8, "numerator": 0.0, "denominator": 0.0}
 
 
 def test_controller_feeds_a_loader() -> None:

@@ -328,3 +328,89 @@ def test_histogram_against_parameters() -> None:
         statistics.histogram(case.loop, edges, parameters=parameters)
     with pytest.raises(ValueError, match="increasing"):
         statistics.histogram(case.loop, torch.tensor([1.0, 0.0]))
+
+
+# ---- what a run was asked for, and in which precision -------------------------------------------------------------
+
+FROM_VARIANCE: dict[str, Callable[[Any], Any]] = {
+    "noise_scale": lambda G: statistics.noise_scale(G).trace,
+    "norm_test": statistics.norm_test,
+    "diversity": statistics.diversity,
+    "cabs": lambda G: statistics.cabs(G, 0.1),
+}
+
+
+@pytest.mark.parametrize("ddof", [0, 1, 2])
+@pytest.mark.parametrize("name", FROM_VARIANCE)
+def test_the_ddof_of_a_run_is_its_own_matter(name: str, ddof: int) -> None:
+    """`variance()` of a run is with its own ``ddof``; statistics have theirs."""
+    case, formula = Case(), FROM_VARIANCE[name]
+    for also in (["norm", "mean"], ["mean"]):
+        close(formula(case.run(quantities=[*also, ("variance", {"ddof": ddof})])), formula(case.G))
+    moments = statistics.Moments()
+    moments.update(case.run(quantities=["mean", ("variance", {"ddof": ddof})]))
+    close(formula(moments.compute()), formula(case.G))
+
+
+@pytest.mark.parametrize("asked", [["norm", "mean"], ["gram"]])
+def test_noise_that_norms_can_not_tell(asked: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(50, 1), torch.randn(1, 50) + 1e-4 * torch.randn(256, 50)
+    run = lambda **options: persample.gradients(model, nn.MSELoss(), x, torch.zeros(256, 1), **options)  # noqa: E731
+    for formula in (statistics.noise_scale, statistics.norm_test, lambda G: statistics.cabs(G, 0.1)):
+        with pytest.raises(QuantityError, match="ask for 'variance' too"):
+            formula(run(quantities=asked))
+    exact = run().flat().double().var(0).sum()
+    for source in (run(), run(quantities=["norm", "mean", "variance"])):
+        assert abs(statistics.noise_scale(source).trace.double() / exact - 1) < 1e-3
+    tiny = {
+        "a": torch.full((4, 2), 1e-3),
+        "w": 1 + torch.randn(4, 2),
+    }  # the noise of one parameter is lost, that of both not
+    tiny["a"][0] *= 1 + 1e-6
+    G = persample.Statistics(["norm", "mean"], {name: J[0] for name, J in tiny.items()})
+    for name, J in tiny.items():
+        G.emit(name, persample.factors.Dense(J))
+    assert statistics.noise_scale(G).trace > 0
+    with pytest.raises(QuantityError, match="variance"):
+        statistics.noise_scale(G, by="parameter")
+
+
+def test_half_precision_is_squared_in_single() -> None:
+    torch.manual_seed(0)
+    J = (1e-5 * (1 + torch.randn(64, 40))).half()
+    G, D = rows(J), rows(J.double())
+    for formula in (lambda G: statistics.noise_scale(G).scale, statistics.norm_test, statistics.diversity):
+        assert formula(G).dtype is torch.float32
+        torch.testing.assert_close(formula(G).double(), formula(D), rtol=1e-2, atol=0)
+    torch.manual_seed(0)
+    batches = [(1 + torch.randn(4, 3)).bfloat16() for _ in range(500)]
+    moments = statistics.Moments()
+    for batch in batches:
+        moments.update(rows(batch))
+    exact = torch.cat(batches).double().mean(0)
+    assert float((moments.compute().mean()["w"].double() / exact - 1).abs().max()) < 2e-3
+
+
+def test_complex_rows() -> None:
+    torch.manual_seed(0)
+    J = torch.randn(6, 3, dtype=torch.complex128) + 1
+    real = torch.view_as_real(J).flatten(1)
+    G, R = rows(J), rows(real)
+    for formula in (lambda G: statistics.noise_scale(G).scale, *(getattr(statistics, name) for name in COMPLEX)):
+        close(formula(G), formula(R))
+    gain = J.mean(0).abs().square() / (J - J.mean(0)).abs().square().mean(0)
+    close(statistics.signal_to_noise(G)["w"], gain)
+
+
+COMPLEX = ("norm_test", "diversity", "inner_product_test", "orthogonality_test", "confusion")
+
+
+def test_moments_say_nothing_about_pairs() -> None:
+    with pytest.raises(QuantityError, match="pairs of samples"):
+        statistics.confusion(Case().moments())
+
+
+def test_nan_is_in_no_bin() -> None:
+    with pytest.raises(QuantityError, match=r"'w' hold NaN"):
+        statistics.histogram(rows(torch.tensor([[0.0, torch.nan]])), torch.tensor([0.0]))

@@ -225,3 +225,15 @@ def test_over_a_loader_of_other_batches() -> None:
     unpack = lambda batch: (batch["x"], batch["y"])  # noqa: E731
     statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), loader, counts, unpack=unpack)
     assert counts.compute().tolist() == statistics.histogram(DATA.all, EDGES).tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("make", [NoiseScale, lambda: NoiseScale(by="parameter"), lambda: Norms(by=str.upper)])
+def test_batches_of_other_parameters_do_not_add_up(make: Callable[[], Accumulator[Any]]) -> None:
+    accumulator = make()
+    for name in ("v", "w"):
+        G = persample.Gradients({name: persample.factors.Dense(torch.randn(3, 2))}, torch.zeros(3))
+        if name == "v":
+            accumulator.update(G)
+        else:
+            with pytest.raises(QuantityError, match="different parameters or groups"):
+                accumulator.update(G)

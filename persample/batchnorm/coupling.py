@@ -211,7 +211,7 @@ class Coupling:
         """``G[n, m] = dl_n/dtheta^(m)``, ``{name: [*P]}``.  One pass."""
         m = range(len(self))[m]
         row = table.row(self.network, range(len(self))[n])
-        return {name: dense(index(g, slice(m, m + 1)))[0] for name, g in row.items()}
+        return {name: dense(index(row[name], slice(m, m + 1)))[0] for name in self.network.problem.parameters}
 
     def __matmul__(self, v: Mapping[str, Tensor] | Tensor) -> Tensor:
         return table.directional(self.network, v)

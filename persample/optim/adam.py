@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..factors import fold
 from ..gradients import Gradients
 from ..quantities import Quantities
@@ -22,6 +22,8 @@ def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
     into the factors.
     """
     n = len(G)
+    if not isinstance(size, int) or size < 1:
+        raise ArgumentError(f"the size of a group must be a number of samples, 1 or more, got {size!r}.")
     if size == 1:
         return G.second_moment()
     if n % size:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, warn
 from ..quantities import Quantities
 from ..statistics.noise import noise_scale
 from ..statistics.parts import HasMoments, add_up, centred_total, mean_loss, mean_square
@@ -56,7 +56,8 @@ class AdaptiveBatchSize:
 
     The proposal of the rule is rounded up, bounded by a factor ``growth`` per update (down only with ``shrink``), and
     by ``minimum`` and ``maximum``.  While the averaged denominator is not positive (the mean gradient can't be told
-    from zero) the size grows.  Batches of one sample say nothing and are skipped.
+    from zero) the size grows.  Batches of one sample say nothing and are skipped; so are those whose numbers are not
+    finite (overflow in half precision), with a warning.
 
     ``update`` needs ``quantities=["norm", "mean"]``.  ``batches(sampler)`` is a ``batch_sampler`` for a data loader
     without worker processes (which would fetch batches of an old size in advance).
@@ -87,6 +88,9 @@ class AdaptiveBatchSize:
         if len(G) < 2:
             return self.size
         above, below = (float(x) for x in self.rule(G))
+        if not (math.isfinite(above) and math.isfinite(below)):
+            warn(f"a batch says {above:g} / {below:g} of the batch size: it is skipped, and the size stays.")
+            return self.size
         self.numerator = self.decay * self.numerator + (1 - self.decay) * above
         self.denominator = self.decay * self.denominator + (1 - self.decay) * below
         proposal = self.numerator / self.denominator if self.denominator > 0 else math.inf

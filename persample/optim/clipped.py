@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import Quantities
-from .updates import adapt, check_at_least, check_named, descend, named
+from .updates import adapt, check_at_least, check_betas, check_named, descend, named
 
 Batches = Quantities | Sequence[Quantities]
 
@@ -55,6 +55,8 @@ class Clipping:
         for batch in batches:
             check_independent(batch)
         size = self.expected_batch_size or sum(len(batch) for batch in batches)
+        if len({frozenset(batch.names) for batch in batches}) > 1:
+            raise ArgumentError("the pieces of a batch must be gradients of the same parameters: the same params=.")
         if not size:
             raise ArgumentError("an empty batch needs expected_batch_size=, the number that its noise is divided by.")
         clipped = [batch.clip(self.max_norm) for batch in batches]
@@ -76,9 +78,9 @@ def check_independent(G: Quantities) -> None:
     notes = str(getattr(G, "note", "")).split(", ")
     if bad := [x for x in notes if x not in INDEPENDENT and not x.startswith(("verif", "not verif"))]:
         raise BatchCoupledError(
-            f"these gradients are of a batch-coupled model ({bad[0]}): every sample moves the rows of all others, so "
-            "clipping its own row bounds nothing. Use a model without batch statistics (GroupNorm, LayerNorm), or "
-            "model.eval() for frozen ones."
+            f"these gradients are of a batch-coupled model ({bad[0]}): every sample moves the rows of all others (also "
+            "of parameters behind the statistics), so clipping its own row bounds nothing. Use a model without batch "
+            "statistics (GroupNorm, LayerNorm), or .eval() for frozen ones."
         )
 
 
@@ -107,6 +109,8 @@ class ClippedSGD(Optimizer):
         weight_decay: float = 0.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if nesterov and not momentum > 0:
+            raise ArgumentError("nesterov=True needs momentum > 0, as in torch.optim.SGD.")
         self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
         check_named(self)
@@ -125,6 +129,7 @@ class ClippedAdam(Optimizer):
         weight_decay: float = 0.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         check_at_least(0, lr=lr, weight_decay=weight_decay, eps=eps)
+        check_betas(betas)
         self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         check_named(self)

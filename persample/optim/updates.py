@@ -25,12 +25,25 @@ class Slot(NamedTuple):
 
 
 def check_named(optimizer: Optimizer) -> None:
-    """Raise unless the optimizer was made of named parameters."""
+    """Raise unless the optimizer was made of named parameters, in groups that say nothing it would not do."""
     if any("param_names" not in group for group in optimizer.param_groups):
         raise ArgumentError(
             f"{type(optimizer).__name__} finds the rows of a parameter by its name: pass model.named_parameters() (or "
             "groups whose 'params' are pairs of name and parameter), not model.parameters()."
         )
+    for group in optimizer.param_groups:
+        check_at_least(0, **{name: group[name] for name in ("lr", "momentum", "weight_decay", "eps") if name in group})
+        if unknown := group.keys() - optimizer.defaults.keys() - {"params", "param_names", "initial_lr"}:
+            raise ArgumentError(
+                f"{type(optimizer).__name__} has no option {min(unknown)!r} for a group of parameters; there are "
+                f"{sorted(optimizer.defaults)}. What acts on whole rows (max_norm) is for all groups together."
+            )
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Raise for decay rates of averages that don't decay."""
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ArgumentError(f"betas must be two numbers, 0 or more and below 1, got {betas}.")
 
 
 def check_at_least(minimum: float, **options: float) -> None:

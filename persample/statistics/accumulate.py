@@ -11,7 +11,7 @@ loads it goes on exactly where it was.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,15 @@ from ..errors import QuantityError
 from ..quantities import Quantities
 
 V = TypeVar("V")
+
+
+def check_alike(mine: Iterable[str], others: Iterable[str]) -> None:
+    """Raise for batches of other parameters, or other groups of them."""
+    if set(mine) != set(others):
+        raise QuantityError(
+            f"these are of different parameters or groups ({', '.join(sorted({*mine} ^ {*others})[:3])} in one of them "
+            "only); accumulate the same ones (params=, by=) in every batch."
+        )
 
 
 class Accumulator(abc.ABC, Generic[V]):

@@ -28,7 +28,7 @@ def norm_test(G: HasMoments, by: By = None) -> Any:
     def theta(centred: Tensor, mean: Tensor) -> Tensor:
         return (centred.clamp_min(0) / (n - 1) / (n * mean)).sqrt()
 
-    return per_group(by, theta, centred_total(G, means), means)
+    return per_group(by, theta, centred_total(G, means, by), means)
 
 
 def inner_product_test(G: Quantities, by: By = None) -> Any:
@@ -71,4 +71,4 @@ def cabs(G: HasMoments, lr: float, by: By = None) -> Any:
     loss = mean_loss(G)
     if not bool(loss > 0):
         raise QuantityError(f"CABS divides by the mean loss, taken to have infimum 0, but it is {float(loss):.4g}.")
-    return per_group(by, lambda centred: lr * centred.clamp_min(0) / len(G) / loss, centred_total(G))
+    return per_group(by, lambda centred: lr * centred.clamp_min(0) / len(G) / loss, centred_total(G, by=by))

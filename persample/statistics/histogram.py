@@ -13,7 +13,7 @@ from ..errors import ArgumentError, QuantityError
 from ..factors import Factors, dense, index
 from ..gradients import Gradients
 from ..quantities import Quantities
-from .accumulate import Accumulator
+from .accumulate import Accumulator, check_alike
 from .parts import By, add_up, group_of, named
 
 BLOCK = 1 << 21  # entries of G at a time
@@ -58,6 +58,7 @@ class Counts:
     counts: dict[str, Tensor]
 
     def __add__(self, other: Counts) -> Counts:
+        check_alike(self.counts, other.counts)
         return Counts({group: c + other.counts[group] for group, c in self.counts.items()})
 
 
@@ -89,6 +90,8 @@ def _counts(G: Gradients, name: str, edges: Tensor, parameter: Tensor | None, be
     width = 1 if beside is None else len(beside) + 1
     total = torch.zeros((len(edges) + 1) * width, dtype=torch.int64)
     for rows in _blocks(G.factors[name]):
+        if bool(rows.isnan().any()):
+            raise QuantityError(f"rows of parameter '{name}' hold NaN, which is in no bin of a histogram.")
         bins = torch.bucketize(rows, edges.to(rows), right=True) * width
         if parameter is not None and beside is not None:
             bins += torch.bucketize(parameter, beside.to(parameter), right=True)

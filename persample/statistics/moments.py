@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import QuantityError
 from ..quantities import Quantities
 from .accumulate import Accumulator
-from .parts import mean_loss
+from .parts import energy, mean_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class DatasetMoments:
         for name, mean in self.average.items():
             gap = other.average[name] - mean
             average[name] = mean + share * gap
-            scatter[name] = self.scatter[name] + other.scatter[name] + (self.count * share) * gap.square()
+            scatter[name] = self.scatter[name] + other.scatter[name] + (self.count * share) * energy(gap)
         return DatasetMoments(n, average, scatter, self.loss + share * (other.loss - self.loss))
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class DatasetMoments:
 
     def second_moment(self) -> dict[str, Tensor]:
         """``(1/n) sum_i g_i^2``, ``{name: [*P]}``, not centred."""
-        return {name: self.scatter[name] / self.count + mean.square() for name, mean in self.average.items()}
+        return {name: self.scatter[name] / self.count + energy(mean) for name, mean in self.average.items()}
 
     def variance(self, ddof: int = 0) -> dict[str, Tensor]:
         """``1/(n - ddof) sum_i (g_i - mean)^2``, ``{name: [*P]}``."""
@@ -71,7 +71,7 @@ class Moments(Accumulator[DatasetMoments]):
     """Mean, variance and second moment of all rows of a data set, ``{name: [*P]}`` each; computes `DatasetMoments`.
 
     What it computes can be given to `noise_scale`, `diversity`, `norm_test`, `signal_to_noise`, `cabs`, ... like one
-    large batch.  It keeps two tensors of the size of the parameters.
+    large batch.  It keeps two tensors of the size of the parameters, in no less than single precision.
     """
 
     needs = ("mean", "variance")
@@ -79,7 +79,8 @@ class Moments(Accumulator[DatasetMoments]):
 
     def of(self, G: Quantities) -> DatasetMoments:
         n = len(G)
-        return DatasetMoments(n, G.mean(), {name: n * v for name, v in G.variance().items()}, mean_loss(G))
+        means = {name: m.to(torch.promote_types(m.dtype, torch.float32)) for name, m in G.mean().items()}
+        return DatasetMoments(n, means, {name: n * v for name, v in G.variance(0).items()}, mean_loss(G))
 
 
 class Average(Accumulator[DatasetMoments]):

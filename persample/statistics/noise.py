@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
-from .accumulate import Accumulator
-from .parts import By, HasMoments, centred_total, mean_square, named, per_group, several
+from .accumulate import Accumulator, check_alike
+from .parts import By, HasMoments, centred_total, energy, mean_square, named, per_group, several
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +61,7 @@ def noise_scale(G: HasMoments, by: By = None) -> Any:
         trace = centred / (n - 1)
         return NoiseEstimate(trace, mean - trace / n)
 
-    return per_group(by, estimate, centred_total(G, means), means)
+    return per_group(by, estimate, centred_total(G, means, by), means)
 
 
 def noise_scale_of_two(small_square: Tensor, small: int, big_square: Tensor, big: int) -> NoiseEstimate:
@@ -83,16 +83,20 @@ class NoiseSums:
     weight: float
     trace: dict[str, Tensor]
     square: dict[str, Tensor]
+    names: list[str]  # of the parameters
 
     def __add__(self, other: NoiseSums) -> NoiseSums:
+        check_alike(self.names, other.names)
+        check_alike(self.trace, other.trace)
         trace = {group: v + other.trace[group] for group, v in self.trace.items()}
         square = {group: v + other.square[group] for group, v in self.square.items()}
-        return NoiseSums(self.weight + other.weight, trace, square)
+        return NoiseSums(self.weight + other.weight, trace, square, self.names)
 
     def times(self, factor: float) -> NoiseSums:
         """All sums times a number."""
         trace = {group: factor * v for group, v in self.trace.items()}
-        return NoiseSums(factor * self.weight, trace, {group: factor * v for group, v in self.square.items()})
+        square = {group: factor * v for group, v in self.square.items()}
+        return NoiseSums(factor * self.weight, trace, square, self.names)
 
 
 class NoiseScale(Accumulator[NoiseSums]):
@@ -114,9 +118,13 @@ class NoiseScale(Accumulator[NoiseSums]):
 
     def of(self, G: Quantities) -> NoiseSums:
         n, means = len(G), mean_square(G)
-        sums = per_group(self.by, lambda c, mean: (c, (n - 1) * mean - c / n), centred_total(G, means), means)
+        centred = (
+            centred_total(G, means, self.by) if n > 1 else {name: torch.zeros_like(m) for name, m in means.items()}
+        )
+        sums = per_group(self.by, lambda c, mean: (c, (n - 1) * mean - c / n), centred, means)
         groups = sums if isinstance(sums, dict) else {"": sums}
-        return NoiseSums(float(n - 1), {g: v[0] for g, v in groups.items()}, {g: v[1] for g, v in groups.items()})
+        traces, squares = ({g: v[i] for g, v in groups.items()} for i in range(2))
+        return NoiseSums(float(n - 1), traces, squares, list(means))
 
     def update(self, G: Quantities) -> None:
         """Let older batches fade by ``decay``, and add one."""
@@ -145,7 +153,7 @@ def signal_to_noise(G: HasMoments, *, ddof: int = 0, eps: float = 0.0, by: By = 
     Needs ``quantities=["mean", "variance"]``.
     """
     means, variances = G.mean(), G.variance(ddof)
-    ratios = {name: _ratio(means[name].square(), variances[name] + eps) for name in means}
+    ratios = {name: _ratio(energy(means[name]), variances[name] + eps) for name in means}
     if by == "element":
         return ratios
     sums = {name: r.sum() for name, r in ratios.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import QuantityError
 from ..quantities import Quantities
-from .accumulate import Accumulator
+from .accumulate import Accumulator, check_alike
 from .parts import By, named, per_group, squares
 
 
@@ -24,6 +24,7 @@ class Listed:
     def __add__(self, other: Listed) -> Listed:
         if (self.ids is None) != (other.ids is None):
             raise QuantityError("some norms came with ids and some without: give ids to all updates, or to none.")
+        check_alike(self.values, other.values)
         ids = None if self.ids is None or other.ids is None else torch.cat([self.ids, other.ids])
         return Listed({group: torch.cat([v, other.values[group]]) for group, v in self.values.items()}, ids)
 

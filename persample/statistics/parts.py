@@ -75,7 +75,7 @@ def named(by: By) -> str | None:
 def squares(G: Quantities) -> Part:
     """``{name: |g_n|^2}``, ``[N]`` each."""
     if _lacks(G, "squares") and not _lacks(G, "gram"):
-        return {name: K.diagonal() for name, K in G.gram(per_parameter=True).items()}
+        return {name: K.diagonal().real for name, K in G.gram(per_parameter=True).items()}
     return G.squared_norm(per_parameter=True)  # type: ignore[no-any-return]
 
 
@@ -85,7 +85,7 @@ def square_total(G: HasMoments) -> Part:
         return {name: len(G) * m.sum() for name, m in G.second_moment().items()}
     if _lacks(G, "squares") and _lacks(G, "gram") and not _lacks(G, "variance"):
         means = mean_square(G)
-        return {name: len(G) * (v.sum() + means[name]) for name, v in G.variance().items()}
+        return {name: len(G) * (v.sum() + means[name]) for name, v in G.variance(0).items()}
     return {name: s.sum() for name, s in squares(G).items()}
 
 
@@ -93,24 +93,38 @@ def mean_square(G: HasMoments) -> Part:
     """``{name: |gbar|^2}``, of the mean gradient ``gbar``."""
     if _lacks(G, "sum") and not _lacks(G, "gram"):
         assert isinstance(G, Quantities)
-        return {name: K.mean() for name, K in G.gram(per_parameter=True).items()}
-    return {name: m.square().sum() for name, m in G.mean().items()}
+        return {name: K.mean().real for name, K in G.gram(per_parameter=True).items()}
+    return {name: energy(m).sum() for name, m in G.mean().items()}
 
 
-def centred_total(G: HasMoments, mean_squares: Part | None = None) -> Part:
+def energy(x: Tensor) -> Tensor:
+    """``|x|^2`` of every entry, in no less than single precision: squares of half precision are often zero."""
+    x = x if x.is_complex() else x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x * x.conj()).real if x.is_complex() else x.square()
+
+
+def centred_total(G: HasMoments, mean_squares: Part | None = None, by: By = None) -> Part:
     """``{name: sum_n |g_n - gbar|^2}``, the trace of the scatter matrix; ``mean_squares`` where they are there anyway.
 
     From norms it is the difference ``sum |g|^2 - N |gbar|^2``, which loses digits where the noise is tiny against the
-    gradient; where half of them are gone and the rows are there, they are centred before squaring instead.
+    gradient.  Where half of them are gone, rows are centred before squaring instead; without rows, `QuantityError`
+    (if that is so for the sum over a group of ``by``).
     """
     if not isinstance(G, Quantities) or (isinstance(G, Statistics) and not _lacks(G, "variance")):
-        return {name: len(G) * v.sum() for name, v in G.variance().items()}
+        return {name: len(G) * v.sum() for name, v in G.variance(0).items()}
     totals, mean_squares = square_total(G), mean_square(G) if mean_squares is None else mean_squares
     differences = {name: total - len(G) * mean_squares[name] for name, total in totals.items()}
     if isinstance(G, Gradients):
         for name, difference in differences.items():
             if cancelled(difference, totals[name]):
-                differences[name] = len(G) * G.select([name]).variance()[name].sum()
+                differences[name] = len(G) * G.select([name]).variance(0)[name].sum()
+    else:
+        lost = per_group(by, cancelled, differences, totals)
+        if any(lost.values()) if isinstance(lost, dict) else lost:
+            raise QuantityError(
+                "the noise is so small against the mean gradient that norms (or inner products) and mean can't tell "
+                "it in this precision: ask for 'variance' too, quantities=[..., 'variance'], or keep the rows."
+            )
     return differences
 
 
@@ -120,16 +134,18 @@ def cancelled(difference: Tensor, total: Tensor) -> bool:
 
 
 def products(G: Quantities) -> Part:
-    """``{name: K}``, the Gram matrix ``[N, N]`` of every parameter's rows."""
-    return G.gram(per_parameter=True)  # type: ignore[no-any-return]
+    """``{name: K}``, the Gram matrix ``[N, N]`` of every parameter's rows; of complex ones, its real part."""
+    if not isinstance(G, Quantities):
+        raise QuantityError("moments say nothing about pairs of samples: this needs rows, or quantities=['gram'].")
+    return {name: K.real for name, K in G.gram(per_parameter=True).items()}
 
 
 def along_mean(G: Quantities) -> Part:
     """``{name: g_n . gbar}``, ``[N]``: without the Gram matrix where the rows are there."""
     if isinstance(G, Gradients):
         mean = G.mean()
-        return {name: G.select([name]).dot(mean) for name in G.names}
-    return {name: K.mean(1) for name, K in products(G).items()}
+        return {name: G.select([name]).dot(mean).real for name in G.names}
+    return {name: K.mean(1).real for name, K in products(G).items()}
 
 
 def _lacks(G: object, kind: str) -> bool:

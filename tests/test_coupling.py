@@ -143,6 +143,7 @@ def test_table_entries_rows_columns_and_norms(name: str) -> None:
     table, C = made(name)[1], coupled(name)
     close(C.row(1), {k: t[1] for k, t in table.items()})
     close(C.entry(2, 4), {k: t[2, 4] for k, t in table.items()})
+    assert list(C.entry(2, 4)) == list(C.gradients("loss").names)
     for route in ROUTES:
         close(coupled(name, route).column(-2), {k: t[:, -2] for k, t in table.items()})
     close(C.norms(per_parameter=True), {k: t.flatten(2).norm(dim=2) for k, t in table.items()})

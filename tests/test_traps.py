@@ -169,6 +169,15 @@ def test_convolutions_that_read_nothing_but_padding(kernel: Literal["tokens", "o
     assert not G["1.weight"].any() and G["1.bias"].any()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_convolution_without_channels() -> None:
+    model = nn.Conv2d(0, 3, 2).double()
+    G = exact(
+        Problem(model, lambda out, _: (out + 1).flatten(1).square().sum(1), float64(N, 0, 4, 4), None), "hooks", "loop"
+    )
+    assert G["weight"].shape == (N, 3, 0, 2, 2) and G["bias"].all()
+
+
 @pytest.mark.parametrize("forced", ["tokens", "stream"])
 def test_norms_of_two_nearly_opposite_tokens(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``sum_ts (a_t a_s)(b_t b_s)`` cancels: single precision loses what double would not."""

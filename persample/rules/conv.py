@@ -29,9 +29,9 @@ def _images(call: Call, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _batched(call: Call, input: Tensor, weight: Tensor) -> bool:
-    """Whether the samples are on the batch axis, and not taken for channels or positions."""
+    """Whether the samples are on the batch axis, and not taken for channels or positions; and there is a weight."""
     at = call.layouts.get(id(input))
-    return at is not None and input.ndim == weight.ndim and at.alone is None and at.axis == 0
+    return at is not None and input.ndim == weight.ndim and at.alone is None and at.axis == 0 and weight.numel() > 0
 
 
 def _kernel(call: Call, x: Tensor, g: Tensor, weight: Tensor, geometry: Placing) -> Factors:

@@ -60,7 +60,8 @@ NOTIONS = (
     "Say which is meant with persample.gradients(..., coupled=): 'loss' (the derivative of one loss: the plain "
     "meaning), 'influence' (what a sample's weight does: gradient noise, attribution), 'copy' (what hooks give: credit "
     "to a sample's activations), 'frozen' (statistics held fixed: curvature) or 'eval' (running statistics: what "
-    "happens after training), see persample.coupling and docs/batchnorm.md; or call model.eval()."
+    "happens after training), see persample.coupling and docs/batchnorm.md; or call model.eval(). Under extend, "
+    "gradients(losses, coupled=) has 'loss' and 'copy'."
 )
 
 

@@ -28,7 +28,7 @@ from .capture import Capture
 from .collect import Collect, check_complete, check_uncoupled
 from .engines.hooks import eager
 from .errors import ArgumentError, CaptureError, InplaceError, LossError
-from .factors import Factors, strided
+from .factors import Dense, Factors, strided
 from .gradients import Result, Sink
 from .listener import Listener, Reduction
 from .losses import ways_out
@@ -279,13 +279,23 @@ class Recorder:
 
     # ---- losses given -------------------------------------------------------------------------------------------
 
-    def gradients(self, losses: Tensor, quantities: Iterable[Request] | None = None) -> Result:
+    def gradients(
+        self, losses: Tensor, quantities: Iterable[Request] | None = None, coupled: str | None = None
+    ) -> Result:
         """Per-sample gradients of ``losses [N]``, by one backward pass that keeps the graph and touches no ``.grad``
         (and another, at the first call, that verifies one row; see `extend`).
 
-        With ``quantities=``, here or in `extend`, the result is a `Statistics`.  Raises `LossError` for losses that
-        are not ``[N]``, `CaptureError` for losses that no recorded forward leads to.
+        With ``quantities=``, here or in `extend`, the result is a `Statistics`.  Where samples are coupled,
+        ``coupled="loss"`` gives the ordinary gradient of every loss (by ``N`` backward passes of this graph), and
+        ``"copy"`` the credit to each sample's activations (by one); the other notions of `persample.gradients` take
+        passes of their own.  Raises `LossError` for losses that are not ``[N]``, `CaptureError` for losses that no
+        recorded forward leads to, `BatchCoupledError` where ``coupled`` doesn't say which notion is meant.
         """
+        if coupled not in (None, "loss", "copy"):
+            raise ArgumentError(
+                f"coupled must be 'loss' or 'copy' here, got {coupled!r}: other notions take passes of their own, "
+                "persample.gradients(..., coupled=)."
+            )
         if self._listener is not None:
             raise CaptureError("this handle listens to backward(); for losses of your own, extend the model once more.")
         if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses) or losses.is_sparse:
@@ -307,9 +317,11 @@ class Recorder:
                     "after extend()), with gradients "
                     "enabled, and don't detach its outputs."
                 )
-            check_no_hooks(self._parameters)
-            check_complete(found, self._parameters)
-            check_uncoupled(found, self._parameters)
+            if coupled != "loss":
+                check_no_hooks(self._parameters)
+                check_complete(found, self._parameters)
+            if coupled is None:
+                check_uncoupled(found, self._parameters)
             if capture is not None:
                 capture.check_order(losses)
             sizes = {call.layout.n for call in found.calls if call.shared}
@@ -317,7 +329,9 @@ class Recorder:
                 raise LossError(
                     f"gradients() needs [N] losses, one for each of N = {n} samples, got {tuple(losses.shape)}.{out}"
                 )
-            return self._reduced(losses, found, wanted)
+            if coupled == "loss":
+                return self._by_losses(losses, wanted)
+            return self._reduced(losses, found, wanted, coupled)
         finally:
             if capture is not None and active:
                 capture.active = self._entered  # later uses of the same forward may follow
@@ -327,14 +341,27 @@ class Recorder:
             self._new_capture()
         return self._parameters
 
-    def _reduced(self, losses: Tensor, found: Reached, quantities: list[Request] | None) -> Result:
+    def _by_losses(self, losses: Tensor, quantities: list[Request] | None) -> Result:
+        """``N`` ordinary gradients."""
+        sink, names = Sink(self._parameters, self._aliases, quantities), list(self._parameters)
+        parameters = list(self._parameters.values())
+        with suspended(self.model), _told_of_changes():
+            found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+        columns = dict(zip(names, zip(*found, strict=True), strict=True))
+        for name, p in self._parameters.items():
+            rows = [torch.zeros_like(p) if g is None else strided(g) for g in columns[name]]
+            sink.emit(name, Dense(torch.stack(rows)))
+        unused = tuple(name for name in names if all(g is None for g in columns[name]))
+        return sink.result(Pass(losses.detach(), self._outputs, unused), "coupled='loss'")
+
+    def _reduced(self, losses: Tensor, found: Reached, quantities: list[Request] | None, notion: str | None) -> Result:
         sink = Sink(self._parameters, self._aliases, quantities)
         modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.samples_of(losses)
         called = frozenset[Any]() if self._capture is None else frozenset(self._capture.called)
         kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
-        verifies = kind not in held if self.verify is None else self.verify
+        verifies = notion is None and (kind not in held if self.verify is None else self.verify)
         n = int(torch.randint(len(losses), (), generator=torch.Generator().manual_seed(len(losses))))
         rows: dict[str, Tensor] = {}
 
@@ -345,31 +372,21 @@ class Recorder:
 
         collect = Collect(found, self._parameters, emit, len(losses), release=False)
         try:
-            if found.roots:
-                with suspended(self.model):  # other recorders of this model don't take this for a backward of the user
-                    ones = torch.ones_like(losses)
-                    torch.autograd.grad(losses, found.roots, ones, retain_graph=True, allow_unused=True)
-            unused = collect.finish()
-        except RuntimeError as error:
-            if "modified by an inplace operation" in str(error):
-                raise InplaceError(
-                    "a parameter or activation that these losses were computed from was changed in place since, by "
-                    "optimizer.step() for instance. Call gradients(losses) before that."
-                ) from error
-            if "a second time" not in str(error):
-                raise
-            raise CaptureError(
-                "an earlier backward() has freed the graph of these losses. Call gradients(losses) before backward(), "
-                "or backward(retain_graph=True)."
-            ) from error
+            with _told_of_changes():
+                if found.roots:
+                    with suspended(self.model):  # other recorders of this model take this for no backward of the user
+                        ones = torch.ones_like(losses)
+                        torch.autograd.grad(losses, found.roots, ones, retain_graph=True, allow_unused=True)
+                unused = collect.finish()
         finally:
             collect.detach()
         if verifies:
             self._hold(losses, n, rows)
             held.add(kind)
         coupled = any(call.couples for call in found.calls) or (self._capture is not None and self._capture.coupled)
-        run = Pass(losses.detach(), self._outputs, unused, coupled)
-        return sink.result(run, "verify=False" if self.verify is False else "")
+        run = Pass(losses.detach(), self._outputs, unused, coupled and notion is None)
+        note = "" if notion is None else f"coupled={notion!r}"
+        return sink.result(run, note or ("verify=False" if self.verify is False else ""))
 
     def _hold(self, losses: Tensor, n: int, rows: dict[str, Tensor]) -> None:
         """Row ``n`` against the ordinary gradient of loss ``n``, on the same graph: with the same random draws."""
@@ -381,6 +398,25 @@ class Recorder:
             )
         wanted = {name: None if g is None else strided(g) for name, g in zip(self._parameters, found, strict=True)}
         raise_if_wrong(compared(rows, wanted, n, losses.dtype), None)
+
+
+@contextlib.contextmanager
+def _told_of_changes() -> Iterator[None]:
+    """In our own words: graphs that were freed, and tensors that were changed, before the losses were given."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise InplaceError(
+                "a parameter or activation that these losses were computed from was changed in place since, by "
+                "optimizer.step() for instance. Call gradients(losses) before that."
+            ) from error
+        if "a second time" in str(error):
+            raise CaptureError(
+                "an earlier backward() has freed the graph of these losses. Call gradients(losses) before backward(), "
+                "or backward(retain_graph=True)."
+            ) from error
+        raise
 
 
 # What was verified: by model, the kinds of calls.

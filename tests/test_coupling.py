@@ -135,6 +135,41 @@ def test_gradients_with_coupled_is_the_same(notion: str) -> None:
     )
 
 
+@pytest.mark.parametrize("notion", ["loss", "copy"])
+@pytest.mark.parametrize("name", NAMES)
+def test_by_a_recorder(name: str, notion: str) -> None:
+    """The same rows from the losses of an ordinary forward, whose running statistics and graph are left alone."""
+    setup = setups[name]()
+    want = persample.coupling(setup.net, nn.CrossEntropyLoss(), setup.x, setup.y).gradients(notion)
+    buffers = {name: b.clone() for name, b in setup.net.named_buffers()}
+    with persample.extend(setup.net) as recorder:
+        losses = F.cross_entropy(setup.net(setup.x), setup.y, reduction="none")
+        after = {name: b.clone() for name, b in setup.net.named_buffers()}
+        with pytest.raises(persample.BatchCoupledError, match=r"gradients\(losses, coupled="):
+            recorder.gradients(losses)
+        G = recorder.gradients(losses, coupled=notion)
+        S = recorder.gradients(losses, quantities=["gram", "sum"], coupled=notion)
+        losses.sum().backward()
+    close(G, want.dense())
+    torch.testing.assert_close(S.gram(), want.gram(), rtol=0, atol=TIGHT)
+    close(S.sum(), {name: p.grad for name, p in setup.net.named_parameters() if p.grad is not None})
+    assert G.note == S.note == f"coupled={notion!r}" and G.unused == want.unused
+    assert any(not torch.equal(b, buffers[k]) for k, b in after.items()) or not buffers
+    assert all(torch.equal(b, after[k]) for k, b in setup.net.named_buffers())
+
+
+def test_notions_that_a_recorder_does_not_have() -> None:
+    setup = setups["mlp"]()
+    with persample.extend(setup.net) as recorder:
+        losses = F.cross_entropy(setup.net(setup.x), setup.y, reduction="none")
+        for notion in ("influence", "eval", "frozen", "los"):
+            with pytest.raises(persample.ArgumentError, match="'loss' or 'copy'"):
+                recorder.gradients(losses, coupled=notion)
+        losses.sum().backward()
+        with pytest.raises(persample.CaptureError, match="freed the graph"):
+            recorder.gradients(losses, coupled="loss")
+
+
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from .batch import flatten
-from .calls import Call, Reached, reached
+from .calls import Call, Reached, behind, reached
 from .collect import Collect, check_complete, check_uncoupled
 from .errors import ArgumentError, CaptureError, SampleAxisError, warn
 from .gradients import Sink
@@ -72,13 +73,28 @@ class Listener:
 
         ``coupled``: by what nobody differentiates through (a frozen backbone).
         """
-        nodes = {t.grad_fn for t in flatten(output)[0] if isinstance(t, Tensor) and t.grad_fn is not None}
+        nodes = set[Node]()
+        for t in flatten(output)[0]:
+            if isinstance(t, Tensor) and t.grad_fn is not None:
+                self._check_sampled(t)
+                nodes.add(t.grad_fn)
         found = reached(nodes, self.owner)
         check_complete(found, self.parameters)
         check_uncoupled(found, self.parameters)
         self._coupled = coupled or any(call.couples for call in found.calls)
         for node in nodes:
             node.register_prehook(self._passes)
+
+    def _check_sampled(self, t: Tensor) -> None:
+        """Raise for an output that is computed from parameters only."""
+        calls, leaves = behind(t)
+        name = next((name for name, p in self.parameters.items() if any(p is leaf for leaf in leaves)), "")
+        if name and not calls:
+            raise CaptureError(
+                f"an output of shape {tuple(t.shape)} is computed from parameter '{name}' and from no sample, so what "
+                "comes back to it in a backward is the gradient of all losses together. Use a with-block and "
+                "gradients(losses), or leave the parameter out by params=."
+            )
 
     def _passes(self, grads: Any) -> None:
         """A backward has come to an output of a forward."""

@@ -1085,3 +1085,23 @@ def test_statistics(name: str) -> None:
         assert close(S.gram(), truth.gram())
         for k in truth.names:
             assert close(S.variance()[k], truth.variance()[k]) and close(S.clip()[k], truth.clip(1.0)[k]), k
+
+
+WITHOUT_SAMPLES = ("GaussianPolicy", "ActorCritic", "MixtureDensity", "FullCovariance", "LearnedPrior")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "HomoscedasticHead"])
+def test_handle(name: str) -> None:
+    model, loss, x, y, dims = built(name)
+    truth, got = persample.gradients(model, loss, x, y, engine="loop", batch_dim=dims), list[Any]()
+    handle = persample.extend(model, on_backward=got.append, reduction="mean", batch_dim=dims)
+    try:
+        if name in WITHOUT_SAMPLES:
+            with pytest.raises(persample.CaptureError, match="from no sample"):
+                call(model, x)
+            return
+        loss(call(model, x), y).mean().backward()
+    finally:
+        handle.remove()
+    for k in truth.names:
+        assert close(got[0][k], truth[k]), k

@@ -423,6 +423,7 @@ def test_gauss_newton_keeps_the_sum_over_outputs(name: str) -> None:
     exact = flat(C.ggn_diagonal(reduction="sum"), 0)
     torch.testing.assert_close(exact, len(C) * G.diagonal(), rtol=0, atol=TIGHT)
     mc = flat(C.ggn_diagonal(draws=1000, generator=torch.Generator().manual_seed(0)), 0)
+    assert not torch.equal(*(flat(C.ggn_diagonal(draws=1), 0) for _ in range(2)))  # new draws every time
     assert float((mc - G.diagonal()).norm() / G.diagonal().norm()) < 0.15
     theta = setup.copies()
     D = torch.stack([  # at fixed statistics the samples' own Jacobians

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
-from persample.curvature import Operator, empirical_fisher, fisher, ggn, hvp, per_sample_hvp
-from persample.errors import BatchCoupledError, DirectionError, LossError, PersampleError, RandomnessError
+from persample import coupling
+from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, hvp, per_sample_hvp
+from persample.errors import (
+    ArgumentError,
+    BatchCoupledError,
+    DirectionError,
+    InplaceError,
+    LossError,
+    PersampleError,
+    RandomnessError,
+)
 
 N = 5
 
@@ -224,6 +233,48 @@ def test_per_sample_shortcuts_refuse_coupled_batches() -> None:
     assert all(torch.equal(b, before[k]) for k, b in model.state_dict().items())
 
 
+class Coupled(nn.Module):
+    """Values go through a function of the whole batch."""
+
+    def __init__(self, through: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.through = nn.Linear(2, 3), nn.Linear(3, 3), through
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.through(self.first(x).tanh()))
+
+
+COUPLINGS = {
+    "mean": lambda h: h - h.mean(0),
+    "std": lambda h: h / h.std(),
+    "largest": lambda h: h / h.amax(),
+    "largest of each": lambda h: h / h.amax(0),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_per_sample_hvp_refuses_samples_that_are_coupled_by_hand(name: str, engine: str) -> None:
+    model = seeded(lambda: Coupled(COUPLINGS[name]))
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for shift in range(N):  # every sample attains a maximum, in turn
+        with pytest.raises(BatchCoupledError, match=r"sample \d has loss .* within the batch and .* alone"):
+            per_sample_hvp(model, nn.CrossEntropyLoss(), X.roll(shift, 0), LABELS.roll(shift), v, engine=engine)
+    assert per_sample_hvp(model, nn.CrossEntropyLoss(), X[:1], LABELS[:1], v, engine="loop").shape == (1, len(v))
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_per_sample_hvp_refuses_outputs_that_are_broadcast_with_targets(engine: str) -> None:
+    model = seeded(lambda: nn.Linear(2, 1))
+    v, y = torch.ones(3, dtype=torch.float64), VALUES[:, 0]
+    with pytest.raises(LossError, match=r"outputs of shape \(5, 1\) with targets of shape \(5,\)"):
+        per_sample_hvp(model, lambda f, y: (f - y).square().mean(), X, y, v, engine=engine)
+    inputs = torch.cat([X, torch.ones(N, 1)], 1)
+    close(
+        per_sample_hvp(model, nn.MSELoss(), X, y[:, None], v, engine=engine), 2 * inputs * inputs.sum(1, keepdim=True)
+    )
+
+
 def test_per_sample_hvp_refuses_random_masks() -> None:
     model = nn.Sequential(nn.Linear(2, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
     v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
@@ -269,10 +320,73 @@ def test_mc_fisher_is_a_mean_over_sampled_targets(name: str) -> None:
 def test_mc_fisher_for_categorical_targets_uses_the_losses_own_gradients() -> None:
     model, loss_fn, x, y = case("cross entropy")
     generator = torch.Generator().manual_seed(5)
-    drawn = torch.multinomial(model(x).detach().softmax(1), 1, generator=torch.Generator().manual_seed(5)).squeeze(1)
+    own = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(5))))
+    drawn = torch.multinomial(model(x).detach().softmax(1), 1, generator=own).squeeze(1)
     theta, outputs, _ = flat_functions(model, loss_fn, x, y)
     rows = jacrev(lambda t: F.cross_entropy(outputs(t), drawn, reduction="none"))(theta)
     close(fisher(model, loss_fn, x, y, type="mc", generator=generator).dense(), rows.T @ rows / N)
+
+
+def test_mc_fisher_without_a_generator_draws_from_the_global_one() -> None:
+    def make() -> Tensor:
+        return fisher(*case("cross entropy"), type="mc").dense()  # case() seeds
+
+    model, loss_fn, x, y = case("cross entropy")
+    one, other = (fisher(model, loss_fn, x, y, type="mc").dense() for _ in range(2))
+    assert (one - other).norm() > 1e-3
+    close(make(), make(), 1e-14)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + torch.randn_like(x))
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("make", [fisher, ekfac])
+def test_targets_are_independent_of_the_random_numbers_of_the_forward_pass(make: Any, given: bool) -> None:
+    """Were they drawn from one stream, the mean of ``noise^2 u^2`` would be that of ``u^4``: 6 instead of 2."""
+    n = 4000
+    x, y, model = torch.zeros(n, 1, dtype=torch.float64), torch.zeros(n, 1, dtype=torch.float64), seeded(Noisy)
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(3) if given else None
+    assert abs(float(make(model, nn.MSELoss(), x, y, type="mc", generator=generator).dense()) - 2) < 0.5
+
+
+@pytest.mark.parametrize("samples", [0, -1, 1.5])
+def test_draws_have_a_number(samples: Any) -> None:
+    for make in (fisher, ekfac):
+        with pytest.raises(ArgumentError, match=f"samples must be a positive integer .*, got {samples}"):
+            make(*case("cross entropy"), type="mc", samples=samples)
+        with pytest.raises(RandomnessError, match=r"generator must be a torch.Generator, got int"):
+            make(*case("cross entropy"), type="mc", generator=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_families_are_told_apart_in_half_precision(dtype: torch.dtype) -> None:
+    for name, family in {"cross entropy": "categorical", "squared error": "gaussian", "binary": "bernoulli"}.items():
+        model, loss_fn, x, y = case(name)
+        exact = fisher(model, loss_fn, x, y).dense()
+        half = [t.to(dtype) if t.is_floating_point() else t for t in (x, y)]
+        op = fisher(model.to(dtype), loss_fn, *half, type="mc", samples=1000)
+        assert family in repr(op)
+        assert (op.dense().double() - exact).norm() < 0.2 * exact.norm()
+    model, _, x, y = case("cross entropy")
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(3, dtype=dtype))
+    with pytest.raises(LossError, match=r"computed in float32 where outputs are .*Give it weights in float32"):
+        fisher(model.to(dtype), weighted, x.to(dtype), y)
+
+
+def test_curvature_that_is_not_finite_is_named() -> None:
+    model, loss_fn, x, y = case("cross entropy")
+    x = x.clone()
+    x[0, 0] = math.nan
+    with pytest.raises(LossError, match="NaN or infinite"):
+        fisher(model, loss_fn, x, y)
 
 
 @pytest.mark.parametrize(
@@ -418,6 +532,89 @@ def test_one_dropout_mask_for_all_products(make: Any) -> None:
     assert torch.equal(first, op.dense())
     close(first, first.T)
     assert (first - make(model, nn.CrossEntropyLoss(), X, LABELS).dense()).norm() > 1e-4
+
+
+@torch.no_grad()
+def _double(model: nn.Module, *_: Any) -> None:
+    model[0].weight.mul_(2)
+
+
+def _step(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor, **options: bool) -> None:
+    loss_fn(model(x), y).backward()
+    torch.optim.SGD(model.parameters(), 0.1, **options).step()
+
+
+def _replace(model: nn.Module, *_: Any) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+
+
+CHANGES: dict[str, Callable[..., Any]] = {
+    "'0.weight'": _double,
+    "model: parameter": _step,
+    "parameter '0.": lambda *args: _step(*args, fused=True),  # no version counts that
+    "model: parameter '0.weight'": _replace,
+    "'3.bias'": lambda model, *_: model[3].bias.data.add_(1),  # nor that
+    "parameter '3.bias'": lambda model, *_: setattr(model[3].bias, "data", model[3].bias + 1),
+    "an input": lambda model, loss_fn, x, y: x.mul_(2),
+    r"input of shape \(5, 2\)": lambda model, loss_fn, x, y: x.numpy().fill(1.0),
+    "a target": lambda model, loss_fn, x, y: y.zero_(),
+    "the mode": lambda model, *_: model.eval(),
+    "mode of module '1'": lambda model, *_: model[1].eval(),
+    "loss_fn: buffer 'weight'": lambda model, loss_fn, *_: loss_fn.weight.mul_(torch.tensor([1.0, 2.0, 3.0])),
+    "not require grad any more": lambda model, *_: model[3].requires_grad_(False),
+    "'0.weight' does not require grad": lambda model, *_: model.requires_grad_(False),
+}
+OPERATORS = {
+    **{make.__name__: make for make in (hvp, ggn, fisher, empirical_fisher)},
+    "mc": lambda *args: fisher(*args, type="mc"),
+    "coupling": lambda *args: coupling(*args).ggn(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_products_refuse_another_point(name: str, what: str) -> None:
+    model, x, y = seeded(normed), X.clone(), LABELS.clone()
+    loss_fn = nn.CrossEntropyLoss(weight=torch.ones(3, dtype=torch.float64))
+    op = OPERATORS[name](model, loss_fn, x, y)
+    v = torch.ones(op.shape[0], dtype=torch.float64)
+    assert torch.equal(op @ v, op @ v)
+    CHANGES[what](model, loss_fn, x, y)
+    with pytest.raises(InplaceError, match=what):
+        op @ v
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_products_are_the_same_after_forward_passes_and_moved_statistics(name: str) -> None:
+    model, loss_fn, x, y = case("batch norm")
+    op = OPERATORS[name](model, loss_fn, x, y)
+    before = op.dense()
+    model(2 * x)
+    model.eval()
+    model(x)
+    model.train()  # back again
+    assert torch.equal(op.dense(), before)
+    model.eval()
+    op = OPERATORS[name](model, loss_fn, x, y)
+    before = op.dense()
+    model[1].running_mean.add_(1)
+    moved = model[1].running_mean.clone()
+    assert torch.equal(op.dense(), before)
+    assert torch.equal(model[1].running_mean, moved)
+    assert (OPERATORS[name](model, loss_fn, x, y).dense() - before).norm() > 1e-3
+
+
+def test_products_from_rows_are_those_of_the_rows() -> None:
+    model, loss_fn, x, y = case("cross entropy")
+    op = empirical_fisher(model, loss_fn, x, y, method="rows")
+    before = op.dense()
+    _double(model)
+    assert torch.equal(op.dense(), before)
+    x = x.clone()
+    op = empirical_fisher(model, loss_fn, x, y, method="rows")
+    x.mul_(2)
+    with pytest.raises(InplaceError):
+        op.dense()
 
 
 def test_batch_coupling_is_kept() -> None:

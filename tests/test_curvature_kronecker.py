@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from persample.curvature import Kronecker, ekfac, empirical_fisher, ggn, kfac, kflr, kfra
-from persample.errors import BatchCoupledError, KroneckerError, LossError
+from persample.errors import ArgumentError, BatchCoupledError, KroneckerError, LossError, VerificationError
 
 N = 5
 
@@ -336,6 +336,61 @@ def test_exact_is_the_mean_of_mc(loss_fn: Any, y: Tensor) -> None:
         assert (a - c).norm() > 1e-6
 
 
+@pytest.mark.parametrize("make", [kfac, ekfac])
+def test_draws_without_a_generator_are_new_ones_every_time(make: Any) -> None:
+    model: Any = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2)))
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    one, other = make(model, CE, X, LABELS), make(model, CE, X, LABELS)
+    assert not torch.equal(torch.get_rng_state(), state)
+    assert (one.dense() - other.dense()).norm() > 1e-3
+    torch.manual_seed(11)
+    close(make(model, CE, X, LABELS).dense(), one.dense(), 1e-14)
+    close(make(model, CE, X, LABELS).dense(), other.dense(), 1e-14)
+    exact = kflr(model, CE, X, LABELS).dense()
+    draws = 400
+    mean = sum(kfac(model, CE, X, LABELS).dense() for _ in range(draws)) / draws
+    assert (mean - exact).norm() < 6 / math.sqrt(draws * N) * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [kflr, kfra, lambda *args: ekfac(*args, type="exact")])
+def test_half_precision(make: Any, dtype: torch.dtype) -> None:
+    model = mlp()
+    for loss_fn, y in ((CE, LABELS), (MSE, VALUES)):
+        exact = make(model, loss_fn, X, y).dense()
+        rough = make(mlp().to(dtype), loss_fn, X.to(dtype), y.to(dtype) if y.is_floating_point() else y)
+        assert rough.dtype == torch.float32
+        assert (rough.dense() - exact).norm() < 0.03 * exact.norm()
+        v = tensor(22, len(exact))
+        solved = torch.linalg.solve(exact + torch.eye(len(exact)), v)
+        assert (rough.solve(v, 1.0) - solved).norm() < 0.03 * solved.norm()
+
+
+@pytest.mark.parametrize("make", [kflr, kfra, lambda *args: ekfac(*args, type="exact")])
+def test_a_loss_without_curvature_has_a_zero_matrix(make: Any) -> None:
+    model = mlp()
+    k = make(model, nn.L1Loss(), X, VALUES)
+    assert k.names == tuple(dict(model.named_parameters()))
+    close(k.dense(), ggn(model, nn.L1Loss(), X, VALUES).dense())
+    close(k.dense(), torch.zeros(k.shape, dtype=torch.float64))
+    inputs = kfac(model, CE, X, LABELS, type="empirical")
+    close(k.blocks["0.weight"].inputs, inputs.blocks["0.weight"].inputs)
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model, x = mlp(), X.clone()
+    x[0, 0] = math.nan
+    for make in (kfac, kflr, kfra, ekfac):
+        with pytest.raises(LossError, match=r"Hessian of the losses .* NaN or infinite"):
+            make(model, CE, x, LABELS)
+    with pytest.raises(KroneckerError, match=r"factors of '0.weight' .* NaN or infinite"):
+        ekfac(model, CE, x, LABELS, type="empirical")
+    k = kfac(model, CE, x, LABELS, type="empirical")
+    with pytest.raises(KroneckerError, match=r"factors of '0.weight' .* NaN or infinite"):
+        k.solve(tensor(23, k.shape[0]), 1.0)
+
+
 def test_exact_uses_the_hessian_of_any_convex_loss() -> None:
     model = mlp()
 
@@ -566,6 +621,54 @@ def test_coupled_batches_are_refused_and_left_alone(make: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval()
     assert make(model, CE, X, LABELS).names == ("0.weight", "0.bias", "3.weight", "3.bias")
+
+
+class Largest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.amax()
+
+
+@pytest.mark.parametrize("make", [kfac, kflr, kfra, ekfac])
+def test_what_couples_unnoticed_is_found_by_verification(make: Any) -> None:
+    def make_model() -> nn.Module:
+        return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Largest(), nn.Linear(4, 2)))
+
+    for shift in range(N):  # every sample attains the maximum, in turn
+        with pytest.raises(BatchCoupledError, match=r"'0.weight'"):
+            make(make_model(), CE, X.roll(shift, 0), LABELS.roll(shift))
+    assert make(make_model(), CE, X, LABELS, params="3").names == ("3.weight", "3.bias")  # behind it
+    assert make(make_model(), CE, X, LABELS, verify=False).names[0] == "0.weight"
+    with pytest.raises(ArgumentError, match="verify must be True, False or None"):
+        make(make_model(), CE, X, LABELS, verify="once")
+
+
+@pytest.mark.parametrize("make", [kfac, kflr, kfra, ekfac])
+def test_losses_that_compare_samples_are_refused(make: Any) -> None:
+    def contrast(f: Tensor, y: Tensor) -> Tensor:
+        return (f - f.mean(0)).square().sum(1)
+
+    with pytest.raises(BatchCoupledError):
+        make(mlp(), contrast, X, VALUES)
+
+
+def test_verification_is_at_the_first_call_for_a_model() -> None:
+    model, calls = mlp(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    def passes(**options: Any) -> int:
+        calls.clear()
+        kfac(model, CE, X, LABELS, type="empirical", **options)
+        return len(calls)
+
+    assert [passes(), passes(), passes(verify=True), passes(verify=False)] == [3, 1, 3, 1]
+
+
+def test_a_model_for_one_number_of_samples_is_served_without_verification() -> None:
+    model = nn.Sequential(mlp(), nn.Unflatten(0, (N, 1)), nn.Flatten())
+    with pytest.raises(VerificationError, match=r"sample \d alone does not .*verify=False"):
+        kfac(model, CE, X, LABELS, type="empirical")
+    k = kfac(model, CE, X, LABELS, type="empirical", verify=False)
+    close(k.dense(), kfac(mlp(), CE, X, LABELS, type="empirical").dense())
 
 
 def test_layers_behind_the_last_batch_norm_are_not_coupled() -> None:

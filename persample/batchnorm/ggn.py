@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..curvature.likelihood import seed_of
 from ..curvature.matrices import likelihood_of, single_output
 from ..curvature.objective import Objective
 from ..curvature.operator import Operator, unflatten
@@ -40,13 +41,12 @@ def diagonal(
         return unflatten(matrix.dense().diagonal(), matrix.shapes)
     if draws < 1:
         raise LossError(f"the diagonal needs at least one draw, got draws={draws}.")
-    likelihood = likelihood_of(objective)
+    drawn = likelihood_of(objective).draws(draws, seed_of(generator))  # before the pass, which restores random states
     total = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
     with objective.forward() as outputs:
         end, axis = single_output(objective, outputs)
-        for _ in range(draws):
-            u = likelihood.sample(generator).movedim(0, axis)
-            found = network.point.gradient([end], list(objective.parameters.values()), [u])
+        for u in drawn:
+            found = network.point.gradient([end], list(objective.parameters.values()), [u.movedim(0, axis)])
             for square, g in zip(total.values(), found, strict=True):
                 if g is not None:
                     square.addcmul_(g, g, value=objective.scale / draws)

@@ -33,15 +33,18 @@ from torch import Size, Tensor, nn
 from ..calls import Reached, reached
 from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
-from ..errors import KroneckerError, LossError
+from ..engines import hooks
+from ..errors import ArgumentError, KroneckerError, LossError
 from ..factors import Factors, outer
 from ..losses import LossFunction
-from ..problem import Selection, pose
+from ..problem import Problem, Selection, pose
 from ..reductions import square_sum
+from ..state import restored
+from ..verify import run_verified, verified
 from .kronecker import Block, Kronecker
 from .layers import Layer, find_layers
-from .likelihood import identify
-from .matrices import hessian_at, one_of, single_output
+from .likelihood import check_finite, identify, seed_of, wide
+from .matrices import check_samples, hessian_at, one_of, single_output
 from .objective import Objective
 from .products import gradient
 
@@ -53,6 +56,7 @@ def kfac(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1,
     generator: torch.Generator | None = None, params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
+    verify: bool | None = None,
 ) -> Kronecker:  # fmt: skip
     """``blockdiag(G (x) A)``, ``[D, D]``: one Kronecker product per layer, for the Fisher or Gauss-Newton matrix.
 
@@ -61,9 +65,11 @@ def kfac(
         approximation: "expand" or "reduce": how a weight that is shared over positions is treated; without sharing they
             are the same.
         bias: "joined" as a last column of the weight's matrix, or "apart" in a block of its own.
-        samples, generator: for "mc", how many targets are drawn, and from where.
+        samples, generator: for "mc", how many targets are drawn, and from where, as in `persample.curvature.fisher`.
         params: by default every layer that is found, and other parameters are listed in ``uncovered``; if given, all of
             them must be covered.
+        verify: hold the gradient of one sample against that sample alone, as `persample.gradients` does; by default at
+            the first call for a model, shapes and mode.
         model, loss_fn, inputs, targets, batch_dim, reduction: as in `persample.curvature.hvp`.
 
     Layers are ``F.linear``, convolutions and transposed convolutions, with any options, however these functions are
@@ -71,7 +77,8 @@ def kfac(
     is a sum over positions; with "reduce" if the network averages or sums over positions.
 
     Raises:
-        BatchCoupledError: if the chosen parameters act through statistics of the batch.
+        BatchCoupledError: if samples depend on each other through the chosen parameters.
+        VerificationError: if the gradient of a sample is not that of the sample alone.
         KroneckerError: if there is no layer, or a parameter in ``params`` belongs to none.
         LossError: for "mc" without a known likelihood, for "exact" if the loss is not convex in the outputs.
 
@@ -79,7 +86,7 @@ def kfac(
     columns as the output has entries ``F`` per sample, and forms the loss Hessian ``[N, F, F]``.
     """
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
-    with recorded(objective, type, samples, generator, bias, strict=params is not None) as run:
+    with recorded(objective, type, samples, generator, bias, verify, strict=params is not None) as run:
         return _factors(run, approximation, f"KFAC ({type}, {approximation}, {reduction})")
 
 
@@ -92,6 +99,7 @@ def ekfac(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1,
     generator: torch.Generator | None = None, params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
+    verify: bool | None = None,
 ) -> Kronecker:  # fmt: skip
     """`kfac` with corrected eigenvalues (George et al. 2018): the matrix's own diagonal in the basis ``U_G (x) U_A``.
 
@@ -102,7 +110,7 @@ def ekfac(
     Arguments and errors as in `kfac`; costs a second backward pass per column, and the eigenvectors of all factors.
     """
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
-    with recorded(objective, type, samples, generator, bias, strict=params is not None) as run:
+    with recorded(objective, type, samples, generator, bias, verify, strict=params is not None) as run:
         plain = _factors(run, approximation, f"EKFAC ({type}, {approximation}, {reduction})")
         moments = {name: torch.zeros_like(block.eigenvalues) for name, block in plain.blocks.items()}
 
@@ -165,11 +173,21 @@ def _parts(layer: Layer, bias: str, inputs: Tensor) -> list[tuple[Layer, Tensor]
 
 @contextmanager
 def recorded(
-    objective: Objective, type: str, samples: int, generator: torch.Generator | None, bias: str, *, strict: bool
+    objective: Objective,
+    type: str,
+    samples: int,
+    generator: torch.Generator | None,
+    bias: str,
+    verify: bool | None,
+    *,
+    strict: bool,
 ) -> Iterator[Run]:
     """A forward pass under the hook engine's capture; every parameter that is not in a layer is accounted for."""
     one_of("type", type, ("empirical", "mc", "exact"))
     one_of("bias", bias, ("joined", "apart"))
+    check_samples(samples)
+    _verify(objective.problem, verify)
+    seed = seed_of(generator) if type == "mc" else None  # outside of the forward pass, which restores random states
     parameters = objective.parameters
     capture = Capture(objective.problem.model, {id(p) for p in parameters.values()})
     with objective.forward(capture) as outputs:
@@ -183,7 +201,7 @@ def recorded(
             found,
             {x.weight: x for x in layers},
             uncovered,
-            _columns(objective, outputs, type, samples, generator),
+            _columns(objective, outputs, type, samples, seed),
             bias,
         )
         yield run
@@ -195,28 +213,39 @@ def recorded(
             )
 
 
-def _columns(
-    objective: Objective, outputs: Any, type: str, samples: int, generator: torch.Generator | None
-) -> list[Column]:
+def _verify(problem: Problem, verify: bool | None) -> None:
+    """Hold a row of the per-sample gradients, which have the same tokens, against that sample alone."""
+    if verify not in (None, True, False):
+        raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}")
+    if verify or (verify is None and verified(problem, "hooks") is None):
+        n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
+        with restored(problem.model):
+            run_verified(
+                problem, "hooks", lambda *_: None, lambda emit, couplers: hooks(problem, emit, couplers=couplers), n
+            )
+
+
+def _columns(objective: Objective, outputs: Any, type: str, samples: int, seed: int | None) -> list[Column]:
     ends, leaves, losses = objective.loss_at(outputs)
     if type == "empirical":
         return [list(zip(ends, (g.detach() for g in gradient([losses.sum()], leaves, None)), strict=True))]
     end, axis = single_output(objective, outputs)
     f = end.detach().movedim(axis, 0)
-    if type == "mc":
-        likelihood = identify(f, hessian_at(objective, outputs))
-        drawn = [likelihood.sample(generator) / samples**0.5 for _ in range(samples)]
+    if seed is not None:
+        drawn = identify(f, hessian_at(objective, outputs)).draws(samples, seed) / samples**0.5
     else:
-        drawn = [u.view_as(f) for u in root(loss_hessians(f, hessian_at(objective, outputs))).unbind(2)]
-    return [[(end, u.movedim(0, axis))] for u in drawn]
+        drawn = root(loss_hessians(f, hessian_at(objective, outputs))).movedim(2, 0).to(f.dtype)
+    return [[(end, u.view_as(f).movedim(0, axis))] for u in drawn]
 
 
 def loss_hessians(f: Tensor, hessian_at: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Tensor:
     """``H_n [N, F, F]``, the Hessian of every sample's loss with respect to its ``F`` output entries."""
     product = hessian_at(f)
-    units = torch.eye(f[0].numel(), dtype=f.dtype, device=f.device)
+    units = torch.eye(f[0].numel(), dtype=wide(f).dtype, device=f.device)
     columns = [product(e.view(f.shape[1:]).expand_as(f).contiguous()).flatten(1) for e in units]
-    return torch.stack(columns, 2)
+    hessians = torch.stack(columns, 2)
+    check_finite(hessians)
+    return hessians
 
 
 def root(matrices: Tensor) -> Tensor:
@@ -229,6 +258,7 @@ def root(matrices: Tensor) -> Tensor:
             "there is no square root of it to propagate: use type='empirical', or ggn as an operator."
         )
     needed = (values > 0).flatten(0, -2).any(0) if values.ndim > 1 else values > 0
+    needed[-1] = True  # the largest; where the Hessian is zero (absolute errors), a column of zeros
     scaled: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
     return scaled[..., needed]
 
@@ -264,5 +294,4 @@ def _factors(run: Run, approximation: str, title: str) -> Kronecker:
 def _gram(tokens: Tensor) -> Tensor:
     """``[K, D, D]`` from ``[N, K, T, D]``; half precision is accumulated in float32."""
     x = tokens.transpose(0, 1).flatten(1, 2)
-    x = x.float() if x.dtype.itemsize < 4 else x
-    return x.mT @ x
+    return wide(x).mT @ wide(x)

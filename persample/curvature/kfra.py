@@ -25,6 +25,7 @@ from ..watch import Watch
 from .kfac import kfac, loss_hessians, root
 from .kronecker import Kronecker
 from .layers import Layer
+from .likelihood import wide
 from .matrices import hessian_at, one_of
 from .objective import Objective, twice_differentiable
 
@@ -34,6 +35,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 def kfra(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     approximation: str = "expand", bias: str = "joined", params: Selection = None, reduction: str = "mean",
+    verify: bool | None = None,
 ) -> Kronecker:  # fmt: skip
     """``blockdiag(G (x) A)``, ``[D, D]``, as `kfac`, but ``G [O, O]`` by recursion: ``c N Gbar`` at the layer's output.
 
@@ -59,6 +61,7 @@ def kfra(
         bias=bias,
         params=params,
         reduction=reduction,
+        verify=verify,
     )
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params), reduction)
     names = {id(p): name for name, p in objective.parameters.items()}
@@ -115,11 +118,11 @@ def _recursion(objective: Objective, modules: list[nn.Module]) -> Iterator[tuple
 def _pulled(leaf: Tensor, out: Tensor, curvature: Tensor) -> Tensor:
     """``mean_n J_n^T Gbar J_n``, ``[F', F']``."""
     size = leaf[0].numel()
-    total = leaf.new_zeros(size, size)
+    total = wide(leaf.new_zeros(size, size))
     for column in root(curvature).T:
-        seed = column.view(out.shape[1:]).expand_as(out)
+        seed = column.to(out.dtype).view(out.shape[1:]).expand_as(out)
         (rows,) = torch.autograd.grad(out, leaf, seed, retain_graph=True)
-        rows = rows.flatten(1)
+        rows = wide(rows.flatten(1))
         total.addmm_(rows.T, rows, alpha=1 / len(rows))
     return total
 

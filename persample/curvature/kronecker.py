@@ -38,6 +38,11 @@ class Block:
     @cached_property
     def _spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues and eigenvectors of ``G`` and of ``A``."""
+        if not bool(self.gradients.isfinite().all() & self.inputs.isfinite().all()):
+            raise KroneckerError(
+                f"the Kronecker factors of '{self.layer.weight}' have entries that are NaN or infinite, and no "
+                "eigenvectors: look for such values in inputs, targets, parameters and outputs."
+            )
         (g, ug), (a, ua) = torch.linalg.eigh(self.gradients), torch.linalg.eigh(self.inputs)
         return g.clamp(min=0), ug, a.clamp(min=0), ua
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import LossError
+from ..errors import LossError, RandomnessError
 
 Product = Callable[[Tensor], Tensor]  # [N, ...] -> [N, ...]
 
@@ -40,14 +40,19 @@ class Likelihood:
 
     def curvature(self, v: Tensor) -> Tensor:
         """The Hessian of the losses, times ``v``, ``[N, ...]``."""
-        p = _mean(self.family, self.outputs, self.axis)
+        p = self._mean()
         if self.family == "categorical":
             return self.weight * p * (v - (p * v).sum(self.axis, keepdim=True))
         return self.weight * (v if self.family == "gaussian" else p * (1 - p) * v)
 
+    def draws(self, samples: int, seed: int) -> Tensor:
+        """``[samples, N, ...]``: `sample` after `sample`, from a generator of their own."""
+        generator = torch.Generator(self.outputs.device).manual_seed(seed)
+        return torch.stack([self.sample(generator) for _ in range(samples)])
+
     def sample(self, generator: torch.Generator | None) -> Tensor:
         """Output gradients ``u [N, ...]`` at targets drawn from the model; ``E[u_n u_n^T]`` is the loss Hessian."""
-        p = _mean(self.family, self.outputs, self.axis)
+        p = self._mean()
         if self.family == "gaussian":
             noise = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
         elif self.family == "bernoulli":
@@ -57,32 +62,63 @@ class Likelihood:
             drawn = torch.multinomial(classes.reshape(-1, classes.shape[-1]), 1, generator=generator)
             onehot = torch.zeros_like(classes).scatter_(-1, drawn.view(*classes.shape[:-1], 1), 1)
             noise = p - onehot.movedim(-1, self.axis)
-        return self.weight.sqrt() * noise
+        return (self.weight.sqrt() * noise).to(self.outputs.dtype)
+
+    def _mean(self) -> Tensor:
+        """The expected target."""
+        f = wide(self.outputs)
+        if self.family == "categorical":
+            return f.softmax(self.axis)
+        return f if self.family == "gaussian" else f.sigmoid()
 
 
-def _mean(family: str, f: Tensor, axis: int) -> Tensor:
-    """The expected target."""
-    if family == "categorical":
-        return f.softmax(axis)
-    return f if family == "gaussian" else f.sigmoid()
+def seed_of(generator: torch.Generator | None) -> int:
+    """The next draw of a generator (``None``: the global one), as the seed of another.
+
+    So targets have a stream of their own: drawn from the global state itself, they would be made of the same random
+    numbers as the dropout masks of the forward pass, which begin there too.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise RandomnessError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision in float32: what is compared with a tolerance, summed over the batch, or has its eigenvalues
+    taken.
+    """
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def check_finite(curvature: Tensor) -> None:
+    """Raise for a loss Hessian that isn't."""
+    if not bool(curvature.isfinite().all()):
+        raise LossError(
+            "the Hessian of the losses with respect to the outputs has entries that are NaN or infinite: look for such "
+            "values in inputs, targets, parameters and outputs."
+        )
 
 
 def identify(outputs: Tensor, hessian_at: Callable[[Tensor], Product]) -> Likelihood:
     """The family whose curvature the losses have at ``outputs [N, ...]``.
 
-    ``hessian_at(f)`` multiplies by the Hessian of the summed losses at outputs ``f``.
+    ``hessian_at(f)`` multiplies by the Hessian of the summed losses at outputs ``f``; in float32 for half precision,
+    in which families can't be told apart.
 
     Raises:
         LossError: if it is none of the known ones.
     """
     zero = torch.zeros_like(outputs)
     product, at_zero = hessian_at(outputs), hessian_at(zero)
-    probe = torch.arange(outputs.numel(), dtype=outputs.dtype, device=outputs.device).view_as(outputs).sin() + 0.5
+    probe = torch.arange(outputs.numel(), dtype=wide(zero).dtype, device=outputs.device).view_as(outputs).sin() + 0.5
+    actual = product(probe)
+    check_finite(actual)
     for likelihood in _candidates(outputs, at_zero):
         weight = likelihood.weight
         if bool((weight >= 0).all()) and bool((weight > 0).any()):
-            expected, actual = likelihood.curvature(probe), product(probe)
-            tolerance = 1e3 * torch.finfo(outputs.dtype).eps * float(weight.max()) * float(probe.abs().max())
+            expected = likelihood.curvature(probe)
+            tolerance = 1e3 * torch.finfo(probe.dtype).eps * float(weight.max()) * float(probe.abs().max())
             if bool(((expected - actual).abs() <= tolerance).all()):
                 return likelihood
     raise LossError(
@@ -94,11 +130,12 @@ def identify(outputs: Tensor, hessian_at: Callable[[Tensor], Product]) -> Likeli
 
 def _candidates(outputs: Tensor, at_zero: Product) -> list[Likelihood]:
     """Weights from the Hessian at zero outputs, where every family's is known and nothing is saturated."""
-    ones = at_zero(torch.ones_like(outputs))
+    like = wide(outputs)
+    ones = at_zero(torch.ones_like(like))
     found = [Likelihood("gaussian", outputs, ones, 0), Likelihood("bernoulli", outputs, 4 * ones, 0)]
     for axis in dict.fromkeys((1, outputs.ndim - 1)):
         if outputs.ndim > 1 and (classes := outputs.shape[axis]) > 1:
-            first = torch.zeros_like(outputs)
+            first = torch.zeros_like(like)
             first.select(axis, 0).fill_(1)
             slope = at_zero(first).narrow(axis, 0, 1)
             found.append(Likelihood("categorical", outputs, slope / ((1 - 1 / classes) / classes), axis))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import ArgumentError, LossError
 from ..losses import LossFunction
 from ..problem import Selection, pose
 from ..state import restored
-from .likelihood import Likelihood, identify
+from .likelihood import Likelihood, identify, seed_of, wide
 from .objective import Objective
 from .operator import Operator, flatten, unflatten
 from .products import Middle, Tensors, gradient, hessian, loss_curvature, operator, sandwich
@@ -66,7 +67,7 @@ def fisher(
         type: "exact", the expectation, which is the Gauss-Newton matrix; or "mc", the mean over ``samples`` targets
             drawn per sample when the operator is made (unbiased; the same for all its products).
         samples: number of draws for "mc".
-        generator: where the draws come from; the device's default generator without it.
+        generator: its next draw seeds those of "mc"; without it, that of the global generator.
         model, loss_fn, inputs, targets, params, batch_dim, reduction: as in `hvp`.
 
     ``u_n`` is the gradient of loss ``n`` with respect to the outputs at a sampled target.  The loss must be a negative
@@ -77,12 +78,13 @@ def fisher(
         LossError: for another loss, or a model that doesn't return one tensor.
     """
     one_of("type", type, ("exact", "mc"))
+    check_samples(samples)
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
     likelihood = likelihood_of(objective)
     title = f"Fisher ({type}, {likelihood.family}, {reduction})"
     if type == "exact":
         return operator(title, objective, sandwich(objective, loss_curvature(objective)))
-    draws = torch.stack([likelihood.sample(generator) for _ in range(samples)])  # [samples, N, ...]
+    draws = likelihood.draws(samples, seed_of(generator))
 
     def middle(outputs: object) -> tuple[Tensors, Middle]:
         end, axis = single_output(objective, outputs)
@@ -162,15 +164,26 @@ def single_output(objective: Objective, outputs: Any) -> tuple[Tensor, int]:
 
 
 def hessian_at(objective: Objective, outputs: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-    """``f -> (v -> H(f) v)``: the Hessian of the summed losses at other outputs, samples first."""
+    """``f -> (v -> H(f) v)``: the Hessian of the summed losses at other outputs, samples first; of half precision, in
+    float32.
+    """
     tree = objective.problem.batch.outputs(outputs)
     end, axis = single_output(objective, outputs)
 
     def at(f: Tensor) -> Callable[[Tensor], Tensor]:
-        leaf = f.detach().requires_grad_()
+        leaf = wide(f.detach()).requires_grad_()
         moved = leaf.movedim(0, axis)
         replaced = Tree([moved if x is end else x for x in tree.leaves], tree.spec, tree.axes).whole()
-        (slope,) = gradient([objective.losses(replaced).sum()], [leaf], None, create_graph=True)
+        try:
+            losses = objective.losses(replaced)
+        except RuntimeError as error:
+            if leaf.dtype is end.dtype:
+                raise
+            raise LossError(
+                f"the Hessian of the losses is computed in float32 where outputs are {end.dtype}, and loss_fn can't "
+                f"take such outputs: {error}. Give it weights in float32."
+            ) from error
+        (slope,) = gradient([losses.sum()], [leaf], None, create_graph=True)
         return lambda v: gradient([slope], [leaf], [v])[0].detach()
 
     return at
@@ -182,6 +195,12 @@ def likelihood_of(objective: Objective) -> Likelihood:
         objective.loss_at(outputs)  # refuses penalties
         end, axis = single_output(objective, outputs)
         return identify(end.detach().movedim(axis, 0), hessian_at(objective, outputs))
+
+
+def check_samples(samples: int) -> None:
+    """Refuse a number of draws that is none."""
+    if not isinstance(samples, Integral) or samples < 1:
+        raise ArgumentError(f"samples must be a positive integer (how many targets are drawn), got {samples!r}")
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -25,8 +25,9 @@ Vector = TypeVar("Vector", Tensor, dict[str, Tensor])
 class Operator:
     """``[D, D]``, symmetric: ``op @ v`` for ``v [D]``, ``[D, k]``, or ``{name: [*P]}``.
 
-    A product with ``k`` columns shares one forward pass.  Products are the same every time: random masks and sampled
-    targets are fixed when the operator is made.  Results have the operator's dtype and device, and no graph.
+    A product with ``k`` columns shares one forward pass.  Products are the same every time: random masks, sampled
+    targets and buffers are those of when the operator was made, and once parameters, the batch or training modes have
+    changed, they raise `InplaceError`.  Results have the operator's dtype and device, and no graph.
     """
 
     title: str

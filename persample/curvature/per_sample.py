@@ -6,6 +6,7 @@ vmapped reverse as in ``torch.func.hessian``, give wrong numbers for normalisati
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from ..errors import ArgumentError, CaptureError, DirectionError, PersampleError
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
 from ..state import random_state, restored
+from ..verify import check_alone, remember, verified
 from ..watch import Watch
 from .objective import Objective, twice_differentiable
 from .operator import flatten, unflatten
@@ -42,10 +44,12 @@ def per_sample_hvp(
         v: the direction, ``[D]`` or ``{name: [*P]}``.
         engine: "vmap", "loop" (one sample after the other), or "auto": the loop where ``torch.func`` can't follow.
 
-    The mean over ``n`` is `hvp` times ``v``.
+    The mean over ``n`` is `hvp` times ``v``.  Where every target is ignored, a row is zero.
 
     Raises:
         BatchCoupledError: if samples are coupled (BatchNorm in training mode): `hvp` of the batch loss stays exact.
+            Two samples alone are held against their losses in the batch, at the first call for a model and shapes.
+        LossError: if outputs are broadcast with targets of other samples.
         RandomnessError: if the model draws random numbers (dropout): a lone sample would get another mask.
         DirectionError: if ``v`` doesn't have the entries of the parameters.
 
@@ -57,7 +61,8 @@ def per_sample_hvp(
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     direction = _direction(problem, v)
     with restored(model), twice_differentiable():
-        _check_alone(problem)
+        _check_repeatable(problem)
+        _check_uncoupled(problem)
         if engine == "loop":
             return _by_loop(problem, direction)
         try:
@@ -82,8 +87,8 @@ def _direction(problem: Problem, v: Tensor | Mapping[str, Tensor] | None) -> Ten
     return v.detach()
 
 
-def _check_alone(problem: Problem) -> None:
-    """Run one sample alone: is that the same function as the sample in its batch?"""
+def _check_repeatable(problem: Problem) -> None:
+    """Run one sample alone: a batch draws other random numbers, and statistics over it are other ones."""
     alone = problem.batch.select(torch.tensor([0]))
     with Watch(), torch.no_grad():
         before = random_state(problem.model)
@@ -94,6 +99,16 @@ def _check_alone(problem: Problem) -> None:
             "the model draws random numbers (dropout), and a sample alone would get others than in its batch. Switch "
             "the draws off (model.eval()), or use hvp, which keeps one draw for the whole batch."
         )
+
+
+def _check_uncoupled(problem: Problem) -> None:
+    """Samples have the same losses alone as in their batch.  Two of them: one may attain a maximum over all samples."""
+    if verified(problem, "per_sample_hvp") is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of ignored targets, whose rows are zero
+            for n in sorted({0, problem.batch.n - 1}):
+                check_alone(problem, n)
+        remember(problem, "per_sample_hvp")
 
 
 def _by_loop(problem: Problem, direction: Tensor) -> Tensor:

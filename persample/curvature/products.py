@@ -18,11 +18,17 @@ respect to ``u`` (two reverse passes: any operation that can be differentiated t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import InplaceError
+from ..problem import Problem
+from ..state import Buffers, restored
 from .objective import Objective
 from .operator import Operator, unflatten
 
@@ -50,7 +56,7 @@ def hessian(objective: Objective) -> Callable[[Tensor], Tensor]:
             grads = gradient([loss], parameters, None, create_graph=True)
             return _columns(objective, matrix, lambda v: gradient(grads, parameters, v))
 
-    return apply
+    return _pinned(objective.problem, apply)
 
 
 def sandwich(objective: Objective, middle: Callable[[object], tuple[Tensors, Middle]]) -> Callable[[Tensor], Tensor]:
@@ -69,7 +75,54 @@ def sandwich(objective: Objective, middle: Callable[[object], tuple[Tensors, Mid
 
             return _columns(objective, matrix, product)
 
-    return apply
+    return _pinned(objective.problem, apply)
+
+
+def _pinned(problem: Problem, apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``apply``, always at the point where things stand now: buffers begin as they are now, as any forward pass may
+    move running statistics; after other changes, `InplaceError`.
+    """
+    before, buffers = _point(problem), Buffers(problem.model)
+
+    def same(matrix: Tensor) -> Tensor:
+        if frozen := [name for name, p in problem.parameters.items() if not p.requires_grad]:
+            raise InplaceError(
+                f"parameter '{frozen[0]}' does not require grad any more, so that nothing can be differentiated with "
+                "respect to it. Take all products before it is frozen, or requires_grad_(True) again."
+            )
+        if (now := _point(problem)) != before:
+            what = next((x or y)[0] for x, y in zip_longest(now, before) if x != y)
+            raise InplaceError(
+                f"{what} changed since the operator was made, so its products would belong to different points. Take "
+                "all products before the change, or make the operator again after it."
+            )
+        with restored(problem.model, buffers):
+            return apply(matrix)
+
+    return same
+
+
+def _point(problem: Problem) -> list[tuple[str, Any]]:
+    """What the batch loss is a function of, by name: what is in its tensors, and the modes of modules."""
+    found: list[tuple[str, Any]] = []
+    for module, whose in ((problem.model, "model"), (problem.loss_fn, "loss_fn")):
+        if isinstance(module, nn.Module):
+            found += [(f"{whose}: parameter '{k}'", _content(p)) for k, p in module.named_parameters()]
+            found += [(f"{whose}: the mode of module '{k}'", m.training) for k, m in module.named_modules()]
+    if isinstance(problem.loss_fn, nn.Module):  # those of the model are put back
+        found += [(f"loss_fn: buffer '{k}'", _content(b)) for k, b in problem.loss_fn.named_buffers()]
+    for tree, what in ((problem.batch.inputs, "an input"), (problem.batch.targets, "a target")):
+        found += [(f"{what} of shape {tuple(x.shape)}", _content(x)) for x, _ in tree.tensors()]
+    return found
+
+
+def _content(x: Tensor) -> tuple[int, int]:
+    """The version, and a checksum: fused optimizers, and writes through ``.data`` or numpy, leave the version alone."""
+    checksum = 0
+    if x.numel() > 0:
+        with torch.no_grad(), contextlib.suppress(NotImplementedError):  # of sparse tensors, for instance
+            checksum = int(torch.hash_tensor(torch.view_as_real(x) if x.is_complex() else x).view(torch.int64))
+    return x._version, checksum
 
 
 def loss_curvature(objective: Objective) -> Callable[[object], tuple[Tensors, Middle]]:

@@ -197,7 +197,7 @@ class Quantities(abc.ABC):
         else:
             mine, theirs = self.norm(), other.norm()
         scale = mine[:, None] * theirs[None, :]
-        return torch.where(scale > 0, products / scale, 0.0)
+        return torch.where(scale == 0, 0.0, products / scale)  # NaN stays NaN
 
     def dot(self, direction: Direction) -> Tensor:
         """``G v``, ``[N]``: the derivative of every sample's loss along ``direction``, ``{name: [*P]}`` or flat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import forms
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import persample
 from persample.attribution import Projection
 from persample.attribution import projection as source
+from persample.errors import ArgumentError
 from persample.factors import Dense, Outer, cast
 
 EXAMPLES = forms.examples()
@@ -139,6 +141,13 @@ def test_half_precision_is_projected_in_float32() -> None:
     g, _ = forms.make_outer(0, 2, 1, 2, 20, 20)
     half = cast(g, torch.bfloat16)
     close(Projection(8).part("w", half), Projection(8).part("w", cast(half, torch.float32)), 1e-6)
+
+
+def test_numbers_are_integers() -> None:
+    for wrong in ({"dim": 8.0}, {"dim": "8"}, {"dim": 8, "seed": 1.0}, {"dim": 8, "tile": None}):
+        with pytest.raises(ArgumentError, match="must be an integer"):
+            Projection(**wrong)  # type: ignore[arg-type]
+    assert json.dumps(Projection(np.int64(8), np.int32(3)).spec()) == '{"dim": 8, "seed": 3, "tile": 1}'
 
 
 def test_sizes_are_checked() -> None:

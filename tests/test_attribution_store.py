@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import persample
 from persample.attribution import GradientStore, Projection, cross_gram
 from persample.attribution import appendable as source
-from persample.errors import StoreError
+from persample.errors import ArgumentError, StoreError
 
 N, M = 11, 5
 LOSS = nn.CrossEntropyLoss()
@@ -127,6 +127,28 @@ def test_another_model_layout_scale_or_projection_is_refused(tmp_path: Path) -> 
     assert len(store(tmp_path, net, projection=R)) == N
 
 
+class Two(nn.Module):
+    """Two parameters of one shape, in either order."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.full((3, 2), float(ord(name))).double()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.a + (x @ self.b).tanh()
+
+
+def test_parameters_in_another_order_are_refused(tmp_path: Path) -> None:
+    """Columns are in their order."""
+    one, other = Two("a", "b"), Two("b", "a")
+    mine = store(tmp_path, one)
+    with pytest.raises(StoreError, match="another layout"):
+        store(tmp_path, other)
+    with pytest.raises(StoreError, match="other parameters"):
+        mine.append(persample.gradients(other, LOSS, *data().tensors))
+
+
 def test_gradients_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     net = model()
     mine = store(tmp_path, net)
@@ -148,6 +170,151 @@ def test_gradients_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         GradientStore(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="shuffles"):
         store(tmp_path / "new", net).extend(LOSS, DataLoader(data(), shuffle=True))
+
+
+def test_another_loss_function_is_refused(tmp_path: Path) -> None:
+    net = model()
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, itertools.islice(loader(), 2))
+    for other in (nn.MultiMarginLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), nn.functional.cross_entropy):
+        with pytest.raises(StoreError, match="another loss"):
+            store(tmp_path, net).extend(other, loader())
+    with pytest.raises(StoreError, match="another coupled"):
+        mine.extend(LOSS, loader(), coupled="loss")
+    mine.extend(nn.CrossEntropyLoss(), loader())
+    close(mine.rows(), flat(net))
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+
+
+def test_statistics_and_modes_belong_to_the_model(tmp_path: Path) -> None:
+    """BatchNorm in evaluation mode: rows depend on its buffers."""
+    net = normed().eval()
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, itertools.islice(loader(), 1))
+    net[1].running_mean += 1  # type: ignore[index, operator]
+    with pytest.raises(StoreError, match="buffers"):
+        mine.extend(LOSS, loader())
+    with pytest.raises(StoreError, match="buffers"):
+        mine.append(persample.gradients(net, LOSS, *data().tensors))
+    with pytest.raises(StoreError, match=r"another model .*buffers"):
+        store(tmp_path, net)
+    net[1].running_mean -= 1  # type: ignore[index, operator]
+    with torch.no_grad():
+        net[0].weight.data.mul_(2)  # type: ignore[index, union-attr, operator]
+    with pytest.raises(StoreError, match="has changed"):
+        mine.extend(LOSS, loader())
+    other = store(tmp_path / "other", net)
+    net.train()
+    with pytest.raises(StoreError, match="has changed"):
+        other.append(persample.gradients(net, LOSS, *data().tensors, coupled="loss"))
+    with pytest.raises(StoreError, match=r"another model .*train, eval"):
+        store(tmp_path, normed().train())
+
+
+def test_a_model_in_training_mode(tmp_path: Path) -> None:
+    """Its statistics are written by every pass, and put back: it is still the same."""
+    net = normed()
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, loader(size=6), coupled="loss")
+    parts = [persample.gradients(net, LOSS, *batch, engine="hooks", coupled="loss").flat() for batch in loader(size=6)]
+    close(mine.rows(), torch.cat(parts))
+
+
+def test_options_of_the_store_are_refused_elsewhere(tmp_path: Path) -> None:
+    mine = store(tmp_path, model())
+    for option, value in (("params", "0"), ("quantities", ["norm"])):
+        with pytest.raises(ArgumentError, match=f"{option}= is not asked for here"):
+            mine.extend(LOSS, loader(), **{option: value})
+    with pytest.raises(ArgumentError, match="quantities="):
+        cross_gram(model(), LOSS, loader(), loader(), quantities=["norm"])
+    with pytest.raises(ArgumentError, match="projection must be"):
+        store(tmp_path / "other", model(), projection=7)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int64, torch.bool, torch.uint8])
+def test_dtypes_that_would_lose_rows_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    with pytest.raises(ArgumentError, match="dtype must be one of"):
+        GradientStore(tmp_path, model(), dtype=kind)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind, size, named", [
+    (torch.float16, 1e6, "infinite"), (torch.float16, 1e-9, "zero"), (torch.float32, 1e50, "infinite"),
+    (torch.float32, 1e-60, "zero"),
+])  # fmt: skip
+def test_rows_that_the_dtype_cannot_hold_are_refused(
+    tmp_path: Path, kind: torch.dtype, size: float, named: str
+) -> None:
+    net = model()
+    mine = GradientStore(tmp_path, net, dtype=kind)
+    mine.extend(LOSS, itertools.islice(loader(), 1))
+    scaled = lambda outputs, targets: nn.functional.cross_entropy(outputs, targets, reduction="none") * size  # noqa: E731
+    with pytest.raises(StoreError, match=f"would be {named}"):
+        mine.append(persample.gradients(net, scaled, *data().tensors))
+    assert len(mine) == 3
+    torch.testing.assert_close(mine.rows().double(), flat(net)[:3], rtol=1e-3, atol=1e-3)
+
+
+def test_complex_rows_need_a_complex_dtype(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2, dtype=torch.complex128)
+    x = data().tensors[0]
+    G = persample.gradients(net, lambda z, _: (z * z.conj()).real.sum(1), x + 0j)
+    with pytest.raises(StoreError, match="complex"):
+        store(tmp_path / "real", net).append(G)
+    mine = GradientStore(tmp_path / "complex", net, dtype=torch.complex128)
+    mine.append(G)
+    close(mine.rows(), G.flat())
+
+
+# ---- damaged ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_missing_are_never_zeros(tmp_path: Path) -> None:
+    net = model()
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, itertools.islice(loader(), 2))
+    size = (tmp_path / "rows.npy").stat().st_size
+    os.truncate(tmp_path / "rows.npy", size - 1)
+    for use in (
+        lambda: mine.extend(LOSS, loader()),
+        mine.rows,
+        lambda: GradientStore(tmp_path),
+        lambda: store(tmp_path, net),
+    ):
+        with pytest.raises(StoreError, match=r"rows\.npy is damaged: it has \d+ bytes, but 6 rows"):
+            use()
+    assert (tmp_path / "rows.npy").stat().st_size == size - 1
+    (tmp_path / "rows.npy").unlink()
+    with pytest.raises(StoreError, match="it has 0 bytes"):
+        GradientStore(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"rows": 3, "wid', "[1, 2]", "{}", '{"rows": 3}', '{"rows": "3"}'])
+def test_an_index_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    net = model()
+    store(tmp_path, net).extend(LOSS, loader())
+    cross_gram(net, LOSS, loader(), loader(M), out=tmp_path / "gram")
+    for path in (tmp_path / "rows.json", tmp_path / "gram" / "columns-00000.json"):
+        path.write_text(text)
+    for use in (
+        lambda: GradientStore(tmp_path),
+        lambda: store(tmp_path, net),
+        lambda: cross_gram(net, LOSS, loader(), loader(M), out=tmp_path / "gram"),
+    ):
+        with pytest.raises(StoreError, match=r"\.json is damaged"):
+            use()
+
+
+def test_an_index_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"rows": 0}')
+    with pytest.raises(StoreError, match="another layout: None there"):
+        store(tmp_path, model())
+    assert repr(GradientStore(tmp_path)) == "GradientStore(0 rows of ?, projection=None)"
 
 
 def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
@@ -312,8 +479,65 @@ def test_cross_gram_refuses_what_does_not_belong(tmp_path: Path) -> None:
             cross_gram(net, LOSS, *pair)
     with pytest.raises(StoreError, match="empty"):
         cross_gram(net, LOSS, loader(), [])
-    with pytest.raises(ValueError, match="block"):
-        cross_gram(net, LOSS, loader(), loader(M), block=0)
+    for block in (0, -1, 1.5, "1"):
+        with pytest.raises(ArgumentError, match="block"):
+            cross_gram(net, LOSS, loader(), loader(M), block=block)  # type: ignore[arg-type]
+    for empty in ([], iter([])):
+        with pytest.raises(StoreError, match="train loader is empty"):
+            cross_gram(net, LOSS, empty, loader(M))
+
+
+def test_cross_gram_is_never_that_of_something_else(tmp_path: Path) -> None:
+    net = model()
+    found = cross_gram(net, LOSS, loader(), loader(M), out=tmp_path)
+    x, y = data(M).tensors
+    longer, shorter = [data()[:], data(1)[:]], [data()[:2]]
+    for named, call in {
+        "another loss": lambda: cross_gram(net, nn.MultiMarginLoss(), loader(), loader(M), out=tmp_path),
+        "another coupled": lambda: cross_gram(net, LOSS, loader(), loader(M), out=tmp_path, coupled="loss"),
+        "another layout": lambda: cross_gram(net, LOSS, loader(), loader(M), out=tmp_path, params="0"),
+        "another test_samples": lambda: cross_gram(net, LOSS, loader(), [(x, 1 - y)], out=tmp_path),
+        "11 training samples, but the loader gives more": lambda: cross_gram(
+            net, LOSS, longer, loader(M), out=tmp_path
+        ),
+        "gives only 2": lambda: cross_gram(net, LOSS, shorter, loader(M), out=tmp_path),
+        "sample 0 of the loader": lambda: cross_gram(net, LOSS, loader(N + 1), loader(M), out=tmp_path),
+        "gives only 0": lambda: cross_gram(net, LOSS, iter([]), loader(M), out=tmp_path),
+    }.items():
+        with pytest.raises(StoreError, match=named):
+            call()
+    close(cross_gram(net, LOSS, loader(), loader(M), out=tmp_path), found)
+
+
+def test_cross_gram_of_fewer_columns(tmp_path: Path) -> None:
+    net = model()
+    cross_gram(net, LOSS, loader(), loader(4, 2), block=1, out=tmp_path)
+    with pytest.raises(StoreError, match="more columns"):
+        cross_gram(net, LOSS, loader(), itertools.islice(loader(4, 2), 1), block=1, out=tmp_path)
+
+
+class Changing:
+    """Batches that are others every time they are read."""
+
+    def __init__(self, *versions: list[Any]) -> None:
+        self.versions = iter(versions)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(next(self.versions))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_every_block_meets_the_same_training_samples(tmp_path: Path, on_disk: bool) -> None:
+    net, (x, y), out = model(), data().tensors, tmp_path if on_disk else None
+    with pytest.raises(ArgumentError, match="generator, which can be read only once"):
+        cross_gram(net, LOSS, (batch for batch in loader()), loader(M, 2), block=1, out=out)
+    for k, other in enumerate([[(x.flip(0), y.flip(0))], [(x[:-1], y[:-1])], [(x, y), (x, y)]]):
+        with pytest.raises(StoreError, match="the same every time"):
+            cross_gram(net, LOSS, Changing([(x, y)], other), loader(M, 2), block=2, out=out and out / str(k))
+    with pytest.raises(StoreError, match="empty"):
+        cross_gram(net, LOSS, Changing([(x, y)], []), loader(M, 2), block=2)
+    once = cross_gram(net, LOSS, (batch for batch in loader()), loader(M, 2), out=out)
+    close(once, flat(net) @ flat(net, M).T)
 
 
 def test_progress(capfd: pytest.CaptureFixture[str]) -> None:

@@ -551,3 +551,10 @@ def hold(G: Any, truth: Tensor) -> None:
     else:
         factor = (0.5 / truth.norm(dim=1, keepdim=True)).clamp(max=1)
         close(torch.cat([c.flatten() for c in G.clip().values()]), (factor.nan_to_num(1.0) * truth).sum(0))
+
+
+def test_cosines_of_rows_that_are_not_finite() -> None:
+    data = x()
+    data[1] = torch.nan
+    C = persample.gradients(linear(), square, data).cosine()
+    assert C[1].isnan().all() and abs(C[0, 0] - 1) < 1e-12 and C[0, [0, 2, 3]].isfinite().all()

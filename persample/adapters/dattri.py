@@ -8,32 +8,42 @@ evaluation mode).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import api
+from ..errors import ArgumentError
 from ..losses import LossFunction
+from ..problem import named_parameters, select
 from . import needed
 
 
 def grad_function(model: nn.Module, loss_fn: LossFunction, **options: Any) -> Callable[[Any, Any], Tensor]:
     """``grad(params, (*inputs, targets)) -> [N, D]``; ``params`` is a flat ``[D]`` or ``{name: [*P]}``, and is loaded
     for the call.
+
+    With ``params=`` among the options, ``D`` counts the parameters that it chooses, and ``grad`` takes these, or all.
+    Those that aren't given are the model's.  A flat vector is in the model's order.
+
+    Raises:
+        ArgumentError: by ``grad``, for parameters that the model doesn't have, or not in this size.
     """
 
     def grad(params: Any, batch: Any) -> Tensor:
         *inputs, targets = batch
-        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        saved = {name: p.detach().clone() for name, p in own.items()}
-        given = params if isinstance(params, dict) else _split(params, own)
+        found, aliases = named_parameters(model)
+        chosen = {name: found[name] for name in select(found, aliases, options.get("params"))}
+        every = dict(model.named_parameters(remove_duplicate=False))
+        given = _by_name(params, every) if isinstance(params, Mapping) else _split(params, chosen, found)
+        saved = {name: every[name].detach().clone() for name in given}
         try:
-            _load(own, given)
+            _load(every, given)
             rows: Tensor = api.gradients(model, loss_fn, tuple(inputs), targets, **options).flat()
         finally:
-            _load(own, saved)
+            _load(every, saved)
         return rows
 
     return grad
@@ -43,28 +53,59 @@ def attach(task: Any, loss_fn: LossFunction, **options: Any) -> Any:
     """Let a ``dattri.task.AttributionTask`` take its gradients from persample; returns the task.
 
     Gradients with respect to single layers (dattri's ``layer_name``) become ``params=`` of `persample.gradients`.
+
+    Raises:
+        ArgumentError: by the task, for a ``layer_name`` that is not in the order of the model (flat parameters and
+            gradients are), or together with ``params=`` among the options.
     """
     needed("dattri.task", "dattri")
 
     def get_grad_loss_func(in_dims: Any = None, layer_name: Any = None, ckpt_idx: int | None = None) -> Any:
         if layer_name is None:
             return grad_function(task.model, loss_fn, **options)
+        if "params" in options:
+            raise ArgumentError(
+                "params= was given to attach, and layer_name to the task: they mean the same, give one."
+            )
         task._load_checkpoints(ckpt_idx)
         names = [layer_name] if isinstance(layer_name, str) else list(layer_name)
-        rows = grad_function(task.model, loss_fn, params=names, **options)
-        current = {name: p.detach().clone() for name, p in task.model.named_parameters()}
-        return lambda params, batch: rows(current | _split(params, {n: current[n] for n in names}), batch)
+        ordered = [name for name in named_parameters(task.model)[0] if name in names]
+        if names != ordered:
+            raise ArgumentError(
+                f"layer_name must be names of parameters that require grad, once each, in the order of the model "
+                f"(those there are: {ordered}), got {names}."
+            )
+        return grad_function(task.model, loss_fn, params=names, **options)
 
     task.get_grad_loss_func = get_grad_loss_func
     return task
 
 
-def _split(flat: Tensor, like: dict[str, Any]) -> dict[str, Tensor]:
-    pieces = flat.split_with_sizes([p.numel() for p in like.values()])
-    return {name: piece.view_as(p) for (name, p), piece in zip(like.items(), pieces, strict=True)}
+def _by_name(values: Mapping[str, Any], every: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Values that were given by name, once they fit the parameters."""
+    for name, value in values.items():
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if name not in every:
+            raise ArgumentError(f"params has '{name}' {got}, which is no parameter of the model.")
+        if not isinstance(value, Tensor) or value.numel() != every[name].numel():
+            raise ArgumentError(f"params has '{name}' {got}, which is {list(every[name].shape)} in the model.")
+    return values
 
 
-def _load(own: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def _split(flat: Any, *groups: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Values of the first group of parameters that has as many entries."""
+    sizes = [sum(p.numel() for p in group.values()) for group in groups]
+    if not isinstance(flat, Tensor) or flat.ndim != 1 or len(flat) not in sizes:
+        got = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
+        raise ArgumentError(
+            "params must be {name: tensor}, or a flat vector in the model's order, of the parameters that params= "
+            f"chooses ({sizes[0]} numbers) or of all that require grad ({sizes[-1]}), got {got}."
+        )
+    group = groups[sizes.index(len(flat))]
+    return dict(zip(group, flat.split_with_sizes([p.numel() for p in group.values()]), strict=True))
+
+
+def _load(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(values[name].reshape(p.shape))
+        for name, value in values.items():
+            parameters[name].copy_(value.reshape(parameters[name].shape))

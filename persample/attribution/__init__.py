@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .cross import cross_gram
 from .evaluate import leave_one_out_correlation, linear_datamodelling_score, mislabel_auc
+from .kernel import margin, trak
 from .projection import Projection
 from .scores import (
     empirical_fisher_influence,
@@ -14,10 +15,8 @@ from .scores import (
     grad_dot,
     influence,
     influence_from_gram,
-    margin,
     self_influence,
     tracin,
-    trak,
 )
 from .store import GradientStore
 

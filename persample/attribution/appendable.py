@@ -26,11 +26,16 @@ HEADER = 128  # bytes of a version 1.0 header, which has room for a growing firs
 
 
 class Appendable:
-    """Rows of ``width`` numbers at ``directory/name``; opened if it is there, else made by the first `append`."""
+    """Rows of ``width`` numbers at ``directory/name``; opened if it is there, else made by the first `append`.
+
+    Raises:
+        StoreError: the JSON can't be read, or the array is shorter than it says.
+    """
 
     def __init__(self, directory: str | os.PathLike[str], name: str) -> None:
         self.data, self.json = Path(directory, f"{name}.npy"), Path(directory, f"{name}.json")
-        self.meta: dict[str, Any] = json.loads(self.json.read_text()) if self.json.exists() else {"rows": 0}
+        self.meta: dict[str, Any] = _read(self.json) if self.json.exists() else {"rows": 0}
+        self._check_whole()
 
     def __len__(self) -> int:
         return int(self.meta["rows"])
@@ -40,6 +45,7 @@ class Appendable:
         known = {"width": rows.shape[1], "dtype": rows.dtype.newbyteorder("<").str}
         if len(self) and known != (mine := {key: self.meta[key] for key in known}):
             raise StoreError(f"{self.data} holds rows of {mine}, these are {known}.")
+        self._check_whole()
         before, after = len(self), len(self) + len(rows)
         self.data.parent.mkdir(parents=True, exist_ok=True)
         with self.data.open("r+b" if self.data.exists() else "w+b") as file:
@@ -67,8 +73,35 @@ class Appendable:
         """``[rows, width]``: the committed rows, memory-mapped (changes stay in memory)."""
         if not len(self):
             return np.empty((0, self.meta.get("width", 0)), self.meta.get("dtype", "<f4"))
+        self._check_whole()
         shape = (len(self), self.meta["width"])
         return np.memmap(self.data, self.meta["dtype"], mode="c", offset=HEADER, shape=shape)
+
+    def _check_whole(self) -> None:
+        """Raise if committed rows are not there: the file would be filled up with zeros."""
+        if not len(self):
+            return
+        needed = HEADER + len(self) * self.meta["width"] * np.dtype(self.meta["dtype"]).itemsize
+        found = self.data.stat().st_size if self.data.exists() else 0
+        if found < needed:
+            raise StoreError(
+                f"{self.data} is damaged: it has {found} bytes, but {len(self)} rows were written, which take "
+                f"{needed}. Restore it from a copy, or delete the directory and begin again."
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON, if it says what it must."""
+    try:
+        meta = json.loads(path.read_text())
+        if meta["rows"] > 0:
+            np.dtype(meta["dtype"]), int(meta["width"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} is damaged, or of something else: {type(error).__name__}: {error}. Restore it from a copy, or "
+            "delete the directory and begin again."
+        ) from error
+    return dict(meta)
 
 
 def _header(dtype: str, rows: int, width: int) -> bytes:

@@ -15,9 +15,11 @@ from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection
 from .appendable import Appendable
+from .features import Features
+from .loaders import Ends, Unpack, called, check_ordered, digest, missing, unpacked
 from .projection import Projection
-from .scores import Features, grad_dot
-from .store import Unpack, check_ordered, describe, missing
+from .scores import grad_dot
+from .store import describe, same
 
 
 def cross_gram(
@@ -33,8 +35,10 @@ def cross_gram(
     with ``projection``.
 
     With ``out``, a directory, every training batch is committed as it comes: a killed run that is called again goes
-    on where it was, and refuses if model, parameters, scale, projection or block are others.
-    ``out/columns-00000.npy`` etc. side by side are the result, which is memory-mapped if it is one block.
+    on where it was, and refuses if the model (parameters, buffers, modes), loss function, ``coupled``, parameters,
+    projection, block or test batches are others, or the training set has another length, first sample, or last one
+    where it goes on; so training data are read once more even where all is there.  ``out/columns-00000.npy`` etc.
+    side by side are the result, which is memory-mapped if it is one block.
 
     Args:
         model, loss_fn, params, options: as in `persample.gradients`.
@@ -43,12 +47,18 @@ def cross_gram(
         projection: compare projected rows: an estimate, cheaper in memory.
         out: where to keep the result; in memory by default.
         progress: show a bar over training batches (needs tqdm).
+
+    Raises:
+        ArgumentError: ``block`` is no positive integer, or given with training data that can be read only once; or
+            ``quantities=`` is.
+        StoreError: a loader that shuffles or is empty, training samples that aren't the same for every block, or
+            ``out`` of something else, or damaged.
     """
-    check_ordered(test_loader)
+    _check(train_loader, test_loader, block, options)
     axis = options.get("batch_dim", 0)
 
-    def left(done: int) -> Iterator[tuple[int, Any, Any]]:
-        return missing(train_loader, done, unpack, progress, axis)
+    def left(done: int, ends: Ends) -> Iterator[tuple[int, Any, Any, Ends]]:
+        return missing(train_loader, done, ends, unpack, progress, axis)
 
     def features(inputs: Any, targets: Any) -> Any:
         if projection is None:
@@ -56,48 +66,89 @@ def cross_gram(
         asked = [("project", {"projection": projection})]
         return gradients(model, loss_fn, inputs, targets, params=params, quantities=asked, **options).project()
 
-    meta = {**describe(model, params, projection, "unscaled"), "block": block}
-    columns = []
-    for number, batches in enumerate(_blocks(test_loader, block, unpack)):
-        table = None if out is None else _opened(out, number, meta)
-        if table is None or not table.meta.get("complete"):
-            held = [features(*batch) for batch in batches]
-            parts = _column(held, features, left, table)
+    meta: dict[str, Any] = {"block": block, "loss": called(loss_fn), "coupled": options.get("coupled")}
+    if out is not None:
+        meta |= describe(model, params, projection, "unscaled")
+    columns: list[Tensor] = []
+    train: dict[str, Any] = {}  # how many samples there are, the first and the last
+    for batches in _blocks(test_loader, block, unpack):
+        parts: list[Tensor] = []
+        table = None if out is None else _opened(out, len(columns), {**meta, "test_samples": digest(batches)})
+        if table is not None and table.meta.get("complete"):
+            if not columns and any(True for _ in left(len(table), table.meta["samples"])):
+                raise StoreError(f"{table.json} is of {len(table)} training samples, but the loader gives more.")
+            mine = {"rows": len(table), **table.meta["samples"]}
+        else:
+            mine = _column([features(*batch) for batch in batches], features, left, table, parts)
+        if not mine["rows"]:
+            raise StoreError("the train loader is empty, or it can be read only once and has been.")
+        train = train or mine
+        if mine != train:
+            raise StoreError(
+                f"the train loader gave {mine['rows']} samples to one block of test batches and {train['rows']} to "
+                "another, or other ones: its samples and their order must be the same every time."
+            )
+        if table is not None and not table.meta.get("complete"):
+            table.commit(complete=True)
         columns.append(torch.cat(parts) if table is None else torch.from_numpy(table.rows()))
     if not columns:
         raise StoreError("the test loader is empty.")
+    if out is not None and Appendable(out, _name(len(columns))).json.exists():
+        raise StoreError(f"{out} holds more columns than there are test batches now; use another directory.")
     return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
-def _column(held: list[Features], features: Any, left: Any, table: Appendable | None) -> list[Tensor]:
-    """Products of all training batches with the test batches that are held; kept, or committed one by one."""
-    parts: list[Tensor] = []
-    for first, inputs, targets in left(0 if table is None else len(table)):
+def _check(train_loader: Iterable[Any], test_loader: Iterable[Any], block: Any, options: dict[str, Any]) -> None:
+    """Raise for what can't be computed, before anything is."""
+    if block is not None and (not isinstance(block, int) or block < 1):
+        raise ArgumentError(f"block must be at least one batch, an integer, got {block!r}.")
+    if block is not None and isinstance(train_loader, Iterator):
+        raise ArgumentError(
+            f"the train loader is a {type(train_loader).__name__}, which can be read only once, but block= reads it "
+            "once per block: give a DataLoader or a list, or leave block= out."
+        )
+    if "quantities" in options:
+        raise ArgumentError("quantities= is not asked for here: products are what cross_gram computes.")
+    for loader in (train_loader, test_loader):
+        check_ordered(loader)
+
+
+def _column(
+    held: list[Features], features: Any, left: Any, table: Appendable | None, parts: list[Tensor]
+) -> dict[str, Any]:
+    """Products of all training batches with the test batches that are held: into ``parts``, or committed one by one.
+
+    What is returned is how many training samples there are, the first and the last.
+    """
+    rows, ends = (0, {}) if table is None else (len(table), table.meta.get("samples", {}))
+    for first, inputs, targets, samples in left(rows, ends):
         mine = features(inputs, targets)
         products = torch.cat([grad_dot(mine, theirs) for theirs in held], 1).cpu()[first:]
+        rows, ends = rows + len(products), samples
         if table is None:
             parts.append(products)
         else:
-            table.append(products.numpy())
-    if table is not None:
-        table.commit(complete=True)
-    return parts
+            table.append(products.numpy(), samples=samples)
+    return {"rows": rows, **ends}
 
 
 def _blocks(loader: Iterable[Any], size: int | None, unpack: Unpack) -> Iterator[list[tuple[Any, Any]]]:
-    if size is not None and size < 1:
-        raise ArgumentError(f"block must be at least one batch, got {size}.")
     batches = iter(loader)
-    while block := [unpack(batch) for batch in islice(batches, size)]:
+    while block := [unpacked(batch, unpack) for batch in islice(batches, size)]:
         yield block
 
 
+def _name(number: int) -> str:
+    return f"columns-{number:05d}"
+
+
 def _opened(out: str | os.PathLike[str], number: int, meta: dict[str, Any]) -> Appendable:
-    table = Appendable(out, f"columns-{number:05d}")
+    table = Appendable(out, _name(number))
     if table.json.exists():
         for key, mine in meta.items():
-            if table.meta[key] != mine:
-                raise StoreError(f"{table.json} is of another {key}; use another directory, or delete this one.")
+            if not same(table.meta.get(key), mine):
+                what = " (or of other buffers, or modes: train, eval)" if key == "model" else ""
+                raise StoreError(f"{table.json} is of another {key}{what}; use another directory, or delete this one.")
     else:
         table.commit(**meta)
     return table

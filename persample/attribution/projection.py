@@ -52,6 +52,9 @@ class Projection:
         seed: another seed is another, independent projection.
         tile: 1 is the most accurate, larger ones (``tile^2`` must divide ``dim``) are cheaper; see the module's
             docstring.
+
+    Raises:
+        ArgumentError: a number that is no integer, or a ``dim`` that is no positive multiple of ``tile^2``.
     """
 
     dim: int
@@ -60,6 +63,11 @@ class Projection:
     _signs: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("dim", "seed", "tile"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)):  # 1.0 would be another seed than 1
+                raise ArgumentError(f"{name} must be an integer, got {value!r}.")
+            object.__setattr__(self, name, int(value))
         if self.dim < 1 or self.tile < 1 or self.dim % self.tile**2:
             raise ArgumentError(f"dim must be a positive multiple of tile^2, got dim={self.dim} and tile={self.tile}.")
 

@@ -6,12 +6,14 @@ sample helps**: where weighing it up lowers the loss of the test sample.  (captu
 test.)
 
 Gradients may be `persample.Gradients`, or features ``[n, k]``: rows, or projected ones, which have the same inner
-products on average (`Projection`, `GradientStore`).
+products on average (`Projection`, `GradientStore`).  Features of half precision are multiplied and added up in
+float32, which the scores are then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +21,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
-
-Features = Quantities | Tensor
-Several = Tensor | Sequence[Tensor]
-
+from .features import Features, both, check_finite, number, unit, wide
 
 # ---- inner products ---------------------------------------------------------------------------------------------
 
@@ -30,18 +29,30 @@ Several = Tensor | Sequence[Tensor]
 def grad_dot(train: Features, test: Features) -> Tensor:
     """``g_i . h_j``, ``[n_train, n_test]``: what one step of SGD on sample ``i`` takes off the loss of ``j``, per
     learning rate and to first order (Pruthi et al. 2020, sec. 3).
+
+    Raises:
+        QuantityError: gradients on one side only, of different parameters, or features that don't fit each other.
     """
     if isinstance(train, Quantities) and isinstance(test, Quantities):
         return train.gram(test)  # type: ignore[no-any-return]
     if isinstance(train, Quantities) or isinstance(test, Quantities):
         raise QuantityError("give gradients on both sides, or features [n, k] of the same projection on both.")
-    return train @ test.mT
+    a, b = both(train, test)
+    return a @ b.mT
 
 
 def grad_cos(train: Features, test: Features) -> Tensor:
-    """``g_i . h_j / (|g_i| |h_j|)``, ``[n_train, n_test]``; 0 where a gradient is 0 (Charpiat et al. 2019)."""
+    """``g_i . h_j / (|g_i| |h_j|)``, ``[n_train, n_test]``; 0 where a gradient is 0 (Charpiat et al. 2019).
+
+    Raises:
+        QuantityError: as `grad_dot`.
+    """
+    if isinstance(train, Tensor) and isinstance(test, Tensor):
+        a, b = both(train, test)
+        return unit(a) @ unit(b).mT
+    products = grad_dot(train, test)
     scale = squared_norm(train).sqrt()[:, None] * squared_norm(test).sqrt()
-    return torch.where(scale > 0, grad_dot(train, test) / scale, 0.0)
+    return torch.where(scale == 0, 0.0, products / scale)
 
 
 def tracin(checkpoints: Iterable[tuple[float, Features, Features]]) -> Tensor:
@@ -50,8 +61,13 @@ def tracin(checkpoints: Iterable[tuple[float, Features, Features]]) -> Tensor:
     Pruthi et al. 2020, "Estimating training data influence by tracing gradient descent", TracInCP.  ``lr`` is that of
     the *mean* loss of batches of ``b`` times ``1/b`` if the number is to estimate a change of loss per epoch;
     rankings don't depend on it.  A generator keeps one checkpoint in memory at a time.
+
+    Raises:
+        ArgumentError: a checkpoint that is no such tuple, or has no finite ``lr``.
+        QuantityError: no checkpoint, others of other samples, or features that don't fit.
     """
-    return _weighted_sum((lr, grad_dot(train, test)) for lr, train, test in checkpoints)
+    triples = _checkpoints(checkpoints, ("lr", "train", "test"))
+    return _weighted_sum((lr, grad_dot(train, test)) for lr, train, test in triples)
 
 
 def self_influence(train: Features | Iterable[tuple[float, Features]]) -> Tensor:
@@ -59,15 +75,20 @@ def self_influence(train: Features | Iterable[tuple[float, Features]]) -> Tensor
 
     The diagonal of TracIn on the training set itself (Pruthi et al. 2020, sec. 4.1): large for samples that only they
     themselves explain, such as mislabelled ones.
+
+    Raises:
+        ArgumentError, QuantityError: as `tracin`.
     """
     if isinstance(train, (Quantities, Tensor)):
         return squared_norm(train)
-    return _weighted_sum((lr, squared_norm(features)) for lr, features in train)
+    return _weighted_sum((lr, squared_norm(features)) for lr, features in _checkpoints(train, ("lr", "train")))
 
 
 def squared_norm(features: Features) -> Tensor:
     """``|g_i|^2``, ``[n]``."""
-    return features.square().sum(1) if isinstance(features, Tensor) else features.squared_norm()
+    if isinstance(features, Quantities):
+        return features.squared_norm()  # type: ignore[no-any-return]
+    return wide(features, "train").square().sum(1)
 
 
 # ---- inverse curvature ------------------------------------------------------------------------------------------
@@ -80,6 +101,9 @@ def empirical_fisher_influence(train: Features, test: Features, *, damping: floa
     estimates by how much the loss of ``j`` rises when ``i`` is left out (Koh and Liang 2017, with ``F`` for the
     Hessian). Divide by nothing where only the ranking matters.  ``damping`` is in units of ``F``: mean squared
     gradient entries.
+
+    Raises:
+        ArgumentError, QuantityError: as `grad_dot` and `influence_from_gram`.
     """
     return influence_from_gram(grad_dot(train, train), grad_dot(train, test), damping)
 
@@ -90,16 +114,28 @@ def influence_from_gram(K: Tensor, cross: Tensor, damping: float) -> Tensor:
     By the push-through identity it equals ``J (J^T J/n + damping I)^-1 J'^T`` for any rows ``J``, ``J'`` with ``K = J
     J^T``, ``K_tt' = J J'^T``, and ``[K_tt' - K (K + n damping I)^-1 K_tt'] / damping`` without its cancellation.
     Solved in float64 by Cholesky.
+
+    Raises:
+        ArgumentError: ``damping`` is no positive number.
+        QuantityError: shapes that don't fit, numbers that aren't finite, or a ``K`` that is no Gram matrix (or one
+            whose rounding errors are larger than ``n damping``).
     """
     n = len(K)
-    if K.shape != (n, n) or cross.shape[:1] != (n,):
+    if K.shape != (n, n) or cross.shape[:1] != (n,) or cross.ndim != 2:
         raise QuantityError(f"K must be [n, n] and cross [n, n_test], got {list(K.shape)} and {list(cross.shape)}.")
-    if not damping > 0:
-        raise ArgumentError(f"damping must be positive, got {damping}.")
+    if not number(damping) > 0:
+        raise ArgumentError(f"damping must be positive, and a finite number, got {damping!r}.")
+    check_finite(K=K, cross=cross)
     system = K.double() / n
     system = (system + system.mT) / 2
     system.diagonal().add_(damping)
-    return torch.cholesky_solve(cross.double(), torch.linalg.cholesky(system)).to(cross.dtype)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if int(failed):
+        raise QuantityError(
+            f"K/n + damping I is not positive definite: K is no Gram matrix, or damping={damping} is smaller than its "
+            "rounding errors. Give a larger damping=, or features of a higher precision."
+        )
+    return torch.cholesky_solve(cross.double(), factor).to(torch.promote_types(cross.dtype, torch.float32))
 
 
 def influence(train: Quantities, test: Any, solve: Callable[[Tensor], Tensor]) -> Tensor:
@@ -109,55 +145,46 @@ def influence(train: Quantities, test: Any, solve: Callable[[Tensor], Tensor]) -
     Koh and Liang 2017, "Understanding black-box predictions via influence functions", with the Hessian of the *mean*
     loss (and its regulariser): divided by ``n``, it estimates the rise of the loss of ``j`` when ``i`` is left out.
     ``test`` are `Gradients`, of the same parameters in the same order.
+
+    Raises:
+        QuantityError: ``train`` or ``test`` are no gradients, or of other parameters; ``solve`` changed the shape.
     """
-    return train.project(solve(test.flat().mT))
+    if not (isinstance(train, Quantities) and isinstance(test, Quantities) and hasattr(test, "flat")):
+        raise QuantityError(
+            "train and test must be Gradients (persample.gradients without quantities=), got "
+            f"{type(train).__name__} and {type(test).__name__}. For features, solve yourself: train @ solve(test.mT)."
+        )
+    if list(train.shapes.items()) != list(test.shapes.items()):
+        raise QuantityError(
+            "train and test are gradients of different parameters, or in another order; use select() on both."
+        )
+    columns = test.flat().mT
+    solved = solve(columns)
+    if not isinstance(solved, Tensor) or solved.shape != columns.shape:
+        got = list(solved.shape) if isinstance(solved, Tensor) else type(solved).__name__
+        raise QuantityError(f"solve must return a tensor [D, n_test] = {list(columns.shape)}, got {got}.")
+    return train.project(solved)
 
 
-def trak(train: Several, test: Several, residual: Several, *, damping: float = 0.0) -> Tensor:
-    """``Q Phi (Phi^T Phi + damping I)^-1 phi^T``, ``[n_train, n_test]``: TRAK.
-
-    Park et al. 2023, "TRAK: attributing model behavior at scale", eq. 17.  ``Phi [n_train, k]`` and ``phi [n_test,
-    k]`` are projected gradients of the `margin` (not of a loss), ``Q = diag(residual)`` with ``residual [n_train] = 1
-    - p_i``, the probability that is missing from the correct class.  Lists are several models: both factors are
-    averaged over them apart, as in the paper.
-
-    >>> from persample import gradients
-    >>> from persample.attribution import Projection, margin, trak
-    >>> model, R = torch.nn.Linear(4, 3), Projection(8)
-    >>> x, y = torch.randn(20, 4), torch.randint(0, 3, (20,))
-    >>> G = gradients(model, margin, x, y)
-    >>> trak(G.project(R), G.project(R), torch.sigmoid(-G.losses)).shape  # losses are the margins: 1 - p
-    torch.Size([20, 20])
-    """
-    if isinstance(train, Tensor) or isinstance(test, Tensor) or isinstance(residual, Tensor):
-        assert isinstance(train, Tensor) and isinstance(test, Tensor) and isinstance(residual, Tensor)
-        train, test, residual = [train], [test], [residual]
-    kernels = [_kernel(a, b, damping) for a, b in zip(train, test, strict=True)]
-    missing = torch.stack(list(residual)).mean(0)
-    return missing[:, None] * torch.stack(kernels).mean(0)
-
-
-def margin(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``log p/(1 - p)`` of the correct class, ``[N]``, from logits ``[N, C]``: the output that TRAK linearises.
-
-    ``1 - p`` is the sigmoid of minus it.  Pass it as ``loss_fn`` to `persample.gradients`.
-    """
-    correct = outputs.gather(1, targets[:, None])
-    others = outputs.scatter(1, targets[:, None], -torch.inf)
-    return correct.squeeze(1) - others.logsumexp(1)
-
-
-def _kernel(train: Tensor, test: Tensor, damping: float) -> Tensor:
-    a, b = train.double(), test.double()
-    system = a.mT @ a
-    system.diagonal().add_(damping)
-    kernel: Tensor = a @ torch.linalg.solve(system, b.mT)
-    return kernel.to(train.dtype)
+def _checkpoints(checkpoints: Iterable[Any], form: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+    """Checkpoints, each looked at."""
+    if isinstance(checkpoints, (Quantities, Tensor)):
+        raise ArgumentError(f"give checkpoints ({', '.join(form)}) in a list or generator, not one alone.")
+    for checkpoint in checkpoints:
+        if not isinstance(checkpoint, (tuple, list)) or len(checkpoint) != len(form):
+            raise ArgumentError(f"a checkpoint is a tuple ({', '.join(form)}), got {type(checkpoint).__name__}.")
+        if math.isnan(lr := number(checkpoint[0])):
+            raise ArgumentError(f"lr of a checkpoint must be a finite number, got {checkpoint[0]!r}.")
+        yield (lr, *checkpoint[1:])
 
 
 def _weighted_sum(terms: Iterable[tuple[float, Tensor]]) -> Tensor:
     total: Tensor | None = None
     for weight, term in terms:
+        if total is not None and total.shape != term.shape:
+            raise QuantityError(
+                f"the checkpoints have different samples: {list(total.shape)} scores, then {list(term.shape)}."
+            )
         total = weight * term if total is None else total + weight * term
     if total is None:
         raise QuantityError("there is no checkpoint: give at least one.")

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..api import gradients
-from ..batch import Batch
-from ..errors import StoreError
+from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection, named_parameters, select
-from ..progress import bar
 from ..quantities import Quantities
 from ..statistics_run import Statistics
 from .appendable import Appendable
+from .loaders import Unpack, called, check_ordered, fingerprint, missing
 from .projection import Projection
 
-Unpack = Callable[[Any], tuple[Any, Any]]
+DTYPES = (torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)  # that numpy knows
 
 
 class GradientStore:
     """Rows ``[n, D]``, or projected ones ``[n, k]``, in ``path/rows.npy``, described by ``path/rows.json``.
 
     The JSON names the parameters and their shapes in the order of columns (``layout``), the scale of the losses, the
-    projection, a SHA-256 of the model's parameters and buffers, and how many rows are committed.  A store that is
-    opened again with anything else refuses.  It is safe to kill the process at any moment, see
+    projection, a SHA-256 of the model's parameters and buffers (and of its modes), how many rows are committed, and of
+    those that `extend` added the loss function and digests of the first and the last sample.  A store that is opened
+    or gone on with by anything else refuses.  It is safe to kill the process at any moment, see
     `persample.attribution.appendable`.
 
     Args:
@@ -39,13 +39,23 @@ class GradientStore:
         params: which parameters, as in `persample.gradients`.
         scale: what the losses are, in words.  Rows are unscaled; say here if your own loss function is scaled, so
             that two scales are never mixed.
-        dtype: of what is written.
+        dtype: of what is written: float32 by default, float16, float64, or complex for complex rows.  Entries below
+            6e-8 are 0 in float16, rows that overflow or vanish in it are an error.
+
+    Raises:
+        ArgumentError: a ``dtype`` that is none of these, or a ``projection`` that is none.
+        StoreError: there is no store and no model, or one of something else, or a damaged one.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], model: nn.Module | None = None, *, projection: Projection | None = None,
         params: Selection = None, scale: str = "unscaled", dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
+        if dtype not in DTYPES:
+            raise ArgumentError(
+                f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}: numpy has no bfloat16 (take "
+                "float32), and integers would lose what is behind the point."
+            )
         self.table = Appendable(path, "rows")
         self.model, self.projection, self.dtype = model, projection, dtype
         if model is None:
@@ -55,11 +65,8 @@ class GradientStore:
         meta = describe(model, params, projection, scale)
         self.names = list(meta["layout"])
         self._versions = self._state()
-        for key, mine in meta.items() if self.table.json.exists() else ():
-            if (theirs := self.table.meta[key]) != mine:
-                raise StoreError(
-                    f"the store at {path} is of another {key}: {_brief(theirs)} there, {_brief(mine)} here."
-                )
+        if self.table.json.exists():
+            self._check_same(meta)
         self.table.commit(**meta)
 
     def __len__(self) -> int:
@@ -73,10 +80,22 @@ class GradientStore:
         """Add the rows of one batch (from sample ``first`` on), and commit them.
 
         ``G`` are `Gradients`, or with a projection also `Statistics` of ``[("project", {"projection": projection})]``.
+        Of what loss and samples they are is not known to the store; ``scale`` is there to say it.
+
+        Raises:
+            ArgumentError: ``first`` is no sample of ``G``.
+            StoreError: other parameters than the store's, another model than when it was opened, rows that the
+                store's dtype can't hold.
         """
+        samples = {**self.table.meta.get("samples", {"first": None}), "last": None}
+        self._append(G, first, samples=samples)
+
+    def _append(self, G: Quantities, first: int, **meta: Any) -> None:
         self._check(G)
+        if not 0 <= first <= len(G):
+            raise ArgumentError(f"first must be a sample of the batch, 0 to {len(G)}, got {first}.")
         rows = G.flat() if self.projection is None else G.project(self.projection)  # type: ignore[attr-defined]
-        self.table.append(rows[first:].detach().to("cpu", self.dtype).numpy())
+        self.table.append(_written(rows[first:].detach().cpu(), self.dtype).numpy(), **meta)
 
     def extend(
         self, loss_fn: LossFunction, loader: Iterable[Any], *, unpack: Unpack = lambda batch: batch,
@@ -85,41 +104,73 @@ class GradientStore:
         """Add all samples of a loader that are not there yet.
 
         After a kill, call it again: as many samples as are committed are skipped without computing anything, also if
-        the batches are of another size now.  The order must be the same, so a loader that shuffles is refused.
+        the batches are of another size now.  The samples and their order must be the same, so a loader that shuffles is
+        refused, and so is one that begins with another sample, or has another one where the store ends.
+
+        Args:
+            loss_fn, options: as in `persample.gradients`.
+            loader: batches that ``unpack`` turns into inputs and targets.
+            unpack: a function from a batch to ``(inputs, targets)``.
+            progress: show a bar (needs tqdm).
+
+        Raises:
+            ArgumentError: an option that the store sets itself, or a batch that is no pair.
+            StoreError: as `append`, and for another loss function, ``coupled`` or samples than before.
         """
         if self.model is None:
             raise StoreError("this store was opened for reading; give it a model.")
+        for option, where in (("params", "params="), ("quantities", "projection=")):
+            if option in options:
+                raise ArgumentError(f"{option}= is not asked for here: what is kept is said by GradientStore({where}).")
+        check_ordered(loader)
+        if fingerprint(self.model) != self.table.meta["model"]:  # also what no version tells (p.data)
+            raise _changed()
+        asked = {"loss": called(loss_fn), "coupled": options.get("coupled")}
+        if len(self):
+            self._check_same({key: mine for key, mine in asked.items() if key in self.table.meta})
         quantities = None if self.projection is None else [("project", {"projection": self.projection})]
-        axis = options.get("batch_dim", 0)
-        for first, inputs, targets in missing(loader, len(self), unpack, progress, axis):
+        done, ends, axis = len(self), self.table.meta.get("samples", {}), options.get("batch_dim", 0)
+        for first, inputs, targets, samples in missing(loader, done, ends, unpack, progress, axis):
             G = gradients(self.model, loss_fn, inputs, targets, params=self.names, quantities=quantities, **options)
-            self.append(G, first)
+            self._append(G, first, samples=samples, **asked)
 
     def _check(self, G: Quantities) -> None:
         if self.model is None:
             raise StoreError("this store was opened for reading; give it a model.")
-        if {name: list(shape) for name, shape in G.shapes.items()} != self.table.meta["layout"]:
+        if not same({name: list(shape) for name, shape in G.shapes.items()}, self.table.meta["layout"]):
             raise StoreError(
                 f"these gradients are of other parameters than the store's {self.names}; use params= or select()."
             )
-        if self._versions != self._state():
-            raise StoreError(
-                "the model has changed since the store was opened; begin another store for its new parameters."
-            )
+        if self._versions != self._state():  # BatchNorm's statistics are written, and put back, in training mode
+            if fingerprint(self.model) != self.table.meta["model"]:
+                raise _changed()
+            self._versions = self._state()
         if self.projection is None and isinstance(G, Statistics):
             raise StoreError("whole rows need the rows: compute gradients without quantities=.")
 
-    def _state(self) -> list[tuple[int, int]]:
+    def _check_same(self, meta: dict[str, Any]) -> None:
+        for key, mine in meta.items():
+            if not same(theirs := self.table.meta.get(key), mine):
+                what = " (or of other buffers, or modes: train, eval)" if key == "model" else ""
+                raise StoreError(
+                    f"the store at {self.table.data.parent} is of another {key}{what}: {_brief(theirs)} there, "
+                    f"{_brief(mine)} here. Open it with the same, or begin in another directory."
+                )
+
+    def _state(self) -> list[tuple[int, int] | bool]:
         assert self.model is not None
-        return [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return [*((t.data_ptr(), t._version) for t in tensors), *(module.training for module in self.model.modules())]
 
     def __repr__(self) -> str:
         meta = self.table.meta
-        return f"GradientStore({len(self)} rows of {meta.get('width', '?')}, projection={meta['projection']})"
+        return f"GradientStore({len(self)} rows of {meta.get('width', '?')}, projection={meta.get('projection')})"
 
 
 def describe(model: nn.Module, params: Selection, projection: Projection | None, scale: str) -> dict[str, Any]:
     """What has to agree between rows that are compared: layout, scale, projection, model."""
+    if projection is not None and not isinstance(projection, Projection):
+        raise ArgumentError(f"projection must be a persample.attribution.Projection, got {type(projection).__name__}.")
     found, aliases = named_parameters(model)
     return {
         "layout": {name: list(found[name].shape) for name in select(found, aliases, params)},
@@ -129,33 +180,31 @@ def describe(model: nn.Module, params: Selection, projection: Projection | None,
     }
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers: names, types, shapes, values."""
-    digest = hashlib.sha256()
-    for name, t in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
-        digest.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
-        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def same(a: Any, b: Any) -> bool:
+    """Whether two entries of a JSON are equal, also in the order of their names, which is that of columns."""
+    return json.dumps(a) == json.dumps(b)
 
 
-def missing(
-    loader: Iterable[Any], done: int, unpack: Unpack, progress: bool, batch_dim: Any
-) -> Iterator[tuple[int, Any, Any]]:
-    """Batches beyond the first ``done`` samples of a loader: the first sample that is not done, inputs, targets."""
-    check_ordered(loader)
-    seen = 0
-    for batch in bar(loader, progress, "gradients"):
-        inputs, targets = unpack(batch)
-        n = Batch.of(inputs, targets, batch_dim).n
-        if seen + n > done:
-            yield max(0, done - seen), inputs, targets
-        seen += n
+def _changed() -> StoreError:
+    return StoreError(
+        "the model has changed since the store was opened: its parameters, buffers (running statistics), or modes "
+        "(train, eval). Begin another store for what it is now; or put it back."
+    )
 
 
-def check_ordered(loader: Iterable[Any]) -> None:
-    """Raise for a loader that shuffles."""
-    if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
-        raise StoreError("the loader shuffles, but rows keep its order, and are resumed by it: use shuffle=False.")
+def _written(rows: Tensor, kind: torch.dtype) -> Tensor:
+    """Rows in the type of the store, which has to hold them."""
+    if rows.dtype.is_complex and not kind.is_complex:
+        raise StoreError(f"the rows are complex, and the store's dtype {kind} is not: give dtype=torch.complex128.")
+    kept = rows.to(kind)
+    overflow = (rows.isfinite() & ~kept.isfinite()).any(1)
+    vanished = (kept == 0).all(1) & (rows != 0).any(1)
+    if bad := int((overflow | vanished).sum()):
+        raise StoreError(
+            f"{bad} row(s) would be {'infinite' if overflow.any() else 'zero'} in the store's dtype {kind}, which has "
+            f"numbers from {torch.finfo(kind).tiny:.0e} to {torch.finfo(kind).max:.0e}. Give a larger dtype=."
+        )
+    return kept
 
 
 def _brief(value: Any) -> str:

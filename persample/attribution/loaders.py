@@ -1,0 +1,206 @@
+"""The samples of a loader: always in the same order, and the same as before.
+
+Rows on disk belong to samples by their position alone.  So a loader that is known to shuffle is refused before anything
+is computed, and the first and the last sample that rows were written for are remembered as digests: a loader that does
+not give them again at their places is refused as well, whatever it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from ..batch import Batch
+from ..errors import ArgumentError, StoreError
+from ..losses import LossFunction
+from ..progress import bar
+
+Unpack = Callable[[Any], tuple[Any, Any]]
+Ends = dict[str, str | None]  # digests of the "first" sample of a loader and the "last" of those seen; None: unknown
+
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+ORDERED = (SequentialSampler, BatchSampler, DistributedSampler)  # themselves, not what is derived from them
+LOOKED_AT = 1 << 20  # entries of any other sampler
+
+
+def missing(
+    loader: Iterable[Any], done: int, ends: Ends, unpack: Unpack, progress: bool, batch_dim: Any
+) -> Iterator[tuple[int, Any, Any, Ends]]:
+    """Batches beyond the first ``done`` samples: the first sample that is not done, inputs, targets, and ends.
+
+    Raises:
+        StoreError: the first or the last of the samples that are done is another one than ``ends`` says, or the
+            loader has fewer.
+    """
+    seen, begin = 0, ""
+    for batch in bar(loader, progress, "gradients"):
+        inputs, targets = unpacked(batch, unpack)
+        given = Batch.of(inputs, targets, batch_dim)
+        begin = begin or _sample(given, 0)
+        if not seen and done:
+            _check_same("first", begin, ends, 0)
+        if seen < done <= seen + given.n:
+            _check_same("last", _sample(given, done - seen - 1), ends, done - 1)
+        if done < seen + given.n:
+            yield max(0, done - seen), inputs, targets, {"first": begin, "last": _sample(given, given.n - 1)}
+        seen += given.n
+    if seen < done:
+        raise StoreError(
+            f"there are rows of {done} samples, but the loader gives only {seen}. Give the one that was begun with "
+            "(one that was read before gives nothing: a generator, an iterator), or begin in another directory."
+        )
+
+
+def unpacked(batch: Any, unpack: Unpack) -> tuple[Any, Any]:
+    """Inputs and targets of a batch."""
+    pair = unpack(batch)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ArgumentError(
+            f"a batch must be (inputs, targets), got a {type(pair).__name__}"
+            + (f" of {len(pair)}" if isinstance(pair, (tuple, list)) else "")
+            + ". Say how to take it apart with unpack=: a function from a batch to inputs and targets."
+        )
+    return pair[0], pair[1]
+
+
+def _check_same(which: str, mine: str, ends: Ends, position: int) -> None:
+    if ends.get(which) not in (None, mine):
+        raise StoreError(
+            f"sample {position} of the loader is not the one that the row there was computed for. Give the same "
+            "samples in the same order (no shuffling, no random augmentation; where samples are padded to the longest "
+            "of a batch, also in the same batches), or begin in another directory."
+        )
+
+
+# ---- order ------------------------------------------------------------------------------------------------------
+
+
+def check_ordered(loader: Iterable[Any]) -> None:
+    """Raise for a loader that gives its samples in another order every time, as far as its sampler tells.
+
+    Those of PyTorch are known; of others, two iterations are compared.  What an `IterableDataset` or any other
+    iterable gives can't be known before.
+    """
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return
+    if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
+        raise StoreError("the loader gives batches in any order, but rows keep it: use in_order=True.")
+    outer = sampler = _inner(loader)
+    known = True
+    while sampler is not None:
+        if isinstance(sampler, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle):
+            raise StoreError(
+                f"the loader shuffles (it has a {type(sampler).__name__}), but rows keep its order, and are resumed by "
+                "it: use shuffle=False, or a sampler that gives the same order every time."
+            )
+        known = known and type(sampler) in ORDERED
+        sampler = _inner(sampler)
+    if not known and not _repeats(outer):
+        raise StoreError(
+            f"the loader shuffles: its {type(outer).__name__} gave another order the second time (or nothing), but "
+            "rows keep their order, and are resumed by it. Use a sampler that gives the same order every time."
+        )
+
+
+def _inner(x: Any) -> Any:
+    """The sampler that a loader or a sampler reads, that of batches first; ``None`` if it has none."""
+    batches = getattr(x, "batch_sampler", None)
+    return getattr(x, "sampler", None) if batches is None else batches
+
+
+def _repeats(sampler: Iterable[Any]) -> bool:
+    """Whether a sampler gives the same twice; it costs no data, and random generators stay as they were."""
+    with _random_state_kept():
+        first, second = ([_plain(index) for index in islice(sampler, LOOKED_AT)] for _ in range(2))
+    return first == second
+
+
+def _plain(index: Any) -> Any:
+    if isinstance(index, (list, tuple)):
+        return [_plain(x) for x in index]
+    return index.tolist() if isinstance(index, (Tensor, np.ndarray)) else index
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (it is others who draw from it)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+# ---- digests ----------------------------------------------------------------------------------------------------
+
+
+def _sample(batch: Batch, n: int) -> str:
+    return digest((batch.inputs.sample(n), batch.targets.sample(n)))
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of all tensors, numbers and strings of a structure."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            update(found, "", leaf)
+        elif leaf is None or isinstance(leaf, (str, int, float)):
+            found.update(f"{leaf!r}\n".encode())
+    return found.hexdigest()
+
+
+def update(digest: Any, name: str, t: Tensor) -> None:
+    """Put name, type, shape and values of a tensor into a digest."""
+    dense = t.detach() if t.layout is torch.strided else t.detach().to_dense()
+    digest.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
+    digest.update(dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers (names, types, shapes, values), and of which modules are training."""
+    found = hashlib.sha256()
+    for name, t in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
+        update(found, name, t)
+    found.update("".join(f"{name} {module.training}\n" for name, module in model.named_modules()).encode())
+    return found.hexdigest()
+
+
+def called(loss_fn: LossFunction) -> str:
+    """What a loss function is called, and is set to: its qualified name; of a module, also its attributes and state.
+
+    Two functions of one name, such as two lambdas in one place, are the same to it.
+    """
+    if isinstance(loss_fn, functools.partial):
+        given = [*map(_brief, loss_fn.args), *(f"{name}={_brief(x)}" for name, x in sorted(loss_fn.keywords.items()))]
+        return f"{called(loss_fn.func)}({', '.join(given)})"
+    kind: Any = loss_fn if hasattr(loss_fn, "__qualname__") else type(loss_fn)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if not isinstance(loss_fn, nn.Module):
+        return name
+    settings = [f"{k}={_brief(x)}" for k, x in sorted(vars(loss_fn).items()) if k[0] != "_" and k != "training"]
+    state = digest([*loss_fn.parameters(), *loss_fn.buffers()])[:16]
+    return f"{name}({', '.join(settings)}; {state})"
+
+
+def _brief(x: Any) -> str:
+    return repr(x) if x is None or isinstance(x, (str, int, float)) else f"{type(x).__name__} {digest(x)[:16]}"

@@ -1,0 +1,104 @@
+"""What the adapter for dattri makes of parameters that are given in part, or in another order than the model's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import persample
+from persample import adapters
+from persample.errors import ArgumentError
+
+CE = nn.CrossEntropyLoss()
+NAMES = ["0.weight", "2.bias"]
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(6) % 3
+
+
+def expected(model: nn.Module, names: Any = None) -> Tensor:
+    return persample.gradients(model, CE, *batch(), params=names, engine="loop").flat()  # type: ignore[no-any-return]
+
+
+def flat(model: nn.Module, names: Any = None) -> Tensor:
+    return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if names is None or name in names])
+
+
+def mixed(names: Any) -> nn.Module:
+    """The first model with some parameters of the second."""
+    model, other = net(0), dict(net(1).named_parameters())
+    model.load_state_dict({name: other[name] if name in names else p for name, p in model.state_dict().items()})
+    return model
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("params", [NAMES, NAMES[::-1], "2", None])
+def test_parameters_that_are_chosen_are_enough(params: Any) -> None:
+    """As a flat vector or by name, all or only those; the others are the model's, which is as it was after that."""
+    model, other = net(0), net(1)
+    grad = adapters.dattri.grad_function(model, CE, **({} if params is None else {"params": params}))
+    before = copy.deepcopy(model.state_dict())
+    names = {None: [*before], "2": ["2.weight", "2.bias"]}.get(params, NAMES) if not isinstance(params, list) else NAMES
+    some = {name: p for name, p in other.named_parameters() if name in names}
+    close(grad(flat(other), batch()), expected(other, params))
+    close(grad(dict(other.named_parameters()), batch()), expected(other, params))
+    close(grad(flat(other, names), batch()), expected(mixed(names), params))
+    close(grad(some, batch()), expected(mixed(names), params))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_frozen_parameters_are_loaded_too() -> None:
+    model, other = net(0), net(1)
+    model[0].requires_grad_(False)
+    found = adapters.dattri.grad_function(model, CE)(dict(other.named_parameters()), batch())
+    close(found, expected(other, "2"))
+    close(adapters.dattri.grad_function(model, CE)(flat(other, ["2.weight", "2.bias"]), batch()),
+          expected(mixed(["2.weight", "2.bias"]), "2"))  # fmt: skip
+
+
+def test_parameters_that_do_not_fit_are_refused() -> None:
+    model = net()
+    grad = adapters.dattri.grad_function(model, CE, params=NAMES)
+    for wrong, named in (
+        (torch.zeros(7), r"\(23 numbers\) or of all that require grad \(39\), got \[7\]"),
+        (torch.zeros(23, 1), r"got \[23, 1\]"),
+        ([0.0] * 23, "got list"),
+        ({"weight": torch.zeros(4, 5)}, "'weight' .* no parameter"),
+        ({"2.bias": torch.zeros(4)}, r"'2.bias' \[4\], which is \[3\]"),
+        ({"2.bias": 0.0}, "'2.bias' float"),
+    ):
+        with pytest.raises(ArgumentError, match=named):
+            grad(wrong, batch())
+
+
+@pytest.mark.filterwarnings("ignore")  # what dattri warns of is its own
+def test_layers_are_in_the_order_of_the_model() -> None:
+    task_of = pytest.importorskip("dattri.task").AttributionTask
+    model, other = net(0), net(1)
+
+    def task(**options: Any) -> Any:
+        made = task_of(loss_func=lambda params, data: data, model=model, checkpoints=model.state_dict())
+        return adapters.dattri.attach(made, CE, **options)
+
+    grad = task().get_grad_loss_func(layer_name=NAMES, ckpt_idx=0)
+    close(grad(flat(other, NAMES), batch()), expected(mixed(NAMES), NAMES))
+    single = task().get_grad_loss_func(layer_name="2.weight", ckpt_idx=0)
+    close(single(flat(other, ["2.weight"]), batch()), expected(mixed(["2.weight"]), ["2.weight"]))
+    for names in (NAMES[::-1], ["2.bias", "2.weight"], [*NAMES, "2.bias"], ["3.bias"]):
+        with pytest.raises(ArgumentError, match="in the order of the model"):
+            task().get_grad_loss_func(layer_name=names, ckpt_idx=0)
+    with pytest.raises(ArgumentError, match="give one"):
+        task(params="2").get_grad_loss_func(layer_name=NAMES, ckpt_idx=0)

@@ -13,7 +13,7 @@ from torch import nn
 from . import microbatch
 from .engines import ENGINES, check_engine, compiled, hooks
 from .engines import vmap as vmap_engine
-from .errors import ArgumentError, RandomnessError
+from .errors import ArgumentError, RandomnessError, warn
 from .gradients import Sink
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
@@ -109,6 +109,8 @@ def gradients(
             sink.kept, run, note = microbatch.rows(problem, max_bytes, sliced)
         else:
             run, note = _verified(problem, engine, sink.emit, verify, max_bytes=max_bytes, coupled=coupled)
+        if len(run.unused) == len(problem.parameters):
+            warn("no loss depends on any of the parameters, so all rows are zeros: are outputs detached, or rounded?")
         return sink.result(run, note)
 
 

@@ -85,6 +85,7 @@ class Capture(TorchFunctionMode):
         self.known: dict[int, tuple[weakref.ref[Tensor], _Sampled | _Derived]] = {}
         self.couplers = couplers
         self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
+        self.totals = False  # numbers of the whole batch act on single samples, with or without a gradient
         self.ordinal = 0  # of the call that is running
         self.differentiates = False  # a backward runs, between `start` and `stop`
         self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
@@ -208,7 +209,7 @@ class Capture(TorchFunctionMode):
             "makes a sample's values depend on the other samples"
             if self.ordinal in self.couplers
             or mixes(func, args, kwargs, sampled)
-            or (totals and _meet(func, totals, sampled))
+            or (totals and self._meet(func, totals, sampled))
             else rules.coupling(func, args, kwargs)
         )
         if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
@@ -217,6 +218,18 @@ class Capture(TorchFunctionMode):
             self._propagate(func, args, kwargs, tensors, sampled, totals, out)
             return out
         return self._record(func, args, kwargs, tensors, sampled, totals, live, couples)
+
+    def _meet(
+        self,
+        func: Callable[..., Any],
+        totals: Sequence[Tensor],
+        sampled: Sequence[tuple[Tensor, Layout | None]],
+    ) -> bool:
+        """Whether a number of all samples acts on single ones, and has a gradient."""
+        if len(totals) == len(sampled) or func in rules.INERT:
+            return False
+        self.totals = True
+        return any(t.requires_grad for t in totals)
 
     def _live(self, shared: Sequence[tuple[Tensor, _Derived]]) -> list[Shared]:
         """Those of the shared arguments whose gradient is asked for, each once."""
@@ -367,11 +380,6 @@ class Capture(TorchFunctionMode):
 
 
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-
-
-def _meet(func: Callable[..., Any], totals: Sequence[Tensor], sampled: Sequence[tuple[Tensor, Layout | None]]) -> bool:
-    """Whether a number of all samples acts on single ones, and has a gradient."""
-    return len(totals) < len(sampled) and func not in rules.INERT and any(t.requires_grad for t in totals)
 
 
 def _is_choice(sampled: Sequence[tuple[Tensor, Layout | None]]) -> bool:

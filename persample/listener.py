@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from .batch import flatten
 from .calls import Call, Reached, behind, reached
-from .collect import Collect, check_complete, check_uncoupled
+from .collect import Collect, check_complete, check_uncoupled, parameters_of
 from .errors import ArgumentError, CaptureError, SampleAxisError, warn
 from .gradients import Sink
 from .problem import Pass
@@ -50,6 +50,7 @@ class Listener:
         self.parameters: dict[str, nn.Parameter] = {}
         self.aliases: dict[str, str] = {}
         self.outputs: Any = None  # of the last forward
+        self._outside: list[str] = []  # parameters that act outside of the forward
         self._coupled = False  # that forward, though not for these parameters
         self._lock = threading.Lock()
         self._calls: list[weakref.ref[Call]] = []
@@ -75,8 +76,9 @@ class Listener:
         """
         nodes = set[Node]()
         for t in flatten(output)[0]:
-            if isinstance(t, Tensor) and t.grad_fn is not None:
+            if isinstance(t, Tensor) and t.requires_grad:
                 self._check_sampled(t)
+            if isinstance(t, Tensor) and t.grad_fn is not None:
                 nodes.add(t.grad_fn)
         found = reached(nodes, self.owner)
         check_complete(found, self.parameters)
@@ -87,7 +89,7 @@ class Listener:
 
     def _check_sampled(self, t: Tensor) -> None:
         """Raise for an output that is computed from parameters only."""
-        calls, leaves = behind(t)
+        calls, leaves = ([], [t]) if t.grad_fn is None else behind(t)
         name = next((name for name, p in self.parameters.items() if any(p is leaf for leaf in leaves)), "")
         if name and not calls:
             raise CaptureError(
@@ -152,6 +154,9 @@ class Listener:
             calls = [c for c in self._live() if not c.shared or c.layout.n == n]
             for c in calls:
                 c.parts = c.parts if c.task == task else {}
+            recorded = {id(p) for p in parameters_of(Reached(calls))}
+            others = self.parameters.items() if calls else ()  # in a with-block, the loss is recorded too
+            self._outside = [name for name, p in others if id(p) not in recorded and _gets_gradient(p)]
             self._sink = Sink(self.parameters, self.aliases, self.quantities)
             self._collect = Collect(
                 Reached(calls), self.parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False
@@ -183,6 +188,12 @@ class Listener:
         if missing := self._missing(arrived, task):
             _skipped(f"it ran towards some inputs only, and did not come to {missing.name}")
             return
+        if self._outside:
+            raise CaptureError(
+                f"parameter '{self._outside[0]}' gets a gradient in this backward, but nothing that was recorded in "
+                "the model's forward uses it: it acts in the loss, where a persistent handle doesn't see it. Use a "
+                "with-block and gradients(losses), or leave it out by params=."
+            )
         unused = collect.finish()
         self.on_backward(self._sink.result(Pass(None, self.outputs, unused, self._coupled)))
 
@@ -196,6 +207,11 @@ class Listener:
         for call in found.calls:
             call.expected = 0
         return next((c for c in found.calls if c.shared and c not in arrived and c.task != task), None)
+
+
+def _gets_gradient(p: Tensor) -> bool:
+    """Whether the backward that runs comes to this parameter."""
+    return p.requires_grad and torch._C._will_engine_execute_node(get_gradient_edge(p).node)
 
 
 def _second(call: Call, grads: Any) -> None:

@@ -104,16 +104,20 @@ def unreduced(loss_fn: Any, outputs: Any, targets: Any, n: int) -> Tensor | None
     return losses
 
 
+def reduced(shapes: list[tuple[int, ...]], n: int) -> LossError:
+    """What is wrong with a criterion of outputs that have no sample axis."""
+    return LossError(
+        f"loss_fn uses outputs of the model of shape(s) {shapes}, none with N = {n} samples: a loss that the model has "
+        "already reduced can't be taken apart. Let the model return its predictions (for transformers: leave out "
+        "labels=, use outputs.logits), and give loss_fn; or say where the samples are, batch_dim=(inputs, targets, "
+        "outputs). A single sample needs a batch axis too: x.unsqueeze(0)."
+    )
+
+
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
     """``[N]``: a scalar criterion of every sample alone."""
     if not any(axis is not None for axis in outputs.axes):
-        shapes = [tuple(x.shape) for x in outputs.leaves if isinstance(x, Tensor)]
-        raise LossError(
-            f"the model returned shape(s) {shapes}, none with N = {n} samples: a loss that the model has already "
-            "reduced can't be taken apart. "
-            "Let the model return its predictions (for transformers: leave out labels=, use outputs.logits), and "
-            "give loss_fn. A single sample needs a batch axis too: x.unsqueeze(0)."
-        )
+        raise reduced([tuple(x.shape) for x in outputs.leaves if isinstance(x, Tensor)], n)
     if sparse := [x.layout for x in outputs.leaves if isinstance(x, Tensor) and x.layout is not torch.strided]:
         raise LossError(
             f"the model returned outputs of layout {sparse[0]}, of which loss_fn can't be given one sample alone: "
@@ -256,6 +260,7 @@ __all__ = [
     "is_per_sample",
     "lone_losses",
     "per_sample",
+    "reduced",
     "unreduced",
     "warn_if_not_mean",
     "ways_out",

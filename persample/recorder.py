@@ -428,6 +428,7 @@ class _Hook:
 
     def __init__(self, recorder: Recorder | None, method: str) -> None:
         self.recorder, self.method = recorder, method
+        self.__name__ = f"persample{method}"  # some who list hooks ask for it
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         if "torch._dynamo" in sys.modules:  # a model that was compiled in place would have its hooks compiled, too

@@ -31,7 +31,7 @@ class Statistics(Quantities):
     """
 
     def __init__(self, requests: Iterable[Request], parameters: Mapping[str, Tensor]) -> None:
-        self.requests = dict(_normal(r) for r in listed(requests))
+        self.requests = _once(map(_normal, listed(requests)))
         if not self.requests:
             raise QuantityError(f"quantities= is empty; ask for some of {list(NEEDS)}.")
         self.names, self.shapes = tuple(parameters), {name: p.shape for name, p in parameters.items()}
@@ -130,7 +130,7 @@ class Statistics(Quantities):
 
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         if kind not in self._stored:
-            raise _not_asked(next(name for name, need in NEEDS.items() if need == kind), self.requests)
+            raise _not_asked(" or ".join(repr(name) for name, need in NEEDS.items() if need == kind), self.requests)
         if argument is not None and argument is not self._argument(kind):
             raise QuantityError(f"this run computed {kind} for another argument; the rows are gone.")
         return self._intact(kind, self._stored[kind])
@@ -151,14 +151,15 @@ class Statistics(Quantities):
             return {name: total.to(self._kinds[name]) for name, total in self._parts("sum").items()}
         if not self._kept:
             raise QuantityError(
-                "a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=."
+                "a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=, or "
+                "let loss_fn return the losses times their weights, [N], and ask for 'sum'."
             )
         return {name: self._kept.pop(name).weighted_sum(weight) for name in self.names}
 
     def clip(self, max_norm: float | None = None) -> dict[str, Tensor]:
         """The clipped sum of this run; see `Gradients.clip`."""
         if self._clipped is None:
-            raise _not_asked("clip", self.requests)
+            raise _not_asked("'clip'", self.requests)
         if max_norm is not None and max_norm != self.requests["clip"]["max_norm"]:
             raise QuantityError(f"this run clipped at {self.requests['clip']['max_norm']}; the rows are gone.")
         return dict(self._intact("clip", self._clipped))
@@ -200,6 +201,19 @@ def listed(requests: Any) -> list[Request]:
     return list(requests)
 
 
+def _once(requests: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Every quantity with its options, which can be given only once."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, options in requests:
+        before = found.setdefault(name, options)
+        if before is not options and [*map(id, before.values())] != [*map(id, options.values())]:
+            raise QuantityError(
+                f"quantities= asks for {name!r} twice, with different options: one run gives one of them. Make two "
+                "runs, or keep the rows."
+            )
+    return found
+
+
 def _normal(request: Any) -> tuple[str, dict[str, Any]]:
     pair = (request, {}) if isinstance(request, str) else request
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], Mapping)):
@@ -220,6 +234,6 @@ def _normal(request: Any) -> tuple[str, dict[str, Any]]:
 
 def _not_asked(kind: str, requests: dict[str, Any]) -> QuantityError:
     return QuantityError(
-        f"this run was asked for {list(requests)} only, and has not kept the rows for '{kind}'. Add it to "
+        f"this run was asked for {list(requests)} only, and has not kept the rows for {kind}. Add it to "
         "quantities=, or leave quantities= out."
     )

@@ -223,7 +223,8 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     if engine == "hooks" and not couplers and not all(v.ok for v in verdicts) and (ordinal := _influence(problem, n)):
         run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
     raise_if_wrong(verdicts, None if note == WITHIN else engine)
-    remember(problem, engine, couplers)
+    if not result.totals:  # a mask that is full now may not be so in the next batch
+        remember(problem, engine, couplers)
     return result, note
 
 

@@ -200,6 +200,43 @@ def test_laplace_backends_agree_with_its_own(which: str) -> None:
     assert posteriors[0].norm() > 0 and torch.allclose(*posteriors, rtol=1e-6, atol=1e-9)
 
 
+def trained(tmp_path: Path, callback: Any, **options: Any) -> dict[str, Tensor]:
+    """What is logged in an epoch of one batch, given ``accumulate_grad_batches`` or others."""
+    import pytorch_lightning as lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net().float()
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return CE(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    x, y = batch()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(
+        max_epochs=1, callbacks=[callback], default_root_dir=tmp_path, accelerator="cpu", **quiet, **options
+    )
+    trainer.fit(Module(), DataLoader(TensorDataset(x.float(), y), batch_size=N))
+    return dict(trainer.callback_metrics)
+
+
+def test_lightning_undoes_what_the_trainer_divides_by(tmp_path: Path) -> None:
+    exact = float(rows(net(), *batch()).norm().max())
+    for accumulate, options, factor in ((1, {}, 1), (4, {}, 1), (4, {"reduction": "mean"}, 4)):
+        callback = adapters.lightning.callback(lambda m: m.net, **options)
+        logged = float(trained(tmp_path, callback, accumulate_grad_batches=accumulate)["gradient_norm_max"])
+        assert abs(logged * factor / exact - 1) < 1e-4
+
+
+def test_lightning_says_so_where_nothing_is_seen(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"callback\(lambda m: m.net\)"):
+        assert not trained(tmp_path, adapters.lightning.callback())
+
+
 def test_lightning_logs_without_touching_the_training(tmp_path: Path) -> None:
     import pytorch_lightning as lightning
 

@@ -346,3 +346,119 @@ def test_sparse_tensors_on_the_way(name: str) -> None:
 
     G = persample.gradients(Sparse(), sine, x(), verify=True)
     assert close(G.flat(), persample.gradients(Sparse(), sine, x(), engine="loop").flat())
+
+
+# ---- numbers of the whole batch ------------------------------------------------------------------------------------
+
+
+class Pools(nn.Module):
+    """A mean over all tokens that are there, in the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l = nn.Linear(D, 3).double()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = (self.l(x) * mask[..., None]).sum(1) / mask.sum() * len(x)
+        return out
+
+
+@pytest.mark.parametrize("quantities", [None, ["norm"]])
+def test_a_mask_that_is_full_says_nothing_of_others(quantities: Any) -> None:
+    model, full = Pools(), torch.ones(N, 6, dtype=torch.float64)
+    ragged = full.clone()
+    ragged[1, 2:] = ragged[2, 1:] = 0
+    for _ in range(2):
+        persample.gradients(model, sine, (x(N, 6, D), full), quantities=quantities)
+    with pytest.raises(persample.BatchCoupledError, match="div"):
+        persample.gradients(model, sine, (x(N, 6, D), ragged), quantities=quantities)
+
+
+class Reduces(nn.Module):
+    """Its loss, already reduced, beside its predictions, as models that are given labels return it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.l = nn.Embedding(9, D).double(), nn.Linear(D, 9).double()
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.l(self.e(ids))
+        return F.cross_entropy(z.flatten(0, 1), labels.flatten()), z
+
+
+def test_losses_that_a_model_has_reduced_among_its_outputs() -> None:
+    ids = torch.arange(N * 3).view(N, 3) % 9
+    inputs = {"ids": ids, "labels": ids.roll(1, 1)}
+    for options in ({}, {"verify": False}, {"quantities": ["norm"]}):
+        with pytest.raises(persample.LossError, match=r"\[\(\)\], none with N = 5.*use outputs.logits"):
+            persample.gradients(Reduces(), lambda out, _: out[0], inputs, **options)  # type: ignore[arg-type]
+    assert not persample.check(Reduces(), lambda out, _: out[0], inputs).ok
+    alone = persample.gradients(Reduces(), lambda out, _: out[0], inputs, engine="loop", verify=False)
+    each = lambda out, y: F.cross_entropy(out[1].transpose(1, 2), y, reduction="none").mean(1)  # noqa: E731
+    assert close(persample.gradients(Reduces(), each, inputs, inputs["labels"]).flat(), alone.flat())
+
+
+# ---- parameters that act in the loss of somebody else --------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    def __init__(self, give: Callable[[Tensor, nn.Parameter], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mu, self.log_std, self.give = nn.Linear(D, 3).double(), nn.Parameter(x(3)), give
+
+    def forward(self, x: Tensor) -> Any:
+        return self.give(self.mu(x), self.log_std)
+
+
+GIVES: dict[str, tuple[Callable[[Tensor, nn.Parameter], Any], Callable[[Any, nn.Parameter], Any]]] = {
+    "a distribution": (lambda mu, s: torch.distributions.Normal(mu, s.exp()), lambda out, s: out),
+    "the parameter": (lambda mu, s: (mu, s), lambda out, s: torch.distributions.Normal(out[0], out[1].exp())),
+    "nothing": (lambda mu, s: mu, lambda out, s: torch.distributions.Normal(out, s.exp())),
+}
+
+
+@pytest.mark.parametrize("name", GIVES)
+def test_a_parameter_that_acts_in_the_loss_of_a_handle(name: str) -> None:
+    give, made = GIVES[name]
+    model, actions, got = Policy(give), x(N, 3), list[Any]()
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    with pytest.raises(persample.CaptureError, match=r"'log_std'.*with-block"):
+        (-made(model(x()), model.log_std).log_prob(actions).sum(-1)).mean().backward()
+    handle.remove()
+    assert not got
+    with persample.extend(model) as recorder:
+        losses = -made(model(x()), model.log_std).log_prob(actions).sum(-1)
+        G = recorder.gradients(losses)
+    assert close(G.flat(), rows_of(model, losses))
+    handle = persample.extend(model, on_backward=got.append, reduction="mean", params="mu")
+    (-made(model(x()), model.log_std).log_prob(actions).sum(-1)).mean().backward()
+    handle.remove()
+    assert close(got[0].flat(), G.select("mu").flat())
+
+
+# ---- what a run is asked for --------------------------------------------------------------------------------------
+
+
+def test_one_quantity_with_two_options() -> None:
+    model, v = nn.Linear(D, 3).double(), torch.zeros(3 * D + 3, dtype=torch.float64)
+    run = lambda *asked: persample.gradients(model, sine, x(), quantities=asked)  # noqa: E731
+    for asked in (
+        [("clip", {"max_norm": 1.0}), ("clip", {"max_norm": 2.0})],
+        [("dot", {"direction": v + i}) for i in (0, 1)],
+    ):
+        with pytest.raises(persample.QuantityError, match="twice, with different options"):
+            run(*asked)
+    assert run("norm", "norm", ("dot", {"direction": v}), ("dot", {"direction": v})).norm().shape == (N,)
+    with pytest.raises(persample.QuantityError, match="'sum' or 'mean'"):
+        run("norm").mean()
+    with pytest.raises(persample.QuantityError, match="times their weights"):
+        run("norm", "mean").sum(torch.ones(N))
+
+
+def test_a_row_per_token_of_one_sample() -> None:
+    model = nn.Linear(D, 3).double()
+    with persample.extend(model) as recorder, pytest.raises(persample.SampleAxisError, match="Rows per token"):
+        recorder.gradients(model(x(1, 6, D)).sin().sum(2)[0])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from ..errors import QuantityError
 from ..recorder import Recorder, extend
 from ..statistics import NoiseScale
 
@@ -17,6 +20,7 @@ class GradientLog:
         self.noise, self.options = NoiseScale(decay=decay), options
         self.handle: Recorder | None = None
         self.norms: dict[str, float] = {}
+        self.factor: Callable[[], float] = lambda: 1.0  # what the trainer has divided a loss by
 
     def start(self, model: nn.Module) -> None:
         self.stop()
@@ -30,8 +34,9 @@ class GradientLog:
 
     def _add(self, S: Any) -> None:
         if len(S) > 1:
-            self.noise.update(S)
-        norm = S.norm().float()
+            with contextlib.suppress(QuantityError):  # noise too small to be told: the estimate stays what it was
+                self.noise.update(S)
+        norm = S.norm().float() * (1.0 if "reduction" in self.options else self.factor())
         self.norms = {"gradient_norm_median": float(norm.median()), "gradient_norm_max": float(norm.max())}
 
     def figures(self) -> dict[str, float]:

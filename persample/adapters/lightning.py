@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import warn
 from . import needed
 from ._log import GradientLog
 
@@ -15,8 +16,9 @@ def callback(module: Callable[[Any], nn.Module] = lambda pl_module: pl_module, *
     """``Trainer(callbacks=[callback()])``: logs ``gradient_noise_scale`` and norms at every training batch.
 
     ``module`` picks the part of the ``LightningModule`` whose *forward* sees the batch: itself where
-    ``training_step`` calls ``self(x)``, else for example ``lambda m: m.net``.  The loss is taken for a mean; say
-    otherwise by ``reduction=``.
+    ``training_step`` calls ``self(x)``, else for example ``lambda m: m.net``; where nothing of it was recorded, a
+    warning says so.  The loss is taken for a mean, which the trainer divides for accumulation and scales for mixed
+    precision; say otherwise by ``reduction=``.
     """
     base = needed("pytorch_lightning", "pytorch-lightning").Callback
 
@@ -25,10 +27,19 @@ def callback(module: Callable[[Any], nn.Module] = lambda pl_module: pl_module, *
             self.gradients = GradientLog(**options)
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.gradients.factor = lambda: _divisor(trainer)
             self.gradients.start(module(pl_module))
+            self.told = False
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            pl_module.log_dict(self.gradients.figures())
+            figures = self.gradients.figures()
+            if not figures and not self.told:
+                self.told = True
+                warn(
+                    "persample's callback has seen no backward of the module: only what runs in its forward is "
+                    "recorded. Give the part that training_step calls: callback(lambda m: m.net)."
+                )
+            pl_module.log_dict(figures)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self.gradients.stop()
@@ -37,3 +48,9 @@ def callback(module: Callable[[Any], nn.Module] = lambda pl_module: pl_module, *
             self.gradients.stop()
 
     return GradientStatistics()
+
+
+def _divisor(trainer: Any) -> float:
+    """What the trainer has divided the loss by."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(trainer.accumulate_grad_batches / (1.0 if scaler is None else scaler.get_scale()))

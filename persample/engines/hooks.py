@@ -20,7 +20,7 @@ from ..batch import Tree, call_model, detached
 from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
-from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, unreduced, warn_if_not_mean
+from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, reduced, unreduced, warn_if_not_mean
 from ..problem import Emit, Pass, Problem, check_no_hooks
 
 
@@ -51,6 +51,7 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         detached(outputs),
         unused,
         capture.coupled or any(call.couples for call in found.calls),
+        capture.totals,
         collect.served_by(),
     )
 
@@ -104,6 +105,8 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
             losses, list(cut.values()), torch.ones_like(losses), allow_unused=True, retain_graph=True
         )
         for i, g in zip(cut, grads, strict=True):
+            if g is not None and tree.axes[i] is None:
+                raise reduced([tuple(ends[i].shape)], batch.n)
             if g is not None:
                 seeds.append((ends[i], g if bad is None else along(g, ~bad, tree.axes[i]), tree.axes[i]))
     return outputs, losses, seeds, losses

@@ -34,6 +34,8 @@ def natural_weights(K: Tensor, damping: float) -> Tensor:
     """
     if not damping > 0:
         raise ArgumentError(f"damping must be positive, got {damping}.")
+    if not isinstance(K, Tensor):
+        raise ArgumentError(f"K must be a Gram matrix [N, N], got {type(K).__name__}: of gradients G, it is G.gram().")
     n = len(K)
     system = K.double() / n
     system = (system + system.mT) / 2

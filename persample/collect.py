@@ -395,8 +395,9 @@ def check_complete(found: Reached, parameters: Mapping[str, Tensor]) -> None:
             f"parameter '{missed[0]}'{_and_more(missed)} is used where the recorded calls can't account for it: "
             "in a forward pass before the recording began, inside a custom autograd.Function, torch.vmap (or another "
             "transform of torch.func), a compiled, scripted or data-parallel region, an in-place write into a slice, "
-            "or in an output that depends on no sample. Run the forward inside the with-block, use the original "
-            "module there, or engine='loop'."
+            "in an output that depends on no sample, or in a method of the model other than its forward. Run the "
+            "forward inside the with-block (before other methods, recorder.samples(x)), use the original module there, "
+            "or engine='loop'."
         )
     if found.opaque:
         raise CaptureError(

@@ -277,6 +277,15 @@ class Recorder:
         if self._listener is not None and output is not None:
             self._listener.forward_ends(output, capture.recorded, capture.coupled)
 
+    def samples(self, *inputs: Any) -> None:
+        """Say which tensors hold the samples, before other methods of the model than its forward are called with them
+        (``agent.get_value(x)``, ``module.training_step(batch)``); ``batch_dim`` as for `extend`.
+        """
+        if self._capture is None or not self._entered:
+            raise CaptureError("samples() belongs inside a with-block: `with persample.extend(model) as recorder:`.")
+        batch = Batch.of(inputs, None, self.batch_dim)
+        self._capture.start(batch.n, batch.inputs.tensors())
+
     # ---- losses given -------------------------------------------------------------------------------------------
 
     def gradients(
@@ -314,8 +323,8 @@ class Recorder:
             if not found.calls and not any(id(p) in found.leaves for p in self._known_parameters().values()):
                 raise CaptureError(
                     "no recorded forward of the model leads to these losses. Run the model inside the with-block (or "
-                    "after extend()), with gradients "
-                    "enabled, and don't detach its outputs."
+                    "after extend()), with gradients enabled, and don't detach its outputs; where other methods are "
+                    "called than model(...), say recorder.samples(x) before."
                 )
             if coupled != "loss":
                 check_no_hooks(self._parameters)

@@ -462,3 +462,44 @@ def test_a_row_per_token_of_one_sample() -> None:
     model = nn.Linear(D, 3).double()
     with persample.extend(model) as recorder, pytest.raises(persample.SampleAxisError, match="Rows per token"):
         recorder.gradients(model(x(1, 6, D)).sin().sum(2)[0])
+
+
+# ---- methods other than the forward ------------------------------------------------------------------------------
+
+
+class Agent(nn.Module):
+    """It has no forward at all, as agents in reinforcement learning often are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.actor, self.critic = (nn.Linear(a, b).double() for a, b in ((D, 6), (6, 2), (6, 1)))
+        self.log_std, self.steps = nn.Parameter(x(2)), nn.Embedding(N, 6).double()
+
+    def hidden(self, x: Tensor) -> Tensor:
+        at = self.steps(torch.arange(2)).sum(0)
+        out: Tensor = self.body(x).tanh() + at
+        return out
+
+    def value(self, x: Tensor) -> Tensor:
+        out: Tensor = self.critic(self.hidden(x)).squeeze(-1)
+        return out
+
+    def policy(self, x: Tensor) -> torch.distributions.Normal:
+        return torch.distributions.Normal(self.actor(self.hidden(x)), self.log_std.exp())
+
+
+def test_methods_other_than_the_forward() -> None:
+    agent, actions, returns = Agent(), x(N, 2), x(N)
+    with persample.extend(agent) as recorder, pytest.raises(persample.CaptureError, match=r"recorder.samples\(x\)"):
+        recorder.gradients((agent.value(x()) - returns).square())
+    with persample.extend(agent) as recorder:
+        inputs = x()
+        recorder.samples(inputs)
+        losses = (agent.value(inputs) - returns).square() - agent.policy(inputs).log_prob(actions).sum(-1)
+        G = recorder.gradients(losses)
+        with pytest.raises(persample.BatchCoupledError):
+            recorder.gradients(losses / losses.sum())
+    assert close(G.flat(), rows_of(agent, losses)) and G.outputs is None
+    with pytest.raises(persample.CaptureError, match="with-block"):
+        recorder.samples(inputs)

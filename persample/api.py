@@ -17,9 +17,9 @@ from .errors import ArgumentError, RandomnessError, warn
 from .gradients import Sink
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
-from .state import undone_on_error
+from .state import exclusive, restored, undone_on_error
 from .statistics_run import Request
-from .verify import check_alone, remember, run_verified, verified
+from .verify import calls_others, check_alone, remember, run_verified, verified
 
 
 def gradients(
@@ -101,7 +101,7 @@ def gradients(
     def sliced(part: Problem, emit: Emit, replay: bool) -> tuple[Pass, str]:
         return _verified(part, engine, emit, False if replay else verify)
 
-    with _seeded(generator), undone_on_error(problem.model):
+    with exclusive(problem.model), _seeded(generator), undone_on_error(problem.model):
         if quantities is not None and max_bytes is not None:
             return microbatch.statistics(problem, quantities, max_bytes, sliced)
         sink = Sink(problem.parameters, problem.aliases, quantities)
@@ -136,9 +136,13 @@ def _verified(
         return ENGINES[engine](problem, emit)
 
     known = verified(problem, engine)
-    if verify is False or (verify is None and known is not None):
-        return run(emit, known or ()), "verify=False" if verify is False else ""
     n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
+    if verify is False or (verify is None and known is not None):
+        result = run(emit, known or ())
+        if verify is None and engine == "hooks" and calls_others(problem, engine, result.called):
+            with restored(problem.model):
+                run_verified(problem, engine, lambda *_: None, run, n)
+        return result, "verify=False" if verify is False else ""
     if engine != "hooks":
         check_alone(problem, n)
     if engine == "loop":  # the definition

@@ -43,6 +43,7 @@ class Pass:
     outputs: Any  # detached
     unused: tuple[str, ...] = ()  # parameters that no loss depends on
     coupled: bool = False  # some call couples the batch, though not for these parameters
+    called: frozenset[Any] = frozenset()  # the functions that the model and the criterion called, where they were seen
     totals: bool = False  # numbers of the whole batch act on single samples: another batch may be coupled by them
     served: dict[str, list[tuple[Callable[..., Any], str]]] = field(
         default_factory=dict

@@ -227,7 +227,8 @@ class Quantities(abc.ABC):
         """
         check_max_norm(max_norm)
         norm = self.norm()
-        return self._weighted(torch.where(norm > max_norm, max_norm / norm, 1.0))
+        weight = torch.where(norm > max_norm, max_norm / norm, 1.0)
+        return self._weighted(weight.masked_fill(norm.isinf(), torch.nan))  # not 0, which would drop the row unseen
 
     def second_moment(self) -> dict[str, Tensor]:
         """``(1/N) sum_n G_n^2``, ``{name: [*P]}``: the mean of squares, not centred."""

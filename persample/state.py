@@ -6,8 +6,11 @@ iterate and statistics run at every forward.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +47,28 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def parameters_of(model: nn.Module) -> list[Tensor]:
     """The parameters of every module; tied ones under each."""
     return [p for module in modules_of(model) for p in module._parameters.values() if p is not None]
+
+
+_LOCKS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+class _Lock:
+    """A lock that weak references can be made to."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+
+@contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """One pass of the library's at a time over a model: some of them swap its parameters for their own."""
+    with _GUARD:
+        own = _LOCKS.setdefault(id(model), _Lock())
+    with own.lock:
+        yield
+
+
+_GUARD = threading.Lock()
 
 
 def random_state(model: nn.Module) -> RandomState:

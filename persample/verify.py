@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from .factors import Factors, dense, device, index, strided
 from .layout import one_sample as part_of
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
-from .rules import mutates, spellings
+from .rules import mutates, spellings, version
 from .state import Buffers, drawn_since, modules_of, random_state, restored, set_random_state
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
@@ -207,8 +207,10 @@ class LossDiffers(BatchCoupledError):
 
 def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) -> tuple[Pass, str]:
     """Run, hold row ``n`` against the definition, and remember that this was done."""
-    probe = Probe(problem, n)
+    probe, before = Probe(problem, n), signature(problem, engine)
     result = run(probe.listen(emit), ())
+    memory = _memory(problem.model)
+    memory.counts = memory.counts or signature(problem, engine) != before
     couplers: tuple[int, ...] = ()
     try:
         verdicts, note = probe.verdicts(result, engine)
@@ -224,7 +226,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
     raise_if_wrong(verdicts, None if note == WITHIN else engine)
     if not result.totals:  # a mask that is full now may not be so in the next batch
-        remember(problem, engine, couplers)
+        remember(problem, engine, couplers, result.called)
     return result, note
 
 
@@ -349,58 +351,101 @@ _RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "
 
 # ---- once per model -------------------------------------------------------------------------------------------------
 
-_VERIFIED: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+Known = tuple[tuple[int, ...], set[frozenset[Any]]]  # the couplers that were found, and the functions that were called
+
+
+@dataclass
+class Memory:
+    """What was verified of a model."""
+
+    model: weakref.ref[nn.Module]
+    known: dict[Any, Known] = field(default_factory=dict)
+    counts: bool = False  # a forward pass changes numbers among the attributes of its modules
+
+
+KEPT = 256  # kinds of calls for each model
+_VERIFIED: dict[int, Memory] = {}  # by id: modules may have an __eq__
 
 
 def signature(problem: Problem, engine: str) -> Any:
-    """What a verification is good for: shapes, types, training modes, parameters, engine, criterion."""
-    shapes = tuple(
-        (tuple(x.shape), x.dtype)
-        for x in tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves))
-        if isinstance(x, Tensor)
-    )
-    modes = tuple(m.training for m in modules_of(problem.model))
+    """What a verification is good for: shapes, types, modules with their modes and settings, parameters, engine,
+    criterion, and the rules that there are.
+    """
+    leaves = tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves))
+    plain = (bool, str) if _memory(problem.model).counts else (bool, str, int, float)
     return (
         engine,
-        shapes,
-        modes,
+        version(),
+        tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _identity(x) for x in leaves),
+        tuple((type(m), *(x for x in m.__dict__.values() if type(x) in plain)) for m in modules_of(problem.model)),
         tuple(problem.parameters),
         tuple(problem.batch.inputs.axes),
         tuple(problem.batch.targets.axes),
-        tuple(x for x in problem.batch.inputs.leaves if isinstance(x, int | float | str | bool | None)),
         _identity(problem.loss_fn),
     )
 
 
-def _identity(function: Any, depth: int = 3) -> Any:
-    """What a criterion computes, as far as can be told: its code, and what is bound to it."""
-    if function is None or isinstance(function, int | float | str | torch.dtype):
-        return function
-    if not depth or isinstance(function, Tensor) or not (callable(function) or isinstance(function, tuple | dict)):
-        return type(function)
+def _identity(x: Any, depth: int = 4) -> Any:
+    """What a criterion or an argument is, as far as can be told: its code, and what is bound to it."""
+    if x is None or isinstance(x, int | float | str | torch.dtype):
+        return x
+    if not depth or isinstance(x, Tensor):
+        return type(x)
     inner = partial(_identity, depth=depth - 1)
-    if isinstance(function, tuple):
-        return tuple(map(inner, function))
-    if isinstance(function, dict):
-        return tuple((str(key), inner(value)) for key, value in function.items())
-    if isinstance(function, partial):
-        return inner(function.func), inner(function.args), inner(function.keywords)
-    if isinstance(function, MethodType):
-        return inner(function.__func__), inner(function.__self__)
-    if (code := getattr(function, "__code__", None)) is not None:
-        cells = tuple(cell.cell_contents for cell in function.__closure__ or () if cell is not None)
-        return code, function.__qualname__, inner(function.__defaults__ or ()), inner(cells)
-    return type(function), getattr(function, "__qualname__", ""), inner(getattr(function, "__dict__", {}))
+    if isinstance(x, tuple | list):
+        return tuple(map(inner, x))
+    if isinstance(x, dict):
+        return tuple((str(key), inner(value)) for key, value in x.items())
+    if isinstance(x, partial):
+        return inner(x.func), inner(x.args), inner(x.keywords)
+    if isinstance(x, MethodType):
+        return inner(x.__func__), inner(x.__self__)
+    if isinstance(x, FunctionType):
+        cells = tuple(_content(cell) for cell in x.__closure__ or ())
+        names = tuple(x.__globals__.get(name) for name in x.__code__.co_names)
+        return (
+            x.__code__,
+            inner(x.__defaults__ or ()),
+            inner(cells),
+            tuple(v for v in names if type(v) in (bool, str, int, float)),
+        )
+    return type(x), getattr(x, "__qualname__", ""), inner(getattr(x, "__dict__", {}))
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that has no value yet
+        return None
 
 
 def verified(problem: Problem, engine: str) -> tuple[int, ...] | None:
     """The couplers that an earlier verification found; ``None`` if there was none."""
-    return _VERIFIED.get(problem.model, {}).get(signature(problem, engine))
+    known = _memory(problem.model).known.get(signature(problem, engine))
+    return None if known is None else known[0]
 
 
-def remember(problem: Problem, engine: str, couplers: tuple[int, ...] = ()) -> None:
-    """The model was verified, with these couplers."""
-    _VERIFIED.setdefault(problem.model, {})[signature(problem, engine)] = couplers
+def remember(
+    problem: Problem, engine: str, couplers: tuple[int, ...] = (), called: frozenset[Any] = frozenset()
+) -> None:
+    """The model was verified, with these couplers, when it called these functions."""
+    memory = _memory(problem.model)
+    if len(memory.known) >= KEPT:
+        memory.known.clear()
+    memory.known.setdefault(signature(problem, engine), (couplers, set()))[1].add(called)
+
+
+def calls_others(problem: Problem, engine: str, called: frozenset[Any]) -> bool:
+    """Whether a run has called other functions than any that was verified (by an attribute that is no number)."""
+    known = _memory(problem.model).known.get(signature(problem, engine))
+    return known is not None and called not in known[1]
+
+
+def _memory(model: nn.Module) -> Memory:
+    key = id(model)
+    if (memory := _VERIFIED.get(key)) is None or memory.model() is not model:
+        memory = _VERIFIED[key] = Memory(weakref.ref(model, lambda _: _VERIFIED.pop(key, None)))
+    return memory
 
 
 def _double(x: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         detached(outputs),
         unused,
         capture.coupled or any(call.couples for call in found.calls),
+        frozenset(capture.called),
         capture.totals,
         collect.served_by(),
     )

@@ -49,21 +49,35 @@ def couples(*functions: Function) -> Callable[[R], R]:
     return _registrar(COUPLES, functions)
 
 
+_LAYERS: dict[tuple[int, Function], list[Any]] = {}  # what was registered for a function, one over the other
+_VERSION = [0]
+
+
+def version() -> int:
+    """How often what is registered has changed."""
+    return _VERSION[0]
+
+
 def _registrar(table: dict[Function, Any], functions: tuple[Function, ...]) -> Callable[[R], R]:
     if not functions or not all(callable(f) for f in functions):
         raise TypeError("name the function(s) to register for, e.g. @rule(torch.nn.functional.linear)")
 
     def register(entry: R) -> R:
-        before = {f: table.get(f) for f in functions}
-        table.update(dict.fromkeys(functions, entry))
+        for f in functions:
+            _LAYERS.setdefault((id(table), f), [table.get(f)]).append(entry)
+            table[f] = entry
+        _VERSION[0] += 1
 
         def remove() -> None:
-            for f, old in before.items():
-                if table.get(f) is entry:
-                    if old is None:
-                        del table[f]
+            for f in functions:
+                layers = _LAYERS[id(table), f]
+                if entry in layers:
+                    layers.remove(entry)
+                    if layers[-1] is None:
+                        table.pop(f, None)
                     else:
-                        table[f] = old
+                        table[f] = layers[-1]
+            _VERSION[0] += 1
 
         entry.remove = remove  # type: ignore[attr-defined]
         return entry

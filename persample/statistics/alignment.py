@@ -49,7 +49,7 @@ def stiffness(G: Quantities, by: By = None) -> Any:
     def means(K: Tensor) -> Stiffness:
         norm = K.diagonal().sqrt()
         scale = norm[:, None] * norm
-        return Stiffness(_pairs(K).sign().mean(), _pairs(torch.where(scale > 0, K / scale, 0.0)).mean())
+        return Stiffness(_pairs(K).sign().mean(), _pairs(torch.where(scale == 0, 0.0, K / scale)).mean())
 
     return per_group(by, means, products(G))
 

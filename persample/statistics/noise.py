@@ -37,7 +37,7 @@ class NoiseEstimate:
     @property
     def scale(self) -> Tensor:
         """``tr Sigma / |G|^2``, in samples; infinite if the denominator is `negative`."""
-        return torch.where(self.square > 0, self.trace / self.square, torch.inf)
+        return torch.where(self.square <= 0, torch.inf, self.trace / self.square)  # NaN stays NaN
 
     def __repr__(self) -> str:
         return f"NoiseEstimate(scale={self.scale}, trace={self.trace}, square={self.square})"

@@ -23,7 +23,7 @@ from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
 from .report import html_table, text_table
 from .state import Buffers, random_state, restored, set_random_state
-from .verify import LossDiffers, NoDropout, Probe, find_coupling, slack, tolerance
+from .verify import LossDiffers, NoDropout, Probe, check_alone, find_coupling, slack, tolerance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,6 +190,8 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
         for probe in probes:
             probe.keep(name, g)
 
+    for n in chosen if engine != "hooks" else ():
+        check_alone(problem, n)
     run = hooks(problem, emit, couplers=couplers) if engine == "hooks" else ENGINES[engine](problem, emit)
     errors: dict[str, list[float]] = {name: [0.0] for name in problem.parameters}
     bad: set[str] = set()

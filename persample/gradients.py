@@ -126,6 +126,8 @@ class Gradients(Quantities):
                 f"out must be a dictionary {{name: tensor [N, *P]}}, got {type(out).__name__}; one wide matrix "
                 "[N, D] is for flat(out=)."
             )
+        if wrong := [n for n in self.names if n in out and not isinstance(out[n], Tensor)]:
+            raise QuantityError(f"out['{wrong[0]}'] must be a tensor, got {type(out[wrong[0]]).__name__}.")
         if wrong := [n for n, shape in self.shapes.items() if n not in out or out[n].shape != (len(self), *shape)]:
             shape = [len(self), *self.shapes[wrong[0]]]
             raise QuantityError(
@@ -136,8 +138,7 @@ class Gradients(Quantities):
             raise QuantityError(
                 f"out must not be of integers, but the tensor for '{wrong[0]}' is {out[wrong[0]].dtype}."
             )
-        if both := _overlapping({name: out[name] for name in self.names}):
-            raise QuantityError(f"out must be tensors of their own, but those for '{both[0]}' and '{both[1]}' overlap.")
+        _writable({name: out[name] for name in self.names})
         return {name: dense(self.factors[name], out[name]) for name in self.names}
 
     def flat(self, out: Tensor | None = None) -> Tensor:
@@ -149,10 +150,14 @@ class Gradients(Quantities):
             kinds = [dtype(kept.factors) for kept in self._kept.values()]
             kind = functools.reduce(torch.promote_types, kinds)
             out = torch.empty(len(self), size, dtype=kind, device=device(self._any()))
+        elif not isinstance(out, Tensor):
+            raise QuantityError(f"out must be a tensor [{len(self)}, {size}], got {type(out).__name__}.")
         elif out.shape != (len(self), size) or not (out.is_floating_point() or out.is_complex()):
             raise QuantityError(
                 f"out must have shape [{len(self)}, {size}] and not be of integers, got {list(out.shape)}, {out.dtype}."
             )
+        else:
+            _writable({"all parameters": out})
         for (name, shape), column in zip(
             self.shapes.items(), out.split([s.numel() for s in self.shapes.values()], 1), strict=True
         ):
@@ -206,14 +211,45 @@ def _apart(factors: Mapping[str, Factors]) -> dict[str, Factors]:
     return found
 
 
-def _overlapping(out: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Two contiguous tensors that share memory (columns of one matrix lie between each other, and don't)."""
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name)
-        for name, t in out.items()
-        if t.is_contiguous() and t.numel() and t.data_ptr()
-    )
-    return next(((a[2], b[2]) for a, b in pairwise(spans) if b[0] < a[1]), None)
+def _writable(out: Mapping[str, Tensor]) -> None:
+    """Raise for what can't be written into: no tensors, or such whose entries share memory."""
+    for name, t in out.items():
+        if t.requires_grad or t.is_meta or _overlaps_itself(t):
+            raise QuantityError(
+                f"out can't be written into: the tensor for '{name}' requires grad, has no memory, or has entries that "
+                "share it (expand, as_strided). Give torch.empty of that shape."
+            )
+    spans = sorted(((t.data_ptr(), name) for name, t in out.items() if t.numel() and t.data_ptr()))
+    for (_, a), (_, b) in pairwise(spans):
+        if not _disjoint(out[a], out[b]):
+            raise QuantityError(f"out must be tensors of their own, but those for '{a}' and '{b}' overlap.")
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether any two entries may have one place: of strides in order, each is to step over all that is smaller."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def _disjoint(a: Tensor, b: Tensor) -> bool:
+    """Whether ``b``, which begins behind ``a``, surely shares no memory with it; parts of the rows of one matrix lie
+    between each other, and don't.
+    """
+    (first, rows, pitch), (second, others, same) = ((t.data_ptr(), *_extent(t)) for t in (a, b))
+    if second >= first + (len(a) - 1) * pitch + rows:
+        return True
+    return pitch == same and rows <= (second - first) % pitch <= pitch - others
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """The bytes from the first entry of a row to behind its last one, and from one row to the next."""
+    size = t.element_size()
+    inner = sum((length - 1) * stride for stride, length in zip(t.stride()[1:], t.shape[1:], strict=True))
+    return (inner + 1) * size, t.stride(0) * size
 
 
 def _difference(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Size, Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import display, reductions
 from .errors import InplaceError, QuantityError, UnknownParameterError
@@ -101,6 +102,9 @@ class Kept:
     @staticmethod
     def of(name: str, g: Factors) -> Kept:
         return Kept(name, g, tuple(t._version for t in tensors(g)))
+
+    def __reduce__(self) -> Any:
+        return Kept.of, (self.name, self.factors)  # a copy's tensors begin to count changes anew
 
     def read(self) -> Factors:
         """The factors, unless what they alias has changed."""
@@ -267,6 +271,10 @@ class Quantities(abc.ABC):
         """
         return display.plot_norms(self, ax)
 
+    def _complex(self) -> bool:
+        """Whether any rows may be complex."""
+        return any(p.is_complex() for p in self._parameters.values()) or not self._parameters
+
     # ---- helpers ------------------------------------------------------------------------------------------------
 
     def _split(self, kind: str, argument: Any) -> dict[str, Any]:
@@ -275,6 +283,11 @@ class Quantities(abc.ABC):
         if hasattr(argument, "part"):
             return {name: lambda g, name=name: argument.part(name, g) for name in self.names}
         behind = 1 if kind == "project" else 0
+        given = tree_leaves(argument)
+        if any(isinstance(x, Tensor) and x.is_complex() for x in given) and not self._complex():
+            raise QuantityError(
+                f"the {what} is complex, but the rows are real: give its real and imaginary part apart."
+            )
         if isinstance(argument, Tensor):
             size = sum(shape.numel() for shape in self.shapes.values())
             if argument.ndim != 1 + behind or len(argument) != size or 0 in argument.shape[1:]:

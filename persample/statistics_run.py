@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import cost, doubt
 from .errors import InplaceError, QuantityError
@@ -49,6 +50,9 @@ class Statistics(Quantities):
             kind: self._split(kind, self._argument(kind)) if kind in ("dot", "project") else dict.fromkeys(self.names)
             for kind in self._computed
         }
+        self._stamps = {kind: _stamps(self._argument(kind)) for kind in kinds if kind in ("dot", "project")}
+        if isinstance(bound := self.requests.get("clip", {}).get("max_norm"), Tensor):
+            self.requests["clip"] = {"max_norm": bound.item()}
         self._kept: dict[str, Kept] = {}
         self._clipped: dict[str, Tensor] | None = None
         self._doubtful: dict[str, tuple[Kept, list[Tensor]]] = {}  # whose checks were put off
@@ -131,8 +135,11 @@ class Statistics(Quantities):
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         if kind not in self._stored:
             raise _not_asked(" or ".join(repr(name) for name, need in NEEDS.items() if need == kind), self.requests)
-        if argument is not None and argument is not self._argument(kind):
-            raise QuantityError(f"this run computed {kind} for another argument; the rows are gone.")
+        if argument is not None and (argument is not self._argument(kind) or _stamps(argument) != self._stamps[kind]):
+            raise QuantityError(
+                f"this run computed {kind} for another argument (or for what this one was before it was changed); the "
+                "rows are gone."
+            )
         return self._intact(kind, self._stored[kind])
 
     def _intact(self, kind: str, parts: Parts) -> Parts:
@@ -181,6 +188,10 @@ class Statistics(Quantities):
         """The projected rows of this run; see `Gradients.project`."""
         return super().project(projection)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: results, and not how they came about."""
+        return {**self.__dict__, "_pieces": {}, "_stamps": dict(self._stamps), "_versions": {}, "_doubtful": {}}
+
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"Statistics(N={len(self)}, parameters={len(self.names)}, quantities={list(self.requests)}{note})"
@@ -188,6 +199,11 @@ class Statistics(Quantities):
 
 # What may be said about a quantity, beside its name.
 OPTIONS = {"clip": "max_norm", "variance": "ddof", "std": "ddof", "dot": "direction", "project": "projection"}
+
+
+def _stamps(argument: Any) -> list[int]:
+    """The versions of its tensors: whether an argument is what it was."""
+    return [x._version for x in tree_leaves(argument) if isinstance(x, Tensor)]
 
 
 def listed(requests: Any) -> list[Request]:

@@ -31,9 +31,12 @@ def callback(module: Callable[[Any], nn.Module] = lambda pl_module: pl_module, *
             self.gradients.start(module(pl_module))
             self.told = False
 
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.gradients.norms = {}  # a batch that is skipped has none
+
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             figures = self.gradients.figures()
-            if not figures and not self.told:
+            if not figures and not self.told and outputs is not None:
                 self.told = True
                 warn(
                     "persample's callback has seen no backward of the module: only what runs in its forward is "

@@ -36,6 +36,7 @@ from torch import Tensor
 from ..einsum import combine, einsum
 from ..errors import ArgumentError
 from ..factors import Conv, Dense, Factors, Outer, Rows, cast, dense, device, dtype, index
+from ..scratch import kernel
 from ..streaming import pieces
 
 BLOCK = 1 << 22  # entries of intermediate results at a time
@@ -71,6 +72,7 @@ class Projection:
         if self.dim < 1 or self.tile < 1 or self.dim % self.tile**2:
             raise ArgumentError(f"dim must be a positive multiple of tile^2, got dim={self.dim} and tile={self.tile}.")
 
+    @kernel
     def part(self, name: str, g: Factors) -> Tensor:
         """``G R`` of one parameter, ``[N, dim]``: what `Gradients.project` adds up over parameters."""
         kind = torch.float32 if dtype(g).itemsize < 4 else dtype(g)

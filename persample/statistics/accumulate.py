@@ -11,6 +11,7 @@ loads it goes on exactly where it was.
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
@@ -55,8 +56,8 @@ class Accumulator(abc.ABC, Generic[V]):
             self._add(other.value)
 
     def compute(self) -> Any:
-        """What was accumulated so far."""
-        return self._seen()
+        """What was accumulated so far; the caller's to change."""
+        return copy.deepcopy(self._seen())
 
     def reset(self) -> None:
         """Forget everything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class Histogram(Accumulator[Counts]):
 
     def __init__(self, edges: Tensor, by: By = None) -> None:
         super().__init__()
-        self.edges, self.by = edges, by
+        self.edges, self.by = _sorted(edges).clone(), by
 
     def of(self, G: Quantities) -> Counts:
         found = histogram(G, self.edges, self.by)
@@ -79,7 +80,7 @@ class Histogram(Accumulator[Counts]):
 
     def compute(self) -> Any:
         """``[E + 1]``, or ``{group: [E + 1]}``."""
-        counts = self._seen().counts
+        counts = copy.deepcopy(self._seen().counts)
         return counts[""] if self.by is None else counts
 
     def _settings(self) -> dict[str, Any]:
@@ -92,7 +93,8 @@ def _counts(G: Gradients, name: str, edges: Tensor, parameter: Tensor | None, be
     for rows in _blocks(G.factors[name]):
         if bool(rows.isnan().any()):
             raise QuantityError(f"rows of parameter '{name}' hold NaN, which is in no bin of a histogram.")
-        bins = torch.bucketize(rows, edges.to(rows), right=True) * width
+        kind = torch.promote_types(rows.dtype, edges.dtype)  # edges are not rounded to the rows' type
+        bins = torch.bucketize(rows.to(kind), edges.to(rows.device, kind), right=True) * width
         if parameter is not None and beside is not None:
             bins += torch.bucketize(parameter, beside.to(parameter), right=True)
         total += torch.bincount(bins.flatten(), minlength=len(total)).to(total.device)
@@ -106,6 +108,6 @@ def _blocks(g: Factors) -> Iterator[Tensor]:
 
 
 def _sorted(edges: Tensor) -> Tensor:
-    if edges.ndim != 1 or not len(edges) or not bool((edges.diff() > 0).all()):
+    if not isinstance(edges, Tensor) or edges.ndim != 1 or not len(edges) or not bool((edges.diff() > 0).all()):
         raise ArgumentError("the edges of a histogram must be one dimensional and strictly increasing.")
     return edges

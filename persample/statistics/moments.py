@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantityError
-from ..quantities import Quantities
+from ..quantities import Quantities, check_ddof
 from .accumulate import Accumulator
 from .parts import energy, mean_loss
 
@@ -58,6 +58,7 @@ class DatasetMoments:
 
     def variance(self, ddof: int = 0) -> dict[str, Tensor]:
         """``1/(n - ddof) sum_i (g_i - mean)^2``, ``{name: [*P]}``."""
+        check_ddof(ddof)
         if self.count <= ddof:
             raise QuantityError(f"a variance with ddof={ddof} needs more than {ddof} sample(s), but n = {self.count}.")
         return {name: s / (self.count - ddof) for name, s in self.scatter.items()}

@@ -57,7 +57,7 @@ class Norms(Accumulator[Listed]):
     def compute(self) -> Any:
         """``[n]``, or ``{group: [n]}``."""
         seen = self._seen()
-        values = seen.values
+        values = {group: v.clone() for group, v in seen.values.items()}
         if seen.ids is not None:
             ids, order = seen.ids.sort()
             if bool((ids.diff() == 0).any()):

@@ -33,8 +33,11 @@ def importance_weights(G: Quantities | Tensor, smoothing: float = 0.0) -> Import
     ``[N]`` already: those of a whole data set (`Norms`), or cheaper bounds such as the last layer's.
     """
     norm = G if isinstance(G, Tensor) else G.norm()
-    if norm.ndim != 1 or not bool((norm >= 0).all()):
-        raise QuantityError(f"importance weights need norms [N], not negative; got shape {list(norm.shape)}.")
+    if norm.ndim != 1 or not len(norm) or not bool(((norm >= 0) & norm.isfinite()).all()):
+        raise QuantityError(
+            f"importance weights need norms [N], finite and not negative, of at least one sample; got shape "
+            f"{list(norm.shape)}{' with others among them' if norm.ndim == 1 and len(norm) else ''}."
+        )
     if not 0 <= smoothing <= 1:
         raise ArgumentError(f"smoothing must be between 0 and 1, got {smoothing}.")
     n, total = len(norm), norm.sum()

@@ -35,12 +35,13 @@ from torch.utils._pytree import tree_leaves
 
 from . import reductions
 from .batch import Batch, cat, flatten, unflatten
-from .errors import BatchCoupledError
+from .errors import BatchCoupledError, RandomnessError
 from .factors import Dense, Factors, Pulled, compact, dense
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
 from .state import Buffers, RandomState, random_state, restored, set_random_state
 from .statistics_run import Request, Statistics, listed
+from .verify import tolerance
 
 FIRST = 2  # samples whose bytes are measured
 
@@ -113,11 +114,12 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
 
     budget = max_bytes // 2 if paired else max_bytes  # of a Gram matrix, the rows of two slices are there at a time
     slices = list(sweep(problem, budget, once))
+    whole = joined(slices, passes)
     if paired:
-        fill_in(total._stored["gram"], slices, run)
+        assert whole.losses is not None
+        fill_in(total._stored["gram"], slices, run, whole.losses)
     if with_sums:
         total.forget("sum")
-    whole = joined(slices, passes)
     total.losses, total.outputs, total.unused = whole.losses, whole.outputs, whole.unused
     return total
 
@@ -168,15 +170,28 @@ MERGE: dict[str, Callable[[Any, int, Any, int], Any]] = {
 }
 
 
-def fill_in(grams: Parts, slices: Sequence[Slice], run: Run) -> None:
+def fill_in(grams: Parts, slices: Sequence[Slice], run: Run, losses: Tensor) -> None:
     """The inner products of samples in different slices: each slice once more, and all later ones against it."""
     for i, one in enumerate(slices[:-1]):
         kept: dict[str, Factors] = {}
         with one.replayed():
-            run(one.problem, partial(_keep, kept), True)
+            _check_same(one, losses, run(one.problem, partial(_keep, kept), True)[0])
         for other in slices[i + 1 :]:
             with other.replayed():
-                run(other.problem, partial(_cross, grams, kept, one.at, other.at), True)
+                again, _ = run(other.problem, partial(_cross, grams, kept, one.at, other.at), True)
+                _check_same(other, losses, again)
+
+
+def _check_same(part: Slice, losses: Tensor, again: Pass) -> None:
+    """Raise for a replay that isn't one: a model with draws or state of its own that can't be put back."""
+    before, now = losses[part.at], again.losses
+    assert now is not None
+    if not torch.allclose(before, now.to(before), rtol=tolerance(before.dtype), atol=1e-6, equal_nan=True):
+        raise RandomnessError(
+            "a slice of the batch had other losses when it was run again, as inner products of all samples need: its "
+            "random draws (those of compiled code are others), or state that is no buffer, can't be put back. Use "
+            "engine='hooks', or a max_bytes= that the whole batch fits in."
+        )
 
 
 def _keep(kept: dict[str, Factors], name: str, g: Factors) -> None:
@@ -223,7 +238,8 @@ def joined(slices: Sequence[Slice], passes: Sequence[Pass]) -> Pass:
     """Losses and outputs of all samples; unused is what no slice uses."""
     losses = [p.losses for p in passes if p.losses is not None]
     trees = [s.problem.batch.outputs(p.outputs) for s, p in zip(slices, passes, strict=True)]
-    columns = zip(trees[0].axes, zip(*(t.leaves for t in trees), strict=True), strict=True)
+    axes = [column[0] if len({*column}) == 1 else None for column in zip(*(t.axes for t in trees), strict=True)]
+    columns = zip(axes, zip(*(t.leaves for t in trees), strict=True), strict=True)
     leaves = [cat(column, axis) for axis, column in columns]
     unused = tuple(name for name in passes[0].unused if all(name in p.unused for p in passes))
     return Pass(torch.cat(losses), unflatten(leaves, flatten(passes[0].outputs)[1]), unused)

@@ -27,7 +27,7 @@ from .batch import call_model
 from .calls import function_name
 from .capture import Capture, _results, _Sampled
 from .engines import ENGINES
-from .engines.hooks import forward
+from .engines.hooks import forward, told_apart
 from .engines.loop import one_sample
 from .errors import BatchCoupledError, PersampleError, VerificationError
 from .factors import Factors, dense, device, index, strided
@@ -179,8 +179,10 @@ def _differ(a: Tensor, b: Tensor, problem: Problem) -> bool:
 
 def _batch_losses(problem: Problem) -> Tensor:
     batch = problem.batch
-    outputs = call_model(problem.model, batch.inputs.whole())
-    return batch_losses(problem.loss_fn, batch.outputs(outputs), batch.targets, batch.n)
+    tree = batch.outputs(call_model(problem.model, batch.inputs.whole()))
+    several = [i for i, axis in enumerate(tree.axes) if axis is not None]
+    tree = told_apart(problem, tree, several) if len(several) > 1 else tree
+    return batch_losses(problem.loss_fn, tree, batch.targets, batch.n)
 
 
 def _within_batch(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:

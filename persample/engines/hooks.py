@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..batch import Tree, call_model, detached
+from ..batch import Tree, call_model, detached, flatten, suspended
 from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect, check_complete, check_uncoupled
 from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, reduced, unreduced, warn_if_not_mean
 from ..problem import Emit, Pass, Problem, check_no_hooks
+from ..state import restored
 
 
 def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pass:
@@ -82,6 +83,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
             if is_per_sample(whole, batch.n):
                 capture.check_order(whole)
             tree = batch.outputs(outputs)
+            shared = [i for i, x in enumerate(tree.leaves) if tree.axes[i] is not None and not capture.is_sampled(x)]
             reach = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
             ends = {
                 i: x for i, x in reach.items() if capture.is_sampled(x)
@@ -89,6 +91,8 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
     finally:
         capture.stop()
     each = is_per_sample(whole, batch.n)
+    if shared and not each:
+        tree = told_apart(problem, tree, shared)
     check_not_broadcast(problem.loss_fn, whole, tree, batch.targets, batch.n)
     if each:
         return outputs, whole, [(whole, torch.ones_like(whole), 0)] if whole.requires_grad else [], None
@@ -111,6 +115,20 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
             if g is not None:
                 seeds.append((ends[i], g if bad is None else along(g, ~bad, tree.axes[i]), tree.axes[i]))
     return outputs, losses, seeds, losses
+
+
+def told_apart(problem: Problem, tree: Tree, doubtful: list[int]) -> Tree:
+    """The outputs, with no sample axis where an output that was computed from no sample has the size of the batch by
+    chance (class centres): where it is of this size for another number of samples too.
+    """
+    batch, axes = problem.batch, list(tree.axes)
+    others = batch.select(torch.zeros(2 if batch.n == 1 else 1, dtype=torch.long))
+    with suspended(problem.model), restored(problem.model), torch.no_grad():
+        leaves = flatten(call_model(problem.model, others.inputs.map(lambda x, _: x.detach())))[0]
+    for i in doubtful if len(leaves) == len(axes) else ():
+        if isinstance(leaves[i], Tensor) and leaves[i].shape == tree.leaves[i].shape:
+            axes[i] = None
+    return Tree(tree.leaves, tree.spec, axes)
 
 
 @contextlib.contextmanager

@@ -136,19 +136,24 @@ def _verified(
         return ENGINES[engine](problem, emit)
 
     known = verified(problem, engine)
-    n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
     if verify is False or (verify is None and known is not None):
         result = run(emit, known or ())
         if verify is None and engine == "hooks" and calls_others(problem, engine, result.called):
             with restored(problem.model):
-                run_verified(problem, engine, lambda *_: None, run, n)
+                run_verified(problem, engine, lambda *_: None, run, _chosen(problem))
         return result, "verify=False" if verify is False else ""
+    n = _chosen(problem)
     if engine != "hooks":
         check_alone(problem, n)
     if engine == "loop":  # the definition
         remember(problem, engine)
         return run(emit, ()), ""
     return run_verified(problem, engine, emit, run, n)
+
+
+def _chosen(problem: Problem) -> int:
+    """The sample that is verified: always the same of so many."""
+    return int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
 
 
 class _seeded:

@@ -17,11 +17,12 @@ from .errors import ArgumentError, RandomnessError, warn
 from .gradients import Sink
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
-from .state import exclusive, restored, undone_on_error
+from .state import restored, taking_turns, undone_on_error
 from .statistics_run import Request
 from .verify import calls_others, check_alone, remember, run_verified, verified
 
 
+@taking_turns
 def gradients(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -101,7 +102,7 @@ def gradients(
     def sliced(part: Problem, emit: Emit, replay: bool) -> tuple[Pass, str]:
         return _verified(part, engine, emit, False if replay else verify)
 
-    with exclusive(problem.model), _seeded(generator), undone_on_error(problem.model):
+    with _seeded(generator), undone_on_error(problem.model):
         if quantities is not None and max_bytes is not None:
             return microbatch.statistics(problem, quantities, max_bytes, sliced)
         sink = Sink(problem.parameters, problem.aliases, quantities)

@@ -22,7 +22,7 @@ from .losses import LossFunction
 from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
 from .report import html_table, text_table
-from .state import Buffers, random_state, restored, set_random_state
+from .state import Buffers, random_state, restored, set_random_state, taking_turns
 from .verify import LossDiffers, NoDropout, Probe, check_alone, find_coupling, slack, tolerance
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def _error(value: float) -> str:
 _CHECK = ("parameter", "served by", "row error", "sum error", "verdict", "reason and way out")
 
 
+@taking_turns
 def check(
     model: nn.Module,
     loss_fn: LossFunction,

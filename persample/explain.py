@@ -22,7 +22,7 @@ from .problem import Problem, Selection, pose
 from .report import bytes_text, html_table, text_table
 from .rules import RULES
 from .rules.apart import Diagonal, plain
-from .state import restored
+from .state import restored, taking_turns
 from .statistics_run import Statistics
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class Explanation:
 _EXPLAIN = ("parameter", "shape", "served by", "form", "kept", "[N, *P]", "why")
 
 
+@taking_turns
 def explain(
     model: nn.Module,
     loss_fn: LossFunction,

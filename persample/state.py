@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 RandomState = list[tuple[torch.device, Tensor]]
 
@@ -59,13 +63,20 @@ class _Lock:
         self.lock = threading.RLock()
 
 
-@contextmanager
-def exclusive(model: nn.Module) -> Iterator[None]:
-    """One pass of the library's at a time over a model: some of them swap its parameters for their own."""
-    with _GUARD:
-        own = _LOCKS.setdefault(id(model), _Lock())
-    with own.lock:
-        yield
+def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of a model (its first argument) run in one thread at a time: some swap its parameters for their
+    own.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get("model")
+        with _GUARD:
+            own = _LOCKS.setdefault(id(getattr(model, "_orig_mod", model)), _Lock())
+        with own.lock:
+            return function(*args, **kwargs)
+
+    return run
 
 
 _GUARD = threading.Lock()

@@ -17,9 +17,10 @@ from .errors import ArgumentError, RandomnessError, warn
 from .gradients import Sink
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
+from .remembered import recall, remember
 from .state import restored, taking_turns, undone_on_error
 from .statistics_run import Request
-from .verify import calls_others, check_alone, remember, run_verified, verified
+from .verify import check_alone, run_verified
 
 
 @taking_turns
@@ -136,10 +137,10 @@ def _verified(
             return (vmap_engine if engine == "vmap" else compiled)(problem, emit, max_bytes=max_bytes)
         return ENGINES[engine](problem, emit)
 
-    known = verified(problem, engine)
+    known = recall(problem, engine)
     if verify is False or (verify is None and known is not None):
-        result = run(emit, known or ())
-        if verify is None and engine == "hooks" and calls_others(problem, engine, result.called):
+        result = run(emit, known.couplers if known is not None else ())
+        if verify is None and engine == "hooks" and known is not None and result.called not in known.called:
             with restored(problem.model):
                 run_verified(problem, engine, lambda *_: None, run, _chosen(problem))
         return result, "verify=False" if verify is False else ""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import display
 from .calls import function_name
 from .capture import Capture
+from .dropout import NoDropout
 from .engines import ENGINES, check_engine
 from .engines.hooks import forward, hooks
 from .errors import ArgumentError, BatchCoupledError, PersampleError, VerificationError
@@ -22,8 +23,10 @@ from .losses import LossFunction
 from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
 from .report import html_table, text_table
+from .rounding import slack, tolerance
 from .state import Buffers, random_state, restored, set_random_state, taking_turns
-from .verify import LossDiffers, NoDropout, Probe, check_alone, find_coupling, slack, tolerance
+from .trace import find_coupling
+from .verify import LossDiffers, Probe, check_alone
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

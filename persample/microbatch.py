@@ -39,9 +39,9 @@ from .errors import BatchCoupledError, RandomnessError
 from .factors import Dense, Factors, Pulled, compact, dense
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
+from .rounding import tolerance
 from .state import Buffers, RandomState, random_state, restored, set_random_state
 from .statistics_run import Request, Statistics, listed
-from .verify import tolerance
 
 FIRST = 2  # samples whose bytes are measured
 

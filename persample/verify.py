@@ -10,46 +10,25 @@ more passes of the batch.
 
 from __future__ import annotations
 
-import contextlib
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from types import CellType, FunctionType, MethodType
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from .batch import call_model
-from .calls import function_name
-from .capture import Capture, _results, _Sampled
+from .dropout import NoDropout
 from .engines import ENGINES
-from .engines.hooks import forward, told_apart
+from .engines.hooks import told_apart
 from .engines.loop import one_sample
 from .errors import BatchCoupledError, PersampleError, VerificationError
 from .factors import Factors, dense, device, index, strided
-from .layout import one_sample as part_of
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
-from .rules import mutates, spellings, version
-from .state import Buffers, drawn_since, modules_of, random_state, restored, set_random_state
-
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
-
-
-def tolerance(*dtypes: torch.dtype) -> float:
-    """That of the coarsest type that takes part, autocast included."""
-    cast = [torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    return max(TOLERANCE.get(d.to_real(), 0.2) for d in (*dtypes, *cast))
-
-
-def slack(dtype: torch.dtype) -> float:
-    """Of all rows together: what rounding may do to a parameter whose own gradient is tiny."""
-    return 1e-5 if dtype.to_real() is torch.float64 else 1e-3
-
+from .remembered import counting, remember, signature
+from .rounding import slack, tolerance
+from .state import Buffers, drawn_since, random_state, restored, set_random_state
+from .trace import find_coupling, influence
 
 # Where a sample alone draws other random numbers than within the batch (dropout aside, which can be switched off).
 WITHIN = "verified within the batch (same random draws)"
@@ -211,8 +190,8 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     """Run, hold row ``n`` against the definition, and remember that this was done."""
     probe, before = Probe(problem, n), signature(problem, engine)
     result = run(probe.listen(emit), ())
-    memory = _memory(problem.model)
-    memory.counts = memory.counts or signature(problem, engine) != before
+    if signature(problem, engine) != before:
+        counting(problem.model)
     couplers: tuple[int, ...] = ()
     try:
         verdicts, note = probe.verdicts(result, engine)
@@ -224,7 +203,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         couplers, probe = (ordinal,), Probe(problem, n)
         result = run(probe.listen(emit), couplers)  # raises for what is upstream of that call, serves what is behind it
         verdicts, note = probe.verdicts(result, engine)
-    if engine == "hooks" and not couplers and not all(v.ok for v in verdicts) and (ordinal := _influence(problem, n)):
+    if engine == "hooks" and not couplers and not all(v.ok for v in verdicts) and (ordinal := influence(problem, n)):
         run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
     raise_if_wrong(verdicts, None if note == WITHIN else engine)
     if not result.totals:  # a mask that is full now may not be so in the next batch
@@ -259,195 +238,6 @@ def raise_if_wrong(verdicts: list[Verdict], engine: str | None) -> None:
             f"{worst.error:.2g} (relative) from the gradient of {of}. Usual causes: {causes} persample.check for a "
             "report per parameter."
         )
-
-
-# ---- which call couples -------------------------------------------------------------------------------------------
-
-
-class _Trace(Capture):
-    """Keeps what every call gives for one sample."""
-
-    def __init__(self, model: nn.Module, sample: int) -> None:
-        super().__init__(model, set())
-        self.sample = sample
-        self.log: list[tuple[str, int, Tensor | None]] = []  # None: its samples are on no axis of their own any more
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        ordinal = self.ordinal + 1
-        out = super().__torch_function__(func, types, args, kwargs)
-        if self.active:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                for t in _results(args, kwargs or {}, out, mutates(func)):
-                    kind = self._kind(t)
-                    if isinstance(kind, _Sampled) and not torch._C._functorch.is_functorch_wrapped_tensor(t):
-                        value = None if kind.layout is None else part_of(t, kind.layout, self.sample).detach().clone()
-                        self.log.append((function_name(func), ordinal, value))
-        return out
-
-
-def find_coupling(problem: Problem, n: int, certain: bool = False) -> tuple[str, int]:
-    """The first call (its name, and its place among all calls) whose value for sample ``n`` changes when all other
-    samples are replaced by copies of it; else, unless it has to be ``certain``, the first after which samples are on no
-    axis of their own; ``("", 0)`` if there is none.
-    """
-    logs = []
-    for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n))):
-        trace = _Trace(problem.model, n)
-        with restored(problem.model), NoDropout(), contextlib.suppress(Exception), torch.enable_grad():
-            forward(Problem(problem.model, problem.loss_fn, batch, problem.parameters), trace)
-        logs.append(trace.log)
-    for (name, ordinal, a), (other, _, b) in zip(*logs, strict=False):
-        if name != other or (a is not None and b is not None and not _close(a, b)):
-            return name, ordinal
-    return next(((name, ordinal) for name, ordinal, a in logs[0] if a is None and not certain), ("", 0))
-
-
-def _influence(problem: Problem, n: int) -> int:
-    """The place of a call through which other samples depend on sample ``n``, whose own loss depends on none of them
-    (the one that attains a maximum over the batch); 0 if there is none.
-    """
-    return next(
-        (at for m in range(min(problem.batch.n, 8)) if m != n and (at := find_coupling(problem, m, True)[1])), 0
-    )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or not a.is_floating_point():
-        return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=tolerance(a.dtype), atol=1e-3 * tolerance(a.dtype), equal_nan=True)
-
-
-# ---- state ----------------------------------------------------------------------------------------------------------
-
-_DROPS = {
-    *spellings("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_dropout"),
-    *(getattr(nn.functional, f"dropout{d}d") for d in (1, 2, 3)),
-}
-
-
-class NoDropout(TorchFunctionMode):
-    """Runs the model as it is, but with every dropout switched off."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _DROPS:
-            return args[0] if args else kwargs["input"]
-        if (place := _DROPOUT_ARGUMENT.get(func)) is not None:
-            args = args if len(args) <= place else (*args[:place], 0.0, *args[place + 1 :])
-            kwargs.update({"dropout_p": 0.0} if len(args) <= place else {})
-        if func in _RECURRENT:
-            args = tuple(0.0 if isinstance(a, float) else a for a in args)  # the one float among them is the dropout
-        return func(*args, **kwargs)
-
-
-_DROPOUT_ARGUMENT = {
-    nn.functional.scaled_dot_product_attention: 4,
-    nn.functional.multi_head_attention_forward: 10,
-}  # dropout_p
-_RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-
-
-# ---- once per model -------------------------------------------------------------------------------------------------
-
-Known = tuple[tuple[int, ...], set[frozenset[Any]]]  # the couplers that were found, and the functions that were called
-
-
-@dataclass
-class Memory:
-    """What was verified of a model."""
-
-    model: weakref.ref[nn.Module]
-    known: dict[Any, Known] = field(default_factory=dict)
-    counts: bool = False  # a forward pass changes numbers among the attributes of its modules
-
-
-KEPT = 256  # kinds of calls for each model
-_VERIFIED: dict[int, Memory] = {}  # by id: modules may have an __eq__
-
-
-def signature(problem: Problem, engine: str) -> Any:
-    """What a verification is good for: shapes, types, modules with their modes and settings, parameters, engine,
-    criterion, and the rules that there are.
-    """
-    leaves = tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves))
-    plain = (bool, str) if _memory(problem.model).counts else (bool, str, int, float)
-    return (
-        engine,
-        version(),
-        tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _identity(x) for x in leaves),
-        tuple((type(m), *(x for x in m.__dict__.values() if type(x) in plain)) for m in modules_of(problem.model)),
-        tuple(problem.parameters),
-        tuple(problem.batch.inputs.axes),
-        tuple(problem.batch.targets.axes),
-        _identity(problem.loss_fn),
-    )
-
-
-def _identity(x: Any, depth: int = 4) -> Any:
-    """What a criterion or an argument is, as far as can be told: its code, and what is bound to it."""
-    if x is None or isinstance(x, int | float | str | torch.dtype):
-        return x
-    if not depth or isinstance(x, Tensor):
-        return type(x)
-    inner = partial(_identity, depth=depth - 1)
-    if isinstance(x, tuple | list):
-        return tuple(map(inner, x))
-    if isinstance(x, dict):
-        return tuple((str(key), inner(value)) for key, value in x.items())
-    if isinstance(x, partial):
-        return inner(x.func), inner(x.args), inner(x.keywords)
-    if isinstance(x, MethodType):
-        return inner(x.__func__), inner(x.__self__)
-    if isinstance(x, FunctionType):
-        cells = tuple(_content(cell) for cell in x.__closure__ or ())
-        names = tuple(x.__globals__.get(name) for name in x.__code__.co_names)
-        return (
-            x.__code__,
-            inner(x.__defaults__ or ()),
-            inner(cells),
-            tuple(v for v in names if type(v) in (bool, str, int, float)),
-        )
-    return type(x), getattr(x, "__qualname__", ""), inner(getattr(x, "__dict__", {}))
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that has no value yet
-        return None
-
-
-def verified(problem: Problem, engine: str) -> tuple[int, ...] | None:
-    """The couplers that an earlier verification found; ``None`` if there was none."""
-    known = _memory(problem.model).known.get(signature(problem, engine))
-    return None if known is None else known[0]
-
-
-def remember(
-    problem: Problem, engine: str, couplers: tuple[int, ...] = (), called: frozenset[Any] = frozenset()
-) -> None:
-    """The model was verified, with these couplers, when it called these functions."""
-    memory = _memory(problem.model)
-    if len(memory.known) >= KEPT:
-        memory.known.clear()
-    memory.known.setdefault(signature(problem, engine), (couplers, set()))[1].add(called)
-
-
-def calls_others(problem: Problem, engine: str, called: frozenset[Any]) -> bool:
-    """Whether a run has called other functions than any that was verified (by an attribute that is no number)."""
-    known = _memory(problem.model).known.get(signature(problem, engine))
-    return known is not None and called not in known[1]
-
-
-def _memory(model: nn.Module) -> Memory:
-    key = id(model)
-    if (memory := _VERIFIED.get(key)) is None or memory.model() is not model:
-        memory = _VERIFIED[key] = Memory(weakref.ref(model, lambda _: _VERIFIED.pop(key, None)))
-    return memory
 
 
 def _double(x: Tensor) -> Tensor:

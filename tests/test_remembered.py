@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample import statistics, verify
+from persample import remembered, statistics, verify
 
 N, D = 6, 4
 
@@ -170,10 +170,10 @@ def test_counters_are_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         persample.gradients(model, sine, x())
     assert len(alone) == 1
-    monkeypatch.setattr(verify, "KEPT", 2)
+    monkeypatch.setattr(remembered, "KEPT", 2)
     for n in range(1, 5):
         persample.gradients(model, sine, x(n, D))
-    assert len(verify._memory(model).known) <= 2
+    assert len(remembered._memory(model).known) <= 2
 
 
 def test_threads_take_turns_over_a_model() -> None:

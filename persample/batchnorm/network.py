@@ -29,10 +29,11 @@ from torch import Tensor
 
 from ..batch import detached
 from ..calls import reached
+from ..dropout import NoDropout
 from ..errors import BatchCoupledError, BatchNormError
 from ..factors import Factors, compact
 from ..problem import Pass, Problem
-from ..verify import NoDropout, tolerance
+from ..rounding import tolerance
 from .passes import CHUNK, Forward, Grads, Point
 from .statistics import Copies, Explicit, Node, given, live, pooled
 

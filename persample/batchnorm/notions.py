@@ -29,8 +29,8 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..factors import Dense, Factors, compact, dense, index
 from ..problem import Emit, Pass, Problem
+from ..remembered import remember, verified
 from ..state import set_random_state
-from ..verify import remember, verified
 from .network import Network, cheaper
 from .passes import Point
 from .statistics import Copies, Explicit, constant, live, pooled, running, weighted
@@ -177,7 +177,7 @@ def coupled_pass(problem: Problem, notion: str, emit: Emit, verify: bool | None)
     if notion not in NOTIONS:
         raise ArgumentError(f"coupled must be one of {list(NOTIONS)}, got {notion!r}.")
     network = Network(Point.of(problem))
-    if verify or (verify is None and verified(problem, "coupled") is None):
+    if verify or (verify is None and not verified(problem, "coupled")):
         network.verify()
         remember(problem, "coupled")
     run = NOTIONS[notion](network, emit, None)

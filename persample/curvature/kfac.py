@@ -39,8 +39,9 @@ from ..factors import Factors, outer
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
 from ..reductions import square_sum
+from ..remembered import verified
 from ..state import restored
-from ..verify import run_verified, verified
+from ..verify import run_verified
 from .kronecker import Block, Kronecker
 from .layers import Layer, find_layers
 from .likelihood import check_finite, identify, seed_of, wide
@@ -217,7 +218,7 @@ def _verify(problem: Problem, verify: bool | None) -> None:
     """Hold a row of the per-sample gradients, which have the same tokens, against that sample alone."""
     if verify not in (None, True, False):
         raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}")
-    if verify or (verify is None and verified(problem, "hooks") is None):
+    if verify or (verify is None and not verified(problem, "hooks")):
         n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
         with restored(problem.model):
             run_verified(

@@ -22,8 +22,9 @@ from ..batch import call_model
 from ..errors import ArgumentError, CaptureError, DirectionError, PersampleError, RandomnessError
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
+from ..remembered import remember, verified
 from ..state import random_state, restored
-from ..verify import check_alone, remember, verified
+from ..verify import check_alone
 from ..watch import Watch
 from .objective import Objective, twice_differentiable
 from .operator import flatten, unflatten
@@ -103,7 +104,7 @@ def _check_repeatable(problem: Problem) -> None:
 
 def _check_uncoupled(problem: Problem) -> None:
     """Samples have the same losses alone as in their batch.  Two of them: one may attain a maximum over all samples."""
-    if verified(problem, "per_sample_hvp") is None:
+    if not verified(problem, "per_sample_hvp"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of ignored targets, whose rows are zero
             for n in sorted({0, problem.batch.n - 1}):

@@ -1,0 +1,41 @@
+"""The model as it is, but without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .rules import spellings
+
+_DROPS = {
+    *spellings("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_dropout"),
+    *(getattr(nn.functional, f"dropout{d}d") for d in (1, 2, 3)),
+}
+
+
+class NoDropout(TorchFunctionMode):
+    """Runs the model as it is, but with every dropout switched off."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROPS:
+            return args[0] if args else kwargs["input"]
+        if (place := _DROPOUT_ARGUMENT.get(func)) is not None:
+            args = args if len(args) <= place else (*args[:place], 0.0, *args[place + 1 :])
+            kwargs.update({"dropout_p": 0.0} if len(args) <= place else {})
+        if func in _RECURRENT:
+            args = tuple(0.0 if isinstance(a, float) else a for a in args)  # the one float among them is the dropout
+        return func(*args, **kwargs)
+
+
+_DROPOUT_ARGUMENT = {
+    nn.functional.scaled_dot_product_attention: 4,
+    nn.functional.multi_head_attention_forward: 10,
+}  # dropout_p
+_RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}

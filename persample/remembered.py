@@ -1,0 +1,121 @@
+"""What was verified, and for how long that holds: once for a model, as long as nothing about the call has changed."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .problem import Problem
+from .rules import version
+from .state import modules_of
+
+
+class Known(NamedTuple):
+    """What was found: the calls that couple, and the functions that were called (by attributes that are no numbers)."""
+
+    couplers: tuple[int, ...]
+    called: set[frozenset[Any]]
+
+
+@dataclass
+class Memory:
+    """What was verified of a model."""
+
+    model: weakref.ref[nn.Module]
+    known: dict[Any, Known] = field(default_factory=dict)
+    counts: bool = False  # a forward pass changes numbers among the attributes of its modules
+
+
+KEPT = 256  # kinds of calls for each model
+_VERIFIED: dict[int, Memory] = {}  # by id: modules may have an __eq__
+
+
+def signature(problem: Problem, engine: str) -> Any:
+    """What a verification is good for: shapes, types, modules with their modes and settings, parameters, engine,
+    criterion, and the rules that there are.
+    """
+    leaves = tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves))
+    plain = (bool, str) if _memory(problem.model).counts else (bool, str, int, float)
+    return (
+        engine,
+        version(),
+        tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _identity(x) for x in leaves),
+        tuple((type(m), *(x for x in m.__dict__.values() if type(x) in plain)) for m in modules_of(problem.model)),
+        tuple(problem.parameters),
+        tuple(problem.batch.inputs.axes),
+        tuple(problem.batch.targets.axes),
+        _identity(problem.loss_fn),
+    )
+
+
+def _identity(x: Any, depth: int = 4) -> Any:
+    """What a criterion or an argument is, as far as can be told: its code, and what is bound to it."""
+    if x is None or isinstance(x, int | float | str | torch.dtype):
+        return x
+    if not depth or isinstance(x, Tensor):
+        return type(x)
+    inner = partial(_identity, depth=depth - 1)
+    if isinstance(x, tuple | list):
+        return tuple(map(inner, x))
+    if isinstance(x, dict):
+        return tuple((str(key), inner(value)) for key, value in x.items())
+    if isinstance(x, partial):
+        return inner(x.func), inner(x.args), inner(x.keywords)
+    if isinstance(x, MethodType):
+        return inner(x.__func__), inner(x.__self__)
+    if isinstance(x, FunctionType):
+        cells = tuple(_content(cell) for cell in x.__closure__ or ())
+        names = tuple(x.__globals__.get(name) for name in x.__code__.co_names)
+        return (
+            x.__code__,
+            inner(x.__defaults__ or ()),
+            inner(cells),
+            tuple(v for v in names if type(v) in (bool, str, int, float)),
+        )
+    return type(x), getattr(x, "__qualname__", ""), inner(getattr(x, "__dict__", {}))
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that has no value yet
+        return None
+
+
+def recall(problem: Problem, engine: str) -> Known | None:
+    """What an earlier verification of such a call found."""
+    return _memory(problem.model).known.get(signature(problem, engine))
+
+
+def verified(problem: Problem, engine: str) -> bool:
+    """Whether such a call was verified."""
+    return recall(problem, engine) is not None
+
+
+def remember(
+    problem: Problem, engine: str, couplers: tuple[int, ...] = (), called: frozenset[Any] = frozenset()
+) -> None:
+    """The model was verified, with these couplers, when it called these functions."""
+    memory = _memory(problem.model)
+    if len(memory.known) >= KEPT:
+        memory.known.clear()
+    memory.known.setdefault(signature(problem, engine), Known(couplers, set())).called.add(called)
+
+
+def counting(model: nn.Module) -> None:
+    """A forward pass of this model changes numbers among the attributes of its modules."""
+    _memory(model).counts = True
+
+
+def _memory(model: nn.Module) -> Memory:
+    key = id(model)
+    if (memory := _VERIFIED.get(key)) is None or memory.model() is not model:
+        memory = _VERIFIED[key] = Memory(weakref.ref(model, lambda _: _VERIFIED.pop(key, None)))
+    return memory

@@ -281,8 +281,8 @@ class Capture(TorchFunctionMode):
         if func in rules.NESTED and call.replay is None:
             out = tuple(t.clone() for t in out)
         self._propagate(func, args, kwargs, tensors, sampled, totals, out)
-        given = () if mutates or "out" in kwargs else tensors  # what is handed through comes from other calls
-        made = [t for t in _results(args, kwargs, out, mutates) if not any(t is a for a in given)]
+        given = set() if mutates or "out" in kwargs else set(map(id, tensors))  # handed through, from other calls
+        made = [t for t in _results(args, kwargs, out, mutates) if id(t) not in given]
         outputs = [t for t in made if t.requires_grad and t.grad_fn is not None]
         self.coupled |= bool(couples) and not outputs
         for t in outputs:

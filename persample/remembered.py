@@ -42,17 +42,25 @@ def signature(problem: Problem, engine: str) -> Any:
     criterion, and the rules that there are.
     """
     leaves = tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves))
-    plain = (bool, str) if _memory(problem.model).counts else (bool, str, int, float)
+    plain = (bool, str) if _memory(problem.model).counts else PLAIN
     return (
         engine,
         version(),
         tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _identity(x) for x in leaves),
-        tuple((type(m), *(x for x in m.__dict__.values() if type(x) in plain)) for m in modules_of(problem.model)),
+        _settings(problem.model, plain),
         tuple(problem.parameters),
         tuple(problem.batch.inputs.axes),
         tuple(problem.batch.targets.axes),
         _identity(problem.loss_fn),
     )
+
+
+PLAIN = (bool, str, int, float)
+
+
+def _settings(module: nn.Module, plain: tuple[type, ...] = PLAIN) -> tuple[Any, ...]:
+    """Of every module, its type, and attributes that are numbers or words, its mode among them."""
+    return tuple((type(m), *[x for x in m.__dict__.values() if type(x) in plain]) for m in modules_of(module))
 
 
 def _identity(x: Any, depth: int = 4) -> Any:
@@ -61,6 +69,8 @@ def _identity(x: Any, depth: int = 4) -> Any:
         return x
     if not depth or isinstance(x, Tensor):
         return type(x)
+    if isinstance(x, nn.Module):
+        return _settings(x)
     inner = partial(_identity, depth=depth - 1)
     if isinstance(x, tuple | list):
         return tuple(map(inner, x))
@@ -77,7 +87,7 @@ def _identity(x: Any, depth: int = 4) -> Any:
             x.__code__,
             inner(x.__defaults__ or ()),
             inner(cells),
-            tuple(v for v in names if type(v) in (bool, str, int, float)),
+            tuple(v for v in names if type(v) in PLAIN),
         )
     return type(x), getattr(x, "__qualname__", ""), inner(getattr(x, "__dict__", {}))
 
@@ -91,7 +101,8 @@ def _content(cell: CellType) -> Any:
 
 def recall(problem: Problem, engine: str) -> Known | None:
     """What an earlier verification of such a call found."""
-    return _memory(problem.model).known.get(signature(problem, engine))
+    known = _memory(problem.model).known
+    return known.get(signature(problem, engine)) if known else None
 
 
 def verified(problem: Problem, engine: str) -> bool:

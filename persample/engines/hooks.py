@@ -80,17 +80,15 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                 whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
             if whole is None:
                 whole = problem.loss_fn(outputs, targets)
-            if is_per_sample(whole, batch.n):
-                capture.check_order(whole)
-            tree = batch.outputs(outputs)
-            shared = [i for i, x in enumerate(tree.leaves) if tree.axes[i] is not None and not capture.is_sampled(x)]
-            reach = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
-            ends = {
-                i: x for i, x in reach.items() if capture.is_sampled(x)
-            }  # the others are parameters of the criterion
+        # outside of the mode, to which every attribute of a tensor is a call
+        if each := is_per_sample(whole, batch.n):
+            capture.check_order(whole)
+        tree = batch.outputs(outputs)
+        shared = [i for i, x in enumerate(tree.leaves) if tree.axes[i] is not None and not capture.is_sampled(x)]
+        reach = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
+        ends = {i: x for i, x in reach.items() if capture.is_sampled(x)}  # the others are parameters of the criterion
     finally:
         capture.stop()
-    each = is_per_sample(whole, batch.n)
     if shared and not each:
         tree = told_apart(problem, tree, shared)
     check_not_broadcast(problem.loss_fn, whole, tree, batch.targets, batch.n)

@@ -13,12 +13,13 @@ from . import display
 from .calls import Call, Reached, leaves_of, reached
 from .capture import Capture
 from .check import no_notion, served_text
-from .collect import check_complete, couplers, factors_of
+from .collect import factors_of
 from .engines import check_engine
 from .engines.hooks import forward
 from .factors import Dense, Factors, nbytes
 from .losses import LossFunction
 from .problem import Problem, Selection, pose
+from .refusals import check_complete, couplers
 from .report import bytes_text, html_table, text_table
 from .rules import RULES
 from .rules.apart import Diagonal, plain

@@ -20,10 +20,11 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from .batch import flatten
 from .calls import Call, Reached, behind, reached
-from .collect import Collect, check_complete, check_uncoupled, parameters_of
+from .collect import Collect
 from .errors import ArgumentError, CaptureError, SampleAxisError, warn
 from .gradients import Sink
 from .problem import Pass
+from .refusals import check_complete, check_uncoupled, parameters_of
 from .statistics_run import Request
 
 Reduction = str | float | Callable[[], float] | None

@@ -25,14 +25,16 @@ from torch import Tensor, nn
 from .batch import Batch, detached, suspended
 from .calls import Reached, reached
 from .capture import Capture
-from .collect import Collect, check_complete, check_uncoupled
+from .collect import Collect
 from .engines.hooks import eager
 from .errors import ArgumentError, CaptureError, InplaceError, LossError
 from .factors import Dense, Factors, strided
 from .gradients import Result, Sink
+from .hook import Hook
 from .listener import Listener, Reduction
 from .losses import ways_out
 from .problem import Pass, Selection, check_model, check_no_hooks, named_parameters, select
+from .refusals import check_complete, check_uncoupled
 from .state import modules_of
 from .statistics_run import Request, Statistics, listed
 from .verify import compared, raise_if_wrong, row_of
@@ -135,8 +137,8 @@ class Recorder:
         self._sleeps = threading.local()
         self._outputs: Any = None
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self, "_before"), prepend=True, with_kwargs=True),
-            model.register_forward_hook(_Hook(self, "_after"), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(Hook(self, "_before"), prepend=True, with_kwargs=True),
+            model.register_forward_hook(Hook(self, "_after"), with_kwargs=True, always_call=True),
         ]
         if self.quantities is not None:
             Statistics(self.quantities, {name: found[name] for name in self.names})  # complain now, not in a backward
@@ -210,8 +212,8 @@ class Recorder:
         self._recover()
         self._take(1)
         hooks: Any = self.model._forward_hooks
-        if not isinstance(next(reversed(hooks.values())), _Hook):  # those of the user's come first, whoever was there
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+        if not isinstance(next(reversed(hooks.values())), Hook):  # those of the user's come first, whoever was there
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
                 hooks.move_to_end(key)
         if self._depth > 1 or not torch.is_grad_enabled():
             return
@@ -430,58 +432,3 @@ def _told_of_changes() -> Iterator[None]:
 
 # What was verified: by model, the kinds of calls.
 _HELD: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
-
-
-class _Hook:
-    """A forward hook that stays behind when the model is copied or pickled."""
-
-    def __init__(self, recorder: Recorder | None, method: str) -> None:
-        self.recorder, self.method = recorder, method
-        self.__name__ = f"persample{method}"  # some who list hooks ask for it
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        if "torch._dynamo" in sys.modules:  # a model that was compiled in place would have its hooks compiled, too
-            torch.compiler.disable(_Hook._act)(self, module, args, kwargs, *output)
-        else:
-            self._act(module, args, kwargs, *output)
-
-    def _act(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
-        if self.recorder is None:
-            self._leave(module)
-        elif self.recorder._asleep:
-            return
-        elif self.method == "_before":
-            self.recorder._before(args, kwargs)
-        else:
-            self.recorder._after(*output)
-
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """While the library makes passes of its own over an extended model, the user's recorder does not listen."""
-        if (recorder := self.recorder) is None:
-            yield
-            return
-        mine = recorder._thread == threading.get_ident()
-        capture, asleep = recorder._capture if mine else None, recorder._asleep
-        active = capture is not None and capture.active
-        recorder._asleep = True
-        if capture is not None:
-            capture.active = False
-        try:
-            yield
-        finally:
-            recorder._asleep = asleep
-            if capture is not None:
-                capture.active = active
-
-    def _leave(self, module: nn.Module) -> None:
-        """A copy's hook takes itself off at the first call."""
-        hooks = module._forward_pre_hooks if self.method == "_before" else module._forward_hooks
-        for key in [k for k, hook in hooks.items() if hook is self]:
-            del hooks[key]
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook(None, self.method)
-
-    def __reduce__(self) -> Any:
-        return (_Hook, (None, self.method))

@@ -21,11 +21,12 @@ from torch.utils.checkpoint import CheckpointError
 from ..batch import Batch, Tree, call_model, detached, flatten
 from ..calls import Reached, reached
 from ..capture import Capture
-from ..collect import Collect, check_complete
+from ..collect import Collect
 from ..curvature.objective import Objective, twice_differentiable
 from ..engines.hooks import Seeds, along, forward
 from ..errors import CaptureError, InplaceError
 from ..problem import Emit, Problem
+from ..refusals import check_complete
 from ..state import RandomState, random_state, restored, set_random_state
 from .statistics import Explicit, Node, Pool, Replace, Replacement
 

@@ -32,13 +32,14 @@ from torch import Size, Tensor, nn
 
 from ..calls import Reached, reached
 from ..capture import Capture
-from ..collect import Collect, check_complete, check_uncoupled
+from ..collect import Collect
 from ..engines import hooks
 from ..errors import ArgumentError, KroneckerError, LossError
 from ..factors import Factors, outer
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
 from ..reductions import square_sum
+from ..refusals import check_complete, check_uncoupled
 from ..remembered import verified
 from ..state import restored
 from ..verify import run_verified

@@ -27,9 +27,9 @@ from torch import Size, Tensor
 from torch.nn import functional as F
 
 from ..calls import Call, Reached
-from ..collect import parameters_of
 from ..convolution import Geometry
 from ..factors import Conv, Factors, Outer
+from ..refusals import parameters_of
 
 # function: whether the weight is stored as [I, O, ...], and place and name of weight and bias
 _FORMS: dict[Callable[..., Any], tuple[bool, tuple[int, str], tuple[int, str]]] = {

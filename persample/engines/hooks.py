@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from ..batch import Tree, call_model, detached, flatten, suspended
 from ..calls import reached
 from ..capture import Capture
-from ..collect import Collect, check_complete, check_uncoupled
+from ..collect import Collect
 from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, reduced, unreduced, warn_if_not_mean
 from ..problem import Emit, Pass, Problem, check_no_hooks
+from ..refusals import check_complete, check_uncoupled
 from ..state import restored
 
 

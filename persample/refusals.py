@@ -1,0 +1,84 @@
+"""What must not go unsaid: parameters that the recorded calls don't explain, and samples that depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .calls import Call, Reached, flat, leaves_of, reached
+from .errors import NOTIONS, BatchCoupledError, CaptureError
+from .layout import spreads
+
+
+def check_complete(found: Reached, parameters: Mapping[str, Tensor]) -> None:
+    """Raise for parameters that the losses depend on in ways that no recorded call explains."""
+    missed = [name for name, p in parameters.items() if id(p) in found.leaves]
+    if missed:
+        raise CaptureError(
+            f"parameter '{missed[0]}'{_and_more(missed)} is used where the recorded calls can't account for it: "
+            "in a forward pass before the recording began, inside a custom autograd.Function, torch.vmap (or another "
+            "transform of torch.func), a compiled, scripted or data-parallel region, an in-place write into a slice, "
+            "in an output that depends on no sample, or in a method of the model other than its forward. Run the "
+            "forward inside the with-block (before other methods, recorder.samples(x)), use the original module there, "
+            "or engine='loop'."
+        )
+    if found.opaque:
+        raise CaptureError(
+            "torch.utils.checkpoint with use_reentrant=True hides the calls inside it from autograd's graph. Use "
+            "use_reentrant=False, or engine='loop'."
+        )
+
+
+def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
+    """Raise if any of the parameters acts through statistics of the batch."""
+    if coupled := couplers(found, parameters):
+        listed = [name for name in parameters if name in coupled]
+        call = coupled[listed[0]]
+        free = [name for name in parameters if name not in coupled]
+        way = f" Parameters behind it are not coupled: params={free!r} serves them." if free else ""
+        raise BatchCoupledError(
+            f"parameter '{listed[0]}'{_and_more(listed)}: {call.name} {call.couples}, so every loss depends on all "
+            "samples and 'the gradient of sample n' is "
+            f"not one thing. {_broadcast(call)}{NOTIONS if call.func in rules.COUPLES else _OTHER_WAY_OUT}{way}",
+            tuple(listed),
+        )
+
+
+def couplers(found: Reached, parameters: Mapping[str, Tensor]) -> dict[str, Call]:
+    """For every parameter that acts through several samples at once, a call that couples them."""
+    names = {id(p): name for name, p in parameters.items()}
+    coupled: dict[str, Call] = {}
+    for call in found.calls:
+        if call.couples:
+            upstream = (names[id(p)] for p in parameters_of(reached(call.inputs, call.owner)) if id(p) in names)
+            coupled.update((name, call) for name in upstream if name not in coupled)
+    return coupled
+
+
+def _broadcast(call: Call) -> str:
+    """A hint where two of its arguments have shapes that meet sample by sample only after a squeeze."""
+    shapes = [tuple(x.shape) for x in flat(call.args, call.kwargs) if isinstance(x, Tensor) and call.sampled(x)]
+    pair = next(((a, b) for a in shapes for b in shapes if len(a) > len(b) and spreads(a, b)), None)
+    if pair is None:
+        return ""
+    return f"It broadcasts {pair[0]} with {pair[1]} to {tuple(torch.broadcast_shapes(*pair))}: squeeze(-1) the first. "
+
+
+_OTHER_WAY_OUT = (
+    "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples are "
+    "with batch_dim=."
+)
+
+
+def parameters_of(found: Reached) -> Iterator[Tensor]:
+    """The parameters that meet samples in these calls."""
+    for call in found.calls:
+        for shared in call.shared:
+            yield from [shared.tensor] if shared.derivation is None else leaves_of(shared.derivation)
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -185,16 +185,21 @@ def test_curvlinops_takes_our_operators() -> None:
     assert CGInverseLinearOperator(ours, maxiter=2).shape == ours.shape
 
 
+@pytest.mark.parametrize("weights", ["all", "last_layer"])
 @pytest.mark.parametrize("which", ["empirical_fisher_backend", "ggn_backend"])
-def test_laplace_backends_agree_with_its_own(which: str) -> None:
+def test_laplace_backends_agree_with_its_own(which: str, weights: str) -> None:
     from laplace import Laplace
+    from laplace.curvature import CurvlinopsEF
     from laplace.curvature.curvature import EFInterface, GGNInterface
 
     model, (x, y) = net(), batch()
     loader = DataLoader(TensorDataset(x, y), batch_size=3)
     posteriors = []
-    for backend in (getattr(adapters.laplace, which)(), EFInterface if "fisher" in which else GGNInterface):
-        posterior = Laplace(model, "classification", subset_of_weights="all", hessian_structure="full", backend=backend)
+    fisher = EFInterface if weights == "all" else CurvlinopsEF
+    for backend in (getattr(adapters.laplace, which)(), fisher if "fisher" in which else GGNInterface):
+        posterior = Laplace(
+            model, "classification", subset_of_weights=weights, hessian_structure="full", backend=backend
+        )
         posterior.fit(loader)
         posteriors.append(posterior.H.clone())
     assert posteriors[0].norm() > 0 and torch.allclose(*posteriors, rtol=1e-6, atol=1e-9)

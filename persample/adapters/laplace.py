@@ -24,7 +24,10 @@ def empirical_fisher_backend() -> type:
 
     class PersampleEF(curvature.EFInterface):  # type: ignore[misc, name-defined]
         def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-            G = api.gradients(self.model, lambda f, t: self.lossfunc(f, t), dict(x) if hasattr(x, "keys") else x, y)
+            own = {id(p) for p in self._model.parameters()}  # of the last layer alone, where that is what is asked for
+            inputs = dict(x) if hasattr(x, "keys") else x
+            which = lambda name, p: id(p) in own  # noqa: E731
+            G = api.gradients(self.model, lambda f, t: self.lossfunc(f, t), inputs, y, params=which)
             rows = G.flat()
             chosen = self.subnetwork_indices
             return rows if chosen is None else rows[:, chosen], G.losses.sum()

@@ -52,7 +52,7 @@ class Listener:
         self.aliases: dict[str, str] = {}
         self.outputs: Any = None  # of the last forward
         self._outside: list[str] = []  # parameters that act outside of the forward
-        self._coupled = False  # that forward, though not for these parameters
+        self._coupled = False  # a forward since the last report, though not for these parameters
         self._lock = threading.Lock()
         self._calls: list[weakref.ref[Call]] = []
         self._collect: Collect | None = None
@@ -84,7 +84,7 @@ class Listener:
         found = reached(nodes, self.owner)
         check_complete(found, self.parameters)
         check_uncoupled(found, self.parameters)
-        self._coupled = coupled or any(call.couples for call in found.calls)
+        self._coupled = self._coupled or coupled or any(call.couples for call in found.calls)
         for node in nodes:
             node.register_prehook(self._passes)
 
@@ -196,7 +196,8 @@ class Listener:
                 "with-block and gradients(losses), or leave it out by params=."
             )
         unused = collect.finish()
-        self.on_backward(self._sink.result(Pass(None, self.outputs, unused, self._coupled)))
+        coupled, self._coupled = self._coupled, False
+        self.on_backward(self._sink.result(Pass(None, self.outputs, unused, coupled)))
 
     def _missing(self, arrived: list[Call], task: int) -> Call | None:
         """A call to which this backward didn't come, although it came to one, or to an output, that is computed from

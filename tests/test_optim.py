@@ -272,6 +272,18 @@ def test_rows_behind_batch_statistics_are_refused() -> None:
     opt.step(persample.gradients(net, nn.CrossEntropyLoss(), x, y))
 
 
+def test_a_backward_of_two_forwards_is_coupled_by_either() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    net[0].requires_grad_(False)
+    x, got = torch.randn(5, 4).double(), list[Any]()
+    handle = persample.extend(net, on_backward=got.append, reduction="mean")
+    first, _ = net(x), net.eval()
+    (first + net(x)).square().sum(1).mean().backward()
+    net(x).square().sum(1).mean().backward()
+    handle.remove()
+    assert ["batch-coupled" in G.note for G in got] == [True, False]
+
+
 def test_noise_of_the_model_is_no_coupling() -> None:
     class Noisy(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def leaves_of(d: Derivation) -> list[Tensor]:
     return list(found.values())
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Call:
     """One call in which shared tensors that require grad met sampled ones."""
 
@@ -185,13 +185,15 @@ class Call:
         return x if x.ndim == features + 2 else x.flatten(1, x.ndim - features - 1) if features else x.flatten(1)
 
 
-def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The leaves of the arguments; the common flat case without a pytree."""
-    leaves = [*args, *kwargs.values()]
-    for x in leaves:
-        if isinstance(x, (tuple, list, dict)):
-            return tree_leaves((args, kwargs))
-    return leaves
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments; the common flat case without a pytree."""
+    found: list[Tensor] = []
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (tuple, list, dict)):
+            return [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return found
 
 
 def tensors_in(out: Any) -> Iterator[Tensor]:
@@ -275,7 +277,7 @@ def reached(start: Iterable[Node | None], owner: Any = None) -> Reached:
             )
             stack.append((node, follow))
             stack.extend((n, None) for n in follow)
-            if not found and (variable := getattr(node, "variable", None)) is not None:
+            if not follow and not found and (variable := getattr(node, "variable", None)) is not None:
                 result.leaves.add(id(variable))
             elif node.name() == "CheckpointFunctionBackward":
                 result.opaque.append(node.name())

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .calls import KEY, Call, Derivation, Shared, behind, flat, mapped, metadata, tensors_in
+from .calls import KEY, Call, Derivation, Shared, arguments, behind, mapped, metadata, tensors_in
 from .errors import HigherOrderError, SampleAxisError
 from .layout import Layout
 from .mixing import mixes, sums_up
@@ -135,10 +135,14 @@ class Capture(TorchFunctionMode):
         return isinstance(self._kind(t), _Sampled)
 
     def check_order(self, losses: Tensor) -> None:
-        """Raise for losses ``[N]`` that are not in the order of the samples, as far as they were followed."""
+        """Raise for losses ``[N]`` (or what they are made of, ``[N, *]``) that are not in the order of the samples, as
+        far as they were followed.
+        """
         kind = self._kind(losses)
         layout = kind.layout if isinstance(kind, _Sampled) else None
-        if layout is not None and layout.n == len(losses) > 1 and layout.alone is None and not layout.plain:
+        if layout is None or layout.plain or layout.alone is not None or layout.axis != 0:
+            return
+        if layout.n == len(losses) > 1:
             owners = layout.owners().tolist()
             i = next((i for i, sample in enumerate(owners) if sample != i), 0)
             raise SampleAxisError(
@@ -184,7 +188,7 @@ class Capture(TorchFunctionMode):
                 out = rules.OPEN[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        tensors = [t for t in flat(args, kwargs) if isinstance(t, Tensor)]
+        tensors = arguments(args, kwargs)
         if func in rules.LIKE:
             tensors = tensors[:1]  # the other argument only lends its type or shape
         sampled: list[tuple[Tensor, Layout | None]] = []
@@ -233,11 +237,10 @@ class Capture(TorchFunctionMode):
 
     def _live(self, shared: Sequence[tuple[Tensor, _Derived]]) -> list[Shared]:
         """Those of the shared arguments whose gradient is asked for, each once."""
-        found = {
-            id(t): Shared(t, kind.derivation)
-            for t, kind in shared
-            if t.requires_grad and (kind.derivation is not None or id(t) in self.wanted)
-        }
+        found: dict[int, Shared] = {}
+        for t, kind in shared:
+            if (kind.derivation is not None or id(t) in self.wanted) and t.requires_grad:
+                found[id(t)] = Shared(t, kind.derivation)
         return list(found.values())
 
     def _record(
@@ -251,17 +254,18 @@ class Capture(TorchFunctionMode):
         live: list[Shared],
         couples: str,
     ) -> Any:
-        keep = {id(s.tensor) for s in live}
-        layouts = {id(t): layout for t, layout in sampled}
+        keep = [id(s.tensor) for s in live]
         mutates = rules.mutates(func)
-        part = {id(args[0])} if mutates and args[0]._base is not None else set()  # the rest of it stays what it was
-        inputs = [t.grad_fn for t in tensors if t.grad_fn is not None and id(t) not in keep - part]
+        inputs: list[Node] = []
         saved: dict[int, Tensor] = {}
         for t in tensors:
-            if mutates and t is args[0]:
+            kept, changes = id(t) in keep, mutates and t is args[0]
+            if (not kept or (changes and t._base is not None)) and (node := t.grad_fn) is not None:
+                inputs.append(node)  # of a part that is changed, the rest stays what it was
+            if changes:
                 saved[id(t)] = t.detach().clone()
                 live = [Shared(saved[id(t)], s.derivation) if s.tensor is t else s for s in live]
-            elif id(t) not in keep and id(t) not in saved:
+            elif not kept and id(t) not in saved:
                 saved[id(t)] = t.detach()
         swap = lambda t: saved.get(id(t), t)  # noqa: E731
         call = Call(
@@ -269,11 +273,11 @@ class Capture(TorchFunctionMode):
             mapped(swap, args),
             mapped(swap, kwargs),
             live,
-            {id(saved[i]): layout for i, layout in layouts.items()},
+            {id(saved[id(t)]): layout for t, layout in sampled},
             [],
             inputs,
-            {id(t): t._version for t in [*saved.values(), *(s.tensor for s in live)]},
-            next((self.names[id(t)] for t in tensors if id(t) in self.names), ""),
+            {id(t): t._version for t in (*saved.values(), *[s.tensor for s in live])},
+            next((name for t in tensors if (name := self.names.get(id(t)))), ""),
             couples,
             self.listener,
         )
@@ -281,9 +285,9 @@ class Capture(TorchFunctionMode):
         if func in rules.NESTED and call.replay is None:
             out = tuple(t.clone() for t in out)
         self._propagate(func, args, kwargs, tensors, sampled, totals, out)
-        given = set() if mutates or "out" in kwargs else set(map(id, tensors))  # handed through, from other calls
-        made = [t for t in _results(args, kwargs, out, mutates) if id(t) not in given]
-        outputs = [t for t in made if t.requires_grad and t.grad_fn is not None]
+        given = () if mutates or "out" in kwargs else [*map(id, tensors)]  # handed through, from other calls
+        made = _results(args, kwargs, out, mutates)
+        outputs = [t for t in made if id(t) not in given and t.requires_grad and t.grad_fn is not None]
         self.coupled |= bool(couples) and not outputs
         for t in outputs:
             kind = self._kind(t)
@@ -328,15 +332,15 @@ class Capture(TorchFunctionMode):
         out: Any,
     ) -> None:
         known = [(t, layout) for t, layout in sampled if layout is not None]
-        all_totals = len(totals) == len(sampled)
-        for t in _results(args, kwargs, out, rules.mutates(func)):
+        all_totals, mutates = len(totals) == len(sampled), rules.mutates(func)
+        for t in _results(args, kwargs, out, mutates):
             if (before := next((layout for a, layout in sampled if a is t), self)) is not self:
                 if len(sampled) > 1 and writes_into(func, args, t):
                     self._mark(t, _Sampled(rewritten(func, args, kwargs, sampled), all_totals))
                 elif before is None:
                     self._mark(t, _Sampled(None))
                 continue  # changed in place, or handed through: the samples stay where they are
-            if any(t is a for a in tensors) and not rules.mutates(func) and "out" not in kwargs:
+            if not mutates and any(t is a for a in tensors) and "out" not in kwargs:
                 continue  # handed through, without samples
             lost = len(known) < len(sampled)
             layout = propagate(func, args, kwargs, known, tensors, t, lost) if known else None
@@ -344,7 +348,7 @@ class Capture(TorchFunctionMode):
                 continue  # a constant
             total = all_totals or (layout is None and sums_up(func, args, kwargs, sampled))
             self._mark(t, _Sampled(layout, total))
-            if rules.mutates(func) and t._base is not None and not isinstance(self._kind(t._base), _Sampled):
+            if mutates and t._base is not None and not isinstance(self._kind(t._base), _Sampled):
                 self._mark(t._base, _Sampled(None))
 
     def _derive(
@@ -369,7 +373,7 @@ class Capture(TorchFunctionMode):
 
     def _refuse_higher_order(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         position = 4 if func is torch.autograd.grad else 3
-        if is_wrapped([t for t in flat(args, kwargs) if isinstance(t, Tensor)]):
+        if is_wrapped(arguments(args, kwargs)):
             return  # a torch.func transform of the user's own
         if kwargs.get("create_graph", len(args) > position and args[position]):
             raise HigherOrderError(

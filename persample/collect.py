@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cost, rules
-from .calls import Call, Derivation, Reached, Shared, flat, function_name, leaves_of, reached
+from .calls import Call, Derivation, Reached, Shared, arguments, function_name, leaves_of, reached
 from .errors import CaptureError, InplaceError, PersampleError, SampleAxisError
 from .factors import INDICES, Dense, Factors, Outer, Pulled, add, cast, dense, strided, tensors
 from .problem import Emit
@@ -89,8 +89,9 @@ class Collect:
         with torch._C.DisableTorchFunction():
             if call.shared:
                 for shared, rows, how in factors_of(call, [self._prepared(call, g) for g in grads]):
-                    self.terms.setdefault(key_of(shared), []).append(rows)
-                    self.served.setdefault(key_of(shared), []).append((call.func, how))
+                    key = key_of(shared)
+                    self.terms.setdefault(key, []).append(rows)
+                    self.served.setdefault(key, []).append((call.func, how))
                 for shared in call.shared:
                     self._arrived(key_of(shared))
         if self.release:
@@ -199,9 +200,9 @@ def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Sha
     except CaptureError:
         if call.n > 1:  # one sample's rows are the gradient, however its tensors lie
             raise
-    arguments = [id(x) for x in flat(call.args, call.kwargs)]
+    given = [id(x) for x in arguments(call.args, call.kwargs)]
     times = [id(t) for t, _ in served]
-    known = {i for i in times if times.count(i) == arguments.count(i)}  # an argument may stand in several places
+    known = {i for i in times if times.count(i) == given.count(i)}  # an argument may stand in several places
     yield from ((shared[id(t)], rows, "rule") for t, rows in served if id(t) in known)
     if rest := [s.tensor for i, s in shared.items() if i not in known]:
         one = 0 if call.n == 1 else call.layout.alone

@@ -8,8 +8,7 @@ them at a time, and computes the doubtful ones again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -26,15 +25,16 @@ def waits(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-@contextmanager
-def collected() -> Iterator[list[Tensor]]:
+class collected:
     """The checks that were put off inside the block: each one boolean, true where a result is doubtful."""
-    flags: list[Tensor] = []
-    token = _collecting.set(flags)
-    try:
-        yield flags
-    finally:
-        _collecting.reset(token)
+
+    def __enter__(self) -> list[Tensor]:
+        flags: list[Tensor] = []
+        self._token = _collecting.set(flags)
+        return flags
+
+    def __exit__(self, *_: object) -> None:
+        _collecting.reset(self._token)
 
 
 def doubtful(flag: Tensor) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -78,30 +77,40 @@ def unreduced(loss_fn: Any, outputs: Any, targets: Any, n: int) -> Tensor | None
     """``[N]``: the lone losses from a criterion of torch's own with ``reduction="none"``, cheaper than `lone_losses`;
     ``None`` where the two might differ: other criteria, class weights, ignored targets, broadcasting.
     """
-    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+    if not (type(outputs) is Tensor and type(targets) is Tensor):
         return None
     ignore: int | None
     if type(loss_fn) in CRITERIA and all(b is None for b in loss_fn._buffers.values()):
-        each, reduction, ignore = copy(loss_fn), loss_fn.reduction, getattr(loss_fn, "ignore_index", None)
-        each.reduction = "none"
+        if any(getattr(loss_fn, hooks) for hooks in _HOOKS):
+            return None
+        each, reduction, ignore = _not_reducing(loss_fn), loss_fn.reduction, getattr(loss_fn, "ignore_index", None)
     elif any(loss_fn is f for f in CRITERIA.values()):
         each, reduction = partial(loss_fn, reduction="none"), "mean"
         ignore = -100 if loss_fn in (F.cross_entropy, F.nll_loss) else None
     else:
         return None
-    with torch._C.DisableTorchFunction():  # questions that nobody has to follow
-        if targets.is_floating_point():  # probabilities, not classes
-            ignore = None
-        shape = outputs.shape if ignore is None else outputs.shape[:1] + outputs.shape[2:]
-        fits = outputs.shape[:1] == (n,) and targets.shape == shape and reduction in ("mean", "sum")
-        if not fits or (ignore is not None and bool(targets.eq(ignore).any())):
-            return None
+    if targets.is_floating_point():  # probabilities, not classes
+        ignore = None
+    shape = outputs.shape if ignore is None else outputs.shape[:1] + outputs.shape[2:]
+    fits = outputs.shape[:1] == (n,) and targets.shape == shape and reduction in ("mean", "sum")
+    if not fits or (ignore is not None and bool(targets.eq(ignore).any())):
+        return None
     losses: Tensor = each(outputs, targets)
     if losses.shape[:1] != (n,):
         return None
     if losses.ndim > 1:
         losses = losses.flatten(1).mean(1) if reduction == "mean" else losses.flatten(1).sum(1)
     return losses
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _not_reducing(criterion: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The criterion with ``reduction="none"``; ``copy`` takes several times as long."""
+    each = object.__new__(type(criterion))
+    each.__dict__.update(criterion.__dict__, reduction="none")
+    return each.forward
 
 
 def reduced(shapes: list[tuple[int, ...]], n: int) -> LossError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .calls import Call, Reached, flat, leaves_of, reached
+from .calls import Call, Reached, arguments, leaves_of, reached
 from .errors import NOTIONS, BatchCoupledError, CaptureError
 from .layout import spreads
 
@@ -60,7 +60,7 @@ def couplers(found: Reached, parameters: Mapping[str, Tensor]) -> dict[str, Call
 
 def _broadcast(call: Call) -> str:
     """A hint where two of its arguments have shapes that meet sample by sample only after a squeeze."""
-    shapes = [tuple(x.shape) for x in flat(call.args, call.kwargs) if isinstance(x, Tensor) and call.sampled(x)]
+    shapes = [tuple(x.shape) for x in arguments(call.args, call.kwargs) if call.sampled(x)]
     pair = next(((a, b) for a in shapes for b in shapes if len(a) > len(b) and spreads(a, b)), None)
     if pair is None:
         return ""

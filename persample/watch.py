@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .calls import flat, function_name, tensors_in
+from .calls import arguments, function_name, tensors_in
 from .errors import NOTIONS, BatchCoupledError, CaptureError
 
 
@@ -31,7 +31,7 @@ class Watch(TorchFunctionMode):
         self.shared.update((id(t), weakref.ref(t)) for t in tensors)
 
     def _all_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        tensors = [t for t in flat(args, kwargs) if isinstance(t, Tensor)]
+        tensors = arguments(args, kwargs)
         return bool(tensors) and all((ref := self.shared.get(id(t))) is not None and ref() is t for t in tensors)
 
     def __torch_function__(
@@ -45,8 +45,8 @@ class Watch(TorchFunctionMode):
                 f"Use engine='hooks'. {NOTIONS}"
             )
         if self.hidden:
-            for t in flat(args, kwargs):
-                if isinstance(t, Tensor) and id(t) in self.hidden:
+            for t in arguments(args, kwargs):
+                if id(t) in self.hidden:
                     raise CaptureError(
                         f"parameter '{self.hidden[id(t)]}' is used through a reference of its own, not through the "
                         "model's attribute, so torch.func does "

@@ -86,6 +86,12 @@ def replaced() -> nn.MSELoss:
     return criterion
 
 
+def hooked() -> nn.MSELoss:
+    criterion = nn.MSELoss()
+    criterion.register_forward_hook(lambda module, given, loss: 3 * loss)
+    return criterion
+
+
 WHOLE: list[tuple[str, Any, Tensor, Tensor]] = [
     ("class_weights", nn.CrossEntropyLoss(weights), scores(C), labels()),
     ("positive_weights", nn.BCEWithLogitsLoss(pos_weight=weights), scores(C), scores(C).sigmoid()),
@@ -95,6 +101,7 @@ WHOLE: list[tuple[str, Any, Tensor, Tensor]] = [
     ("one_distribution_over_the_batch", nn.CrossEntropyLoss(), scores(), scores().softmax(0)),
     ("of_a_subclass", Doubled(), scores(C), scores(C) * 2),
     ("replaced_forward", replaced(), scores(C), scores(C) * 2),
+    ("hooked", hooked(), scores(C), scores(C) * 2),
     ("another_criterion", nn.SoftMarginLoss(), scores(C), scores(C).sign()),
 ]
 

@@ -76,14 +76,16 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
             )
             outputs = call_model(problem.model, inputs)
             targets = batch.targets.whole()
-            whole = None
+            ordered = whole = None
             if batch.targets.axes == [0] and isinstance(batch.output_dim, int) and batch.output_dim == 0:
-                whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
+                with torch._C.DisableTorchFunction():  # losses are in the order of outputs: nobody has to follow
+                    if isinstance(outputs, Tensor) and capture.is_sampled(outputs):
+                        ordered = whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
             if whole is None:
                 whole = problem.loss_fn(outputs, targets)
         # outside of the mode, to which every attribute of a tensor is a call
         if each := is_per_sample(whole, batch.n):
-            capture.check_order(whole)
+            capture.check_order(whole if ordered is None else outputs)
         tree = batch.outputs(outputs)
         shared = [i for i, x in enumerate(tree.leaves) if tree.axes[i] is not None and not capture.is_sampled(x)]
         reach = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
@@ -92,7 +94,8 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
         capture.stop()
     if shared and not each:
         tree = told_apart(problem, tree, shared)
-    check_not_broadcast(problem.loss_fn, whole, tree, batch.targets, batch.n)
+    if ordered is None:
+        check_not_broadcast(problem.loss_fn, whole, tree, batch.targets, batch.n)
     if each:
         return outputs, whole, [(whole, torch.ones_like(whole), 0)] if whole.requires_grad else [], None
     cut = {i: x.detach().requires_grad_() for i, x in ends.items()}

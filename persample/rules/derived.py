@@ -16,7 +16,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from ..calls import Derivation, flat
+from ..calls import Derivation, arguments
 from ..factors import Conv, Dense, Outer, Rows, cast, outer, reshape, scale, transpose
 from . import Yields, pullback, spellings
 from .apart import Diagonal, Rowlike
@@ -149,8 +149,7 @@ def single(g: Rowlike, shape: Size) -> Outer | None:
 
 def changed(d: Derivation) -> bool:
     """Whether an argument was changed in place afterwards: autograd knows whether its old value is needed."""
-    arguments = (t for t in flat(d.args, d.kwargs) if isinstance(t, Tensor))
-    return any(t._version != d.versions.get(id(t), t._version) for t in arguments)
+    return any(t._version != d.versions.get(id(t), t._version) for t in arguments(d.args, d.kwargs))
 
 
 @pullback(F.linear)

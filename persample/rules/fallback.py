@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..calls import Call, flat, tensors_in
+from ..calls import Call, arguments, tensors_in
 from ..errors import CaptureError, InplaceError, RandomnessError
 from ..factors import Dense, strided
 from ..layout import Layout, samples_first
@@ -76,7 +76,7 @@ def _runner(call: Call, wanted: list[Tensor]) -> Any:
             out = args[0] if out is None else out
         else:
             out = call.func(*args, **kwargs)
-            given = [t for t in flat(args, kwargs) if isinstance(t, Tensor)]
+            given = arguments(args, kwargs)
             out = [t for t in tensors_in(out) if not any(t is a for a in given)]  # handed through
         return [t for t in tensors_in(out) if (t.is_floating_point() or t.is_complex())]
 

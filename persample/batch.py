@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import ArgumentError, EmptyBatchError, SampleAxisError
-from .state import modules_of
+from .state import OWN, modules_of
 
 Axis = int | None
 
@@ -291,8 +291,9 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """Recorders of this model, or of parts of it, don't listen meanwhile."""
+    """What runs meanwhile is not the user's: recorders of this model, or of parts of it, don't listen."""
     with ExitStack() as stack:
+        stack.callback(OWN.reset, OWN.set(True))
         for module in modules_of(model):
             for hook in module._forward_pre_hooks.values():
                 if (pause := getattr(hook, "suspended", None)) is not None:

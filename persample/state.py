@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +22,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 RandomState = list[tuple[torch.device, Tensor]]
+
+OWN: ContextVar[bool] = ContextVar("own", default=False)  # the pass that runs is the library's, not the user's
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:

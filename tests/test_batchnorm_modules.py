@@ -6,6 +6,8 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian as autograd_jacobian
 
+import persample
 from persample import batchnorm
 from persample.batchnorm import convert, jacobian, revert
 from persample.errors import BatchNormError, InplaceError
@@ -428,3 +431,25 @@ def test_any_shape(N: int, space: list[int], size: int | None, affine: bool, eps
     v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(size or 0))
     torch.testing.assert_close(bn.jacobian @ v, torch.autograd.grad(y, x, v)[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(bn.jacobian.output, y.detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_passes_of_the_library_leave_the_record_of_the_last_forward(training: bool) -> None:
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))).double()
+    x, y = torch.randn(6, 3).double(), torch.randint(2, (6,))
+    model.train(training)(torch.randn(7, 3).double())
+    before = model[1].jacobian.normed  # type: ignore[union-attr]
+    loss = nn.CrossEntropyLoss()
+    passes: list[Callable[[], Any]] = [
+        lambda: persample.gradients(model, loss, x, y, coupled="loss" if training else None),
+        lambda: persample.coupling(model, loss, x, y).norms(),
+        lambda: persample.curvature.hvp(model, loss, x, y) @ torch.ones(34, dtype=torch.float64),
+        lambda: persample.check(model, loss, x, y),
+    ]
+    for run in passes if training else passes[:1]:
+        run()
+        assert torch.equal(model[1].jacobian.normed, before)  # type: ignore[union-attr]
+    with persample.extend(model) as recorder:  # this forward is the user's
+        recorder.gradients(nn.functional.cross_entropy(model(x), y, reduction="none"), coupled="loss")
+    assert len(model[1].jacobian.normed) == 6  # type: ignore[union-attr]

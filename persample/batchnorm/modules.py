@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from persample.batchnorm.jacobian import BatchNormJacobian
 from persample.batchnorm.linearize import Layer, ghost_batches, linearize, running_statistics, uses_batch_statistics
 from persample.errors import BatchNormError, InplaceError, warn
+from persample.state import OWN
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,7 +72,8 @@ class _Recording(Layer):
             normalise = super().forward
             chunks = input.chunk(max(1, math.ceil(len(input) / self.virtual_batch_size)))
             output = torch.cat([normalise(chunk) for chunk in chunks])
-        self._recorded = _record(self, input)
+        if torch.compiler.is_compiling() or not OWN.get():
+            self._recorded = _record(self, input)
         return output
 
     @property
@@ -108,8 +110,9 @@ class BatchNorm1d(_Recording, nn.BatchNorm1d):
     All arguments are those of the torch module. ``virtual_batch_size`` (ghost batch normalisation, Hoffer et al. 2017,
     arXiv:1705.08741) normalises chunks of about that many consecutive samples separately where batch statistics are
     used; chunks are those of ``torch.chunk``: ``ceil(N / virtual_batch_size)`` of nearly equal size. Each updates the
-    running statistics in turn. After several forwards the last one that finished counts; inside ``torch.compile`` and
-    ``torch.func`` transforms nothing is recorded.
+    running statistics in turn. After several forwards the last one that finished counts, but for those of this
+    library's own passes (`persample.gradients`); inside ``torch.compile`` and ``torch.func`` transforms nothing is
+    recorded.
     """
 
 

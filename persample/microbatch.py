@@ -11,7 +11,8 @@ Gram matrices                          block by block: rows of one slice are kep
 ====================================== ===============================================================================
 
 All but the last cost one pass over the batch; a Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.  Slices that
-are run again draw the same random numbers.  Every slice finds the buffers as they were before the first.
+are run again draw the same random numbers.  Every slice finds the buffers as they were before the first, and what they
+leave is averaged.
 
 What a sample takes is measured on a first slice of two samples: the most that tensors hold at a time during its pass.
 What the user gets (kept rows, results), the model, and the blocks in which reductions stream come on top.
@@ -40,7 +41,7 @@ from .factors import Dense, Factors, Pulled, compact, dense
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
 from .rounding import tolerance
-from .state import Buffers, RandomState, random_state, restored, set_random_state
+from .state import Averaged, Buffers, RandomState, random_state, restored, set_random_state
 from .statistics_run import Request, Statistics, listed
 
 FIRST = 2  # samples whose bytes are measured
@@ -210,12 +211,14 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
     """Run ``once`` on slice after slice, all but the first about as large, and as large as ``max_bytes`` allows."""
     n, start, size, meter = problem.batch.n, 0, FIRST, Meter()
     buffers = Buffers(problem.model)
+    averaged = Averaged(buffers)
     while start < n:
         at = slice(start, min(n, start + size))
         part = Slice(at, replace(problem, batch=narrowed(problem.batch, at)), buffers, random_state(problem.model))
         buffers.restore()
         with nullcontext() if start else meter:
             result = once(part.problem, meter)
+        averaged.take(at.stop - at.start)
         if result.coupled and at.stop - at.start < n:
             raise BatchCoupledError(
                 f"max_bytes={max_bytes} would run the batch in slices, but its samples depend on each other, and a "
@@ -226,6 +229,7 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
             most = max(1, max_bytes * at.stop // max(1, meter.most))
             size = -(-(n - at.stop) // max(1, -(-(n - at.stop) // most)))
         start = at.stop
+    averaged.leave()
 
 
 def narrowed(batch: Batch, at: slice) -> Batch:

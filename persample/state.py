@@ -126,6 +126,35 @@ class Buffers:
                     buffer.copy_(value)
 
 
+class Averaged:
+    """What forwards of some samples each, all begun with the same buffers, leave of these: their mean, by the number of
+    samples.  That is what one forward of all samples leaves, where it is a mean over samples or the same in each.
+    """
+
+    def __init__(self, begin: Buffers) -> None:
+        self.count = 0
+        self.totals = [
+            (module, name, value, torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)))
+            for module, name, _, value in begin.values
+            if value.is_floating_point()
+        ]
+
+    def take(self, n: int) -> None:
+        """After a forward of ``n`` samples."""
+        self.count += n
+        for module, name, _, total in self.totals:
+            if (now := module._buffers[name]) is not None and now.shape == total.shape:
+                total.add_(now.detach(), alpha=n)
+
+    def leave(self) -> None:
+        """After the last forward."""
+        with torch.no_grad():
+            for module, name, before, total in self.totals:
+                now = module._buffers[name]
+                if now is not None and now.shape == total.shape and not torch.equal(now, before):
+                    now.copy_(total / self.count)
+
+
 class undone_on_error:
     """What raises inside leaves random state and buffers as they were."""
 

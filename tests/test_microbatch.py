@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -158,6 +159,34 @@ def test_every_slice_sees_the_same_buffers() -> None:
     b = persample.gradients(parts, nn.CrossEntropyLoss(), x, y, quantities=["gram"], verify=False, max_bytes=1)
     torch.testing.assert_close(a.gram(), b.gram())
     assert whole.count == parts.count == 1
+
+
+@pytest.mark.parametrize("options", [{"max_bytes": 1}, {"quantities": ["gram"], "max_bytes": 1}, {"engine": "loop"}])
+def test_what_is_left_of_buffers_is_that_of_one_forward(options: dict[str, Any]) -> None:
+    whole = nn.Sequential(
+        nn.Conv1d(2, 3, 2),
+        nn.InstanceNorm1d(3, affine=True, track_running_stats=True),
+        nn.Flatten(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(12, 3)),
+    ).double()
+    parts = copy.deepcopy(whole)
+    x, y = torch.randn(N, 2, 5, dtype=torch.float64), torch.randint(3, (N,))
+    whole(x)
+    persample.gradients(parts, nn.CrossEntropyLoss(), x, y, **options)
+    assert not torch.equal(parts[1].running_mean, torch.zeros(3).double())  # type: ignore[arg-type]
+    torch.testing.assert_close(dict(parts.named_buffers()), dict(whole.named_buffers()), rtol=1e-12, atol=1e-15)
+
+
+def test_buffers_of_the_size_of_a_slice_stay_those_of_the_last() -> None:
+    class Remembers(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.register_buffer("last", x.detach().sum(1))
+            return super().forward(x)
+
+    model, x = Remembers(4, 3), torch.randn(N, 4)
+    model.register_buffer("last", torch.zeros(N))
+    persample.gradients(model, nn.CrossEntropyLoss(), x, torch.randint(3, (N,)), engine="loop")
+    torch.testing.assert_close(model.last, x[-1:].sum(1))
 
 
 def test_coupled_batches_are_refused() -> None:

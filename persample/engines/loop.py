@@ -1,6 +1,7 @@
 """The loop engine: the definition.  One sample at a time, as a batch of one, with plain autograd.
 
-It costs N forward and backward passes.  Every sample finds the buffers as they were before the first.  Random draws
+It costs N forward and backward passes.  Every sample finds the buffers as they were before the first, and what they
+leave is averaged.  Random draws
 (dropout) belong to each sample's own pass, whose losses and outputs are the ones reported.
 """
 
@@ -16,7 +17,7 @@ from ..errors import LossError, SampleAxisError
 from ..factors import Dense, strided
 from ..losses import ignored, is_per_sample
 from ..problem import Emit, Pass, Problem
-from ..state import Buffers
+from ..state import Averaged, Buffers
 from ..watch import Watch
 
 
@@ -25,13 +26,16 @@ def loop(problem: Problem, emit: Emit) -> Pass:
     names, leaves = list(problem.parameters), list(problem.parameters.values())
     rows: dict[str, list[Tensor | None]] = {name: [] for name in names}
     losses, outputs, buffers = [], [], Buffers(problem.model)
+    averaged = Averaged(buffers)
     for n in range(problem.batch.n):
         buffers.restore()
         loss, output, grads = one_sample(problem, n, leaves)
+        averaged.take(1)
         losses.append(loss)
         outputs.append(output)
         for name, g in zip(names, grads, strict=True):
             rows[name].append(g)
+    averaged.leave()
     unused = tuple(name for name in names if all(g is None for g in rows[name]))
     for name, p in problem.parameters.items():
         if name in unused:

@@ -38,7 +38,8 @@ def grad_dot(train: Features, test: Features) -> Tensor:
     if isinstance(train, Quantities) or isinstance(test, Quantities):
         raise QuantityError("give gradients on both sides, or features [n, k] of the same projection on both.")
     a, b = both(train, test)
-    return a @ b.mT
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.mT
 
 
 def grad_cos(train: Features, test: Features) -> Tensor:
@@ -49,7 +50,7 @@ def grad_cos(train: Features, test: Features) -> Tensor:
     """
     if isinstance(train, Tensor) and isinstance(test, Tensor):
         a, b = both(train, test)
-        return unit(a) @ unit(b).mT
+        return grad_dot(unit(a), unit(b))
     products = grad_dot(train, test)
     scale = squared_norm(train).sqrt()[:, None] * squared_norm(test).sqrt()
     return torch.where(scale == 0, 0.0, products / scale)
@@ -159,7 +160,8 @@ def influence(train: Quantities, test: Any, solve: Callable[[Tensor], Tensor]) -
             "train and test are gradients of different parameters, or in another order; use select() on both."
         )
     columns = test.flat().mT
-    solved = solve(columns)
+    with torch.autocast(columns.device.type, enabled=False):
+        solved = solve(columns)
     if not isinstance(solved, Tensor) or solved.shape != columns.shape:
         got = list(solved.shape) if isinstance(solved, Tensor) else type(solved).__name__
         raise QuantityError(f"solve must return a tensor [D, n_test] = {list(columns.shape)}, got {got}.")

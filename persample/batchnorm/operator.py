@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from persample.errors import BatchNormError
+from persample.scratch import kernel
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -103,6 +104,7 @@ class RankTwo:
         own = torch.eye(a.shape[1], dtype=a.dtype, device=a.device) if n == m else 0.0
         return scale * (own - ones - slope * a[:, :, None] * b[:, None, :])
 
+    @kernel
     def block_norms(self, per_channel: bool = False) -> Tensor:
         """Frobenius norms of the blocks, ``[N, N]`` over all channels together, or ``[C, N, N]``.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Size, Tensor
 
 from ..errors import ArgumentError, KroneckerError
+from ..scratch import kernel
 from .layers import Layer
 from .operator import Operator, Vector, unflatten
 
@@ -63,12 +64,14 @@ class Block:
         values = self.eigenvalues
         return bool(values.min() <= values.numel() * torch.finfo(values.dtype).eps * values.max())
 
+    @kernel
     def product(self, matrix: Tensor) -> Tensor:
         """``[k, K, O, I]``: the block times each of ``k`` matrices."""
         if self.moments is None:
             return self.gradients @ matrix @ self.inputs
         return self.spectral(matrix, self.moments)
 
+    @kernel
     def spectral(self, matrix: Tensor, values: Tensor) -> Tensor:
         """The same with other eigenvalues ``[K, O, I]``."""
         g, a = self.bases

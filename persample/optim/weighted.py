@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
+from ..scratch import kernel
 from .updates import check_at_least, check_named, descend
 
 Weighting = Callable[[Tensor], Tensor]
@@ -78,7 +79,7 @@ class NaturalGradient(Optimizer):
 # ---- gradient surgery -------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@kernel
 def pcgrad_weights(K: Tensor) -> Tensor:
     """``w [N]`` of projected conflicting gradients: ``w^T G`` is the mean of the rows after surgery.
 
@@ -128,15 +129,16 @@ class GradientSurgery(Optimizer):
 
 def surgery_weights(K: Tensor, weighting: Weighting, groups: Tensor | None = None) -> Tensor:
     """``[N]``: what a weighting of samples, or of groups of samples, makes of every sample's weight."""
-    if groups is None:
-        weights = weighting(K)
-    else:
-        if groups.shape != (len(K),):
-            raise QuantityError(f"groups must have shape [{len(K)}], one integer per sample, got {list(groups.shape)}.")
-        members, which = groups.unique(return_inverse=True)
-        A = torch.nn.functional.one_hot(which, len(members)).to(K).T
-        A = A / A.sum(1, keepdim=True)
-        weights = A.T @ weighting(A @ K @ A.T)
+    if groups is not None and groups.shape != (len(K),):
+        raise QuantityError(f"groups must have shape [{len(K)}], one integer per sample, got {list(groups.shape)}.")
+    with torch.autocast(K.device.type, enabled=False):
+        if groups is None:
+            weights = weighting(K)
+        else:
+            members, which = groups.unique(return_inverse=True)
+            A = torch.nn.functional.one_hot(which, len(members)).to(K).T
+            A = A / A.sum(1, keepdim=True)
+            weights = A.T @ weighting(A @ K @ A.T)
     if weights.shape != (len(K),):
         raise QuantityError(f"the weighting returned shape {list(weights.shape)} for a Gram matrix of {len(K)} rows.")
     return weights

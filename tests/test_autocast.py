@@ -1,0 +1,119 @@
+"""What is computed from rows, Kronecker factors and BatchNorm's statistics is the same inside an autocast region."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import persample
+from persample import attribution, batchnorm, curvature, optim, statistics
+
+N, M = 12, 5
+LOSS = nn.CrossEntropyLoss()
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def data(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, 6, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def made() -> SimpleNamespace:
+    """What products are of, so that autocast can be in nothing but the products themselves."""
+    net = model()
+    G, H = persample.gradients(net, LOSS, *data(N)), persample.gradients(net, LOSS, *data(M))
+    return SimpleNamespace(
+        G=G, H=H, a=G.flat(), b=H.flat(), K=G.gram(), R=attribution.Projection(16),
+        S=persample.gradients(net, LOSS, *data(N), quantities=["norm", "mean"]),
+        kfac=curvature.kfac(net, LOSS, *data(N), type="empirical"),
+        ekfac=curvature.ekfac(net, LOSS, *data(N), type="empirical"),
+        rows=curvature.empirical_fisher(net, LOSS, *data(N), method="rows"),
+        v=torch.randn(G.flat().shape[1]), columns=torch.randn(G.flat().shape[1], 4),
+        named={name: torch.randn(p.shape) for name, p in net.named_parameters()},
+        groups=torch.arange(N) % 3, missing=torch.rand(N),
+        jacobian=batchnorm.jacobian(nn.BatchNorm1d(4), torch.randn(9, 4, 5) + 3), w=torch.randn(9, 4, 5),
+    )  # fmt: skip
+
+
+PRODUCTS: dict[str, Callable[[Any], Any]] = {
+    "grad_dot": lambda m: attribution.grad_dot(m.a, m.b),
+    "grad_dot of half precision": lambda m: attribution.grad_dot(m.a.half(), m.b.half()),
+    "grad_dot of gradients": lambda m: attribution.grad_dot(m.G, m.H),
+    "grad_cos": lambda m: attribution.grad_cos(m.a, m.b),
+    "grad_cos of gradients": lambda m: attribution.grad_cos(m.G, m.H),
+    "tracin": lambda m: attribution.tracin([(0.1, m.a, m.b), (0.2, m.a, m.b)]),
+    "self_influence": lambda m: attribution.self_influence(m.a),
+    "empirical_fisher_influence": lambda m: attribution.empirical_fisher_influence(m.a, m.b, damping=1e-3),
+    "empirical_fisher_influence of gradients": lambda m: attribution.empirical_fisher_influence(m.G, m.H, damping=1e-3),
+    "influence": lambda m: attribution.influence(m.G, m.H, lambda columns: m.kfac.dense() @ columns),
+    "trak": lambda m: attribution.trak(m.a, m.b, m.missing, damping=1e-3),
+    "projection": lambda m: m.G.project(m.R),
+    "project": lambda m: m.G.project(m.columns),
+    "dot": lambda m: m.G.dot(m.named),
+    "sum": lambda m: m.G.sum(m.missing),
+    "clip": lambda m: m.G.clip(0.5),
+    "variance": lambda m: m.G.variance(ddof=1),
+    "kfac @ v": lambda m: m.kfac @ m.v,
+    "kfac @ columns": lambda m: m.kfac @ m.columns,
+    "kfac @ named": lambda m: m.kfac @ m.named,
+    "kfac.solve": lambda m: m.kfac.solve(m.v, damping=1e-3),
+    "kfac.dense": lambda m: m.kfac.dense(),
+    "ekfac @ v": lambda m: m.ekfac @ m.v,
+    "ekfac.solve": lambda m: m.ekfac.solve(m.columns, damping=1e-3),
+    "ekfac.dense": lambda m: m.ekfac.dense(),
+    "empirical_fisher @ v": lambda m: m.rows @ m.v,
+    "natural_weights": lambda m: optim.natural_weights(m.K, 1e-2),
+    "pcgrad_weights": lambda m: optim.pcgrad_weights(m.K),
+    "surgery_weights": lambda m: optim.surgery_weights(m.K, lambda gram: gram @ gram[0]),
+    "surgery_weights of groups": lambda m: optim.surgery_weights(m.K, optim.pcgrad_weights, m.groups),
+    "noise_scale": lambda m: statistics.noise_scale(m.G).scale,
+    "noise_scale of statistics": lambda m: statistics.noise_scale(m.S).scale,
+    "jacobian @ v": lambda m: m.jacobian @ m.w,
+    "jacobian.dense": lambda m: m.jacobian.dense(),
+    "jacobian.block_norms": lambda m: m.jacobian.block_norms(),
+    "jacobian.block_norms per channel": lambda m: m.jacobian.block_norms(per_channel=True),
+    "jacobian.solve": lambda m: m.jacobian.pinv() @ m.w,
+    "jacobian.leverage": lambda m: m.jacobian.leverage(),
+    "jacobian.second_derivative": lambda m: m.jacobian.second_derivative(m.w, m.w),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_are_not_rounded_by_autocast(made: SimpleNamespace, name: str, kind: torch.dtype) -> None:
+    outside = tree_leaves(PRODUCTS[name](made))
+    with torch.autocast("cpu", dtype=kind):
+        inside = tree_leaves(PRODUCTS[name](made))
+        assert torch.is_autocast_enabled("cpu")
+    for a, b in zip(outside, inside, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_cross_gram_multiplies_projected_rows_as_they_are(tmp_path: Path, on_disk: bool) -> None:
+    """The model runs in reduced precision there, as it is asked to; its rows are not rounded again."""
+    net, R, out = model(), attribution.Projection(16), tmp_path if on_disk else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a, b = (persample.gradients(net, LOSS, *data(n)).project(R) for n in (N, M))
+        found = attribution.cross_gram(net, LOSS, [data(N)], [data(M)], projection=R, out=out)
+    torch.testing.assert_close(found, a @ b.mT, rtol=1e-6, atol=1e-6)
+
+
+def test_inner_products_of_features_can_be_differentiated() -> None:
+    a, b = (torch.randn(n, 4, requires_grad=True) for n in (N, M))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = attribution.grad_dot(a, b)
+    (grad,) = torch.autograd.grad(scores.sum(), a)
+    torch.testing.assert_close(grad, b.detach().sum(0).expand(N, 4))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -104,6 +104,24 @@ def set_random_state(state: RandomState) -> None:
 def drawn_since(before: RandomState, model: nn.Module) -> bool:
     """Whether random numbers were drawn."""
     return not all(torch.equal(x, y) for (_, x), (_, y) in zip(before, random_state(model), strict=True))
+
+
+AutocastState = list[tuple[str, bool, torch.dtype]]
+
+
+def autocast_state() -> AutocastState:
+    """Of every kind of device: whether autocast is on, and to what type."""
+    return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda", "mps", "xpu")]
+
+
+@contextmanager
+def autocast_as(state: AutocastState) -> Iterator[None]:
+    """Inside, autocast is what it was at `autocast_state`."""
+    with ExitStack() as stack:
+        for now, (device, enabled, dtype) in zip(autocast_state(), state, strict=True):
+            if now != (device, enabled, dtype) and (enabled or now[1]):
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        yield
 
 
 class Buffers:

@@ -578,3 +578,15 @@ def test_plots() -> None:
     ax = batchnorm.plot_decay([C, persample.coupling(*_arguments("mlp"))])
     assert len(ax.lines) == 2
     plt.close("all")
+
+
+def test_a_coupling_keeps_the_autocast_region_that_it_was_made_in() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(12, 6), torch.randint(3, (12,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = persample.coupling(model, CE, x, y).norms()
+        C = persample.coupling(model, CE, x, y)
+    assert torch.equal(C.norms(), inside)
+    assert not torch.equal(persample.coupling(model, CE, x, y).norms(), inside)
+    assert all(noise.trace > 0 and noise.squared_mean > 0 for noise in C.noise().values())

@@ -635,3 +635,19 @@ def test_unknown_options_are_named() -> None:
         hvp(*case("cross entropy"), reduction="none")
     with pytest.raises(ValueError, match="type must be one of 'exact', 'mc', got 'exakt'"):
         fisher(*case("cross entropy"), type="exakt")
+
+
+@pytest.mark.parametrize("make", [hvp, ggn, fisher, empirical_fisher])
+def test_an_operator_keeps_the_autocast_region_that_it_was_made_in(make: Callable[..., Operator]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    args = (model, nn.CrossEntropyLoss(), torch.randn(N, 6), torch.randint(3, (N,)))
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    plain = make(*args)
+    outside = plain @ v
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = make(*args)
+        inside = mixed @ v
+        assert torch.equal(plain @ v, outside)
+    assert torch.equal(mixed @ v, inside)
+    assert not torch.equal(inside, outside)

@@ -27,7 +27,15 @@ from ..engines.hooks import Seeds, along, forward
 from ..errors import CaptureError, InplaceError
 from ..problem import Emit, Problem
 from ..refusals import check_complete
-from ..state import RandomState, random_state, restored, set_random_state
+from ..state import (
+    AutocastState,
+    RandomState,
+    autocast_as,
+    autocast_state,
+    random_state,
+    restored,
+    set_random_state,
+)
 from .statistics import Explicit, Node, Pool, Replace, Replacement
 
 CHUNK = 1 << 21  # numbers that several vector-Jacobian products may hold together: with more, one by one is faster
@@ -64,6 +72,7 @@ class Point:
     random: RandomState
     state: list[tuple[str, Any]]  # what must not change between passes
     passes: Passes = field(default_factory=Passes)
+    autocast: AutocastState = field(default_factory=autocast_state)
 
     @staticmethod
     def of(problem: Problem) -> Point:
@@ -122,7 +131,7 @@ class Point:
                     f"{what} changed since the coupling was set up, so its results would belong to different points. "
                     "Ask for what you need before the change, or call persample.coupling again after it."
                 )
-        with restored(self.problem.model), torch.enable_grad(), twice_differentiable():
+        with restored(self.problem.model), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
             set_random_state(self.random)
             self.passes.forward += 1
             try:

@@ -2,8 +2,9 @@
 
 Curvature needs the loss of a batch at one fixed point, many times over.  `Objective` runs the model as it is, in its
 own mode, on the whole batch; every run sees the random state of the moment at which the objective was made (one
-dropout mask for all products with an operator), and afterwards buffers (running statistics, counters, power
-iterations) and the random state are what they were before.  ``.grad`` is never touched.
+dropout mask for all products with an operator) and the autocast region that it was made in.  Afterwards buffers
+(running statistics, counters, power iterations) and the random state are what they were before.  ``.grad`` is never
+touched.
 
 Kernels that can't be differentiated twice (fused attention, cuDNN's recurrent layers) are switched off meanwhile.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +26,15 @@ from ..capture import Capture
 from ..errors import ArgumentError, LossError
 from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses
 from ..problem import Problem
-from ..state import RandomState, random_state, restored, set_random_state
+from ..state import (
+    AutocastState,
+    RandomState,
+    autocast_as,
+    autocast_state,
+    random_state,
+    restored,
+    set_random_state,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Objective:
     problem: Problem
     scale: float
     random: RandomState
+    autocast: AutocastState = field(default_factory=autocast_state)
 
     @staticmethod
     def of(problem: Problem, reduction: str) -> Objective:
@@ -56,7 +66,7 @@ class Objective:
     def forward(self, capture: Capture | None = None) -> Iterator[Any]:
         """The outputs with their graph, to be differentiated inside the ``with`` block; ``capture`` records calls."""
         batch = self.problem.batch
-        with restored(self.problem.model), torch.enable_grad(), twice_differentiable():
+        with restored(self.problem.model), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
             set_random_state(self.random)
             inputs = batch.inputs.map(lambda x, _: x.detach())
             if capture is None:

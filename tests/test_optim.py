@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -112,6 +113,137 @@ def test_state_dict(name: str) -> None:
         opt.step(grads(a, step))
         again.step(grads(b, step))
     close(flat(a.parameters()), flat(b.parameters()), 0)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_copy_together_with_the_model_goes_on_alike(name: str, copied: Callable[[Any], Any]) -> None:
+    """Copied in the middle of training, under a schedule (which patches ``step``): the same steps, of the copy only."""
+    a = model()
+    opt = EVERY[name](a)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
+    for step in range(3):
+        opt.step(grads(a, step))
+        schedule.step()
+    b, again = copied((a, opt))
+    assert again.param_groups[0]["params"][0] is b[0].weight
+    before = flat(a.parameters())
+    for step in range(3, 6):
+        again.step(grads(b, step))
+    close(flat(a.parameters()), before, 0)
+    for step in range(3, 6):
+        opt.step(grads(a, step))
+    close(flat(a.parameters()), flat(b.parameters()), 0)
+    assert not torch.equal(flat(a.parameters()), before)
+
+
+def test_a_copy_draws_the_noise_that_the_original_would_draw() -> None:
+    net = model()
+    opt = optim.ClippedSGD(
+        net.named_parameters(), max_norm=1, noise_multiplier=1, generator=torch.Generator().manual_seed(1)
+    )
+    opt.step(grads(net))
+    for b, again in (copy.deepcopy((net, opt)), pickle.loads(pickle.dumps((net, opt)))):
+        a, once = copy.deepcopy((net, opt))
+        again.step(grads(b))
+        once.step(grads(a))
+        close(flat(a.parameters()), flat(b.parameters()), 0)
+
+
+def square(reverse: bool) -> tuple[nn.Module, list[tuple[str, nn.Parameter]]]:
+    """A model of parameters of one shape, and these in an order or the other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    pairs = list(net.named_parameters())
+    return net, pairs[::-1] if reverse else pairs
+
+
+ORDERED: dict[str, Callable[..., Any]] = {
+    "ClippedSGD": lambda p: optim.ClippedSGD(p, max_norm=0.1, momentum=0.9),
+    "ClippedAdam": lambda p: optim.ClippedAdam(p, max_norm=0.1),
+    "PerSampleAdam": lambda p: optim.PerSampleAdam(p, group_size=2),
+    "NaturalGradient": lambda p: optim.NaturalGradient(p, momentum=0.5),
+    "GradientSurgery": lambda p: optim.GradientSurgery(p, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", ORDERED)
+def test_states_are_loaded_by_name(name: str, groups: int) -> None:
+    """Loaded into an optimizer with the parameters in another order: the same trajectory."""
+
+    def make(pairs: list[tuple[str, nn.Parameter]]) -> Any:
+        bias, weight = (sorted((p for p in pairs if p[0].endswith(end)), key=pairs.index) for end in ("bias", "weight"))
+        return ORDERED[name](pairs if groups == 1 else [{"params": weight, "lr": 0.05}, {"params": bias}])
+
+    a, pairs = square(False)
+    opt = make(pairs)
+    for step in range(3):
+        opt.step(grads(a, step))
+    b, backwards = square(True)
+    b.load_state_dict(a.state_dict())
+    again = make(backwards)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))  # torch would share what it holds
+    for group in again.param_groups:
+        assert all(
+            dict(b.named_parameters())[n] is p for n, p in zip(group["param_names"], group["params"], strict=True)
+        )
+    for step in range(3, 6):
+        opt.step(grads(a, step))
+        again.step(grads(b, step))
+    close(flat(a.parameters()), flat(b.parameters()), 0)
+
+
+def test_states_of_other_parameters_are_refused() -> None:
+    net, pairs = square(False)
+    opt = ORDERED["ClippedAdam"](pairs)
+    opt.step(grads(net))
+    saved = copy.deepcopy(opt.state_dict())
+    other = ORDERED["ClippedAdam"]([(f"module.{name}", p) for name, p in pairs])
+    with pytest.raises(
+        UnknownParameterError, match=r"group 0 of the saved state has parameter '1\.bias', .*param_names"
+    ):
+        other.load_state_dict(saved)
+    split = ORDERED["ClippedAdam"]([{"params": pairs[:2]}, {"params": pairs[2:]}])
+    swapped = ORDERED["ClippedAdam"]([{"params": pairs[2:]}, {"params": pairs[:2]}])
+    with pytest.raises(UnknownParameterError, match="group 0 of the saved state"):
+        swapped.load_state_dict(split.state_dict())
+    with pytest.raises(ValueError, match="number of parameter groups"):
+        split.load_state_dict(saved)
+    # the way out: by position, and names stay those of the parameters
+    for group in saved["param_groups"]:
+        del group["param_names"]
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["param_names"][0] == "module.1.weight"
+    assert torch.equal(other.state[pairs[0][1]]["exp_avg"], opt.state[pairs[0][1]]["exp_avg"])
+
+
+def test_a_hook_may_rename_what_is_loaded() -> None:
+    net, pairs = square(False)
+    opt = ORDERED["ClippedSGD"](pairs)
+    opt.step(grads(net))
+    again = ORDERED["ClippedSGD"]([(f"module.{name}", p) for name, p in pairs[::-1]])
+
+    def rename(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**g, "param_names": [f"module.{n}" for n in g["param_names"]]} for g in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    again.register_load_state_dict_pre_hook(rename)
+    again.load_state_dict(opt.state_dict())
+    for _, p in pairs:
+        assert torch.equal(again.state[p]["momentum_buffer"], opt.state[p]["momentum_buffer"])
+
+
+def test_names_are_of_one_parameter_each() -> None:
+    (a, first), (_, second) = square(False), square(False)
+    opt = ORDERED["ClippedSGD"](first)
+    for add in (lambda: ORDERED["ClippedSGD"](first + second), lambda: opt.add_param_group({"params": second})):
+        with pytest.raises(ValueError, match=r"'1\.weight' is the name of two parameters"):
+            add()
+    assert len(opt.param_groups) == 1
+    opt.step(grads(a))
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..errors import ArgumentError, QuantityError
 from ..factors import fold
 from ..gradients import Gradients
 from ..quantities import Quantities
 from ..reductions import square_sum
-from .updates import adapt, check_at_least, check_named
+from .updates import Named, adapt, check_at_least
 
 
 def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
@@ -35,7 +34,7 @@ def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
     return {name: square_sum(fold(G.factors[name], size)) / (size * n) for name in G.names}
 
 
-class PerSampleAdam(Optimizer):
+class PerSampleAdam(Named):
     """Adam with ``v <- b2 v + (1 - b2) mean_j (ghat_j)^2`` over groups of ``group_size`` samples; otherwise AdamW.
 
     Wang and Aitchison 2024, "Batch size invariant Adam" (arXiv 2402.18824): with the second moment of micro-batches
@@ -53,6 +52,8 @@ class PerSampleAdam(Optimizer):
             Adam.
     """
 
+    own = ("group_size",)
+
     def __init__(
         self, params: Any, lr: float = 1e-3, *, group_size: int | None = 1, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 0.0,
@@ -63,7 +64,6 @@ class PerSampleAdam(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.group_size = group_size
         super().__init__(params, defaults)
-        check_named(self)
 
     def step(self, G: Quantities) -> None:  # type: ignore[override]
         """Take a step along the mean gradient, scaled by the second moment of groups."""

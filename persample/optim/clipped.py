@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import Quantities
-from .updates import adapt, check_at_least, check_betas, check_named, descend, named
+from .updates import Named, adapt, check_at_least, check_betas, descend, named
 
 Batches = Quantities | Sequence[Quantities]
 
@@ -84,7 +84,7 @@ def check_independent(G: Quantities) -> None:
         )
 
 
-class ClippedSGD(Optimizer):
+class ClippedSGD(Named):
     """SGD on clipped and noised per-sample gradients; `persample.optim.clipped` has the formula, and what it
     doesn't promise.
 
@@ -103,6 +103,8 @@ class ClippedSGD(Optimizer):
         generator: of the noise.
     """
 
+    own = ("clipping",)
+
     def __init__(
         self, params: Any, lr: float = 1e-2, *, max_norm: float, noise_multiplier: float = 0.0,
         expected_batch_size: float | None = None, momentum: float = 0.0, nesterov: bool = False,
@@ -113,15 +115,16 @@ class ClippedSGD(Optimizer):
             raise ArgumentError("nesterov=True needs momentum > 0, as in torch.optim.SGD.")
         self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
-        check_named(self)
 
     def step(self, G: Batches) -> None:  # type: ignore[override]
         """Take a step along the clipped and noised gradient of a batch, or of a batch in pieces."""
         descend(self, self.clipping.gradient(G, self))
 
 
-class ClippedAdam(Optimizer):
+class ClippedAdam(Named):
     """Adam (with decoupled weight decay: AdamW) on clipped and noised per-sample gradients; see `ClippedSGD`."""
+
+    own = ("clipping",)
 
     def __init__(
         self, params: Any, lr: float = 1e-3, *, max_norm: float, noise_multiplier: float = 0.0,
@@ -132,7 +135,6 @@ class ClippedAdam(Optimizer):
         check_betas(betas)
         self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        check_named(self)
 
     def step(self, G: Batches) -> None:  # type: ignore[override]
         """Take a step along the clipped and noised gradient of a batch, or of a batch in pieces."""

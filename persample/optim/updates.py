@@ -1,13 +1,14 @@
 """From gradients by name to parameters: how an optimizer finds its parameters, and the two update rules all share.
 
 An optimizer here is an ordinary `torch.optim.Optimizer` built from ``model.named_parameters()``, whose ``step(G)``
-takes per-sample gradients.  Names connect the two; ``.grad`` is neither read nor written.
+takes per-sample gradients.  Names connect the two, and saved states with both; ``.grad`` is neither read nor written.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,70 @@ class Slot(NamedTuple):
     group: dict[str, Any]
 
 
+class Named(Optimizer):
+    """A `torch.optim.Optimizer` of named parameters: gradients and saved states belong to names, whatever their order.
+
+    Copied or pickled together with the model, it goes on with the copy: ``own`` are the attributes that go along beside
+    those of torch.
+    """
+
+    own: ClassVar[tuple[str, ...]] = ()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of named parameters, with options of its own."""
+        super().add_param_group(param_group)
+        try:
+            check_named(self)
+        except ArgumentError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a saved state by the names of parameters; one without names (of an optimizer that was built from
+        ``model.parameters()``) by their order.
+        """
+        handle = self.register_load_state_dict_pre_hook(by_name)  # behind those of others, which may rename
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.own}}
+
+
+def by_name(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A saved state in the order of the optimizer's parameters: torch would take it by position, names included."""
+    groups = [dict(group) for group in state["param_groups"]]
+    for i, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=False)):  # torch compares numbers
+        names, mine = saved.get("param_names"), group["param_names"]
+        if names is None or len(names) != len(mine):
+            continue
+        if different := set(names) ^ set(mine):
+            name = min(different)
+            theirs, ours = ("has", "has not") if name in names else ("has not", "has")
+            raise UnknownParameterError(
+                f"group {i} of the saved state {theirs} parameter '{name}', and that of the optimizer {ours}. Build "
+                "the optimizer with the same parameters in every group; or delete 'param_names' from the groups of the "
+                "state, where it is to be loaded by the order of parameters."
+            )
+        position = dict(zip(names, saved["params"], strict=True))
+        saved.update(params=[position[name] for name in mine], param_names=list(mine))
+    return {**state, "param_groups": groups}
+
+
 def check_named(optimizer: Optimizer) -> None:
     """Raise unless the optimizer was made of named parameters, in groups that say nothing it would not do."""
     if any("param_names" not in group for group in optimizer.param_groups):
         raise ArgumentError(
             f"{type(optimizer).__name__} finds the rows of a parameter by its name: pass model.named_parameters() (or "
             "groups whose 'params' are pairs of name and parameter), not model.parameters()."
+        )
+    count = Counter(name for group in optimizer.param_groups for name in group["param_names"])
+    if twice := [name for name in count if count[name] > 1]:
+        raise ArgumentError(
+            f"'{twice[0]}' is the name of two parameters, and gradients have one for it: an optimizer for each model, "
+            "or names of one module that has both."
         )
     for group in optimizer.param_groups:
         check_at_least(0, **{name: group[name] for name in ("lr", "momentum", "weight_decay", "eps") if name in group})

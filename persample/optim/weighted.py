@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from ..scratch import kernel
-from .updates import check_at_least, check_named, descend
+from .updates import Named, check_at_least, descend
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -45,7 +44,7 @@ def natural_weights(K: Tensor, damping: float) -> Tensor:
     return torch.cholesky_solve(ones, torch.linalg.cholesky(system)).squeeze(1).to(K.dtype)
 
 
-class NaturalGradient(Optimizer):
+class NaturalGradient(Named):
     """SGD along the natural gradient of the empirical Fisher matrix of the batch, ``(G^T G/N + damping I)^-1 gbar``.
 
     Amari 1998; in this form for batches, Ren and Goldfarb 2019, "Efficient subsampled Gauss-Newton and natural
@@ -62,6 +61,8 @@ class NaturalGradient(Optimizer):
         momentum, nesterov, weight_decay: as in `torch.optim.SGD`, of the natural gradient.
     """
 
+    own = ("damping",)
+
     def __init__(
         self, params: Any, lr: float = 1e-1, *, damping: float = 1e-1, momentum: float = 0.0, nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -69,7 +70,6 @@ class NaturalGradient(Optimizer):
         check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.damping = damping
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
-        check_named(self)
 
     def step(self, G: Quantities) -> None:  # type: ignore[override]
         """Take a step along the damped natural gradient of a batch."""
@@ -97,7 +97,7 @@ def pcgrad_weights(K: Tensor) -> Tensor:
     return C.mean(0)
 
 
-class GradientSurgery(Optimizer):
+class GradientSurgery(Named):
     """SGD along ``w^T G`` for weights ``w = weighting(K)`` of the Gram matrix ``K`` of samples, or of groups of
     samples.
 
@@ -113,6 +113,8 @@ class GradientSurgery(Optimizer):
         lr, momentum, nesterov, weight_decay: as in `torch.optim.SGD`.
     """
 
+    own = ("weighting",)
+
     def __init__(
         self, params: Any, weighting: Weighting = pcgrad_weights, lr: float = 1e-2, *, momentum: float = 0.0,
         nesterov: bool = False, weight_decay: float = 0.0,
@@ -120,7 +122,6 @@ class GradientSurgery(Optimizer):
         check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.weighting = weighting
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
-        check_named(self)
 
     def step(self, G: Quantities, groups: Tensor | None = None) -> None:  # type: ignore[override]
         """Take a step along the weighted gradients of samples, or of groups of samples."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +45,7 @@ class Block:
                 f"the Kronecker factors of '{self.layer.weight}' have entries that are NaN or infinite, and no "
                 "eigenvectors: look for such values in inputs, targets, parameters and outputs."
             )
-        (g, ug), (a, ua) = torch.linalg.eigh(self.gradients), torch.linalg.eigh(self.inputs)
+        (g, ug), (a, ua) = eigenvectors(self.gradients), eigenvectors(self.inputs)
         return g.clamp(min=0), ug, a.clamp(min=0), ua
 
     @property
@@ -84,6 +85,27 @@ class Block:
         unit = torch.eye(size, dtype=self.inputs.dtype, device=self.inputs.device)
         rows = self.layer.parameters(self.product(self.layer.matrix(unflatten(unit, shapes))))
         return torch.cat([rows[name].flatten(1) for name in shapes], 1)
+
+
+def eigenvectors(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of ``[K, I, I]``, the latter also where eigenvalues are equal.
+
+    Any vectors of their space would do there, and corrected eigenvalues depend on which they are: those are taken that
+    leave entries apart as far as they can, as they also diagonalise the numbering of entries.  A transposed convolution
+    whose stride is its kernel's size has a factor ``I (x) A'``, the same for every offset of the kernel.
+    """
+    values, vectors = torch.linalg.eigh(factor)
+    size = values.shape[1]
+    rounding = 4 * size * torch.finfo(values.dtype).eps * values[:, -1:].abs()
+    equal = (values.diff() <= rounding) & (values[:, 1:] > rounding)  # where they are zero, it makes no difference
+    number = torch.arange(size, dtype=values.dtype, device=values.device).unsqueeze(1)
+    for block in equal.any(1).nonzero().flatten().tolist():
+        steps = torch.cat([equal.new_zeros(1), equal[block]]).logical_not().nonzero().flatten().tolist()
+        for start, end in pairwise([*steps, size]):
+            if end > start + 1:
+                own = vectors[block, :, start:end]
+                vectors[block, :, start:end] = own @ torch.linalg.eigh(own.mT @ (number * own))[1]
+    return values, vectors
 
 
 @dataclass(frozen=True, eq=False, repr=False)

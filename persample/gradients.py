@@ -65,6 +65,9 @@ class Gradients(Quantities):
     def _any(self) -> Factors:
         return next(iter(self._kept.values())).factors
 
+    def _complex(self) -> bool:
+        return any(dtype(kept.factors).is_complex for kept in self._kept.values())
+
     def _parts(self, kind: str, argument: Any = None) -> Parts:
         pieces = self._split(kind, argument) if kind in ("dot", "project") else dict.fromkeys(self.names)
         return doubt.computed(self.names, lambda name: PARTS[kind](self.factors[name], pieces[name]))
@@ -168,7 +171,7 @@ class Gradients(Quantities):
         """The gradients of some parameters: a regular expression (``re.match``), names, or a predicate ``(name,
         parameter)``.
         """
-        values = {name: self._parameters.get(name, kept.factors) for name, kept in self._kept.items()}
+        values = {name: self._parameters.get(name, _like(kept.factors)) for name, kept in self._kept.items()}
         names = select(values, self._aliases, params)
 
         def keep(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,6 +198,11 @@ class Gradients(Quantities):
 
     def _repr_html_(self) -> str:
         return display.gradients_html(self)
+
+
+def _like(g: Factors) -> Tensor:
+    """A parameter of which only shape and type are known."""
+    return torch.empty(g.shape, dtype=dtype(g), device="meta")
 
 
 def _apart(factors: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Size, Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import TensorWeakRef
 
 from . import display, reductions
 from .errors import InplaceError, QuantityError, UnknownParameterError
@@ -150,6 +151,30 @@ class Checked(Mapping[str, Factors]):
         return len(self._kept)
 
 
+class Elsewhere(Mapping[str, Tensor]):
+    """The parameters that a copy of a result writes to, which only the model holds that was copied with it: of a result
+    that was copied alone there are none, where nobody would look for what is written.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._held = {name: TensorWeakRef(p) for name, p in parameters.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        p: Tensor | None = self._held[name]()
+        if p is None:
+            raise KeyError(name)
+        return p
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, held in self._held.items() if held() is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
 class Quantities(abc.ABC):
     """Everything that can be asked of the per-sample gradients of one batch."""
 
@@ -170,6 +195,10 @@ class Quantities(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int:
         """The number of samples ``N``."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._parameters = Elsewhere(self._parameters)
 
     # ---- sample space: parameters add up ------------------------------------------------------------------------
 
@@ -253,9 +282,16 @@ class Quantities(abc.ABC):
     def backward(self, weight: Tensor | None = None) -> None:
         """Add ``sum_n weight[n] G_n`` to ``.grad`` of the parameters in ``names``; ``None`` means 1/N each, the mean
         loss.
+
+        A copy (deepcopy, pickle) that was made together with the model, as ``copy.deepcopy((model, G))``, writes into
+        the copied model; one of the result alone has none to write to, and raises.
         """
         if missing := [name for name in self.names if name not in self._parameters]:
-            raise QuantityError(f"these gradients don't know the parameter '{missing[0]}' of a model to write to.")
+            raise QuantityError(
+                f"there is no parameter '{missing[0]}' of a model to write to: these gradients were copied without its "
+                "model, or made without parameters=. Copy both together (copy.deepcopy((model, G)), or one pickle), or "
+                f"write what mean() or sum(weight) returns: p.grad = G.mean()['{missing[0]}']."
+            )
         sums = self.mean() if weight is None else self.sum(weight)
         for name, value in sums.items():
             p = self._parameters[name]

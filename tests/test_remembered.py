@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import pickle
@@ -267,6 +268,55 @@ def test_results_can_be_copied(name: str) -> None:
     assert close(T.gram(), S.gram()) and close(T.project(), S.project()) and close(T.std()["3.bias"], S.std()["3.bias"])
     H["1.bias"].mul_(2)
     assert close(G.flat(), persample.gradients(model, sine, x()).flat())
+
+
+def results(model: nn.Module) -> list[Any]:
+    """Of every kind: kept, reduced, recorded, reported, of some parameters."""
+    G = persample.gradients(model, sine, x())
+    S = persample.gradients(model, sine, x(), quantities=["mean", "variance"])
+    with persample.extend(model) as recorder:
+        R = recorder.gradients(sine(model(x())))
+    found: list[Any] = []
+    handle = persample.extend(model, on_backward=found.append, reduction="mean")
+    sine(model(x())).mean().backward()
+    handle.remove()
+    model.zero_grad()
+    return [G, S, R, *found, G.select("1"), copy.copy(G)]
+
+
+@pytest.mark.parametrize("first", ["model", "result"])
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_together_with_the_model_writes_into_the_copied_model(name: str, first: str) -> None:
+    model = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, 3)).double()
+    for G in results(model):
+        pair = COPIES[name]((model, G) if first == "model" else (G, model))
+        other, H = pair if first == "model" else pair[::-1]
+        gc.collect()
+        for again, result in ((other, H), COPIES[name]((other, H)), (other, copy.copy(H))):  # copies of copies too
+            again.zero_grad()
+            result.backward()
+            mean = G.mean()
+            assert all(p.grad is None for p in model.parameters())
+            assert all(close(again.get_parameter(n).grad, mean[n]) for n in mean)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_alone_has_no_model_to_write_to(name: str) -> None:
+    model = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, 3)).double()
+    for G in results(model):
+        H = COPIES[name](G)
+        gc.collect()
+        with pytest.raises(persample.QuantityError, match=r"'(0|1)\.weight' of a model .* copied without its model"):
+            H.backward()
+        assert all(close(H.mean()[n], G.mean()[n]) for n in G.names)
+        G.backward()
+        model.zero_grad()
+    G = results(model)[0]
+    H = COPIES[name](G)
+    assert H.select(lambda _, p: p.ndim == 2).names == ("0.weight", "1.weight")
+    v = torch.ones(H.flat().shape[1], dtype=torch.float64)
+    with pytest.raises(persample.QuantityError, match="complex, but the rows are real"):
+        H.dot(v + 1j * v)
 
 
 def test_arguments_that_were_changed() -> None:

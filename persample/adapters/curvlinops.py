@@ -2,8 +2,8 @@
 them.
 
 Scales differ: curvlinops' operators carry the reduction of the loss function they are given, and its empirical Fisher
-of a mean loss is ``c J^T J`` with ``c = 1/N``; `persample.curvature.empirical_fisher` states its own (mean over
-samples by default).
+of a mean loss is ``c J^T J`` with ``c = 1/N`` (``C`` times that where the mean is over ``C`` squared errors of each
+sample, too); `persample.curvature.empirical_fisher` states its own (mean over samples by default).
 """
 
 from __future__ import annotations

@@ -143,6 +143,47 @@ def test_trak_features_are_those_of_its_own_computer(tmp_path: Path) -> None:
     assert scores[0].norm() > 0 and torch.allclose(scores[0], scores[1], rtol=1e-3, atol=1e-5)
 
 
+def trak_features(tmp_path: Path, model: nn.Module, computer: Any, **options: Any) -> Tensor:
+    """What ``TRAKer`` keeps of a batch, through its own projector."""
+    from trak import TRAKer
+
+    options |= {"proj_dim": 8, "logging_level": 50, "use_half_precision": False, "device": "cpu"}
+    save_dir = tmp_path / str(len(list(tmp_path.iterdir())))
+    traker = TRAKer(model, "image_classification", N, save_dir=save_dir, gradient_computer=computer, **options)
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    traker.featurize(batch=single(batch()), num_samples=N)
+    return torch.as_tensor(traker.saver.current_store["grads"]).clone()
+
+
+@pytest.mark.parametrize(
+    "grad_wrt", [None, ["2.weight", "0.bias"], ["2.bias", "2.weight"]], ids=["all", "some", "head"]
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_trak_counts_frozen_parameters_and_those_that_it_names(
+    tmp_path: Path, grad_wrt: list[str] | None, frozen: bool
+) -> None:
+    from trak.gradient_computers import FunctionalGradientComputer
+
+    model = net().float()
+    model[0].requires_grad_(not frozen)
+    expected = trak_features(tmp_path, model, FunctionalGradientComputer, grad_wrt=grad_wrt)
+    computers = [adapters.trak.gradient_computer(), adapters.trak.gradient_computer(engine="loop")]
+    computers += [adapters.trak.gradient_computer(params=grad_wrt)] if grad_wrt else []
+    for computer in computers:
+        features = trak_features(tmp_path, model, computer, grad_wrt=grad_wrt)
+        assert features.norm() > 0 and torch.allclose(features, expected, rtol=1e-3, atol=1e-5)
+        assert [p.requires_grad for p in model.parameters()] == [not frozen, not frozen, True, True]
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_trak_counts_what_we_compute(tmp_path: Path) -> None:
+    model = net().float()
+    for params, grad_wrt in (("2", None), ("2", ["0.bias"])):
+        computer = adapters.trak.gradient_computer(params=params)
+        with pytest.raises(persample.errors.ArgumentError, match=r"'0\.bias'.*TRAKer\(grad_wrt=\[names\]\)"):
+            trak_features(tmp_path, model, computer, grad_wrt=grad_wrt)
+
+
 def single(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return pair[0].float(), pair[1]
 

@@ -544,3 +544,122 @@ def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tqdm")
     cross_gram(model(), LOSS, loader(), loader(M), progress=True)
     assert "4/4" in capfd.readouterr().err
+
+
+# ---- rows that depend on their batch, and models that change in a pass ------------------------------------------
+
+
+@pytest.mark.parametrize("notion", ["frozen", "copy", "loss", "influence"])
+def test_coupled_rows_go_on_in_the_batches_they_were_begun_in(tmp_path: Path, notion: str) -> None:
+    net = normed()
+    whole = [persample.gradients(net, LOSS, *batch, coupled=notion) for batch in loader(size=6)]
+    store(tmp_path, net).extend(LOSS, itertools.islice(loader(size=6), 1), coupled=notion)
+    for size in (4, 3, N):  # the rows that are there end within a batch, behind two, and within the only one
+        with pytest.raises(StoreError, match=r"depends on its whole batch.*\(1 of 6\)"):
+            store(tmp_path, net).extend(LOSS, loader(size=size), coupled=notion)
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, loader(size=6), coupled=notion)
+    close(mine.rows(), torch.cat([G.flat() for G in whole]))
+    mine.extend(LOSS, loader(size=6), coupled=notion)
+    with pytest.raises(StoreError, match=r"\(1 of 6, 1 of 5\) than the loader gives \(1 of 11\)"):
+        mine.extend(LOSS, loader(size=N), coupled=notion)
+    longer = [data()[:6], tuple(torch.cat([t, t])[6:15] for t in data().tensors)]
+    with pytest.raises(StoreError, match=r"\(1 of 6, 1 of 5\) than the loader gives \(1 of 6, 1 of 9\)"):
+        mine.extend(LOSS, longer, coupled=notion)
+    assert len(mine) == N
+
+
+def test_coupled_rows_that_were_appended_by_hand(tmp_path: Path) -> None:
+    net = normed()
+    first, last = (persample.gradients(net, LOSS, *batch, coupled="loss") for batch in loader(size=6))
+    mine = store(tmp_path / "whole", net)
+    mine.append(first)
+    with pytest.raises(StoreError, match="depends on its whole batch"):
+        mine.extend(LOSS, loader(size=3), coupled="loss")
+    mine.extend(LOSS, loader(size=6), coupled="loss")
+    close(mine.rows(), torch.cat([first.flat(), last.flat()]))
+    mine.append(first)
+    twice = [*loader(size=6), data()[:6], data()[:6]]
+    with pytest.raises(StoreError, match="depends on its whole batch"):
+        mine.extend(LOSS, [data()[:], data()[:]], coupled="loss")
+    mine.extend(LOSS, twice, coupled="loss")
+    assert len(mine) == N + 12
+    part = store(tmp_path / "part", net)
+    part.append(persample.gradients(net, LOSS, *data().tensors, coupled="loss"), first=5)
+    with pytest.raises(StoreError, match="unknown"):
+        part.extend(LOSS, [[t[5:] for t in data().tensors], *loader(size=6)], coupled="loss")
+
+
+def test_rows_of_running_statistics_go_on_in_any_batches(tmp_path: Path) -> None:
+    net = normed()
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, itertools.islice(loader(size=6), 1), coupled="eval")
+    mine.extend(LOSS, loader(size=4), coupled="eval")
+    close(mine.rows(), flat(net.eval()))
+
+
+def test_coupled_cross_gram_goes_on_in_the_batches_it_was_begun_in(tmp_path: Path) -> None:
+    net = normed()
+    expected = cross_gram(net, LOSS, loader(size=6), loader(M), coupled="loss")
+
+    def cut() -> Iterator[Any]:
+        yield next(iter(loader(size=6)))
+        raise Killed
+
+    with pytest.raises(Killed):
+        cross_gram(net, LOSS, cut(), loader(M), coupled="loss", out=tmp_path)
+    for _ in range(2):  # half done, and finished
+        with pytest.raises(StoreError, match=r"depends on its whole batch.*than the loader gives \(. of 4"):
+            cross_gram(net, LOSS, loader(size=4), loader(M), coupled="loss", out=tmp_path)
+        close(cross_gram(net, LOSS, loader(size=6), loader(M), coupled="loss", out=tmp_path), expected)
+    x, y = data().tensors
+    other = Changing([(x, y)], [(x[:6], y[:6]), (x[6:], y[6:])])
+    with pytest.raises(StoreError, match="the same every time"):
+        cross_gram(net, LOSS, other, loader(4, 2), block=1, coupled="loss")
+    close(
+        cross_gram(model(), LOSS, Changing([(x, y)], [(x[:6], y[:6]), (x[6:], y[6:])]), loader(M, 2), block=2),
+        flat(model()) @ flat(model(), M).T,
+    )
+
+
+def iterating() -> nn.Module:
+    """Spectral norm: every forward in training mode moves its power iteration on."""
+    torch.manual_seed(0)
+    spectral = torch.nn.utils.parametrizations.spectral_norm
+    return nn.Sequential(spectral(nn.Linear(3, 6)), nn.Tanh(), spectral(nn.Linear(6, 2))).double()
+
+
+def counting() -> nn.Module:
+    """Instance norm: every forward in training mode moves its running statistics on."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(3, 8), nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(),
+        nn.Linear(8, 2),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [iterating, counting])
+def test_every_batch_finds_the_buffers_as_they_were_given(tmp_path: Path, build: Any) -> None:
+    net = build()
+    given = {name: b.clone() for name, b in net.named_buffers()}
+    rows, other = (persample.gradients(build(), LOSS, *data(n).tensors).flat() for n in (N, M))
+    mine = store(tmp_path / "rows", net)
+    mine.extend(LOSS, itertools.islice(loader(), 2))
+    mine.extend(LOSS, loader(size=4))
+    close(mine.rows(), rows)
+    for block in (None, 1, 2):
+        for _ in range(2):
+            out = tmp_path / f"gram-{block}"
+            close(cross_gram(net, LOSS, loader(), loader(M, 2), block=block, out=out), rows @ other.T)
+    with pytest.raises(ArgumentError):
+        cross_gram(net, LOSS, [data()[:], data()[0][0]], loader(M))
+    assert given and all(torch.equal(b, given[name]) for name, b in net.named_buffers())
+
+
+def test_batches_draw_numbers_of_their_own(tmp_path: Path) -> None:
+    """Only buffers are put back: with the random state, all batches would be dropped out alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 40), nn.Dropout(), nn.Linear(40, 2)).double()
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, [data()[:], data()[:]])
+    assert not torch.allclose(mine.rows()[:N], mine.rows()[N:])

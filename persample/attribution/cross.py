@@ -19,7 +19,7 @@ from .features import Features
 from .loaders import Ends, Unpack, called, check_ordered, digest, missing, unpacked
 from .projection import Projection
 from .scores import grad_dot
-from .store import describe, same
+from .store import buffers_kept, describe, same
 
 
 def cross_gram(
@@ -37,8 +37,12 @@ def cross_gram(
     With ``out``, a directory, every training batch is committed as it comes: a killed run that is called again goes
     on where it was, and refuses if the model (parameters, buffers, modes), loss function, ``coupled``, parameters,
     projection, block or test batches are others, or the training set has another length, first sample, or last one
-    where it goes on; so training data are read once more even where all is there.  ``out/columns-00000.npy`` etc.
-    side by side are the result, which is memory-mapped if it is one block.
+    where it goes on, or its batches are others and ``coupled`` (but "eval") makes rows depend on them; so training data
+    are read once more even where all is there.  ``out/columns-00000.npy`` etc. side by side are the result, which is
+    memory-mapped if it is one block.
+
+    Every batch finds the model's buffers (running statistics, power iterations) as they were given, and so are they
+    afterwards: results don't depend on ``block``.
 
     Args:
         model, loss_fn, params, options: as in `persample.gradients`.
@@ -51,26 +55,26 @@ def cross_gram(
     Raises:
         ArgumentError: ``block`` is no positive integer, or given with training data that can be read only once; or
             ``quantities=`` is.
-        StoreError: a loader that shuffles or is empty, training samples that aren't the same for every block, or
-            ``out`` of something else, or damaged.
+        StoreError: a loader that shuffles or is empty, training samples (or batches of coupled ones) that aren't the
+            same for every block, or ``out`` of something else, or damaged.
     """
     _check(train_loader, test_loader, block, options)
-    axis = options.get("batch_dim", 0)
 
     def left(done: int, ends: Ends) -> Iterator[tuple[int, Any, Any, Ends]]:
-        return missing(train_loader, done, ends, unpack, progress, axis)
+        return missing(train_loader, done, ends, unpack, progress, options)
 
     def features(inputs: Any, targets: Any) -> Any:
-        if projection is None:
-            return gradients(model, loss_fn, inputs, targets, params=params, **options)
-        asked = [("project", {"projection": projection})]
-        return gradients(model, loss_fn, inputs, targets, params=params, quantities=asked, **options).project()
+        with buffers_kept(model):
+            if projection is None:
+                return gradients(model, loss_fn, inputs, targets, params=params, **options)
+            asked = [("project", {"projection": projection})]
+            return gradients(model, loss_fn, inputs, targets, params=params, quantities=asked, **options).project()
 
     meta: dict[str, Any] = {"block": block, "loss": called(loss_fn), "coupled": options.get("coupled")}
     if out is not None:
         meta |= describe(model, params, projection, "unscaled")
     columns: list[Tensor] = []
-    train: dict[str, Any] = {}  # how many samples there are, the first and the last
+    train: dict[str, Any] = {}  # how many samples there are, and their ends
     for batches in _blocks(test_loader, block, unpack):
         parts: list[Tensor] = []
         table = None if out is None else _opened(out, len(columns), {**meta, "test_samples": digest(batches)})
@@ -86,7 +90,8 @@ def cross_gram(
         if mine != train:
             raise StoreError(
                 f"the train loader gave {mine['rows']} samples to one block of test batches and {train['rows']} to "
-                "another, or other ones: its samples and their order must be the same every time."
+                "another, or other ones, or in other batches: its samples, their order, and with coupled= also its "
+                "batches must be the same every time."
             )
         if table is not None and not table.meta.get("complete"):
             table.commit(complete=True)
@@ -118,7 +123,7 @@ def _column(
 ) -> dict[str, Any]:
     """Products of all training batches with the test batches that are held: into ``parts``, or committed one by one.
 
-    What is returned is how many training samples there are, the first and the last.
+    What is returned is how many training samples there are, and their ends.
     """
     rows, ends = (0, {}) if table is None else (len(table), table.meta.get("samples", {}))
     for first, inputs, targets, samples in left(rows, ends):

@@ -2,7 +2,8 @@
 
 Rows on disk belong to samples by their position alone.  So a loader that is known to shuffle is refused before anything
 is computed, and the first and the last sample that rows were written for are remembered as digests: a loader that does
-not give them again at their places is refused as well, whatever it is.
+not give them again at their places is refused as well, whatever it is.  Rows of coupled samples (``coupled=``) depend
+on the batch that they were in, so of those the sizes of all batches are remembered, and have to be the same again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -35,7 +36,11 @@ from ..losses import LossFunction
 from ..progress import bar
 
 Unpack = Callable[[Any], tuple[Any, Any]]
-Ends = dict[str, str | None]  # digests of the "first" sample of a loader and the "last" of those seen; None: unknown
+Batches = list[list[int]]  # [size, how many of it one after the other], of all batches in their order
+
+# Digests of the "first" sample of a loader and the "last" of those seen (None: unknown), and where rows depend on them,
+# all "batches".
+Ends = dict[str, Any]
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 ORDERED = (SequentialSampler, BatchSampler, DistributedSampler)  # themselves, not what is derived from them
@@ -43,25 +48,32 @@ LOOKED_AT = 1 << 20  # entries of any other sampler
 
 
 def missing(
-    loader: Iterable[Any], done: int, ends: Ends, unpack: Unpack, progress: bool, batch_dim: Any
+    loader: Iterable[Any], done: int, ends: Ends, unpack: Unpack, progress: bool, options: Mapping[str, Any]
 ) -> Iterator[tuple[int, Any, Any, Ends]]:
     """Batches beyond the first ``done`` samples: the first sample that is not done, inputs, targets, and ends.
 
+    ``options`` are those of `persample.gradients`.
+
     Raises:
         StoreError: the first or the last of the samples that are done is another one than ``ends`` says, or the
-            loader has fewer.
+            loader has fewer; or they were done in other batches, and are coupled.
     """
-    seen, begin = 0, ""
+    coupled = options.get("coupled")
+    together = coupled not in (None, "eval")  # whether a row depends on the batch
+    seen, begin, batches = 0, "", Batches()
     for batch in bar(loader, progress, "gradients"):
         inputs, targets = unpacked(batch, unpack)
-        given = Batch.of(inputs, targets, batch_dim)
-        begin = begin or _sample(given, 0)
+        given = Batch.of(inputs, targets, options.get("batch_dim", 0))
+        begin, batches = begin or _sample(given, 0), grown(batches, given.n)
         if not seen and done:
             _check_same("first", begin, ends, 0)
         if seen < done <= seen + given.n:
+            if together:
+                _check_batches(batches, ends.get("batches", []), done, coupled)
             _check_same("last", _sample(given, done - seen - 1), ends, done - 1)
         if done < seen + given.n:
-            yield max(0, done - seen), inputs, targets, {"first": begin, "last": _sample(given, given.n - 1)}
+            found = {"first": begin, "last": _sample(given, given.n - 1)}
+            yield max(0, done - seen), inputs, targets, {**found, "batches": batches} if together else found
         seen += given.n
     if seen < done:
         raise StoreError(
@@ -88,6 +100,23 @@ def _check_same(which: str, mine: str, ends: Ends, position: int) -> None:
             f"sample {position} of the loader is not the one that the row there was computed for. Give the same "
             "samples in the same order (no shuffling, no random augmentation; where samples are padded to the longest "
             "of a batch, also in the same batches), or begin in another directory."
+        )
+
+
+def grown(batches: Batches, size: int) -> Batches:
+    """Batches, and one more."""
+    if batches and batches[-1][0] == size:
+        return [*batches[:-1], [size, batches[-1][1] + 1]]
+    return [*batches, [size, 1]]
+
+
+def _check_batches(mine: Batches, theirs: Batches, done: int, coupled: Any) -> None:
+    if mine != theirs:
+        there, here = (", ".join(f"{count} of {size}" for size, count in x) or "unknown" for x in (theirs, mine))
+        raise StoreError(
+            f"with coupled={coupled!r} a row depends on its whole batch, and the {done} rows that are there were "
+            f"computed in other batches ({there}) than the loader gives ({here}). Give the same batches, or begin in "
+            "another directory."
         )
 
 

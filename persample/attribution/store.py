@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection, named_parameters, select
 from ..quantities import Quantities
+from ..state import Buffers
 from ..statistics_run import Statistics
 from .appendable import Appendable
-from .loaders import Unpack, called, check_ordered, fingerprint, missing
+from .loaders import Unpack, called, check_ordered, fingerprint, grown, missing
 from .projection import Projection
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)  # that numpy knows
@@ -28,9 +30,9 @@ class GradientStore:
 
     The JSON names the parameters and their shapes in the order of columns (``layout``), the scale of the losses, the
     projection, a SHA-256 of the model's parameters and buffers (and of its modes), how many rows are committed, and of
-    those that `extend` added the loss function and digests of the first and the last sample.  A store that is opened
-    or gone on with by anything else refuses.  It is safe to kill the process at any moment, see
-    `persample.attribution.appendable`.
+    those that `extend` added the loss function, digests of the first and the last sample, and of coupled ones the
+    sizes of their batches.  A store that is opened or gone on with by anything else refuses.  It is safe to kill the
+    process at any moment, see `persample.attribution.appendable`.
 
     Args:
         path: a directory; made if needed.
@@ -80,15 +82,17 @@ class GradientStore:
         """Add the rows of one batch (from sample ``first`` on), and commit them.
 
         ``G`` are `Gradients`, or with a projection also `Statistics` of ``[("project", {"projection": projection})]``.
-        Of what loss and samples they are is not known to the store; ``scale`` is there to say it.
+        Of what loss and samples they are is not known to the store; ``scale`` is there to say it.  Rows without the
+        beginning of their batch can't be gone on with by `extend` if they are coupled.
 
         Raises:
             ArgumentError: ``first`` is no sample of ``G``.
             StoreError: other parameters than the store's, another model than when it was opened, rows that the
                 store's dtype can't hold.
         """
-        samples = {**self.table.meta.get("samples", {"first": None}), "last": None}
-        self._append(G, first, samples=samples)
+        samples = self.table.meta.get("samples", {"first": None})
+        batches = [] if first else grown(samples.get("batches", []), len(G))
+        self._append(G, first, samples={**samples, "last": None, "batches": batches})
 
     def _append(self, G: Quantities, first: int, **meta: Any) -> None:
         self._check(G)
@@ -105,7 +109,11 @@ class GradientStore:
 
         After a kill, call it again: as many samples as are committed are skipped without computing anything, also if
         the batches are of another size now.  The samples and their order must be the same, so a loader that shuffles is
-        refused, and so is one that begins with another sample, or has another one where the store ends.
+        refused, and so is one that begins with another sample, or has another one where the store ends.  With
+        ``coupled`` (but "eval") a row depends on its whole batch, so the batches must be the same as well.
+
+        Every batch finds the model's buffers (running statistics, power iterations) as they were given, and so are
+        they afterwards.
 
         Args:
             loss_fn, options: as in `persample.gradients`.
@@ -115,7 +123,8 @@ class GradientStore:
 
         Raises:
             ArgumentError: an option that the store sets itself, or a batch that is no pair.
-            StoreError: as `append`, and for another loss function, ``coupled`` or samples than before.
+            StoreError: as `append`, and for another loss function, ``coupled`` or samples than before, or coupled
+                samples in other batches.
         """
         if self.model is None:
             raise StoreError("this store was opened for reading; give it a model.")
@@ -129,9 +138,10 @@ class GradientStore:
         if len(self):
             self._check_same({key: mine for key, mine in asked.items() if key in self.table.meta})
         quantities = None if self.projection is None else [("project", {"projection": self.projection})]
-        done, ends, axis = len(self), self.table.meta.get("samples", {}), options.get("batch_dim", 0)
-        for first, inputs, targets, samples in missing(loader, done, ends, unpack, progress, axis):
-            G = gradients(self.model, loss_fn, inputs, targets, params=self.names, quantities=quantities, **options)
+        done, ends = len(self), self.table.meta.get("samples", {})
+        for first, inputs, targets, samples in missing(loader, done, ends, unpack, progress, options):
+            with buffers_kept(self.model):
+                G = gradients(self.model, loss_fn, inputs, targets, params=self.names, quantities=quantities, **options)
             self._append(G, first, samples=samples, **asked)
 
     def _check(self, G: Quantities) -> None:
@@ -178,6 +188,16 @@ def describe(model: nn.Module, params: Selection, projection: Projection | None,
         "projection": None if projection is None else projection.spec(),
         "model": fingerprint(model),
     }
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards, the model's buffers are what they are now; random numbers that were drawn stay so."""
+    buffers = Buffers(model)
+    try:
+        yield
+    finally:
+        buffers.restore()
 
 
 def same(a: Any, b: Any) -> bool:

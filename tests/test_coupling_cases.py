@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -502,6 +503,30 @@ def test_changes_between_passes_are_noticed() -> None:
         change(model, x)
         with pytest.raises(persample.PersampleError, match=what):
             C.gradients("copy")
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's, of copies of its own
+@pytest.mark.parametrize("asked", [False, True], ids=["untouched", "asked"])
+@pytest.mark.parametrize(
+    "copied", [deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_at_the_same_point(copied: Callable[[Any], Any], asked: bool) -> None:
+    model = seeded(nn.Sequential(nn.Linear(5, 4), bn1(), nn.Dropout(0.5), nn.Linear(4, 3)))
+    C = persample.coupling(model, CE, *data(6, 5))
+    if asked:
+        C.norms()
+    (other, D), alone = copied((model, C)), copied(C)
+    for notion in ("loss", "influence", "eval"):
+        for again in (D, alone):
+            assert torch.equal(again.gradients(notion).flat(), C.gradients(notion).flat())
+    D.gradients("loss").backward()
+    assert model[0].weight.grad is None and other[0].weight.grad is not None
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+    for stale in (D, copied(D)):
+        with pytest.raises(persample.InplaceError, match=r"parameter '0\.weight' changed"):
+            stale.gradients("loss")
+    C.gradients("loss")
 
 
 def test_checkpointing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -569,6 +570,20 @@ OPERATORS = {
     "mc": lambda *args: fisher(*args, type="mc"),
     "coupling": lambda *args: coupling(*args).ggn(),
 }
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_copies_of_operators_are_of_the_same_model_and_pickles_are_refused(name: str) -> None:
+    model = seeded(normed)
+    op = OPERATORS[name](model, nn.CrossEntropyLoss(), X, LABELS)
+    again, _ = copy.deepcopy((op, model))
+    close(again.dense(), op.dense())
+    with pytest.raises(ArgumentError, match=r"can't be pickled.*make it again there"):
+        pickle.dumps(op)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(InplaceError, match=r"parameter '0\.weight'"):
+        again.dense()
 
 
 @pytest.mark.parametrize("what", CHANGES)

@@ -78,6 +78,10 @@ class Point:
     def of(problem: Problem) -> Point:
         return Point(problem, random_state(problem.model), _state(problem))
 
+    def __reduce__(self) -> Any:
+        same = [now == before for now, before in zip(_state(self.problem), self.state, strict=False)]
+        return _copied, (self.problem, self.random, same, self.passes, self.autocast)
+
     @property
     def n(self) -> int:
         return self.problem.batch.n
@@ -208,6 +212,12 @@ def _towards(ends: list[Tensor], starts: list[Tensor], found: Reached, wrt: Sequ
     if not ends or not targets:
         return [None] * len(wrt)
     return list(torch.autograd.grad(ends, targets, starts, allow_unused=True, retain_graph=True)[: len(wrt)])
+
+
+def _copied(problem: Problem, random: RandomState, same: list[bool], passes: Passes, autocast: AutocastState) -> Point:
+    """A point whose tensors lie elsewhere, and count changes anew; what had changed before remains changed."""
+    state = [(what, now if kept else None) for (what, now), kept in zip(_state(problem), same, strict=False)]
+    return Point(problem, random, state, passes, autocast)
 
 
 def _state(problem: Problem) -> list[tuple[str, Any]]:

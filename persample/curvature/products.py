@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InplaceError
+from ..errors import ArgumentError, InplaceError
 from ..problem import Problem
 from ..state import Buffers, restored
 from .objective import Objective
@@ -43,7 +44,30 @@ def operator(title: str, objective: Objective, apply: Callable[[Tensor], Tensor]
     kind = next(iter(kinds))
     for other in kinds:
         kind = torch.promote_types(kind, other)
-    return Operator(title, {name: p.shape for name, p in parameters.items()}, kind, next(iter(places)), apply)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    return Operator(title, shapes, kind, next(iter(places)), Products(title, apply))
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """What an operator computes, of the one model and batch that it was made for: copies share it, as they would a
+    function, and there are no pickles.
+    """
+
+    title: str
+    apply: Callable[[Tensor], Tensor]
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        return self.apply(matrix)
+
+    def __deepcopy__(self, memo: Any) -> Products:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise ArgumentError(
+            f"{self.title} is known by products with a model and a batch, and can't be pickled. Pickle these, and make "
+            "it again there; or pickle the matrix itself, dense()."
+        )
 
 
 def hessian(objective: Objective) -> Callable[[Tensor], Tensor]:

@@ -162,7 +162,7 @@ class Elsewhere(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         p: Tensor | None = self._held[name]()
         if p is None:
-            raise KeyError(name)
+            raise UnknownParameterError(f"no model holds parameter '{name}' any more.")
         return p
 
     def __iter__(self) -> Iterator[str]:

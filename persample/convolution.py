@@ -239,16 +239,18 @@ def summed(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
 
 
 def applied(input: Tensor, grad: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
-    """Inner products of all rows with ``weight [K O, I, *kernel]``, ``[N]``: convolve by it, multiply by ``grad``."""
-    n = len(input)
+    """Inner products of all rows with ``weight [K O, I, *kernel]``, of each output, ``[N, K O]``: convolve by it,
+    multiply by ``grad``.
+    """
+    n, outputs = len(input), grad.shape[1]
     input, grad, geo = _without_depth(input, grad, geo)
     if not grad.numel() or not input.numel():
-        return grad.new_zeros(n)
+        return grad.new_zeros(n, outputs)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geo.kernel) - 1]
     input, padding = _padded(input, tuple(grad.shape[2:]), geo)
     weight = weight.reshape(-1, weight.shape[1], *geo.kernel)
     moved = convolve(input, weight, None, geo.stride, padding, geo.dilation, geo.groups)
-    return moved.mul_(grad).flatten(1).sum(1).view(n, -1).sum(1)
+    return moved.mul_(grad).flatten(2).sum(2).view(n, -1, outputs).sum(1)
 
 
 def pixel_products(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ def outer_moments(n: int, t: int) -> str:
     rows are squared or centred as they stream by.
     """
     c = costs()
-    if not t or (n <= c.few or t > max(1, c.pairs) if c.outer_moments is None else c.outer_moments == "stream"):
+    if not n * t or (n <= c.few or t > max(1, c.pairs) if c.outer_moments is None else c.outer_moments == "stream"):
         return "stream"
     return "products" if t == 1 else "pairs"
 

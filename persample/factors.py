@@ -132,15 +132,34 @@ class Conv:
 
 
 @dataclass(frozen=True, eq=False)
+class Across:
+    """Takes out of rows what lies along ``unit``, part by part: ``A - <A, unit> unit``."""
+
+    unit: Tensor  # [*P], of norm 1 (or zero) along the axes, in at least single precision
+    axes: tuple[int, ...]  # of a part
+
+    @property
+    def sides(self) -> Size:
+        """``P``, with 1 for the axes: the parts."""
+        return Size(1 if a in self.axes else size for a, size in enumerate(self.unit.shape))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        wide, over = rows.to(self.unit.dtype), [a + 1 for a in self.axes]
+        along = wide * self.unit
+        along = along.sum(over, keepdim=True) if over else along
+        return torch.addcmul(wide, along, self.unit, value=-1).to(rows.dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class Pulled:
     """The gradient of what another tensor was derived from: ``back(rows)``, linear, and sample by sample.
 
-    Where ``back`` is a tensor, that is a product with it, entry by entry.  Otherwise it may need the graph of what was
-    derived, so that such a form lives no longer than the pass that found it.
+    Where ``back`` is a tensor, that is a product with it, entry by entry; `Across` projects.  Anything else may need
+    the graph of what was derived, so that such a form lives no longer than the pass that found it.
     """
 
     rows: Factors  # of the derived tensor
-    back: Tensor | Callable[[Tensor], Tensor]  # [*P], or: [n, *derived] to [n, *P]
+    back: Tensor | Across | Callable[[Tensor], Tensor]  # [*P], or: [n, *derived] to [n, *P]
     shape: Size  # P
 
     def __len__(self) -> int:
@@ -212,7 +231,7 @@ def compact(g: Factors, own: bool = True) -> Factors:
     if isinstance(g, Dense):
         base = g.value._base
         return Dense(g.value.clone()) if own and base is not None and base.numel() >= g.value.numel() else g
-    kept = isinstance(g, Pulled) and not isinstance(g.back, Tensor)  # by a graph, which may change
+    kept = isinstance(g, Pulled) and not isinstance(g.back, Tensor | Across)  # by a graph, which may change
     if not kept and nbytes(g) < len(g) * g.shape.numel() * tensors(g)[-1].element_size():
         return g
     return Dense(dense(g))
@@ -235,10 +254,20 @@ def add(a: Factors, b: Factors) -> Factors:
         case Conv(), Conv() if _stackable(a, b):
             a, b = _deepened(a), _deepened(b)
             return replace(a, input=_cat(a.input, b.input, 2), grad=_cat(a.grad, b.grad, 2))
-        case Pulled(back=Tensor() as one), Pulled(back=Tensor() as other) if torch.equal(one, other):
+        case Pulled(back=one), Pulled(back=other) if same_back(one, other):
             return replace(a, rows=add(a.rows, b.rows))
         case _:
             return Dense(dense(a) + dense(b))
+
+
+def same_back(a: object, b: object) -> bool:
+    """Whether two ``back`` of `Pulled` surely are the same map."""
+    match a, b:
+        case Tensor(), Tensor():
+            return torch.equal(a, b)
+        case Across(unit, axes), Across(other, others):
+            return axes == others and torch.equal(unit, other)
+    return a is b
 
 
 def fold(g: Factors, size: int) -> Factors:
@@ -290,6 +319,9 @@ def cast(g: Factors, dtype: torch.dtype) -> Factors:
         case Pulled(rows, back):
             if isinstance(back, Tensor):
                 return replace(g, rows=cast(rows, dtype), back=back.to(dtype))
+            if isinstance(back, Across):
+                unit = back.unit.to(torch.promote_types(dtype, torch.float32))
+                return replace(g, rows=cast(rows, dtype), back=back if unit is back.unit else Across(unit, back.axes))
             return g if {t.dtype for t in tensors(rows)} - {*INDICES} == {dtype} else Dense(dense(g).to(dtype))
 
 

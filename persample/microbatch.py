@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from . import reductions
 from .batch import Batch, cat, flatten, unflatten
 from .errors import BatchCoupledError, RandomnessError
-from .factors import Dense, Factors, Pulled, compact, dense
+from .factors import Dense, Factors, Pulled, compact, dense, same_back
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
 from .rounding import tolerance
@@ -254,8 +254,8 @@ def concatenated(parts: Sequence[Factors]) -> Factors:
     first = parts[0]
     if len(parts) == 1:
         return first
-    pulled = [g for g in parts if isinstance(g, Pulled) and isinstance(g.back, Tensor)]
-    if len(pulled) == len(parts) and all(torch.equal(g.back, pulled[0].back) for g in pulled):  # type: ignore[arg-type]
+    pulled = [g for g in parts if isinstance(g, Pulled)]
+    if len(pulled) == len(parts) and all(same_back(g.back, pulled[0].back) for g in pulled):
         return replace(pulled[0], rows=concatenated([g.rows for g in pulled]))
     values = [{f.name: getattr(g, f.name) for f in fields(g)} for g in parts]
     if all(type(g) is type(first) and _alike(v, values[0]) for g, v in zip(parts, values, strict=True)):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import cost, lookup, tokens
+from . import across, cost, lookup, tokens
 from .doubt import doubtful
 from .factors import Conv, Dense, Factors, Outer, Pulled, Rows, dtype, tensors
 from .scratch import borrow, kernel
@@ -39,6 +39,8 @@ def square_sum(g: Factors) -> Tensor:
             return found.view(g.shape)
         case Pulled(rows, Tensor() as back):
             return square_sum(rows) * back.square()
+        case Pulled() if across.has_products(g):
+            return across.squares(g, centred=False)
         case _:
             return _accumulated(g, _add_squares, 1)[0]
 
@@ -71,6 +73,9 @@ def moments(g: Factors) -> tuple[Tensor, Tensor]:
         case Pulled(rows, Tensor() as back):
             total, square = moments(rows)
             return total * back, square * back.square()
+        case Pulled() if across.has_products(g):
+            total = tensors(g)[-1].new_empty(g.shape)
+            return total, across.squares(g, total, centred=True)
         case _:
             mean, square = _accumulated(g, _merge, 2)
             return mean.mul_(len(g)), square
@@ -87,6 +92,8 @@ def centred(g: Factors) -> Tensor:
             return _product_moments(g)
         case Pulled(rows, Tensor() as back):
             return centred(rows) * back.square()
+        case Pulled() if across.has_products(g):
+            return across.squares(g, centred=True)
         case _:
             return moments(g)[1]
 

@@ -24,9 +24,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import convolution, cost, lookup, tokens
+from . import across, convolution, cost, lookup, tokens
 from .doubt import doubtful
-from .factors import Conv, Dense, Factors, Outer, Pulled, Rows, dtype, index, led, tensors
+from .factors import Across, Conv, Dense, Factors, Outer, Pulled, Rows, dtype, index, led, same_back, tensors
 from .moments import centred, moments, square_sum
 from .scratch import kernel
 from .streaming import (
@@ -90,9 +90,11 @@ def dot(g: Factors, v: Tensor) -> Tensor:
         case Rows():
             return lookup.dot(g, v)
         case Conv(input, grad):
-            return convolution.applied(input, grad, v, g.geometry)
+            return convolution.applied(input, grad, v, g.geometry).sum(1)
         case Pulled(rows, Tensor() as back):
             return dot(rows, v * back)
+        case Pulled(rows, Across() as back):
+            return dot(rows, back(v.unsqueeze(0))[0])
         case Pulled():
             found = v.new_empty(len(g))
             for at, part in led(g):
@@ -108,6 +110,8 @@ def project(g: Factors, matrix: Tensor) -> Tensor:
     g = wide(g)
     k = matrix.shape[-1]
     matrix = matrix.to(tensors(g)[-1].dtype).reshape(*g.shape, k)
+    if isinstance(g, Pulled) and isinstance(g.back, Across):
+        return project(g.rows, g.back(matrix.movedim(-1, 0)).movedim(0, -1))
     found = matrix.new_zeros(len(g), k)
     split = split_of(g)
     columns = matrix.flatten(2, -2).unbind(2) if split == "offsets" else (matrix,)
@@ -160,6 +164,8 @@ def _row_dot(a: Piece, b: Piece) -> Tensor:
 
 
 def _norms(g: Factors) -> Tensor:
+    if isinstance(g, Pulled) and isinstance(g.back, Across):
+        return _checked(g, *_across_norms(g))
     if isinstance(g, Pulled) and not streams(g):
         return _streamed_norms(g)
     if not isinstance(g, Conv):
@@ -202,6 +208,11 @@ def _streamed_norms(g: Conv | Pulled) -> Tensor:
     return found
 
 
+def _across_norms(g: Pulled) -> tuple[Tensor, Tensor]:
+    whole = _norms(g.rows)
+    return whole - across.along(g).square_().sum(1), whole
+
+
 def _prefers_pixels(g: Conv) -> bool:
     return bool(g.grad.numel() and g.input.numel()) and cost.conv_norm(g.grad, sizes_of(g)) == "pixels"
 
@@ -223,7 +234,7 @@ def _checked(g: Factors, value: Tensor, size: Tensor) -> Tensor:
     if doubtful(lost.any()):
         which = lost.nonzero().squeeze(1)
         part = index(g, which)
-        value[which] = _streamed_norms(part) if isinstance(part, Conv) else _block_norms(part)
+        value[which] = _streamed_norms(part) if isinstance(part, Conv | Pulled) else _block_norms(part)
     return value
 
 
@@ -253,6 +264,8 @@ def gram(a: Factors, b: Factors) -> Tensor:
 def _tile(a: Factors, b: Factors) -> Tensor:
     if isinstance(a, Conv) and isinstance(b, Conv) and _prefers_pixel_pairs(a, b):
         return convolution.pixel_gram((a.input, a.grad), (b.input, b.grad), a.geometry)
+    if isinstance(a, Pulled) and isinstance(b, Pulled) and (less := _projected(a, b)) is not None:
+        return less
     found: Tensor | None = None
     for pair in paired(a, b):
         products = _gram(*pair)
@@ -316,6 +329,24 @@ def _prefers_pixel_pairs(a: Conv, b: Conv) -> bool:
     if cost.conv_gram(len(a), len(b), sizes_of(a)) == "stream":
         return False
     return _intact(*(_pixel_products(g) for g in ((a,) if b is a else (a, b))))
+
+
+def _projected(a: Pulled, b: Pulled) -> Tensor | None:
+    """Of rows that were projected in one way, unless they are few enough to be formed, or nearly cancel."""
+    if not isinstance(a.back, Across) or not same_back(a.back, b.back):
+        return None
+    single = isinstance(a.rows, Outer) and a.rows.left.shape[2] == 1
+    if not single and max(len(a), len(b)) * a.shape.numel() <= cost.costs().wide:
+        return None
+    x = across.along(a)
+    if b is a:
+        found, y = _tile(a.rows, a.rows), x
+        norms = found.diagonal().clone()
+        intact = _intact((norms - x.square().sum(1), norms))
+    else:
+        y, intact = across.along(b), _intact(_across_norms(a), _across_norms(b))
+        found = _tile(a.rows, b.rows) if intact else x
+    return found.addmm_(x, y.mT, alpha=-1) if intact else None
 
 
 def _intact(*norms: tuple[Tensor, ...]) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from persample.factors import Conv, Dense, Factors, Outer, Pulled, Rows
+from persample.factors import Across, Conv, Dense, Factors, Outer, Pulled, Rows
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -80,6 +80,17 @@ def make_pulled(seed: int, form: tuple[Factors, Tensor], entries: bool) -> tuple
     return Pulled(g, back, Size((2, *g.shape[1:]))), back(rows)
 
 
+def make_across(form: tuple[Factors, Tensor], axes: tuple[int, ...]) -> tuple[Pulled, Tensor]:
+    """Without what lies along unit vectors, the same for all seeds; the first of several is zero."""
+    g, rows = form
+    unit = randn(55, *g.shape)
+    unit /= unit.square().sum(axes, keepdim=True).sqrt()
+    if 0 not in axes:
+        unit[0] = 0
+    along = (rows * unit).sum([a + 1 for a in axes], keepdim=True)
+    return Pulled(g, Across(unit, axes), g.shape), rows - along * unit
+
+
 def examples(seed: int = 0, n: int = 3) -> dict[str, tuple[Factors, Tensor]]:
     """One of each kind, and of each kernel's special cases."""
     k33, one, zero = (3, 3), (1, 1), (0, 0)
@@ -115,6 +126,22 @@ def examples(seed: int = 0, n: int = 3) -> dict[str, tuple[Factors, Tensor]]:
         "pulled_dense": make_pulled(seed, make_dense(seed, n, (4, 5)), False),
         "pulled_rows": make_pulled(seed, make_rows(seed, n, 6, 5, 3), False),
         "pulled_conv": make_pulled(seed, conv(seed, n, 1, 4, 3, (6, 5), k33, one, one, one), False),
+        "across_one_token": make_across(make_outer(seed, n, 1, 1, 4, 5), (1,)),
+        "across_columns_one_token": make_across(make_outer(seed, n, 1, 1, 4, 5), (0,)),
+        "across_all_one_token": make_across(make_outer(seed, n, 1, 1, 4, 5), (0, 1)),
+        "across_numbers_one_token": make_across(make_outer(seed, n, 1, 1, 4, 1), (1,)),
+        "across": make_across(make_outer(seed, n, 1, 3, 4, 5), (1,)),
+        "across_columns": make_across(make_outer(seed, n, 1, 3, 4, 5), (0,)),
+        "across_blocks": make_across(make_outer(seed, n, 3, 2, 4, 5), (1,)),
+        "across_dense": make_across(make_dense(seed, n, (4, 5)), (1,)),
+        "across_rows": make_across(make_rows(seed, n, 6, 5, 3), (1,)),
+        "across_conv": make_across(conv(seed, n, 1, 4, 3, (6, 5), k33, one, one, one), (1, 2, 3)),
+        "across_conv_groups": make_across(conv(seed, n, 2, 2, 3, (8, 7), k33, (2, 3), (2, 1), (1, 2)), (1, 2, 3)),
+        "across_conv_channels": make_across(conv(seed, n, 1, 4, 3, (6, 5), k33, one, one, one), (0, 2, 3)),
+        "across_transposed": make_across(
+            conv(seed, n, 2, 3, 2, (4, 3), k33, (3, 2), (1, 0), (1, 2), True, (2, 1)), (1, 2, 3)
+        ),
+        "across_pointwise": make_across(conv(seed, n, 1, 4, 3, (3, 2), one, one, zero, one), (1, 2, 3)),
         "pulled_twice": make_pulled(seed + 1, make_pulled(seed, make_outer(seed, n, 1, 1, 4, 5), True), False),
     }
 
@@ -145,7 +172,10 @@ def forms(draw: st.DrawFn) -> tuple[Factors, Tensor]:
     """Any form."""
     seed, n = draw(st.integers(0, 1000)), draw(st.integers(0, 4))
     size = lambda: draw(st.integers(1, 5))  # noqa: E731
-    match draw(st.sampled_from(["dense", "outer", "rows", "conv"])):
+    match draw(st.sampled_from(["dense", "outer", "rows", "conv", "across"])):
+        case "across":
+            outer = make_outer(seed, n, 1, draw(st.integers(0, 3)), size(), size())
+            return make_across(outer, draw(st.sampled_from([(0,), (1,), (0, 1)])))
         case "dense":
             return make_dense(seed, n, tuple(draw(st.lists(st.integers(1, 4), max_size=3))))
         case "outer":

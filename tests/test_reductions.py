@@ -241,6 +241,32 @@ def test_pixels_that_nearly_cancel(difference: float, rtol: float, variant: str)
     assert float(((products - expected) / scale / scale[:, None]).abs().max()) < rtol
 
 
+@cancelling
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("axes", [(1,), (0, 1)])
+def test_rows_that_nearly_lie_along(difference: float, rtol: float, tokens: int, axes: tuple[int, ...]) -> None:
+    """What a projection leaves is small beside what it takes out."""
+    direction = randn(0, 16)
+    left = 1 + difference * randn(1, 40, 1, tokens, 12)
+    right = direction + difference * randn(2, 40, 1, tokens, 16)
+    unit = torch.ones(12, 1).double() * direction
+    unit /= unit.square().sum(axes, keepdim=True).sqrt()
+    whole = Outer(left, right, torch.Size((12, 16)))
+    g, rows = single(factors.Pulled(whole, factors.Across(unit, axes), whole.shape))
+    expected = flat(rows) @ flat(rows).mT
+    scale = expected.diagonal().sqrt()
+    assert_close(reductions.row_dot(g, g).double(), expected.diagonal(), rtol=rtol, atol=0)
+    with cost.using(wide=0 if tokens > 1 else cost.costs().wide):  # rows are not formed for being few
+        products = reductions.gram(g, g)
+    assert float(((products - expected) / scale / scale[:, None]).abs().max()) < rtol
+    for found, wanted in (
+        (reductions.square_sum(g), rows.square().sum(0)),
+        (reductions.centred(g), centred(rows)),
+        (reductions.moments(g)[1], centred(rows)),
+    ):
+        assert_close(found.double(), wanted, rtol=10 * rtol, atol=0)
+
+
 @pytest.mark.parametrize("variant", ["default", "products", "stream", "stream_small"])
 @pytest.mark.parametrize("spread", [1e-1, 1e-3, 0.0])
 @pytest.mark.parametrize("form", ["dense", "outer", "outer_one_token", "rows", "conv"])
@@ -278,7 +304,21 @@ def test_products_of_tokens_stream_the_entries_that_cancel() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["dense", "outer", "outer_one_token", "outer_many_tokens", "rows", "conv", "conv1d"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense",
+        "outer",
+        "outer_one_token",
+        "outer_many_tokens",
+        "rows",
+        "conv",
+        "conv1d",
+        "across_one_token",
+        "across",
+        "across_conv",
+    ],
+)
 def test_half_precision_is_accumulated_in_float32(name: str, kind: torch.dtype) -> None:
     g = factors.cast(examples(n=40)[name][0], kind)
     rows = factors.dense(factors.cast(g, torch.float64))

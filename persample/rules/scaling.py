@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import cost, reductions
+from .. import across, reductions
 from ..calls import Derivation, leaves_of
-from ..factors import Dense, Factors, Pulled, dense, dtype, index, scale, times
+from ..factors import Across, Dense, Factors, Pulled, dtype, scale, times
 from . import Yields, pullback, spellings
 from .apart import Diagonal, Rowlike
 from .derived import changed, single
-from .elementwise import sum_to
 
 
 @pullback(*spellings("mul", "rmul", "multiply"))
@@ -74,14 +73,8 @@ def _product(g: Factors, factor: Tensor, p: Tensor) -> Factors:
         return scale(g, factor) if factor.ndim == 0 else times(g, factor)
     if p.numel() == 1:
         return Dense(reductions.dot(g, factor.expand(g.shape)).to(p.dtype).view(-1, *p.shape))
-    o, sides = single(g, g.shape), (1,) * (len(g.shape) - p.ndim) + tuple(p.shape)
-    if o is not None and 1 in sides:
-        matrix = factor.expand(g.shape).to(o.left.dtype)
-        rows = o.left * (o.right @ matrix.mT) if sides[1] == 1 else o.right * (o.left @ matrix)
-        return Dense(rows.sum((1, 2)).view(-1, *p.shape))
-    whole, step = times(g, factor), cost.pulled(g.shape.numel())
-    parts = [sum_to(dense(index(whole, slice(i, i + step))), p.shape, 1) for i in range(0, max(1, len(g)), step)]
-    return Dense(torch.cat(parts))
+    sides = torch.Size((1,) * (len(g.shape) - p.ndim) + tuple(p.shape))
+    return Dense(across.shares(g, factor, sides).view(-1, *p.shape))
 
 
 ENTRYWISE = spellings(
@@ -139,11 +132,4 @@ def normalized(
 
 def _across(g: Factors, unit: Tensor, axes: tuple[int, ...]) -> Factors:
     """Rows without what lies along ``unit``, whose entries along ``axes`` have norm 1 (or are zero)."""
-    unit = unit.to(dtype(g))
-    sums = [a + 1 for a in axes]
-
-    def back(rows: Tensor) -> Tensor:
-        along = rows * unit
-        return torch.addcmul(rows, along.sum(sums, keepdim=True) if sums else along, unit, value=-1)
-
-    return Pulled(g, back, unit.shape)
+    return Pulled(g, Across(unit.to(torch.promote_types(dtype(g), torch.float32)), axes), unit.shape)

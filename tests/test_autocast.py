@@ -117,3 +117,31 @@ def test_inner_products_of_features_can_be_differentiated() -> None:
         scores = attribution.grad_dot(a, b)
     (grad,) = torch.autograd.grad(scores.sum(), a)
     torch.testing.assert_close(grad, b.detach().sum(0).expand(N, 4))
+
+
+COUPLED: dict[str, Callable[[persample.Coupling], Any]] = {
+    name: lambda C, name=name: getattr(C, name)()
+    for name in ("adjoints", "statistic_influence", "leave_one_out", "effective_losses", "noise", "loss_norms", "norms")
+} | {
+    "column": lambda C: C.column(2).flat(),
+    "row": lambda C: C.row(2).flat(),
+    "via_statistics": lambda C: C.via_statistics().flat(),
+    "ggn": lambda C: C.ggn().dense(),
+    **{kind: lambda C, kind=kind: C.gradients(kind).flat() for kind in ("loss", "influence", "copy", "frozen")},
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("n", [4, 12])
+def test_couplings(name: str, n: int) -> None:
+    """Made outside, asked inside; with fewer and with more samples than statistics."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)
+    )
+    outside, inside = (persample.coupling(net, LOSS, *data(n)) for _ in range(2))
+    expected = COUPLED[name](outside)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = COUPLED[name](inside)
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))

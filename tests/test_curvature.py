@@ -15,7 +15,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 from persample import coupling
-from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, hvp, per_sample_hvp
+from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, hvp, kfac, per_sample_hvp
 from persample.errors import (
     ArgumentError,
     BatchCoupledError,
@@ -650,6 +650,38 @@ def test_unknown_options_are_named() -> None:
         hvp(*case("cross entropy"), reduction="none")
     with pytest.raises(ValueError, match="type must be one of 'exact', 'mc', got 'exakt'"):
         fisher(*case("cross entropy"), type="exakt")
+
+
+@pytest.mark.parametrize("make", [hvp, ggn, empirical_fisher, kfac])
+@pytest.mark.parametrize("form", ["flat", "columns", "named"])
+def test_products_are_differentiable_in_the_direction(make: Callable[..., Any], form: str) -> None:
+    """As in a penalty around earlier parameters, whose gradient would be halved by a product without a graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    K = make(model, nn.CrossEntropyLoss(), torch.randn(N, 6).double(), torch.randint(3, (N,)))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    v = torch.randn(K.shape[0], *((2,) if form == "columns" else ()), dtype=torch.float64, requires_grad=True)
+    if form == "named":
+        pieces = dict(zip(shapes, v.split([s.numel() for s in shapes.values()]), strict=True))
+        product = K @ {name: piece.view(shapes[name]) for name, piece in pieces.items()}
+        Kv = torch.cat([product[name].flatten() for name in shapes])
+    else:
+        Kv = K @ v
+    penalty = (v * Kv).sum() / 2
+    (g,) = torch.autograd.grad(penalty, v, create_graph=True)
+    torch.testing.assert_close(g, Kv, rtol=1e-9, atol=1e-12)
+    (h,) = torch.autograd.grad(g.square().sum() / 2, v)
+    torch.testing.assert_close(h, K @ Kv.detach(), rtol=1e-9, atol=1e-12)
+    assert not (K @ v.detach()).requires_grad
+
+
+def test_a_solution_is_differentiable_in_the_right_side() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3)).double()
+    K = kfac(model, nn.CrossEntropyLoss(), torch.randn(N, 6).double(), torch.randint(3, (N,)))
+    v = torch.randn(K.shape[0], dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(v @ K.solve(v, 0.1) / 2, v)
+    torch.testing.assert_close(g, torch.linalg.solve(K.dense() + 0.1 * torch.eye(21).double(), v.detach()))
 
 
 @pytest.mark.parametrize("make", [hvp, ggn, fisher, empirical_fisher])

@@ -63,7 +63,9 @@ def _influence_class() -> type:
             return rows.cpu() if return_on_cpu else rows
 
         def influence(self, inputs: Any, k: int | None = None, proponents: bool = True, **_: Any) -> Any:
-            scores = self.compute_intermediate_quantities(inputs) @ self.compute_intermediate_quantities(self.train).T
+            rows, others = (self.compute_intermediate_quantities(batches) for batches in (inputs, self.train))
+            with torch.autocast(rows.device.type, enabled=False):
+                scores = rows @ others.T
             if k is None:
                 return scores
             best = scores.topk(k, largest=proponents)

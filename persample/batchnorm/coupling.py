@@ -20,6 +20,7 @@ from ..factors import Dense, Factors, compact, dense, index
 from ..gradients import Gradients
 from ..losses import LossFunction
 from ..problem import Emit, Pass, Selection, pose
+from ..scratch import kernel
 from . import ggn, indices, notions, plots, table
 from .indices import Noise
 from .network import Network, Route, costs
@@ -260,6 +261,7 @@ class Coupling:
         pieces = zip(self.network.by_node(self.network.adjoints), self.layers.items(), strict=True)
         return {name: (both[:, :channels], both[:, channels:]) for both, (name, channels) in pieces}
 
+    @kernel
     def statistic_influence(self) -> Tensor:
         """``T[n, m] = dl_n/dw_m``, ``[N, N]``: the derivative of loss ``n`` in sample ``m``'s weight in the statistics.
 
@@ -267,6 +269,7 @@ class Coupling:
         """
         return self.network.adjoints @ self.network.deviation.mT
 
+    @kernel
     def effective_losses(self) -> Tensor:
         """``phi_m = l_m + sum_n T[n, m]``, ``[N]``: the loss of sample ``m``, and what its presence does to all losses.
 

@@ -34,6 +34,7 @@ from ..errors import BatchCoupledError, BatchNormError
 from ..factors import Factors, compact
 from ..problem import Pass, Problem
 from ..rounding import tolerance
+from ..scratch import kernel
 from .passes import CHUNK, Forward, Grads, Point
 from .statistics import Copies, Explicit, Node, given, live, pooled
 
@@ -190,6 +191,7 @@ class Network:
         return dict(zip(names, jacobian, strict=True))
 
     @cached_property
+    @kernel
     def adjoints(self) -> Tensor:
         """``lambda_n``, ``[N, K]``: total derivatives of all losses with respect to the statistics."""
         if (self.route or cheaper(self.n, self.structure.size)) == "statistics":

@@ -30,6 +30,7 @@ from ..errors import ArgumentError
 from ..factors import Dense, Factors, compact, dense, index
 from ..problem import Emit, Pass, Problem
 from ..remembered import remember, verified
+from ..scratch import kernel
 from ..state import set_random_state
 from .network import Network, cheaper
 from .passes import Point
@@ -130,7 +131,7 @@ def _influence_by_samples(network: Network, emit: Emit, samples: Tensor | None) 
     names, parameters = list(network.problem.parameters), list(network.problem.parameters.values())
     w = torch.ones_like(network.structure.losses, requires_grad=True)
     with network.point.forward(weighted(w)) as run:
-        L = w @ run.losses / w.sum()
+        L = (w * run.losses).sum() / w.sum()
         mean = network.point.gradient([L], parameters, [torch.ones_like(L)])
         (slope,) = network.point.gradient([L], [w], [torch.ones_like(L)], again=True)
         assert slope is not None
@@ -209,6 +210,7 @@ def _rows(g: Factors, samples: Tensor | None) -> Factors:
     return g if samples is None else index(g, samples)
 
 
+@kernel
 def _plus(rows: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
     """``rows [N, *P] + weights [N, K] @ basis [K, *P]``."""
     flat = rows.reshape(len(rows), -1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..display import PALETTE, pyplot
 from ..report import html_table
+from ..scratch import kernel
 from .notions import NOTIONS
 
 MARKERS = ("o", "s", "^", "x", "+")  # beside colours, for those who don't see them
@@ -77,6 +78,7 @@ def plot_layers(coupling: Coupling, ax: Axes | None = None) -> Axes:
     return _legend(ax)
 
 
+@kernel
 def channel_strength(adjoint: Tensor, deviation: Tensor) -> Tensor:
     """``[C]``: the Frobenius norm of ``T`` as it would be with the mean and variance of one channel only."""
     a = torch.stack(adjoint.chunk(2, -1), -1)  # [N, C, 2]
@@ -87,7 +89,8 @@ def channel_strength(adjoint: Tensor, deviation: Tensor) -> Tensor:
 def plot_spectrum(coupling: Coupling, ax: Axes | None = None) -> Axes:
     """Singular values of the statistic-influence matrix ``T`` (rank at most ``K``), and of every layer's part of it."""
     ax = ax or _axes()
-    parts = {name: adjoint @ deviation.mT for name, adjoint, deviation in _by_layer(coupling)}
+    with torch.autocast(coupling.losses.device.type, enabled=False):
+        parts = {name: adjoint @ deviation.mT for name, adjoint, deviation in _by_layer(coupling)}
     for i, (name, matrix) in enumerate({"all layers": coupling.statistic_influence(), **parts}.items()):
         values = torch.linalg.svdvals(matrix.double())
         values = values[values > 1e-12 * values[0]]

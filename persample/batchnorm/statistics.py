@@ -109,7 +109,8 @@ def weighted(w: Tensor) -> Pool:
 
     def pool(h: Tensor, members: Tensor | None) -> Tensor:
         own = w if members is None else w[members]
-        return own.to(h.dtype) @ h / own.sum()
+        with torch.autocast(h.device.type, enabled=False):  # as precise as the statistics of the layer itself
+            return own.to(h.dtype) @ h / own.sum()
 
     return pool
 

@@ -18,6 +18,7 @@ from .. import reductions
 from ..batch import Tree
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
+from ..scratch import kernel
 from .network import Network, cheaper
 from .passes import Forward, Recorded
 from .statistics import constant, live
@@ -74,6 +75,7 @@ def column(network: Network, m: int) -> dict[str, Tensor]:
     return {name: torch.stack([parts[name] for parts in found]) for name in network.problem.parameters}
 
 
+@kernel
 def _column_by_statistics(network: Network, m: int) -> dict[str, Tensor]:
     """``e_m d_m + (1/N) lambda a_m``, where ``a_m = dh_m/dtheta`` at fixed statistics."""
     shares, weights = [], [network.adjoints[:, :0]]

@@ -27,7 +27,8 @@ class Operator:
 
     A product with ``k`` columns shares one forward pass.  Products are the same every time: random masks, sampled
     targets and buffers are those of when the operator was made, and once parameters, the batch or training modes have
-    changed, they raise `InplaceError`.  Results have the operator's dtype and device, and no graph.
+    changed, they raise `InplaceError`.  Results have the operator's dtype and device; they can be differentiated with
+    respect to ``v`` (a quadratic penalty ``v @ (op @ v) / 2``), while the matrix itself is a constant.
     """
 
     title: str
@@ -60,8 +61,8 @@ class Operator:
                 f"{self.title} has shape {self.shape}, and can't multiply a tensor of shape {tuple(v.shape)}: give [D] "
                 "or [D, k]"
             )
-        matrix = v.detach().to(self.device, self.dtype)
-        product = self.apply(matrix if v.ndim == 2 else matrix[:, None])
+        matrix = v.to(self.device, self.dtype)
+        product: Tensor = _Product.apply(matrix if v.ndim == 2 else matrix[:, None], self.apply)  # type: ignore[no-untyped-call]
         return product if v.ndim == 2 else product[:, 0]
 
     def dense(self) -> Tensor:
@@ -86,6 +87,19 @@ class Operator:
         return f"{self.title}: {self.shape[0]} x {self.shape[1]}, {kind}, {len(self.shapes)} parameters"
 
 
+class _Product(torch.autograd.Function):
+    """A product with a symmetric matrix, which is its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.product = apply
+        return apply(matrix.detach())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Product.apply(g, ctx.product), None  # type: ignore[no-untyped-call]
+
+
 def flatten(v: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> Tensor:
     """``[D]`` from ``{name: [*P]}``."""
     if v.keys() != shapes.keys():
@@ -98,7 +112,7 @@ def flatten(v: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> Tensor:
             raise DirectionError(
                 f"the direction for parameter '{name}' must have shape {tuple(shape)}, got {tuple(v[name].shape)}"
             )
-    return torch.cat([v[name].detach().reshape(-1) for name in shapes])
+    return torch.cat([v[name].reshape(-1) for name in shapes])
 
 
 def unflatten(v: Tensor, shapes: Mapping[str, Size]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Layout, Sampled, owned, same
+from .layout import Layout, Sampled, kept, only, owned, same
 from .moves import Function, bind, named
 from .writing import agrees
 
@@ -82,13 +82,16 @@ def one_by_one(
         parts = args[0] if args else next(kwargs[name] for name in ("tensors", "sequences") if name in kwargs)
         dim = _joins_at(func, args, kwargs, parts, out)
         new = out.ndim > parts[0].ndim  # the axis, with one entry for each
-        known = [(layouts[id(p)].alone, 1 if new else p.shape[dim]) for p in parts if id(p) in layouts]
+        known = [(only(layouts[id(p)]), 1 if new else p.shape[dim]) for p in parts if id(p) in layouts]
         owners = [torch.full((count,), k, dtype=torch.long) for k, count in known if k is not None]
         return owned(n, dim, torch.cat(owners)) if len(owners) == len(parts) else None
     if func is Tensor.__setitem__ and out is args[0] and isinstance(i := args[1], int) and id(out) not in layouts:
         return agrees(out, sampled[-1][1], 0, torch.tensor([i % len(out)]))
     first = sampled[0][1]
-    return first if all(same(at, first) for _, at in sampled) else None
+    if not all(same(at, first) for _, at in sampled):
+        return None
+    places = (kept(at, x.ndim, out.shape, True) for x, at in sampled if at.alone is None)
+    return next((place for place in places if place is not None), Layout(n, alone=only(first)))
 
 
 def _joins_at(

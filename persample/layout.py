@@ -103,10 +103,24 @@ def one_sample(x: Tensor, layout: Layout, n: int) -> Tensor:
     return x.index_select(layout.axis, (layout.owners() == n).nonzero().squeeze(1).to(x.device))
 
 
+def only(layout: Layout | None) -> int | None:
+    """The one sample among several to which all entries belong (``x[n]``, ``x[n : n + 1]``), if there is one."""
+    if layout is None or layout.owner is None or not len(layout.owner):
+        return None if layout is None else layout.alone
+    first = int(layout.owner[0])
+    return first if layout.n > 1 and first >= 0 and bool((layout.owner == first).all()) else None
+
+
+def of_one(sampled: Sequence[tuple[Tensor, Layout | None]]) -> int | None:
+    """The one sample among several to which all these tensors belong, if there is one."""
+    first = only(sampled[0][1])
+    return first if first is not None and all(only(at) == first for _, at in sampled[1:]) else None
+
+
 def same(a: Layout, b: Layout) -> bool:
     """Whether every entry belongs to the same sample."""
     if a.alone is not None or b.alone is not None:
-        return a.alone == b.alone
+        return only(a) == only(b)
     if a.owner is None and b.owner is None:
         return (a.outer, a.inner) == (b.outer, b.inner) or a.n == 1
     return a.size == b.size and torch.equal(a.owners().cpu(), b.owners().cpu())

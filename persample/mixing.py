@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .joining import GATHERS, JOINS
-from .layout import Layout, same
+from .layout import Layout, of_one, only, same
 from .moves import MOVED, Function, named, recurred, sort_axis, sorted_along
 from .writing import COPIES, WRITES
 
@@ -36,6 +36,8 @@ def mixes(
     (x, a), *others = sampled
     if not others and func not in MOVED and func not in ALONG:
         return False
+    if of_one(sampled) is not None or (func in GATHERS and all(only(at) is not None for _, at in sampled)):
+        return False
     if any(at is not None and at.alone is not None for _, at in sampled):
         lone = (
             func not in JOINS | GATHERS.keys()
@@ -55,6 +57,9 @@ def mixes(
         return len(sample_letters(args, sampled) or ()) > 1
     if a is None or not others or func in MOVED or func in JOINS or func in WRITES or func in COPIES:
         return False
+    slices = {sample for x, at in sampled if x.requires_grad and (sample := only(at)) is not None}
+    if func not in GATHERS and any(at is not None and only(at) != sample for sample in slices for _, at in sampled):
+        return True  # one sample's values act on others
     alike = [b for y, b in others if y.shape == x.shape and b is not None and b.axis == a.axis]
     return not all(same(a, b) for b in alike)
 
@@ -67,7 +72,7 @@ def sums_up(
     before an exponential, which changes nothing.
     """
     known = [(x, at) for x, at in sampled if at is not None and at.alone is None and at.n > 1 and x.is_floating_point()]
-    if not known or len(known) < len(sampled):
+    if not known or len(known) < len(sampled) or of_one(known) is not None:
         return False
     (x, at), *others = known
     if func in PRODUCTS and not others and len(args) > 1:  # with a constant

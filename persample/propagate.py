@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .joining import GATHERS, JOINS, bagged, joined, one_by_one
-from .layout import Layout, Sampled, kept, same
+from .layout import Layout, Sampled, kept, of_one, only, same
 from .mixing import PRODUCTS, sample_letters, sums_up
 from .moves import MOVED, Function, bind, indexed, named, nonzero_of
 from .writing import COPIES, WRITES, rewritten, written
@@ -54,9 +54,10 @@ def propagate(
         return None
     if func not in _SPECIAL and _stays(func, args, sampled, out):
         return layout
+    found: Layout | None = None
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return _followed(func, args, kwargs, sampled, tensors, out, lost)
+            found = _followed(func, args, kwargs, sampled, tensors, out, lost)
     except (
         RuntimeError,
         ValueError,
@@ -65,7 +66,10 @@ def propagate(
         KeyError,
         ArithmeticError,
     ):  # a way to call the function that isn't known
-        return None
+        pass
+    if found is None and not lost and func not in _PUTS and (sample := of_one(sampled)) is not None:
+        return Layout(layout.n, alone=sample)  # whatever was done to one sample's entries
+    return found
 
 
 def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor) -> bool:
@@ -103,7 +107,9 @@ def _followed(
     lost: bool,
 ) -> Layout | None:
     first, layout = sampled[0]
-    if any(at.alone is not None for _, at in sampled):
+    if any(at.alone is not None for _, at in sampled) or (
+        func in GATHERS and all(only(at) is not None for _, at in sampled)
+    ):
         return one_by_one(func, args, kwargs, sampled, out)
     if args and first is args[0] and (follow := MOVED.get(func)) is not None and not _is_choice(func, args):
         return follow(func, args, kwargs, layout, out)
@@ -236,3 +242,4 @@ _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *JOINS, *GATHERS, *_SPREADS, *_REDUCES, *
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
 _GROWS = {*named("tensordot", "cdist", "as_strided", "transpose_copy", "permute_copy"), *GATHERS} - named("stack")
 _SPECIAL |= {F.embedding_bag, torch.einsum, *_GROWS}
+_PUTS = {*JOINS, *GATHERS, *WRITES, *COPIES}  # beside constants, which are nobody's

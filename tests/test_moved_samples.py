@@ -313,3 +313,73 @@ def test_arguments_that_are_handed_through() -> None:
     for parameter, rows in expected(model, x, y).items():
         for found in (g, recorded):
             torch.testing.assert_close(found[parameter], rows, rtol=1e-9, atol=1e-11)
+
+
+def slices(h: Tensor) -> list[Tensor]:
+    return [h[n : n + 1] for n in range(N)]
+
+
+LENGTHS = [1, 3, 2, 2]
+
+
+def ragged(h: Tensor) -> tuple[Tensor, ...]:
+    """Some entries of every sample, of all together ``[8, N]``, split."""
+    return h.repeat_interleave(torch.tensor(LENGTHS), 0).split(LENGTHS)
+
+
+SLICED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sums": lambda h: torch.stack([s.sum() * s[0] for s in slices(h)]),
+    "sums that keep the axis": lambda h: torch.cat([s * s.mean(0, keepdim=True).sum() for s in slices(h)]),
+    "softmax": lambda h: torch.cat([s.T.softmax(1).T * s for s in slices(h)]),
+    "scores": lambda h: torch.stack([(s @ s.T).sum() * s[0] for s in slices(h)]),
+    "by index": lambda h: torch.stack([h[[n]].std() * h[n] for n in range(N)]),
+    "stack": lambda h: torch.stack(slices(h)).squeeze(1),
+    "stack, time first": lambda h: torch.stack(slices(h), 2)[0].T,
+    "lines": lambda h: torch.stack([s.squeeze(0) for s in slices(h)]),
+    "pad_sequence of slices": lambda h: nn.utils.rnn.pad_sequence(slices(h), batch_first=True).squeeze(1),
+    "split": lambda h: torch.stack([part.logsumexp(0) for part in ragged(h)]),
+    "split, attention": lambda h: torch.stack([(part.softmax(0) * part).sum(0) for part in ragged(h)]),
+    "split, pad_sequence": lambda h: nn.utils.rnn.pad_sequence(ragged(h), batch_first=True).sum(1),
+    "split, pad_sequence, time first": lambda h: nn.utils.rnn.pad_sequence(ragged(h)).sum(0),
+    "split, joined": lambda h: torch.cat(ragged(h)).new_zeros(N, N).index_add(
+        0, torch.arange(N).repeat_interleave(torch.tensor(LENGTHS)), torch.cat([p * p.sum() for p in ragged(h)])
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices_of_one_sample(name: str) -> None:
+    x, y = batch()
+    model = Moved(SLICED[name]).double()
+    g = persample.gradients(model, losses, x, y, verify=False)
+    for parameter, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda h: h - h[:1],
+        lambda h: h * h[1:2].sum(0),
+        lambda h: h - h[:1].expand(N, N),
+        lambda h: torch.cat([h[:2] * h[2:3], h[2:]]),
+        lambda h: h * h[:1].sum(),
+        lambda h: torch.stack([h, h.flip(0)], 1).sum(1),
+        lambda h: torch.cat([h[1:3].softmax(0), h[:2]]),
+    ],
+    ids=["first", "line", "expanded", "part", "sum", "stacked", "softmax of two"],
+)
+def test_slices_that_act_on_other_samples(move: Callable[[Tensor], Tensor]) -> None:
+    x, y = batch()
+    for model in (Moved(move).double(), nn.Sequential(nn.Linear(N, N), Then(move)).double()):
+        with pytest.raises(persample.BatchCoupledError, match="depend on the other samples"):
+            persample.gradients(model, lambda out, y: (out * y[:, :1]).sum(1), x, y, verify=False)
+
+
+class Then(nn.Module):
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.move = move
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.move(x)

@@ -517,3 +517,30 @@ def test_rows_are_verified_once() -> None:
             recorder.gradients(losses)
         assert len(passes) == wanted
         passes.clear()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda out, n: out[n : n + 1].sum(),
+        lambda out, n: out[n : n + 1].mean((0, 1)),
+        lambda out, n: out[n : n + 1].square().sum(1).sum(0),
+        lambda out, n: out[[n]].sum(),
+        lambda out, n: out.narrow(0, n, 1).logsumexp((0, 1)),
+        lambda out, n: torch.einsum("nd,nd->", out[n : n + 1], out[n : n + 1]),
+    ],
+    ids=["slice", "mean", "one by one", "index", "narrow", "einsum"],
+)
+def test_losses_sample_by_sample(part: Any) -> None:
+    model, (x, y) = net(), batch()
+    with persample.extend(model, verify=False) as recorder:
+        out = model(x)
+        each = [
+            F.cross_entropy(out[n : n + 1], y[n : n + 1]) - part(out, n) + part(out, n) * out[n].amax()
+            for n in range(N)
+        ]
+        losses = torch.stack([loss + model[0].weight.square().sum() for loss in each])
+        G = recorder.gradients(losses)
+        rows = [torch.autograd.grad(loss, model[2].weight, retain_graph=True)[0] for loss in losses]
+        decayed = [torch.autograd.grad(loss, model[0].weight, retain_graph=True)[0] for loss in losses]
+    assert close(G["2.weight"], torch.stack(rows)) and close(G["0.weight"], torch.stack(decayed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -140,7 +141,10 @@ def _verified(
     known = recall(problem, engine)
     if verify is False or (verify is None and known is not None):
         result = run(emit, known.couplers if known is not None else ())
-        if verify is None and engine == "hooks" and known is not None and result.called not in known.called:
+        acts = result.totals or result.hidden
+        if verify is False:
+            result = replace(result, coupled=result.coupled or result.totals)
+        elif engine == "hooks" and known is not None and (acts or result.called not in known.called):
             with restored(problem.model):
                 run_verified(problem, engine, lambda *_: None, run, _chosen(problem))
         return result, "verify=False" if verify is False else ""

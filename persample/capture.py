@@ -28,7 +28,7 @@ from . import rules
 from .calls import KEY, Call, Derivation, Shared, arguments, behind, mapped, metadata, tensors_in
 from .errors import HigherOrderError, SampleAxisError
 from .layout import Layout
-from .mixing import mixes, sums_up
+from .mixing import ORDERS, SHIFTS, extent, mixes, ranks
 from .propagate import found_again, lone_sample, propagate
 from .state import named_modules
 from .writing import rewritten, writes_into
@@ -37,7 +37,7 @@ from .writing import rewritten, writes_into
 @dataclass(slots=True)
 class _Sampled:
     layout: Layout | None
-    total: bool = False  # surely made of all samples together (their mean over the batch)
+    total: int = 0  # surely made of all samples together: 2, their sum or mean; 1, the largest or smallest of them
 
 
 @dataclass(slots=True)
@@ -86,6 +86,7 @@ class Capture(TorchFunctionMode):
         self.couplers = couplers
         self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
         self.totals = False  # numbers of the whole batch act on single samples, with or without a gradient
+        self.hidden = False  # they may act where it isn't seen: read by Python, or as ranks and running counts
         self.ordinal = 0  # of the call that is running
         self.differentiates = False  # a backward runs, between `start` and `stop`
         self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
@@ -202,6 +203,8 @@ class Capture(TorchFunctionMode):
                     totals.append(t)
             elif kind is not None:
                 shared.append((t, kind))
+        if totals and func in rules.READS:
+            self.hidden = True
         live = self._live(shared) if shared and func not in rules.INERT else []
         if not sampled or (shared and func in rules.PICKS and _is_choice(sampled)):
             before = {id(t): t._version for t in tensors}
@@ -216,6 +219,8 @@ class Capture(TorchFunctionMode):
             or (totals and self._meet(func, totals, sampled))
             else rules.coupling(func, args, kwargs)
         )
+        if func in ORDERS and not couples and ranks(func, args, kwargs, sampled):
+            self.hidden = True
         if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
             self.coupled |= bool(couples) and not is_wrapped(tensors)
             out = func(*args, **kwargs)
@@ -229,11 +234,18 @@ class Capture(TorchFunctionMode):
         totals: Sequence[Tensor],
         sampled: Sequence[tuple[Tensor, Layout | None]],
     ) -> bool:
-        """Whether a number of all samples acts on single ones, and has a gradient."""
-        if len(totals) == len(sampled) or func in rules.INERT:
+        """Whether a number of all samples acts on single ones, and has a gradient.  A largest number is mostly there to
+        be subtracted before an exponential, which changes nothing.
+        """
+        if len(totals) == len(sampled) or (func in rules.INERT and func not in rules.COMPARES):
+            return False
+        if func in SHIFTS and self._level(totals) < 2:
             return False
         self.totals = True
-        return any(t.requires_grad for t in totals)
+        return func not in rules.INERT and any(t.requires_grad for t in totals)
+
+    def _level(self, totals: Sequence[Tensor]) -> int:
+        return max((kind.total for t in totals if isinstance(kind := self._kind(t), _Sampled)), default=0)
 
     def _live(self, shared: Sequence[tuple[Tensor, _Derived]]) -> list[Shared]:
         """Those of the shared arguments whose gradient is asked for, each once."""
@@ -332,11 +344,11 @@ class Capture(TorchFunctionMode):
         out: Any,
     ) -> None:
         known = [(t, layout) for t, layout in sampled if layout is not None]
-        all_totals, mutates = len(totals) == len(sampled), rules.mutates(func)
+        level, mutates = self._level(totals) if len(totals) == len(sampled) else 0, rules.mutates(func)
         for t in _results(args, kwargs, out, mutates):
             if (before := next((layout for a, layout in sampled if a is t), self)) is not self:
                 if len(sampled) > 1 and writes_into(func, args, t):
-                    self._mark(t, _Sampled(rewritten(func, args, kwargs, sampled), all_totals))
+                    self._mark(t, _Sampled(rewritten(func, args, kwargs, sampled), level))
                 elif before is None:
                     self._mark(t, _Sampled(None))
                 continue  # changed in place, or handed through: the samples stay where they are
@@ -346,7 +358,7 @@ class Capture(TorchFunctionMode):
             layout = propagate(func, args, kwargs, known, tensors, t, lost) if known else None
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
                 continue  # a constant
-            total = all_totals or (layout is None and sums_up(func, args, kwargs, sampled))
+            total = level or (extent(func, args, kwargs, sampled) if layout is None else 0)
             self._mark(t, _Sampled(layout, total))
             if mutates and t._base is not None and not isinstance(self._kind(t._base), _Sampled):
                 self._mark(t._base, _Sampled(None))

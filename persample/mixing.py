@@ -18,8 +18,12 @@ from .writing import COPIES, WRITES
 SUMS: dict[Function, int] = {
     **dict.fromkeys(named("sum", "nansum", "mean", "nanmean", "prod", "logsumexp"), 1),
     **dict.fromkeys(named("std", "var", "std_mean", "var_mean"), 1),
-    **dict.fromkeys((*named("norm"), torch.linalg.vector_norm, torch.linalg.norm), 2),
+    **dict.fromkeys((*named("norm", "quantile", "nanquantile"), torch.linalg.vector_norm, torch.linalg.norm), 2),
 }
+# Largest and smallest numbers.
+EXTREMES = dict.fromkeys(named("amax", "amin", "aminmax", "max", "min"), 1)
+# Functions that don't care how numbers are shifted against each other by one for all.
+SHIFTS = named("add", "sub", "subtract", "rsub", "add_", "sub_", "__iadd__", "__isub__", "__radd__", "__rsub__")
 PRODUCTS = named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
 # Functions that give as many entries as they take, each from all along one axis; which argument says so.
 ALONG: dict[Function, int] = {
@@ -27,6 +31,7 @@ ALONG: dict[Function, int] = {
     **dict.fromkeys(named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), 1),
     F.normalize: 2,
 }
+ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 
 
 def mixes(
@@ -88,6 +93,30 @@ def sums_up(
         row = max(0, y.ndim - 2) if func is not F.linear else y.ndim - 1
         return len(args) > 1 and y is args[1] and at.axis == x.ndim - 1 and by.axis == row
     return False
+
+
+def extent(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
+) -> int:
+    """Whether a call gives what is made of all samples together: 2, their sum; 1, the largest or smallest of them."""
+    if func in EXTREMES and len(sampled) == 1:
+        x, at = sampled[0]
+        if at is None or at.alone is not None or at.n == 1 or not x.is_floating_point() or not args or x is not args[0]:
+            return 0
+        return int(_reduced(1, args, kwargs, at.axis, x.ndim))
+    return 2 * sums_up(func, args, kwargs, sampled)
+
+
+def ranks(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
+) -> bool:
+    """Whether a call without gradient tells a sample its place among the others: running counts, orders."""
+    x, at = sampled[0]
+    if at is None or at.n == 1 or at.alone is not None or not args or x is not args[0]:
+        return False
+    if func in ALONG:
+        return _runs_along(func, args, kwargs, x) == at.axis
+    return x.is_floating_point() and sort_axis(func, args, kwargs) == at.axis
 
 
 def _reduced(place: int, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, ndim: int) -> bool:

@@ -30,6 +30,7 @@ class Memory:
 
     model: weakref.ref[nn.Module]
     known: dict[Any, Known] = field(default_factory=dict)
+    mistrusted: set[Any] = field(default_factory=set)  # kinds of calls of which some were refused
     counts: bool = False  # a forward pass changes numbers among the attributes of its modules
 
 
@@ -114,10 +115,20 @@ def remember(
     problem: Problem, engine: str, couplers: tuple[int, ...] = (), called: frozenset[Any] = frozenset()
 ) -> None:
     """The model was verified, with these couplers, when it called these functions."""
-    memory = _memory(problem.model)
+    memory, kind = _memory(problem.model), signature(problem, engine)
+    if kind in memory.mistrusted and not couplers:
+        return
     if len(memory.known) >= KEPT:
         memory.known.clear()
-    memory.known.setdefault(signature(problem, engine), Known(couplers, set())).called.add(called)
+    memory.known.setdefault(kind, Known(couplers, set())).called.add(called)
+
+
+def mistrust(problem: Problem, engine: str) -> None:
+    """A sample had another loss within the batch: such calls are verified every time, as one may pass by chance."""
+    memory = _memory(problem.model)
+    if len(memory.mistrusted) >= KEPT:
+        memory.mistrusted.clear()
+    memory.mistrusted.add(signature(problem, engine))
 
 
 def counting(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ more passes of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .errors import BatchCoupledError, PersampleError, VerificationError
 from .factors import Factors, dense, device, index, strided
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
-from .remembered import counting, remember, signature
+from .remembered import counting, mistrust, remember, signature
 from .rounding import slack, tolerance
 from .state import Buffers, drawn_since, random_state, restored, set_random_state
 from .trace import find_coupling, influence
@@ -196,6 +196,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     try:
         verdicts, note = probe.verdicts(result, engine)
     except LossDiffers as differs:
+        mistrust(problem, engine)
         name, ordinal = find_coupling(problem, n)
         if engine != "hooks" or not ordinal:
             raise LossDiffers(n, differs.batch, differs.alone, name) from None
@@ -206,9 +207,38 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     if engine == "hooks" and not couplers and not all(v.ok for v in verdicts) and (ordinal := influence(problem, n)):
         run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
     raise_if_wrong(verdicts, None if note == WITHIN else engine)
-    if not result.totals:  # a mask that is full now may not be so in the next batch
+    if not (result.totals or result.hidden):  # a mask that is full now may not be so in the next batch
         remember(problem, engine, couplers, result.called)
+    elif not couplers and (other := _moved_by_others(problem)) not in (None, n):
+        assert other is not None
+        return run_verified(problem, engine, emit, run, other)
     return result, note
+
+
+def _moved_by_others(problem: Problem) -> int | None:
+    """A sample that has another loss alone: where numbers of the whole batch act by comparisons or branches, they do so
+    on some samples only.  Looked for among those that have another loss in half of the batch, and among eight others.
+    """
+    batch, losses = problem.batch, []
+    with restored(problem.model), NoDropout(), torch.no_grad():
+        before, buffers = random_state(problem.model), Buffers(problem.model)
+        for part in (slice(None), slice(0, None, 2), slice(1, None, 2)):
+            buffers.restore()
+            some = torch.arange(batch.n)[part]
+            losses.append(_batch_losses(replace(problem, batch=batch.select(some))))
+        if drawn_since(before, problem.model):
+            return None
+        whole, *halves = losses
+        moved = [n for n in range(batch.n) if _differ(whole[n], halves[n % 2][n // 2], problem)]
+        few: list[int] = [*moved[:FEW], *range(0, batch.n, -(-batch.n // FEW))]
+        for n in few:
+            buffers.restore()
+            if _differ(whole[n], one_sample(problem, n, [])[0], problem):
+                return n
+    return None
+
+
+FEW = 8
 
 
 Run = Callable[[Emit, tuple[int, ...]], Pass]

@@ -65,6 +65,8 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "unflattened": lambda h: (h.view(N, 2, 3) * h.view(N, 2, 3).mean((0, 2), keepdim=True)).flatten(1),
     "logsumexp": lambda h: h - h.logsumexp(0),
     "written": lambda h: h - written(h),
+    "largest": lambda h: h / h.abs().amax(),
+    "largest_by_feature": lambda h: h * (1 / (1e-3 + h.abs().max(0).values)),
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "features": lambda h: h - h.mean(1, keepdim=True),
@@ -75,6 +77,26 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "products": lambda h: (h.unsqueeze(1) @ h.unsqueeze(2)).flatten(1) * h,
     "compared": lambda h: h * (h > h.mean(0) * float("inf")),
     "constants": lambda h: h * torch.ones(N, 1).sum(0),
+    "by_hand": lambda h: h.amax() + (h - h.amax()).exp().sum(1, keepdim=True).log() - h,
+}
+
+
+def capacity(h: Tensor) -> Tensor:
+    """Of the samples that a mixture of experts sends to one of them, the first two are served."""
+    chosen = F.one_hot(h.argmax(-1), D)
+    return h * ((chosen.cumsum(0) * chosen).sum(-1) <= 2).unsqueeze(1)
+
+
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {  # by autograd
+    "capacity": capacity,
+    "threshold": lambda h: h * (h > h.detach().mean()),
+    "quantile": lambda h: h * (h.detach() > h.detach().quantile(0.3)),
+    "rank": lambda h: h * (h[:, 0].argsort().argsort() < 3).unsqueeze(1),
+    "branch": lambda h: h * 2 if h.mean() > 0 else h,
+    "number": lambda h: h * h.mean().item(),
+    "python": lambda h: h * float(h.detach().mean()),
+    "scaled": lambda h: h / h.detach().abs().amax(),
+    "clamped": lambda h: h.clamp(max=0.5 * h.max().item()),
 }
 
 
@@ -202,3 +224,56 @@ def test_a_check_of_numbers_that_are_not_finite(x: Tensor) -> None:
     assert not report.ok and {row.verdict for row in report.rows} == {"not finite"}
     with pytest.raises(persample.VerificationError, match="no finite number"):
         report.raise_if_bad()
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_acts_without_a_gradient_is_said_or_refused(name: str) -> None:
+    """Whatever a batch is like: no sample but the one that is always verified need be moved by the others."""
+    torch.manual_seed(0)
+    model, told = Between(UNSEEN[name]).double(), 0
+    for _ in range(12):
+        x, y = torch.randn(8, D).double(), torch.randint(3, (8,))
+        try:
+            g = persample.gradients(model, losses, x, y)
+        except persample.BatchCoupledError:
+            told += 1
+            continue
+        rows = torch.stack([_alone(model, x[n : n + 1], y[n : n + 1]) for n in range(8)])
+        if "batch-coupled" in repr(g):
+            told += 1
+            with pytest.raises(persample.BatchCoupledError):
+                persample.optim.ClippedSGD(model.named_parameters(), lr=0.1, max_norm=1.0).step(g)
+        else:
+            torch.testing.assert_close(g.flat(), rows, rtol=1e-9, atol=1e-12)
+    assert told > 3
+
+
+def _alone(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(losses(model(x), y)[0], list(model.parameters()))])
+
+
+@pytest.mark.parametrize("name", ["threshold", "scaled"])
+def test_what_acts_without_a_gradient_is_said_where_nothing_runs_alone(name: str, x: Tensor) -> None:
+    model, reported = Between(UNSEEN[name]), list[Any]()
+    assert "batch-coupled" in repr(persample.gradients(model, losses, x, Y, verify=False))
+    with persample.extend(model) as recorder:
+        assert "batch-coupled" in repr(recorder.gradients(losses(model(x), Y)))
+    with persample.extend(model, reduction="mean", on_backward=reported.append):
+        losses(model(x), Y).mean().backward()
+    assert "batch-coupled" in repr(reported[0])
+
+
+def test_a_model_that_was_refused_is_not_trusted_for_passing_once() -> None:
+    """Large entries alone are scaled, by a number of the batch that Python has found; in some batches there are none."""
+
+    def scaled(h: Tensor) -> Tensor:
+        return torch.where(h.abs() > 9, h / max(h.detach().abs().flatten().tolist()), h)
+
+    torch.manual_seed(0)
+    model = Between(scaled).double()
+    small, large = torch.zeros(N, D).double(), 100 * torch.randn(N, D).double()
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(model, losses, large, Y)
+    persample.gradients(model, losses, small, Y)
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(model, losses, large, Y)

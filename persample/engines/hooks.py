@@ -55,6 +55,7 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         capture.coupled or any(call.couples for call in found.calls),
         frozenset(capture.called),
         capture.totals,
+        capture.hidden,
         collect.served_by(),
     )
 

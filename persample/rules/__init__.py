@@ -173,18 +173,22 @@ SHAPED: set[Function] = {
     *spellings("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
 }
 
+# What compares numbers with each other.
+COMPARES: set[Function] = {*spellings("eq", "ne", "lt", "le", "gt", "ge")}
+
+# What brings numbers to Python: they may decide what the model does.
+READS: set[Function] = {
+    *spellings("item", "tolist", "numpy"),
+    *(getattr(Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "index")),
+}
+
 # What passes no gradient on.
 INERT: set[Function] = {
     *FRESH,
     *SHAPED,
+    *COMPARES,
     *spellings("result_type", "is_same_size"),
     *spellings(
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
         "isnan",
         "isinf",
         "isfinite",

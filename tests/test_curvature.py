@@ -19,11 +19,13 @@ from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, 
 from persample.errors import (
     ArgumentError,
     BatchCoupledError,
+    CaptureError,
     DirectionError,
     InplaceError,
     LossError,
     PersampleError,
     RandomnessError,
+    VerificationError,
 )
 
 N = 5
@@ -68,6 +70,18 @@ def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 3))
 
 
+class Tempered(nn.Module):
+    """A parameter without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.head(x) * self.temperature)
+
+
 X, LABELS = (
     torch.randn(N, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
     torch.tensor([0, 2, 1, 1, 0]),
@@ -106,6 +120,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Tensor, Tensor]] = {
     ),
     "batch norm": (normed, nn.CrossEntropyLoss(), X, LABELS),
     "tokens": (Tokens, nn.CrossEntropyLoss(), TEXT, TEXT.roll(-1, 1)),
+    "temperature": (Tempered, nn.CrossEntropyLoss(), X, LABELS),
 }
 FISHER = [name for name in CASES if name != "bent loss"]
 
@@ -274,6 +289,30 @@ def test_per_sample_hvp_refuses_outputs_that_are_broadcast_with_targets(engine: 
     close(
         per_sample_hvp(model, nn.MSELoss(), X, y[:, None], v, engine=engine), 2 * inputs * inputs.sum(1, keepdim=True)
     )
+
+
+class Differentiates(nn.Module):
+    """A score: the model is the gradient of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy, self.head = nn.Linear(2, 4), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return self.head(torch.autograd.grad(self.energy(x).tanh().sum(), x, create_graph=True)[0])
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_per_sample_hvp_of_a_model_that_differentiates_itself(engine: str) -> None:
+    args = seeded(Differentiates), nn.CrossEntropyLoss(), X, LABELS
+    v = torch.randn(21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = per_sample_hvp(*args, v, engine=engine)
+    close(rows.mean(0), hvp(*args) @ v)
+    for n in range(N):
+        close(rows[n], hvp(*args[:2], X[n : n + 1], LABELS[n : n + 1]) @ v)
+    with pytest.raises(CaptureError, match="Use engine='loop'"):
+        per_sample_hvp(*args, v, engine="vmap")
 
 
 def test_per_sample_hvp_refuses_random_masks() -> None:
@@ -457,9 +496,10 @@ def test_penalties_are_in_the_hessian_and_refused_by_gauss_newton() -> None:
 MATRICES = [hvp, ggn, fisher, empirical_fisher]
 
 
+@pytest.mark.parametrize("name", ["cross entropy", "temperature"])
 @pytest.mark.parametrize("make", MATRICES)
-def test_operator(make: Any) -> None:
-    model, loss_fn, x, y = case("cross entropy")
+def test_operator(make: Any, name: str) -> None:
+    model, loss_fn, x, y = case(name)
     op = make(model, loss_fn, x, y)
     dense = op.dense()
     size = sum(p.numel() for p in model.parameters())
@@ -570,6 +610,7 @@ OPERATORS = {
     "mc": lambda *args: fisher(*args, type="mc"),
     "coupling": lambda *args: coupling(*args).ggn(),
 }
+ROWS = {"rows": lambda *args: empirical_fisher(*args, method="rows")}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -587,11 +628,13 @@ def test_copies_of_operators_are_of_the_same_model_and_pickles_are_refused(name:
 
 
 @pytest.mark.parametrize("what", CHANGES)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [*OPERATORS, *ROWS])
 def test_products_refuse_another_point(name: str, what: str) -> None:
     model, x, y = seeded(normed), X.clone(), LABELS.clone()
+    if name in ROWS:
+        model[1] = nn.LayerNorm(3).double()
     loss_fn = nn.CrossEntropyLoss(weight=torch.ones(3, dtype=torch.float64))
-    op = OPERATORS[name](model, loss_fn, x, y)
+    op = {**OPERATORS, **ROWS}[name](model, loss_fn, x, y)
     v = torch.ones(op.shape[0], dtype=torch.float64)
     assert torch.equal(op @ v, op @ v)
     CHANGES[what](model, loss_fn, x, y)
@@ -619,17 +662,109 @@ def test_products_are_the_same_after_forward_passes_and_moved_statistics(name: s
     assert (OPERATORS[name](model, loss_fn, x, y).dense() - before).norm() > 1e-3
 
 
-def test_products_from_rows_are_those_of_the_rows() -> None:
-    model, loss_fn, x, y = case("cross entropy")
-    op = empirical_fisher(model, loss_fn, x, y, method="rows")
-    before = op.dense()
-    _double(model)
-    assert torch.equal(op.dense(), before)
-    x = x.clone()
-    op = empirical_fisher(model, loss_fn, x, y, method="rows")
-    x.mul_(2)
-    with pytest.raises(InplaceError):
-        op.dense()
+class Filter(nn.Module):
+    """One layer, and a function of its own between two."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(2, 4), nn.Linear(4, 3), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+@pytest.mark.parametrize("make", [ggn, fisher, empirical_fisher])
+def test_operations_whose_gradient_is_linear_but_not_written_so(make: Callable[..., Operator]) -> None:
+    """``logcumsumexp`` takes logarithms of the gradient that arrives."""
+    alike = [
+        lambda h: torch.logcumsumexp(h, 1),
+        lambda h: torch.stack([h[:, : i + 1].logsumexp(1) for i in range(4)], 1),
+    ]
+    known, expected = (make(seeded(lambda f=f: Filter(f)), nn.CrossEntropyLoss(), X, LABELS).dense() for f in alike)
+    close(known, expected)
+
+
+def _implicit(h: Tensor) -> Tensor:
+    """A fixed point, whose gradient a hook solves for; nothing can differentiate the hook."""
+    z = h.tanh()
+    inner = z.detach().requires_grad_()
+    with torch.enable_grad():
+        again = (inner.roll(1, 1) / 2).tanh()
+
+    def solve(g: Tensor) -> Tensor:
+        y = g
+        for _ in range(20):
+            y = torch.autograd.grad(again, inner, y, retain_graph=True)[0] + g
+        return y
+
+    if z.requires_grad:
+        z.register_hook(solve)
+    return z
+
+
+def _clamped(h: Tensor) -> Tensor:
+    z = h.tanh()
+    if z.requires_grad:
+        z.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+    return z
+
+
+def _clamped_high(h: Tensor) -> Tensor:
+    z = h.tanh()
+    if z.requires_grad:
+        z.register_hook(lambda g: g.clamp(-10, 10))
+    return z
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return h.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        return g.data * (1 - h.tanh() ** 2)
+
+
+OPAQUE = {"implicit": _implicit, "clamped": _clamped, "clamped high": _clamped_high, "detached": _Plain.apply}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+@pytest.mark.parametrize("make", [ggn, fisher, empirical_fisher])
+def test_backward_passes_that_cannot_be_differentiated_are_refused(make: Callable[..., Operator], name: str) -> None:
+    op = make(seeded(lambda: Filter(OPAQUE[name])), nn.CrossEntropyLoss(), X, LABELS)
+    v = torch.randn(op.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(VerificationError, match="not linear"):
+        op @ (v * 1e4)
+
+
+def test_backward_passes_that_make_nan_of_zero_are_refused() -> None:
+    model = seeded(lambda: Filter(lambda h: torch.logcumsumexp(h, 1) * torch.tensor([1.0, 0.0, 1.0, 1.0]).double()))
+    op = empirical_fisher(model, nn.CrossEntropyLoss(), X, LABELS)
+    with pytest.raises(VerificationError, match="NaN or infinite"):
+        op @ torch.ones(op.shape[0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", [ggn, fisher, empirical_fisher])
+def test_products_that_are_rounding_errors_are_not_refused(make: Callable[..., Operator]) -> None:
+    """A bias that BatchNorm takes away again has no effect, and a gradient of rounding errors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = 10 * torch.randn(20, 6), torch.randint(3, (20,))
+    for kind in (torch.float32, torch.float64):
+        for params in (r"0\.bias", None):
+            op = make(model.to(kind), nn.CrossEntropyLoss(), x.to(kind), y, params=params)
+            block = op @ torch.eye(op.shape[0], dtype=kind)
+            assert params is None or float(block.abs().max()) < 1e-6
+
+
+def test_nan_stays_nan() -> None:
+    x = X.clone()
+    x[1] = float("nan")
+    op = empirical_fisher(seeded(lambda: Filter(torch.tanh)), lambda out, y: out.square().sum(1), x, LABELS)
+    assert bool((op @ torch.ones(op.shape[0], dtype=torch.float64)).isnan().any())
 
 
 def test_batch_coupling_is_kept() -> None:

@@ -18,7 +18,7 @@ from ..state import restored
 from .likelihood import Likelihood, identify, seed_of, wide
 from .objective import Objective
 from .operator import Operator, flatten, unflatten
-from .products import Middle, Tensors, gradient, hessian, loss_curvature, operator, sandwich
+from .products import Middle, Tensors, gradient, hessian, loss_curvature, operator, pinned, sandwich
 
 
 def hvp(
@@ -49,6 +49,7 @@ def ggn(
 
     Raises:
         LossError: if ``loss_fn`` depends on parameters other than through the outputs (penalties).
+        VerificationError: from a product, if the backward pass is not linear, or autograd can't follow it (hooks).
 
     Cost: one forward and backward pass for a product, and about three backward passes for each of its columns.
     """
@@ -116,6 +117,7 @@ def empirical_fisher(
 
     Raises:
         BatchCoupledError: for "rows" where samples are coupled.
+        VerificationError: from a product, for "autograd" as in `ggn`.
     """
     one_of("method", method, ("autograd", "rows"))
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
@@ -145,7 +147,7 @@ def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]
             columns.append(flatten(rows.sum(weight), shapes).to(matrix.dtype))
         return torch.stack(columns, 1) if columns else matrix.clone()
 
-    return apply
+    return pinned(problem, apply)
 
 
 # ---- shared with the Kronecker factors ----------------------------------------------------------------------------

@@ -118,4 +118,4 @@ def flatten(v: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> Tensor:
 def unflatten(v: Tensor, shapes: Mapping[str, Size]) -> dict[str, Tensor]:
     """``{name: [*P]}`` from ``[D]``; ``{name: [k, *P]}`` from ``[k, D]``."""
     pieces = v.split_with_sizes([prod(shape) for shape in shapes.values()], dim=-1)
-    return {name: x.reshape(*v.shape[:-1], *shape) for (name, shape), x in zip(shapes.items(), pieces, strict=True)}
+    return {name: x.reshape((*v.shape[:-1], *shape)) for (name, shape), x in zip(shapes.items(), pieces, strict=True)}

@@ -91,7 +91,7 @@ def _direction(problem: Problem, v: Tensor | Mapping[str, Tensor] | None) -> Ten
 def _check_repeatable(problem: Problem) -> None:
     """Run one sample alone: a batch draws other random numbers, and statistics over it are other ones."""
     alone = problem.batch.select(torch.tensor([0]))
-    with Watch(), torch.no_grad():
+    with Watch(), torch.enable_grad():  # some models differentiate themselves
         before = random_state(problem.model)
         call_model(problem.model, alone.inputs.whole())
         after = random_state(problem.model)
@@ -152,5 +152,5 @@ def _by_vmap(problem: Problem, direction: Tensor) -> Tensor:
     samples, dims = [[x for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
     with Watch({id(p): name for name, p in problem.parameters.items()}):
         rows = vectorise(one, in_dims=(dims,), randomness="error")(samples)
-    flat = torch.cat([rows[name].flatten(1) for name in values], 1)
+    flat = torch.cat([rows[name].reshape(batch.n, -1) for name in values], 1)
     return flat if bool(flat.isfinite().all()) else _by_loop(problem, direction)  # ignored targets: 0 / 0

@@ -14,6 +14,10 @@ All but the first are ``c J^T M J`` with ``J`` the Jacobian of *everything the b
 parameters.  No sample is taken apart, so nothing changes where samples are coupled: under BatchNorm in training mode
 these are exactly the matrices of the batch loss, its sum structure kept.  ``J v`` is the derivative of ``J^T u`` with
 respect to ``u`` (two reverse passes: any operation that can be differentiated twice is good enough).
+
+That holds where the backward pass is linear and autograd can follow it.  Hooks, and the backward of an
+``autograd.Function``, may be neither, so ``w^T (J v) = (J^T w)^T v`` is checked: once at ``v = J^T w``, which is far
+from zero, and for every product.
 """
 
 from __future__ import annotations
@@ -26,9 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..errors import ArgumentError, InplaceError
+from ..errors import ArgumentError, InplaceError, VerificationError
 from ..problem import Problem
+from ..rounding import slack, tolerance
 from ..state import Buffers, restored
 from .objective import Objective
 from .operator import Operator, unflatten
@@ -80,29 +86,81 @@ def hessian(objective: Objective) -> Callable[[Tensor], Tensor]:
             grads = gradient([loss], parameters, None, create_graph=True)
             return _columns(objective, matrix, lambda v: gradient(grads, parameters, v))
 
-    return _pinned(objective.problem, apply)
+    return pinned(objective.problem, apply)
 
 
 def sandwich(objective: Objective, middle: Callable[[object], tuple[Tensors, Middle]]) -> Callable[[Tensor], Tensor]:
     """``V [D, k] -> c J^T M J V``: ``middle(outputs)`` says whose Jacobian ``J`` is, and what ``M`` does."""
     parameters = list(objective.parameters.values())
+    model, checked = objective.problem.model, False
 
     def apply(matrix: Tensor) -> Tensor:
+        nonlocal checked
         with objective.forward() as outputs:
             ends, multiply = middle(outputs)
-            seeds = [torch.zeros_like(x, requires_grad=True) for x in ends]
+            seeds = [_generic(x).requires_grad_() for x in ends]
             pulled = gradient(ends, parameters, seeds, create_graph=True)  # J^T u, linear in u
+            if not checked:
+                v = [F.normalize(x.detach().flatten(), dim=0).view_as(x) for x in pulled]
+                _check_adjoint(model, ends, seeds, gradient(pulled, seeds, v), pulled, v)
+                checked = True
 
             def product(v: Tensors) -> Tensors:
                 pushed = gradient(pulled, seeds, v)  # J v
-                return gradient(ends, parameters, [objective.scale * x for x in multiply(pushed)])
+                weighted = [objective.scale * x for x in multiply(pushed)]
+                result = gradient(ends, parameters, weighted)
+                _check_adjoint(model, ends, weighted, pushed, result, v)
+                return result
 
             return _columns(objective, matrix, product)
 
-    return _pinned(objective.problem, apply)
+    return pinned(objective.problem, apply)
 
 
-def _pinned(problem: Problem, apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _generic(x: Tensor) -> Tensor:
+    """A tensor of that shape and type without zeros, to differentiate at: some backward passes take its logarithm."""
+    u = torch.arange(x.numel(), dtype=torch.float32, device=x.device).sin().add_(0.1)
+    return u.view(x.shape).to(x.dtype)
+
+
+def _check_adjoint(model: nn.Module, ends: Tensors, w: Tensors, pushed: Tensors, pulled: Tensors, v: Tensors) -> None:
+    """Raise where ``w^T (J v)`` with ``pushed = J v`` is not ``(J^T w)^T v`` with ``pulled = J^T w``."""
+    one, other, kinds = _inner(w, pushed), _inner(pulled, v), [x.dtype for x in (*ends, *v)]
+    off = (one - other).abs()
+    if off <= tolerance(*kinds) * other.abs() or not (_norm(pulled) * _norm(v)).isfinite():
+        return  # or the model has diverged
+    if off.isfinite():  # where J v is nothing but rounding errors, what is nothing is told by all parameters
+        whole = gradient(ends, [p for p in model.parameters() if p.requires_grad], w)
+        tiny = max(torch.finfo(kind).tiny for kind in kinds) * (_norm(w, 1) + _norm(v, 1))
+        if off <= max(map(slack, kinds)) * _norm(whole) * _norm(v) + tiny:
+            return
+    what = "not linear, or computes with detached values" if off.isfinite() else "NaN or infinite at gradients of zero"
+    raise VerificationError(
+        f"the Jacobian J of the model is had by differentiating its backward pass, which is {what}: w^T (J v) = "
+        f"{float(one):.6g} and (J^T w)^T v = {float(other):.6g}. Usual causes: a hook (register_hook) or the backward "
+        "of an autograd.Function, such as an implicit gradient, that autograd can't follow; or half precision, in "
+        "which gradients vanish. Write it with operations that can be differentiated again, or use what takes one "
+        "backward pass: empirical_fisher(..., method='rows'), kfac."
+    )
+
+
+def _inner(a: Tensors, b: Tensors) -> Tensor:
+    """The real inner product, 0-dim, in double precision."""
+    pairs = zip(a, b, strict=True)
+    products = [(_wide(x).conj() * _wide(y)).real.sum() for x, y in pairs]
+    return torch.stack(products).sum()
+
+
+def _norm(a: Tensors, p: float = 2) -> Tensor:
+    norms: Tensor = torch.stack([_wide(x).norm(p) for x in a]).norm(p)
+    return norms
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float64))
+
+
+def pinned(problem: Problem, apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """``apply``, always at the point where things stand now: buffers begin as they are now, as any forward pass may
     move running statistics; after other changes, `InplaceError`.
     """

@@ -12,8 +12,8 @@ reduction.
 **This is the mechanism, not a privacy guarantee.**  Accounting is the user's: how batches are drawn (Poisson sampling,
 with ``expected_batch_size = q N``, where a batch may be empty), how many steps, the epsilon that follows, and a source
 of noise fit for the purpose (`torch.Generator` is no cryptographic one).  What is checked is that samples are
-independent: in a batch-coupled model (BatchNorm in training mode) one sample changes the gradients of all others,
-clipping bounds nothing, and the step is refused.
+independent, as far as that is known of the rows: in a batch-coupled model (BatchNorm in training mode) one sample
+changes the gradients of all others, clipping bounds nothing, and the step is refused.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from .report import html_table, text_table
 from .rounding import slack, tolerance
 from .state import Buffers, random_state, restored, set_random_state, taking_turns
 from .trace import find_coupling
-from .verify import LossDiffers, Probe, check_alone
+from .verify import LossDiffers, Probe, check_alone, moved_by_others
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,6 +211,8 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
                 bad.add(v.name)
     buffers.restore()
     set_random_state(before)
+    if (run.totals or run.hidden) and not couplers and (moved := moved_by_others(problem)) is not None:
+        return _coupled(problem, engine, chosen, moved)
     ordinary = _summed(problem)
     total = torch.stack([g.double().norm() for g in ordinary.values()]).norm()
     rows = []

@@ -209,13 +209,12 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     raise_if_wrong(verdicts, None if note == WITHIN else engine)
     if not (result.totals or result.hidden):  # a mask that is full now may not be so in the next batch
         remember(problem, engine, couplers, result.called)
-    elif not couplers and (other := _moved_by_others(problem)) not in (None, n):
-        assert other is not None
-        return run_verified(problem, engine, emit, run, other)
+    elif not couplers and (other := moved_by_others(problem)) is not None and other.n != n:
+        return run_verified(problem, engine, emit, run, other.n)
     return result, note
 
 
-def _moved_by_others(problem: Problem) -> int | None:
+def moved_by_others(problem: Problem) -> LossDiffers | None:
     """A sample that has another loss alone: where numbers of the whole batch act by comparisons or branches, they do so
     on some samples only.  Looked for among those that have another loss in half of the batch, and among eight others.
     """
@@ -233,8 +232,9 @@ def _moved_by_others(problem: Problem) -> int | None:
         few: list[int] = [*moved[:FEW], *range(0, batch.n, -(-batch.n // FEW))]
         for n in few:
             buffers.restore()
-            if _differ(whole[n], one_sample(problem, n, [])[0], problem):
-                return n
+            alone = one_sample(problem, n, [])[0]
+            if _differ(whole[n], alone, problem):
+                return LossDiffers(n, float(whole[n]), float(alone))
     return None
 
 

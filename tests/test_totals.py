@@ -277,3 +277,17 @@ def test_a_model_that_was_refused_is_not_trusted_for_passing_once() -> None:
     persample.gradients(model, losses, small, Y)
     with pytest.raises(persample.BatchCoupledError):
         persample.gradients(model, losses, large, Y)
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_report_looks_at_more_samples_where_numbers_of_the_batch_act(name: str) -> None:
+    told = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, x, y = Between(UNSEEN[name]).double(), torch.randn(8, D).double(), torch.randint(3, (8,))
+        report = persample.check(model, losses, x, y, samples=1)
+        together = losses(model(x), y)
+        apart = torch.cat([losses(model(x[n : n + 1]), y[n : n + 1]) for n in range(8)])
+        assert report.ok == torch.allclose(together, apart)
+        told += not report.ok
+    assert told

@@ -67,8 +67,8 @@ def propagate(
         ArithmeticError,
     ):  # a way to call the function that isn't known
         pass
-    if found is None and not lost and func not in _PUTS and (sample := of_one(sampled)) is not None:
-        return Layout(layout.n, alone=sample)  # whatever was done to one sample's entries
+    if found is None and not (lost or func in _PUTS or out.dtype in _COUNTS) and (n := of_one(sampled)) is not None:
+        return Layout(layout.n, alone=n)  # whatever was done to the numbers of one sample
     return found
 
 
@@ -127,6 +127,8 @@ def _followed(
         return written(func, args, kwargs, sampled, out)
     if func in COPIES and len(sampled) > 1:
         return rewritten(func, args, kwargs, sampled)
+    if func is torch.cdist:
+        return _distances(args, kwargs, sampled, out)
     if func in _GROWS:
         axes = _grown(layout, func, args, kwargs, sampled, out)
         return replace(layout, axis=axes[0]) if len(axes) == 1 else None
@@ -200,6 +202,20 @@ def _grown(
     return [a for a in range(out.ndim) if any(shape[a] == out.shape[a] + 1 == layout.size + 1 for shape in shapes)]
 
 
+def _distances(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+    """``[*B, P, D]`` and ``[*B, Q, D]`` to ``[*B, P, Q]``, with batches that broadcast."""
+    layouts = {id(x): at for x, at in sampled}
+    places = []
+    for i, x in enumerate(bind(args, kwargs, "x1", "x2")):
+        if (at := layouts.get(id(x))) is not None:
+            behind = x.ndim - at.axis - (i if at.axis == x.ndim - 2 else 0)
+            places.append(replace(at, axis=out.ndim - behind))
+            if at.axis == x.ndim - 1 or not at.fits(out.shape, out.ndim - behind):
+                return None
+    first = places[0]
+    return first if all(at.axis == first.axis and same(at, first) for at in places) else None
+
+
 def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor, lost: bool) -> Layout | None:
     """The sample axis keeps its letter."""
     first, layout = sampled[0]
@@ -240,6 +256,7 @@ _MEETS: dict[Function, int] = {
 }
 _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *JOINS, *GATHERS, *_SPREADS, *_REDUCES, *WRITES, *COPIES}
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
-_GROWS = {*named("tensordot", "cdist", "as_strided", "transpose_copy", "permute_copy"), *GATHERS} - named("stack")
-_SPECIAL |= {F.embedding_bag, torch.einsum, *_GROWS}
+_GROWS = {*named("tensordot", "as_strided", "transpose_copy", "permute_copy"), *GATHERS} - named("stack")
+_SPECIAL |= {F.embedding_bag, torch.einsum, torch.cdist, *_GROWS}
+_COUNTS = {torch.int64, torch.int32, torch.bool}  # indices and masks, of whatever they are put to
 _PUTS = {*JOINS, *GATHERS, *WRITES, *COPIES}  # beside constants, which are nobody's

@@ -25,16 +25,12 @@ def written(
 ) -> Layout | None:
     """What becomes of a constant into which samples are written."""
     value, layout = sampled[-1]
-    if func is Tensor.__setitem__:
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        if value is not args[2]:
-            return kept(layout, value.ndim, out.shape, True)
-        if len(index) == 1 and isinstance(index[0], Tensor) and layout.axis == 0:
-            i = index[0]
-            return agrees(out, layout, 0, i.nonzero()[:, 0] if i.dtype is torch.bool else i)
-        return _assigned(args, layout, value, out)
-    if "put" in func.__name__:
-        return None
+    if func is Tensor.__setitem__ or "put" in func.__name__:
+        index, given = bind(args[1:], kwargs, "indices", "values")
+        index = tuple(index) if isinstance(index, tuple) or func is not Tensor.__setitem__ else (index,)
+        if value is not given:
+            return kept(layout, value.ndim, out.shape, True) if func is Tensor.__setitem__ else None
+        return _placed(index, layout, value, out) or _assigned(index, layout, value, out)
     dim, index, source = bind(args[1:], kwargs, "dim", "index", "source")
     source = kwargs.get("src", source)
     if value is source and dim % out.ndim == layout.axis:
@@ -105,12 +101,24 @@ def agrees(out: Tensor, layout: Layout, axis: int, places: Tensor) -> Layout | N
     return None
 
 
-def _assigned(args: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
+def _placed(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
+    """``out[index] = value``, where the samples are in front in ``value``: tensors say in which rows each is put."""
+    if layout.axis != 0 or not all(isinstance(i, Tensor) for i in index):
+        return None
+    first, used = index[0], len(index)
+    if used == 1 and first.dtype is torch.bool:
+        first, used = first.nonzero()[:, 0], first.ndim
+    if value.ndim != out.ndim - used + 1 or any(i.ndim != 1 or i.dtype is torch.bool for i in (first, *index[1:])):
+        return None
+    return agrees(out, layout, 0, first)
+
+
+def _assigned(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
     """``out[index] = value``: the axis of ``out`` that the index would bring to where the samples are in ``value``."""
-    part = out[args[1]]
+    part = out[index]
     for axis in range(out.ndim):
         if out.shape[axis] == layout.size and layout.owner is None:
-            piece = indexed(Tensor.__getitem__, (out, args[1]), {}, replace(layout, axis=axis), part)
+            piece = indexed(Tensor.__getitem__, (out, index), {}, replace(layout, axis=axis), part)
             if piece is not None and piece.axis == layout.axis + part.ndim - value.ndim and same(piece, layout):
                 return replace(layout, axis=axis)
     return None

@@ -383,3 +383,72 @@ class Then(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.move(x)
+
+
+W = torch.randn(N, N, generator=torch.Generator().manual_seed(0)).double()
+PUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "index_put": lambda h: torch.zeros_like(W).index_put((PERM,), h[PERM]),
+    "index_put, added": lambda h: W.index_put((PERM,), h[PERM], accumulate=True),
+    "index_put_": lambda h: torch.zeros_like(W).index_put_((PERM,), h[PERM]),
+    "index_put by mask": lambda h: W.index_put((torch.arange(N) > 1,), h[2:]),
+    "index_put by pairs": lambda h: h.new_zeros(N, 3, N).index_put(
+        (torch.arange(N).repeat_interleave(2), torch.tensor([0, 2] * N)), h.repeat_interleave(2, 0)
+    ).sum(1),
+    "pairs": lambda h: into(h, lambda h: h.new_zeros(N, N, N), (PERM, PERM.flip(0))).sum(1),
+    "cdist with a repeated constant": lambda h: torch.cdist(h[:, None], W.repeat(N, 1, 1)).squeeze(1),
+    "cdist, swapped": lambda h: torch.cdist(W.expand(N, N, N), h[:, None], p=1.0).squeeze(2),
+    "cdist of samples": lambda h: torch.cdist(x1=h[:, None], x2=h.view(N, 2, 2).tile(2)).flatten(1).tile(2),
+    "cdist, with one more axis": lambda h: torch.cdist(W.expand(N, 2, N, N), h.view(N, 1, 1, N))[:, 0].squeeze(2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUT)
+def test_samples_beside_constants(name: str) -> None:
+    x, y = batch()
+    model = Moved(PUT[name]).double()
+    g = persample.gradients(model, losses, x, y, verify=False)
+    for parameter, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)
+
+
+class Distances(nn.Module):
+    def __init__(self, spread: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.c, self.last, self.spread = nn.Parameter(torch.randn(3, N)), nn.Linear(3, 2), spread
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.cdist(x.view(-1, 1, N), self.spread(self.c)).squeeze(1))
+        return out
+
+
+@pytest.mark.parametrize("spread", [lambda c: c.expand(N, -1, -1), lambda c: c.repeat(N, 1, 1)], ids=["view", "copy"])
+def test_distances_from_centres_of_the_model(spread: Callable[[Tensor], Tensor]) -> None:
+    x, y = batch()
+    model = Distances(spread).double()
+    g = persample.gradients(model, losses, x, y, verify=False)
+    for parameter, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda h: into(h.sum(1), lambda h: h.new_zeros(N, N)),  # a column for each sample
+        lambda h: h.new_zeros(N, N).index_put((torch.arange(N),), h.sum(1)),
+        lambda h: h.new_zeros(N, N).index_put((PERM, PERM), h.sum(1), accumulate=True).index_select(1, PERM),
+        lambda h: h.new_zeros(N, N).index_put((PERM,), h),
+        lambda h: torch.cdist(h, h),
+        lambda h: torch.cdist(h[:, None], h[PERM, None]).repeat(1, 1, N).squeeze(1),
+        lambda h: torch.cdist(h.T, W),
+    ],
+    ids=["broadcast", "index_put", "transposed", "permuted", "pairs", "paired", "features"],
+)
+def test_samples_that_stand_elsewhere(move: Callable[[Tensor], Tensor]) -> None:
+    x, y = batch()
+    model = Moved(move).double()
+    try:
+        g = persample.gradients(model, losses, x, y, verify=False)
+    except (persample.SampleAxisError, persample.BatchCoupledError):
+        return
+    for parameter, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)

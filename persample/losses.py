@@ -9,8 +9,10 @@ sample's positions.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -152,11 +154,36 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
         return _scalar(loss_fn(*alone))
 
     try:
-        return vmap(one, in_dims=(dims,), randomness="error")(samples)
+        with _slow_in_silence():
+            return vmap(one, in_dims=(dims,), randomness="error")(samples)
     except LossError:
         raise
     except Exception:  # data-dependent criterions: one by one, which raises the user's own error if there is one
         return torch.stack([_scalar(loss_fn(outputs.sample(i), targets.sample(i))) for i in range(n)])
+
+
+@contextmanager
+def _slow_in_silence() -> Iterator[None]:
+    """Inside, ``vmap`` does not say that it has no batching rule for a function (CTC, margins) and runs it sample by
+    sample, which nobody who calls a criterion can change.
+
+    Its switch is one for all threads, and can't be read: the last to leave puts it back to what it is by default.  A
+    filter of warnings would be one for all threads too, and make Python show every warning anew.
+    """
+    global _silent
+    with _LOCK:
+        _silent += 1
+        _tell(False)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _silent -= 1
+            _tell(_silent == 0)
+
+
+_LOCK, _silent = threading.Lock(), 0
+_tell: Callable[[bool], None] = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda _: None)
 
 
 def _scalar(loss: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,43 @@ def test_scalar_criterion_is_meant_for_one_sample_alone(
 ) -> None:
     expected = torch.stack([criterion(out[n : n + 1], y[n : n + 1]) for n in range(N)])
     assert torch.allclose(per_sample(criterion, out, y), expected, rtol=1e-12, atol=0)
+
+
+def test_what_vmap_says_of_its_own_speed_is_not_shown() -> None:
+    """The criterions without a batching rule of their own; what the caller's own ``vmap`` says is."""
+    margin = nn.MultiMarginLoss()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        per_sample(margin, scores(C), labels())
+        per_sample(lambda out, y: warnings.warn("mine", stacklevel=1) or margin(out, y), scores(C), labels())
+        assert {str(w.message) for w in heard} == {"mine"}
+        torch.func.vmap(lambda out, y: margin(out[None], y[None]))(scores(C), labels())
+    assert "performance drop" in str(heard[-1].message)
+
+
+def test_that_it_is_not_shown_is_counted_over_threads() -> None:
+    """Criterions that wait for each other in the middle."""
+    margin, together = nn.MultiMarginLoss(), threading.Barrier(2, timeout=60)
+
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        if y.shape == (1,):
+            together.wait()
+        return margin(out, y)
+
+    def repeatedly() -> None:
+        for _ in range(3):
+            per_sample(criterion, scores(C), labels())
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        threads = [threading.Thread(target=repeatedly) for _ in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert not heard
+        torch.func.vmap(lambda out, y: margin(out[None], y[None]))(scores(C), labels())
+    assert "performance drop" in str(heard[-1].message)
 
 
 SPLIT: list[tuple[str, Any, Tensor, Tensor]] = [

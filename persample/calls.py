@@ -88,6 +88,7 @@ class Call:
     versions: dict[int, int]
     where: str  # a parameter or buffer among its arguments
     couples: str = ""  # why this call makes samples depend on each other
+    lost: str = ""  # the call in which it was lost where the samples of its arguments are
     listener: Callable[[Call, Sequence[Tensor | None]], None] | None = None  # gets the gradients of the outputs
     begun: Callable[[int], None] | None = None  # is told that a backward has come here
     results: tuple[Tensor, ...] = ()  # the outputs, detached, where the rule needs them
@@ -138,10 +139,15 @@ class Call:
         layout = self.outputs[0][1]
         if layout is None:
             raise SampleAxisError(
-                f"{self.name}: can't tell where the samples are in an output of shape {tuple(self.outputs[0][0])}. "
-                "Keep the samples on one axis of their own, say where it is with batch_dim=, or use engine='loop'."
+                f"{self.name}: can't tell where the samples are in an output of shape {tuple(self.outputs[0][0])}"
+                f"{self._since}. Keep the samples on one axis of their own, say where it is with batch_dim=, or use "
+                "persample.gradients with engine='loop'."
             )
         return layout
+
+    @property
+    def _since(self) -> str:
+        return f", as they were lost in {self.lost}" if self.lost else ""
 
     @property
     def n(self) -> int:
@@ -175,7 +181,7 @@ class Call:
         layout = self.layouts.get(id(x)) if id(x) in self.layouts else self.layout
         if layout is None:
             raise SampleAxisError(
-                f"{self.name}: can't tell where the samples are in an argument of shape {tuple(x.shape)}."
+                f"{self.name}: can't tell where the samples are in an argument of shape {tuple(x.shape)}{self._since}."
             )
         return samples_first(self.read(x), layout)
 

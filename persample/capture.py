@@ -25,7 +25,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .calls import KEY, Call, Derivation, Shared, arguments, behind, mapped, metadata, tensors_in
+from .calls import KEY, Call, Derivation, Shared, arguments, behind, function_name, mapped, metadata, tensors_in
 from .errors import HigherOrderError, SampleAxisError
 from .layout import Layout
 from .mixing import ORDERS, SHIFTS, extent, mixes, ranks
@@ -37,6 +37,7 @@ from .writing import rewritten, writes_into
 @dataclass(slots=True)
 class _Sampled:
     layout: Layout | None
+    lost: str = ""  # where there is no layout: the call in which it was lost
     total: int = 0  # surely made of all samples together: 2, their sum or mean; 1, the largest or smallest of them
 
 
@@ -158,7 +159,9 @@ class Capture(TorchFunctionMode):
         calls, leaves = behind(t)
         if calls:
             layout = next((layout for call in calls for _, layout in call.outputs if layout is not None), None)
-            kind: _Sampled | _Derived = _Sampled(None if layout is None else found_again(layout, t))
+            layout = None if layout is None else found_again(layout, t)
+            lost = "" if layout is not None else f"a call that could not be seen (output {tuple(t.shape)})"
+            kind: _Sampled | _Derived = _Sampled(layout, lost)
         else:
             sources = [Shared(p, None) for p in leaves if id(p) in self.wanted]
             self.count += 1
@@ -291,6 +294,7 @@ class Capture(TorchFunctionMode):
             {id(t): t._version for t in (*saved.values(), *[s.tensor for s in live])},
             next((name for t in tensors if (name := self.names.get(id(t)))), ""),
             couples,
+            self._lost(sampled),
             self.listener,
         )
         out = self._run(call, func, args, kwargs)
@@ -348,9 +352,10 @@ class Capture(TorchFunctionMode):
         for t in _results(args, kwargs, out, mutates):
             if (before := next((layout for a, layout in sampled if a is t), self)) is not self:
                 if len(sampled) > 1 and writes_into(func, args, t):
-                    self._mark(t, _Sampled(rewritten(func, args, kwargs, sampled), level))
+                    layout = rewritten(func, args, kwargs, sampled)
+                    self._mark(t, self._found(func, sampled, t, layout, level))
                 elif before is None:
-                    self._mark(t, _Sampled(None))
+                    self._mark(t, _Sampled(None, self._lost(sampled)))
                 continue  # changed in place, or handed through: the samples stay where they are
             if not mutates and any(t is a for a in tensors) and "out" not in kwargs:
                 continue  # handed through, without samples
@@ -359,9 +364,25 @@ class Capture(TorchFunctionMode):
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
                 continue  # a constant
             total = level or (extent(func, args, kwargs, sampled) if layout is None else 0)
-            self._mark(t, _Sampled(layout, total))
+            self._mark(t, self._found(func, sampled, t, layout, total))
             if mutates and t._base is not None and not isinstance(self._kind(t._base), _Sampled):
-                self._mark(t._base, _Sampled(None))
+                self._mark(t._base, self._found(func, sampled, t._base, None, 0))
+
+    def _found(
+        self,
+        func: Callable[..., Any],
+        sampled: Sequence[tuple[Tensor, Layout | None]],
+        out: Tensor,
+        layout: Layout | None,
+        total: int,
+    ) -> _Sampled:
+        lost = "" if layout is not None else self._lost(sampled) or f"{function_name(func)} (output {tuple(out.shape)})"
+        return _Sampled(layout, lost, total)
+
+    def _lost(self, sampled: Sequence[tuple[Tensor, Layout | None]]) -> str:
+        """The call in which the samples of one of these were lost."""
+        kinds = (self._kind(t) for t, at in sampled if at is None)
+        return next((kind.lost for kind in kinds if isinstance(kind, _Sampled) and kind.lost), "")
 
     def _derive(
         self,

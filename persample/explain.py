@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,9 @@ from .engines.hooks import forward
 from .factors import Dense, Factors, nbytes
 from .losses import LossFunction
 from .problem import Problem, Selection, pose
-from .refusals import check_complete, couplers
+from .refusals import check_complete, couplers, parameters_of
 from .report import bytes_text, html_table, text_table
-from .rules import RULES
+from .rules import COUPLES, RULES
 from .rules.apart import Diagonal, plain
 from .state import restored, taking_turns
 from .statistics_run import Statistics
@@ -128,7 +128,7 @@ def explain(
         found = reached(t.grad_fn for t, *_ in seeds)
         check_complete(found, problem.parameters)
         behind = couplers(found, problem.parameters)
-        uses = _uses(found, problem)
+        uses = _uses(found, problem, behind)
     rows = [
         _explain_coupled(name, p, n, behind[name]) if name in behind else _explain_one(name, p, n, uses[name], streamed)
         for name, p in problem.parameters.items()
@@ -141,10 +141,13 @@ Use = tuple[
 ]  # the call, how it is served, its factors (None: not tried), whether the tensor is derived
 
 
-def _uses(found: Reached, problem: Problem) -> dict[str, list[Use]]:
-    names = {id(p): name for name, p in problem.parameters.items()}
-    uses: dict[str, list[Use]] = {name: [] for name in problem.parameters}
+def _uses(found: Reached, problem: Problem, coupled: Mapping[str, Call]) -> dict[str, list[Use]]:
+    """How every parameter that isn't ``coupled`` is used."""
+    names = {id(p): name for name, p in problem.parameters.items() if name not in coupled}
+    uses: dict[str, list[Use]] = {name: [] for name in names.values()}
     for call in found.calls:
+        if not any(id(p) in names for p in parameters_of(Reached([call]))):
+            continue
         factors: dict[int, tuple[str, Factors | None]] = {id(s.tensor): ("fallback", None) for s in call.shared}
         if call.func in RULES:
             zeros = (
@@ -187,8 +190,9 @@ def _explain_one(name: str, p: Tensor, n: int, uses: list[Use], streamed: bool) 
 
 
 def _explain_coupled(name: str, p: Tensor, n: int, call: Call) -> Explained:
-    why = f"{call.name} {call.couples}: which gradient is meant says coupled=, see persample.coupling"
-    return _explained(name, p, n, "- (coupled)", "-", 0, why)
+    statistics = "which gradient is meant says coupled=, see persample.coupling"
+    way = statistics if call.func in COUPLES else "let the model act on every sample alone"
+    return _explained(name, p, n, "- (coupled)", "-", 0, f"{call.name} {call.couples}: {way}")
 
 
 def _explained(name: str, p: Tensor, n: int, served: str, form: str, kept: int | None, why: str) -> Explained:

@@ -452,3 +452,39 @@ def test_samples_that_stand_elsewhere(move: Callable[[Tensor], Tensor]) -> None:
         return
     for parameter, rows in expected(model, x, y).items():
         torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)
+
+
+class Slots(nn.Module):
+    """Tokens of all samples are gathered in the slots of one expert, and come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.last = nn.Parameter(torch.randn(N, N)), nn.Linear(N, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots = F.one_hot(x[:, 0].argsort().argsort(), N).to(x.dtype)
+        h = torch.einsum("cd,df->cf", torch.einsum("nc,nd->cd", slots, x), self.w)
+        out: Tensor = self.last(x + torch.einsum("nc,cf->nf", slots, h))
+        return out
+
+
+def test_explain_tells_what_gradients_says_of_coupled_parameters() -> None:
+    x, y = batch()
+    model = Slots().double()
+    with pytest.raises(persample.BatchCoupledError) as error:
+        persample.gradients(model, losses, x, y, verify=False)
+    rows = {row.name: row for row in persample.explain(model, losses, x, y).rows}
+    assert error.value.parameters == ("w",) == tuple(n for n, row in rows.items() if row.served == "- (coupled)")
+    assert "einsum makes a sample's values depend on the other samples: let the model act" in rows["w"].why
+    free = persample.gradients(model, losses, x, y, params=r"last", verify=False)
+    assert [n for n, row in rows.items() if row.served.endswith("linear (rule)")] == list(free.names)
+
+
+def test_the_call_is_named_where_samples_were_lost() -> None:
+    x, y = batch()
+    model = Moved(lambda h: (F.one_hot(PERM).to(h.dtype) @ h).tanh() + 1).double()
+    told = r"'last.weight'\): .* of shape \(4, 2\), as they were lost in torch.Tensor.matmul \(output \(4, 4\)\)"
+    with pytest.raises(persample.SampleAxisError, match=told):
+        persample.gradients(model, losses, x, y, verify=False)
+    with persample.extend(model) as recorder, pytest.raises(persample.SampleAxisError, match=told):
+        recorder.gradients(losses(model(x), y))

@@ -103,7 +103,7 @@ def extent(
     """Whether a call gives what is made of all samples together: 2, their sum; 1, the largest or smallest of them."""
     if func in EXTREMES and len(sampled) == 1:
         x, at = sampled[0]
-        if at is None or at.alone is not None or at.n == 1 or not x.is_floating_point() or not args or x is not args[0]:
+        if at is None or only(at) is not None or at.n == 1 or not x.is_floating_point() or not args or x is not args[0]:
             return 0
         return int(_reduced(1, args, kwargs, at.axis, x.ndim))
     return 2 * sums_up(func, args, kwargs, sampled)

@@ -110,6 +110,8 @@ def indexed(
     func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
 ) -> Layout | None:
     x, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+    if out.is_floating_point():  # a sample by a tensor that is its number
+        args = (x, index := tuple(int(i) if _is_number(i) else i for i in index))
     if all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index):
         return _viewed(func, args, kwargs, layout, out)
     numbers = numbered(layout, x)
@@ -118,6 +120,10 @@ def indexed(
         whole = {sum(used[:j]) for j, i in enumerate(index) if i == slice(None)} | {*range(sum(used), x.ndim)}
         numbers = numbers[tuple(slice(0, 1) if a in whole - {layout.axis} else slice(None) for a in range(x.ndim))]
     return read(layout, func(numbers, *args[1:], **kwargs), out)
+
+
+def _is_number(i: Any) -> bool:
+    return isinstance(i, Tensor) and i.ndim == 0 and i.dtype is not torch.bool
 
 
 def _selected(

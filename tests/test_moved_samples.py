@@ -332,6 +332,7 @@ SLICED: dict[str, Callable[[Tensor], Tensor]] = {
     "sums that keep the axis": lambda h: torch.cat([s * s.mean(0, keepdim=True).sum() for s in slices(h)]),
     "softmax": lambda h: torch.cat([s.T.softmax(1).T * s for s in slices(h)]),
     "scores": lambda h: torch.stack([(s @ s.T).sum() * s[0] for s in slices(h)]),
+    "by counted index": lambda h: torch.stack([h[n] * h[n].sum() for n in torch.arange(N)]),
     "by index": lambda h: torch.stack([h[[n]].std() * h[n] for n in range(N)]),
     "stack": lambda h: torch.stack(slices(h)).squeeze(1),
     "stack, time first": lambda h: torch.stack(slices(h), 2)[0].T,

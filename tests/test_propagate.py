@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from persample import propagate
 from persample.capture import Capture, _Sampled
-from persample.layout import Layout
+from persample.layout import Layout, only
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -244,3 +245,48 @@ def test_chains(start: tuple[tuple[int, ...], Layout], steps: list[int]) -> None
 
     x = torch.linspace(-1, 2, torch.Size(shape).numel(), dtype=torch.float64).sin().view(shape)
     check(chain, x, layout)
+
+
+REDUCTIONS: list[Operation] = [
+    lambda x: x.sum(),
+    lambda x: x.mean(0),
+    lambda x: x.softmax(0) * x.amax(),
+    lambda x: x.transpose(0, -1) @ x.transpose(0, -1).transpose(-1, -2),
+    lambda x: F.pad(x, (0, 0, 1, 1)),
+    lambda x: torch.einsum("...d,...d->", x, x),
+    lambda x: torch.stack([x, x.square()]).logsumexp(0),
+    lambda x: x.squeeze(),
+    lambda x: x * x.sum(0, keepdim=True),
+    lambda x: torch.cat([x.reshape(-1), x.sum()[None]]),
+    lambda x: x.sort(0)[0].cumsum(0),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Tensor.mT is deprecated on 0-D")
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([slice(1, 2), slice(3, None), [2], 0, torch.tensor(1)]),
+    st.lists(st.integers(0, len(STEPS) + len(REDUCTIONS) - 1), min_size=1, max_size=5),
+)
+def test_chains_of_one_sample(part: Any, steps: list[int]) -> None:
+    """Whatever is done to a part that is one sample's is that sample's, and nothing in it couples the batch."""
+    x, sample = torch.linspace(-1, 2, 96, dtype=torch.float64).sin().view(4, 4, 6), int(torch.arange(4)[part])
+    done = [*STEPS, *REDUCTIONS]
+
+    def chain(x: Tensor) -> Tensor:
+        out = x[part]
+        with contextlib.suppress(IndexError, RuntimeError, TypeError):  # too few axes
+            for step in steps:
+                out = done[step](out) if out.numel() < 20_000 else out
+        return out
+
+    w = torch.ones(4, 4, 6, dtype=torch.float64, requires_grad=True)
+    capture = Capture(nn.Module(), {id(w)})
+    with capture:
+        capture.start(4, [(x, 0)])
+        out = chain(x * w)
+        kind = capture._kind(out)
+    capture.stop()
+    if out.numel():
+        assert isinstance(kind, _Sampled) and kind.layout is not None and only(kind.layout) == sample
+    assert not any(call.couples for ref in capture.recorded if (call := ref()) is not None)

@@ -67,7 +67,8 @@ def propagate(
         ArithmeticError,
     ):  # a way to call the function that isn't known
         pass
-    if found is None and not (lost or func in _PUTS or out.dtype in _COUNTS) and (n := of_one(sampled)) is not None:
+    beside = func in _PUTS and len(sampled) < len(tensors)
+    if found is None and not (lost or beside or out.dtype in _COUNTS) and (n := of_one(sampled)) is not None:
         return Layout(layout.n, alone=n)  # whatever was done to the numbers of one sample
     return found
 
@@ -108,7 +109,7 @@ def _followed(
 ) -> Layout | None:
     first, layout = sampled[0]
     if any(at.alone is not None for _, at in sampled) or (
-        func in GATHERS and all(only(at) is not None for _, at in sampled)
+        func in GATHERS and of_one(sampled) is None and all(only(at) is not None for _, at in sampled)
     ):
         return one_by_one(func, args, kwargs, sampled, out)
     if args and first is args[0] and (follow := MOVED.get(func)) is not None and not _is_choice(func, args):

@@ -489,3 +489,40 @@ def test_the_call_is_named_where_samples_were_lost() -> None:
         persample.gradients(model, losses, x, y, verify=False)
     with persample.extend(model) as recorder, pytest.raises(persample.SampleAxisError, match=told):
         recorder.gradients(losses(model(x), y))
+
+
+class OneByOne(nn.Module):
+    """Layers act on slices, as batches of one sample."""
+
+    def __init__(self, act: Callable[[OneByOne, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv1d(2, 2, 3), act
+        self.lstm, self.lstm_time_first = nn.LSTM(N, 2, batch_first=True), nn.LSTM(N, 2)
+        self.attention = nn.MultiheadAttention(N, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.act(self, x[n : n + 1]) for n in range(len(x))])
+
+    def both(self, x: Tensor, dim: int = 1) -> Tensor:
+        return torch.stack([x, x.sin()], dim)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda m, x: m.conv(m.both(x)).mean(2),
+        lambda m, x: m.conv(m.both(x.mean(0, keepdim=True))).mean(2),
+        lambda m, x: m.lstm(m.both(x))[0].sum(1),
+        lambda m, x: m.lstm_time_first(m.both(x, 0))[0].sum(0),
+        lambda m, x: m.attention(*[m.both(x)] * 3)[0].mean(1)[:, :2],
+        lambda m, x: m.lstm(torch.vstack([x, x.sin()])[None])[0].sum(1),
+        lambda m, x: m.lstm(nn.utils.rnn.pad_sequence([x, x.repeat(2, 1)]).sum(1)[None])[0][:, 1],
+    ],
+    ids=["conv", "conv of a mean", "lstm", "lstm, time first", "attention", "vstack", "pad_sequence"],
+)  # fmt: skip
+def test_layers_on_slices(act: Any) -> None:
+    x, y = batch()
+    model = OneByOne(act).double()
+    g = persample.gradients(model, losses, x, y)
+    reference = persample.gradients(model, losses, x, y, engine="loop")
+    torch.testing.assert_close(g.flat(), reference.flat(), rtol=1e-9, atol=1e-12)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .joining import GATHERS, JOINS
 from .layout import Layout, of_one, only, same
-from .moves import MOVED, Function, named, recurred, sort_axis, sorted_along
+from .moves import MOVED, Function, named, nonzero_of, recurred, sort_axis, sorted_along
 from .writing import COPIES, WRITES
 
 # Sums of some kind, and which argument says over what.
@@ -41,18 +41,13 @@ def mixes(
 ) -> bool:
     """Whether entries of different samples surely meet, one on one."""
     (x, a), *others = sampled
-    if not others and func not in MOVED and func not in ALONG:
+    moves = func in MOVED and not (MOVED[func] is nonzero_of and len(args) > 1)  # `where` may be a choice
+    if not others and not moves and func not in ALONG:
         return False
     if of_one(sampled) is not None or (func in GATHERS and all(only(at) is not None for _, at in sampled)):
         return False
     if any(at is not None and at.alone is not None for _, at in sampled):
-        lone = (
-            func not in JOINS | GATHERS.keys()
-            and func not in WRITES
-            and func not in MOVED
-            and a is not None
-            and a.n > 1
-        )
+        lone = func not in JOINS | GATHERS.keys() and func not in WRITES and not moves and a is not None and a.n > 1
         return lone and a is not None and not all(b is None or same(a, b) for _, b in others)
     if a is not None and MOVED.get(func) is recurred and not isinstance(args[3], (tuple, list)):
         return a.axis == 0 and a.n > 1 and x is args[0]
@@ -62,7 +57,7 @@ def mixes(
         return True
     if func is torch.einsum and a is not None and a.n > 1:
         return len(sample_letters(args, sampled) or ()) > 1
-    if a is None or not others or func in MOVED or func in JOINS or func in WRITES or func in COPIES:
+    if a is None or not others or moves or func in JOINS or func in WRITES or func in COPIES:
         return False
     slices = {sample for x, at in sampled if x.requires_grad and (sample := only(at)) is not None}
     if func not in FILLS and any(at is not None and only(at) != sample for sample in slices for _, at in sampled):

@@ -362,13 +362,27 @@ def test_slices_of_one_sample(name: str) -> None:
     [
         lambda h: h - h[:1],
         lambda h: h * h[1:2].sum(0),
+        lambda h: torch.where(h > 0, h, h[:1]),
+        lambda h: torch.where(h > 0, h, h[0]),
+        lambda h: torch.where(h > 0, h.flip(0), h),
         lambda h: h - h[:1].expand(N, N),
         lambda h: torch.cat([h[:2] * h[2:3], h[2:]]),
         lambda h: h * h[:1].sum(),
         lambda h: torch.stack([h, h.flip(0)], 1).sum(1),
         lambda h: torch.cat([h[1:3].softmax(0), h[:2]]),
     ],
-    ids=["first", "line", "expanded", "part", "sum", "stacked", "softmax of two"],
+    ids=[
+        "first",
+        "line",
+        "choice",
+        "choice of a line",
+        "choice of another",
+        "expanded",
+        "part",
+        "sum",
+        "stacked",
+        "softmax of two",
+    ],
 )
 def test_slices_that_act_on_other_samples(move: Callable[[Tensor], Tensor]) -> None:
     x, y = batch()

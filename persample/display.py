@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .explain import Explanation
     from .gradients import Gradients
     from .quantities import Quantities
+    from .statistics_run import Statistics
 
 # Told apart by everyone (Okabe and Ito 2008).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -34,22 +35,27 @@ def gradients_html(G: Gradients, limit: int = 40) -> str:
     """One line per parameter: shape, form, memory, and the median gradient norm with a bar."""
     from .factors import nbytes
 
-    medians = {name: float(norm.median()) for name, norm in G.norm(per_parameter=True).items()}
+    kept = {name: [type(G.factors[name]).__name__, bytes_text(nbytes(G.factors[name]))] for name in G.names[:limit]}
+    return _parameters_html(G, ["form", "memory"], kept, True)
+
+
+def statistics_html(S: Statistics, limit: int = 40) -> str:
+    """One line per parameter: its shape and, where norms were asked for, the median gradient norm with a bar."""
+    asked = any(name in S.requests for name in ("norm", "squared_norm", "clip"))
+    return _parameters_html(S, [], {name: [] for name in S.names[:limit]}, asked)
+
+
+def _parameters_html(Q: Gradients | Statistics, header: list[str], cells: dict[str, list[str]], normed: bool) -> str:
+    """The shown parameters with these cells of their own, between their shapes and their norms."""
+    rows = [[name, str(tuple(Q.shapes[name])), *own] for name, own in cells.items()]
+    more = f" (the first {len(rows)} of {len(Q.names)} parameters)" if len(Q.names) > len(rows) else ""
+    header, title = ["parameter", "shape", *header], f"{Q!r}{more}"
+    if not normed:
+        return html_table(header, rows, title)
+    medians = {name: float(norm.median()) for name, norm in Q.norm(per_parameter=True).items()}
     top = max(medians.values(), default=0.0) or 1.0
-    names = list(G.names)[:limit]
-    rows = [
-        [
-            name,
-            str(tuple(G.shapes[name])),
-            type(G.factors[name]).__name__,
-            bytes_text(nbytes(G.factors[name])),
-            f"{medians[name]:.3g}",
-        ]
-        for name in names
-    ]
-    more = f" (the first {limit} of {len(G.names)} parameters)" if len(G.names) > limit else ""
-    header = ("parameter", "shape", "form", "memory", "median norm")
-    return html_table(header, rows, f"{G!r}{more}", [medians[name] / top for name in names])
+    rows = [[*row, f"{medians[row[0]]:.3g}"] for row in rows]
+    return html_table([*header, "median norm"], rows, title, [medians[name] / top for name in cells])
 
 
 def plot_norms(Q: Quantities, ax: Axes | None = None) -> Axes:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from . import cost, doubt
+from . import cost, display, doubt
 from .errors import InplaceError, QuantityError
 from .factors import Factors, compact, dtype, nbytes
 from .problem import Pass
@@ -195,6 +195,9 @@ class Statistics(Quantities):
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""
         return f"Statistics(N={len(self)}, parameters={len(self.names)}, quantities={list(self.requests)}{note})"
+
+    def _repr_html_(self) -> str:
+        return display.statistics_html(self)
 
 
 # What may be said about a quantity, beside its name.

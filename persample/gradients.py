@@ -32,6 +32,9 @@ class Gradients(Quantities):
     those of the same pass, detached (outputs that a run in slices can't put together are ``None``); rows are not
     differentiable.
 
+    An entry of a complex parameter counts as the two real ones that it is: norms, inner products (``G H^T``), dots and
+    projections are real.
+
     ``factors`` are the rows as they are kept, ``{name: Factors}`` in the forms of `persample.factors`, for what is
     computed from them by `persample.reductions`.  They may alias tensors of the model's forward pass: if one of them
     has been changed in place since, reading raises `InplaceError` instead of returning a wrong number.

@@ -204,7 +204,10 @@ class Coupling:
         return self._gradients(table.row(self.network, range(len(self))[n]), f"table[{n}, :]")
 
     def column(self, m: int) -> Gradients:
-        """``G[:, m]``: row ``n`` is ``dl_n/dtheta^(m)``; they sum to row ``m`` of "copy".  ``min(N, 2 K)`` passes."""
+        """``G[:, m]``: row ``n`` is ``dl_n/dtheta^(m)``; they sum to row ``m`` of "copy".
+
+        ``min(N, 2 K)`` passes: a table row each, or `adjoints` (shared) and as many for the statistics of sample ``m``.
+        """
         found = table.column(self.network, range(len(self))[m])
         return self._gradients({name: Dense(value) for name, value in found.items()}, f"table[:, {m}]")
 

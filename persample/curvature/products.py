@@ -145,19 +145,19 @@ def _check_adjoint(model: nn.Module, ends: Tensors, w: Tensors, pushed: Tensors,
 
 
 def _inner(a: Tensors, b: Tensors) -> Tensor:
-    """The real inner product, 0-dim, in double precision."""
-    pairs = zip(a, b, strict=True)
-    products = [(_wide(x).conj() * _wide(y)).real.sum() for x, y in pairs]
+    """The real inner product, 0-dim."""
+    products = [torch.vdot(_wide(x), _wide(y)).real.double() for x, y in zip(a, b, strict=True)]
     return torch.stack(products).sum()
 
 
 def _norm(a: Tensors, p: float = 2) -> Tensor:
-    norms: Tensor = torch.stack([_wide(x).norm(p) for x in a]).norm(p)
+    norms: Tensor = torch.stack([_wide(x).norm(p).double() for x in a]).norm(p)
     return norms
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.detach().to(torch.promote_types(x.dtype, torch.float64))
+    """Flat, in no less than single precision."""
+    return x.detach().flatten().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def pinned(problem: Problem, apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

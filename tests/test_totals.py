@@ -264,7 +264,7 @@ def test_what_acts_without_a_gradient_is_said_where_nothing_runs_alone(name: str
 
 
 def test_a_model_that_was_refused_is_not_trusted_for_passing_once() -> None:
-    """Large entries alone are scaled, by a number of the batch that Python has found; in some batches there are none."""
+    """Large entries alone are scaled, by a number of the batch that Python has found; in some batches, none."""
 
     def scaled(h: Tensor) -> Tensor:
         return torch.where(h.abs() > 9, h / max(h.detach().abs().flatten().tolist()), h)

@@ -59,6 +59,8 @@ def mixes(
         return len(sample_letters(args, sampled) or ()) > 1
     if a is None or not others or moves or func in JOINS or func in WRITES or func in COPIES:
         return False
+    if func is F.embedding_bag:  # offsets say which entries are a sample's; those of others may be none
+        return False
     slices = {sample for x, at in sampled if x.requires_grad and (sample := only(at)) is not None}
     if func not in FILLS and any(at is not None and only(at) != sample for sample in slices for _, at in sampled):
         return True  # one sample's values act on others

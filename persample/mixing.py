@@ -31,6 +31,7 @@ PRODUCTS = named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
 ALONG: dict[Function, int] = {
     **dict.fromkeys((*named("softmax", "log_softmax"), F.softmax, F.log_softmax, F.softmin), 1),
     **dict.fromkeys(named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), 1),
+    **{getattr(torch.fft, name): 2 for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
     F.normalize: 2,
 }
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}

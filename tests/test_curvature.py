@@ -833,3 +833,15 @@ def test_an_operator_keeps_the_autocast_region_that_it_was_made_in(make: Callabl
         assert torch.equal(plain @ v, outside)
     assert torch.equal(mixed @ v, inside)
     assert not torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize("make", [hvp, ggn, fisher, empirical_fisher])
+def test_operators_of_tables_with_sparse_gradients(make: Callable[..., Operator]) -> None:
+    x, y, v = torch.randint(7, (N, 3)), torch.randint(4, (N,)), torch.randn(80, dtype=torch.float64)
+    products = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 4)).double()
+        products.append(make(model, nn.CrossEntropyLoss(), x, y) @ v)
+    assert products[0].norm() > 0
+    torch.testing.assert_close(products[1], products[0], rtol=1e-12, atol=1e-14)

@@ -59,6 +59,7 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda h: h * h.softmax(0),
     "log_softmax": lambda h: h * F.log_softmax(h, dim=-2),
     "cumsum": lambda h: h.cumsum(0),
+    "fourier": lambda h: torch.fft.fft(h, dim=0).real,
     "covariance": lambda h: h @ (h.mT @ h),
     "linear": lambda h: h * F.linear(h.t(), h.t()).sum(),
     "transposed": lambda h: (h.t() - h.t().mean(1, keepdim=True)).t(),

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ArgumentError, InplaceError, VerificationError
+from ..factors import strided
 from ..problem import Problem
 from ..rounding import slack, tolerance
 from ..state import Buffers, restored
@@ -228,7 +229,7 @@ def gradient(
         return tuple(map(torch.zeros_like, inputs))
     ends, starts = zip(*live, strict=True)
     found = torch.autograd.grad(ends, inputs, starts, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
+    return tuple(torch.zeros_like(x) if g is None else strided(g) for x, g in zip(inputs, found, strict=True))
 
 
 def _columns(objective: Objective, matrix: Tensor, product: Callable[[Tensors], Tensors]) -> Tensor:

@@ -68,8 +68,9 @@ def gradients(
         max_bytes: a bound for the memory of a pass, beyond the model, the result, and the blocks in which reductions
             stream: the batch is run in slices of as many samples as fit, at least one.  Results don't depend on it.
             A Gram matrix in ``S`` slices costs about ``(S + 3) / 2`` passes, everything else one.
-        verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine.
-            Costs about one sample.
+        verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine, and
+            at every call in which numbers of the whole batch act on single samples.  Costs about one sample, there
+            more (see docs/limits.md).
         generator: its next draw seeds the forward pass (dropout), which leaves the global random state as it was.
 
     Returns:

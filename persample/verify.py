@@ -216,7 +216,8 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
 
 def moved_by_others(problem: Problem) -> LossDiffers | None:
     """A sample that has another loss alone: where numbers of the whole batch act by comparisons or branches, they do so
-    on some samples only.  Looked for among those that have another loss in half of the batch, and among eight others.
+    on some samples only.  Looked for among those that have another loss in half of the batch, and among eight others;
+    not in models that draw random numbers (dropout aside), of which a sample alone draws others.
     """
     batch, losses = problem.batch, []
     with restored(problem.model), NoDropout(), torch.no_grad():
@@ -238,7 +239,7 @@ def moved_by_others(problem: Problem) -> LossDiffers | None:
     return None
 
 
-FEW = 8
+FEW = 8  # samples of each kind that are run alone
 
 
 Run = Callable[[Emit, tuple[int, ...]], Pass]

@@ -26,7 +26,7 @@ from torch import Size, Tensor
 from torch.nn import functional as F
 
 from . import cost
-from .scratch import borrow
+from .scratch import borrow, fresh
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ def dense(input: Tensor, grad: Tensor, geo: Geometry, shape: Size, out: Tensor |
     if how == "native":
         step = cost.shared(shape.numel())
     elif how == "offsets" and out is None:
-        out = grad.new_empty(*shape[2:], n, *shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
+        out = fresh(grad, *shape[2:], n, *shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
     elif how == "tokens":
         step = min(step, cost.chunk(unfolded_size(input, grad, geo)))
-    out = grad.new_empty(n, *shape) if out is None else out
+    out = fresh(grad, n, *shape) if out is None else out
     write = {"tokens": _write_tokens, "native": _write_native, "offsets": _write_offsets}[how]
     for i in range(0, n, step):
         write(input[i : i + step], grad[i : i + step], geo, out[i : i + step])

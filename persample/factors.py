@@ -29,7 +29,7 @@ from torch import Size, Tensor
 
 from . import convolution, cost
 from .convolution import Geometry
-from .scratch import borrow, kernel
+from .scratch import borrow, fresh, kernel
 
 INDICES = (torch.int64, torch.int32)
 
@@ -400,7 +400,7 @@ def dense(g: Factors, out: Tensor | None = None) -> Tensor:
         case Dense(value):
             return value if out is None else out.copy_(value)
         case Outer(left, right, shape):
-            out = left.new_empty(len(g), *shape) if out is None else out
+            out = fresh(left, len(g), *shape) if out is None else out
             convolution.write_products(left, right, out)
             return out
         case Rows(index, value, shape):
@@ -427,7 +427,7 @@ def _back(g: Pulled, rows: Tensor) -> Tensor:
 
 
 def _pulled(g: Pulled, out: Tensor | None) -> Tensor:
-    out = tensors(g)[-1].new_empty(len(g), *g.shape) if out is None else out
+    out = fresh(tensors(g)[-1], len(g), *g.shape) if out is None else out
     for at, rows in led(g):
         out[at] = rows
     return out

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from . import display, doubt, reductions
 from .errors import QuantityError, UnknownParameterError
-from .factors import Dense, Factors, compact, dense, device, dtype, nbytes
+from .factors import Dense, Factors, compact, dense, dtype, nbytes, tensors
 from .problem import Pass, Selection, select
 from .quantities import PARTS, Checked, Kept, Parts, Quantities
 from .report import bytes_text
+from .scratch import fresh
 from .statistics_run import Request, Statistics
 
 
@@ -155,7 +156,7 @@ class Gradients(Quantities):
         if out is None:
             kinds = [dtype(kept.factors) for kept in self._kept.values()]
             kind = functools.reduce(torch.promote_types, kinds)
-            out = torch.empty(len(self), size, dtype=kind, device=device(self._any()))
+            out = fresh(tensors(self._any())[-1], len(self), size, dtype=kind)
         elif not isinstance(out, Tensor):
             raise QuantityError(f"out must be a tensor [{len(self)}, {size}], got {type(out).__name__}.")
         elif out.shape != (len(self), size) or not (out.is_floating_point() or out.is_complex()):

@@ -22,6 +22,7 @@ Slices of a batch whose samples are coupled are other functions of these samples
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,10 +38,11 @@ from torch.utils._pytree import tree_leaves
 from . import reductions
 from .batch import Batch, cat, flatten, unflatten
 from .errors import BatchCoupledError, RandomnessError
-from .factors import Dense, Factors, Pulled, compact, dense, same_back
+from .factors import Dense, Factors, Pulled, compact, dense, dtype, same_back, tensors
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
 from .rounding import tolerance
+from .scratch import fresh
 from .state import Averaged, Buffers, RandomState, random_state, restored, set_random_state
 from .statistics_run import Request, Statistics, listed
 
@@ -262,7 +264,11 @@ def concatenated(parts: Sequence[Factors]) -> Factors:
         held = [name for name, x in values[0].items() if isinstance(x, Tensor)]
         joined: dict[str, Any] = {name: torch.cat([v[name] for v in values]) for name in held}
         return replace(first, **joined)
-    return Dense(torch.cat([dense(g) for g in parts]))
+    kind = functools.reduce(torch.promote_types, map(dtype, parts))
+    rows = fresh(tensors(first)[-1], sum(map(len, parts)), *first.shape, dtype=kind)
+    for g, part in zip(parts, rows.split([len(g) for g in parts]), strict=True):
+        dense(g, out=part)
+    return Dense(rows)
 
 
 def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:

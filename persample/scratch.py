@@ -1,15 +1,18 @@
-"""How kernels compute: into reused memory, without autograd and without autocast.
+"""How kernels compute: into reused memory or large pages, without autograd and without autocast.
 
 Fresh memory costs more than arithmetic: writing into pages that the system has to hand out first runs at a tenth of the
-speed of writing into pages in use.  `borrow` hands out parts of buffers that the calling thread keeps for next time.
-Other devices than the CPU have allocators of their own that do this, aware of streams.
+speed of writing into pages in use.  `borrow` hands out parts of buffers that the calling thread keeps for next time;
+`fresh` asks for large pages, of which there are few, for results that the caller keeps.
+Other devices than the CPU have allocators of their own, aware of streams.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from math import prod
 from typing import ParamSpec, TypeVar
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 KEPT = 1 << 26  # bytes: what is larger goes back to the system
+LARGE = 1 << 22  # bytes, from which on a result has whole large pages (2 MB, most often)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +60,31 @@ def borrow(like: Tensor, *shape: int) -> Iterator[Tensor]:
         if buffer.numel() * buffer.element_size() <= KEPT:
             free.append(buffer)
             free.sort(key=Tensor.numel)
+
+
+def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor of the given shape, with the device of ``like`` and, unless given, its dtype, that lives
+    on: in large pages where a system has them for those who ask (Linux), which takes a quarter of the time.
+    """
+    t = like.new_empty(shape, dtype=dtype)
+    size = t.numel() * t.element_size()
+    if _ADVISE is None or size < LARGE or t.device.type != "cpu":
+        return t
+    with suppress(RuntimeError):  # inside a transform of torch.func or a trace, it has no memory yet
+        begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        _ADVISE(begin, t.data_ptr() + size - begin, mmap.MADV_HUGEPAGE)  # a wish, which may be refused
+    return t
+
+
+def _advice() -> Callable[[int, int, int], int] | None:
+    """``madvise`` of the C library, which Python has for memory of its own only."""
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
+    if advise is not None:
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise
+
+
+_ADVISE = _advice()
 
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:

@@ -6,6 +6,7 @@ iterate and statistics run at every forward.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -67,8 +68,8 @@ class _Lock:
 
 
 def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function of a model (its first argument) run in one thread at a time: some swap its parameters for their
-    own.
+    """Let a function of a model (its first argument) run in one thread at a time, for some swap its parameters for
+    their own; and as it is written, also where a compiled function calls it.
     """
 
     @wraps(function)
@@ -77,6 +78,8 @@ def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
         with _GUARD:
             own = _LOCKS.setdefault(id(getattr(model, "_orig_mod", model)), _Lock())
         with own.lock:
+            if "torch._dynamo" in sys.modules:
+                return torch.compiler.disable(function)(*args, **kwargs)
             return function(*args, **kwargs)
 
     return run

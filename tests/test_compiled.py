@@ -13,6 +13,7 @@ import torch
 from test_matrix import Differences, check_model_side, check_quantities, check_rows, check_statistics, requests, truth
 from test_matrix import run as run_case
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from zoo import Case, cases
 
@@ -224,3 +225,15 @@ def test_what_vmap_refuses_is_refused_every_time(model: nn.Module, error: type[E
     for _ in range(2):
         with pytest.raises(error):
             rows(model, x, y)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop", "compiled"])
+def test_a_compiled_step_may_ask_for_gradients(engine: str) -> None:
+    model, (x, y) = net(), batch()
+
+    def step(scale: Tensor) -> Tensor:
+        return (scale + 1) * rows(model, x, y, engine=engine).norm(dim=1).sin()
+
+    scale = torch.ones((), dtype=torch.float64)
+    expected = 2 * rows(model, x, y, engine="loop").norm(dim=1).sin()
+    assert_close(torch.compile(step, backend="aot_eager")(scale), expected, rtol=0, atol=1e-12)

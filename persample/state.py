@@ -78,9 +78,8 @@ def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
         with _GUARD:
             own = _LOCKS.setdefault(id(getattr(model, "_orig_mod", model)), _Lock())
         with own.lock:
-            if "torch._dynamo" in sys.modules:
-                return torch.compiler.disable(function)(*args, **kwargs)
-            return function(*args, **kwargs)
+            plain: Callable[P, R] = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+            return plain(*args, **kwargs)
 
     return run
 

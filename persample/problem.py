@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from .batch import Batch
 from .calls import reached
-from .errors import ArgumentError, CaptureError, LossError, UnknownParameterError
+from .errors import NOTIONS, ArgumentError, BatchCoupledError, CaptureError, LossError, UnknownParameterError
 from .factors import Factors
 from .losses import CRITERIA, LossFunction
-from .state import named_modules, parameters_of
+from .state import modules_of, named_modules, parameters_of
 
 Selection = str | re.Pattern[str] | Iterable[str] | Callable[[str, Tensor], bool] | None
 Emit = Callable[[str, Factors], None]
@@ -158,6 +158,20 @@ def check_model(model: Any) -> None:
             "arrive at them. Take per-sample gradients of the model before it is sharded (DistributedDataParallel "
             "works), or of a copy with the full state."
         )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules_of(model)):
+        _check_scripted(model)
+
+
+def _check_scripted(model: nn.Module) -> None:
+    """Raise for scripted and traced modules that couple the batch where no engine can see it."""
+    for prefix, module in named_modules(model):
+        kind = str(getattr(module, "original_name", "")) if isinstance(module, torch.jit.ScriptModule) else ""
+        if "BatchNorm" in kind and (module.training or getattr(module, "running_mean", None) is None):
+            raise BatchCoupledError(
+                f"module '{prefix.removesuffix('.')}' is a scripted or traced {kind} that normalises by the batch, so "
+                "that samples are coupled where it can't be seen. Give the original module, and say what is meant; or "
+                f"the scripted model in evaluation mode. {NOTIONS}"
+            )
 
 
 def _check_apart(tree: Any, what: str, parameters: Mapping[str, Tensor]) -> None:

@@ -163,14 +163,14 @@ class Averaged:
         """After a forward of ``n`` samples."""
         self.count += n
         for module, name, _, total in self.totals:
-            if (now := module._buffers.get(name)) is not None and now.shape == total.shape:
+            if (now := getattr(module, name, None)) is not None and now.shape == total.shape:
                 total.add_(now.detach(), alpha=n)
 
     def leave(self) -> None:
         """After the last forward."""
         with torch.no_grad():
             for module, name, before, total in self.totals:
-                now = module._buffers.get(name)
+                now = getattr(module, name, None)
                 if now is not None and now.shape == total.shape and not torch.equal(now, before):
                     now.copy_(total / self.count)
 

@@ -172,6 +172,33 @@ def test_scripted_and_traced(make: MakeModel, way: str) -> None:
     assert close(losses_of(model(inputs())), losses_of(net()(inputs()))) and not model._forward_hooks
 
 
+def with_norm(change: Callable[[nn.Module], Any], training: bool, whole: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model(inputs())
+    model.train(training)
+    if not whole:
+        model[1] = change(model[1])
+    return change(model) if whole else model  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_scripted_batch_norm(engine: str, whole: bool) -> None:
+    """It couples the batch where that can't be seen; in evaluation mode it is as any scripted module."""
+    model = with_norm(torch.jit.script, True, whole)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    for verify in (True, False):
+        with pytest.raises(persample.BatchCoupledError, match=r"module '1' is a scripted.*original module.*coupled="):
+            persample.gradients(model, losses_of, inputs(), engine=engine, verify=verify)
+    assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
+    if engine == "loop" or (engine == "vmap" and not whole):
+        expected = persample.gradients(with_norm(lambda m: m, False), losses_of, inputs()).flat()
+        found = persample.gradients(with_norm(torch.jit.script, False, whole), losses_of, inputs(), engine=engine)
+        assert close(found.flat(), expected)
+
+
 class CompiledFunction(nn.Module):
     def __init__(self) -> None:
         super().__init__()

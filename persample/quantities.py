@@ -213,7 +213,9 @@ class Quantities(abc.ABC):
         return {name: s.sqrt() for name, s in squares.items()} if per_parameter else squares.sqrt()
 
     def gram(self, other: Quantities | None = None, per_parameter: bool = False) -> Any:
-        """``G H^T``, ``[N, M]``: inner products of all rows with those of ``other`` (by default with themselves)."""
+        """``G H^T``, ``[N, M]``: inner products of all rows with those of ``other`` (by default with themselves); of
+        complex entries, those of their real and imaginary parts (the real part of ``G H^*``).
+        """
         parts = self._parts("gram") if other is None or other is self else self._cross(other)
         return dict(parts) if per_parameter else _total(parts)
 

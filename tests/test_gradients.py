@@ -498,6 +498,17 @@ def test_looks_in_notebooks_and_plots() -> None:
     S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm"])
     assert S.plot().get_title() == "4 samples"
     plt.close("all")
+
+
+@pytest.mark.parametrize("asked", [["norm"], ["mean", ("clip", {"max_norm": 1.0})], ["mean"]])
+def test_statistics_look_like_gradients_in_notebooks(asked: list[Any]) -> None:
+    model, (x, y), normed = convnet(), batch(3, 8, 8, dtype=torch.float32), asked != ["mean"]
+    S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=asked)
+    page = S._repr_html_()
+    assert page.count("<tr>") == 1 + len(S.names) and "0.weight" in page and "Statistics(N=4" in page
+    assert ("median norm" in page) == normed
+    if normed:
+        assert f"{float(S.norm(per_parameter=True)['0.weight'].median()):.3g}" in page
     for report in (
         persample.check(model, nn.CrossEntropyLoss(), x, y),
         persample.explain(model, nn.CrossEntropyLoss(), x, y),

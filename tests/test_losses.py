@@ -394,14 +394,3 @@ def test_warnings_point_to_the_line_of_the_user() -> None:
     with pytest.warns(UserWarning, match="is ignored") as more:
         persample.gradients(model, nn.CrossEntropyLoss(), x, y.index_fill(0, torch.tensor([1]), -100), engine="loop")
     assert {w.filename for w in [*seen, *more]} == {__file__}
-
-
-@pytest.mark.parametrize("asked", [["norm"], ["mean", ("clip", {"max_norm": 1.0})], ["mean"]])
-def test_statistics_look_like_gradients_in_notebooks(asked: list[Any]) -> None:
-    model, normed = linear(), asked != ["mean"]
-    S = persample.gradients(model, nn.CrossEntropyLoss(), scores(C), labels(), quantities=asked)
-    page = S._repr_html_()
-    assert page.count("<tr>") == 1 + len(S.names) and "bias" in page and "Statistics(N=4" in page
-    assert ("median norm" in page) == normed
-    if normed:
-        assert f"{float(S.norm(per_parameter=True)['weight'].median()):.3g}" in page

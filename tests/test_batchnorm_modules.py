@@ -410,6 +410,15 @@ def test_convert_to_ghost_batches_and_back() -> None:
     assert not hasattr(revert(model).shared, "virtual_batch_size")
 
 
+def test_a_lone_sample_in_the_last_ghost_batch_is_refused_before_anything_has_moved() -> None:
+    bn = batchnorm.BatchNorm1d(2, virtual_batch_size=3)
+    before = {name: b.clone() for name, b in bn.named_buffers()}
+    with pytest.raises(BatchNormError, match=r"last of the 7 samples is alone.*virtual_batch_size than 3"):
+        bn(torch.randn(7, 2))
+    assert same(bn.state_dict() | before, bn.state_dict())
+    assert bn(torch.randn(7, 2, 2)).shape == (7, 2, 2)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     N=st.integers(2, 9),

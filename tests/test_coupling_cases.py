@@ -615,3 +615,62 @@ def test_a_coupling_keeps_the_autocast_region_that_it_was_made_in() -> None:
     assert torch.equal(C.norms(), inside)
     assert not torch.equal(persample.coupling(model, CE, x, y).norms(), inside)
     assert all(noise.trace > 0 and noise.squared_mean > 0 for noise in C.noise().values())
+
+
+# ---- complex parameters, numbers of samples -------------------------------------------------------------------------
+
+
+def complex_coupling() -> tuple[Coupling, Tensor]:
+    """A complex layer in front of a BatchNorm, and the rows of "loss" by plain autograd, as real numbers."""
+    a, norm, b = nn.Linear(3, 4, dtype=torch.complex128), nn.BatchNorm1d(4).double(), nn.Linear(4, 3).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (*a.parameters(), *b.parameters()):
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    model = Fn(lambda m, x: m.b(m.norm(m.a(x).abs())), a=a, norm=norm, b=b)
+    x, y = torch.randn(5, 3, generator=generator, dtype=torch.complex128), torch.tensor([0, 1, 2, 1, 0])
+    losses, parameters = F.cross_entropy(model(x), y, reduction="none"), list(model.parameters())
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    real = [[torch.view_as_real(g) if g.is_complex() else g for g in row] for row in rows]
+    return persample.coupling(model, CE, x, y), torch.stack([torch.cat([g.flatten() for g in row]) for row in real])
+
+
+def test_complex_parameters_before_a_batch_norm() -> None:
+    C, rows = complex_coupling()
+    norms = rows.norm(dim=1)
+    torch.testing.assert_close(C.loss_norms(), norms, rtol=1e-9, atol=1e-9)
+    estimate = C.loss_norms(probes=4000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(estimate, norms, rtol=0.1, atol=0)  # relative standard deviation sqrt(2 / 4000) / 2
+    noise = C.noise(["loss"])["loss"]
+    assert noise.squared_mean == pytest.approx(float(rows.mean(0).square().sum()), rel=1e-9)
+    assert noise.trace == pytest.approx(float(rows.var(0).sum()), rel=1e-9)
+    share = C.theta_coupling()
+    assert share.shape == (5,) and bool(((share > 0) & (share.isfinite())).all())
+    for draws in (None, 3):
+        with pytest.raises(persample.ArgumentError, match=r"parameter 'a.weight' is complex.*no diagonal"):
+            C.ggn_diagonal(draws=draws)
+
+
+@pytest.mark.parametrize("samples", [torch.tensor([False] * 3 + [True] * 2), [True], [1.7], [5], [-6], ["0"]])
+def test_samples_are_given_by_their_numbers(samples: Any) -> None:
+    model = seeded(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    C = persample.coupling(model, CE, *data(5, 3))
+    with pytest.raises(persample.ArgumentError, match=r"numbers, 0 to 4 \(of a mask: mask.nonzero\(\)\)"):
+        C.gradients("loss", samples=samples)
+    for ask in (C.row, C.column):
+        with pytest.raises(persample.ArgumentError, match="numbers, 0 to 4"):
+            ask(samples[0])
+    rows = C.gradients("loss").flat()
+    for some in ([3, -5], torch.tensor([3, 0]), []):
+        assert torch.equal(C.gradients("loss", samples=some).flat(), rows[[3, 0]][: len(some)])
+
+
+@pytest.mark.parametrize("probes", [0, -1, 2.5, True])
+def test_numbers_of_draws(probes: Any) -> None:
+    model = seeded(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    C = persample.coupling(model, CE, *data(5, 3))
+    for ask in (C.loss_norms, C.outgoing_norms, C.output_input_norms):
+        with pytest.raises(persample.ArgumentError, match="probes must be a positive integer"):
+            ask(probes=probes)
+    with pytest.raises(persample.ArgumentError, match="draws must be a positive integer"):
+        C.ggn_diagonal(draws=probes)

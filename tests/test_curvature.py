@@ -237,6 +237,56 @@ def test_per_sample_hvp(name: str, engine: str) -> None:
     close(per_sample_hvp(model, loss_fn, x, y, {k: named[k].view_as(p) for k, p in model.named_parameters()}), rows)
 
 
+class TwoNames(nn.Module):
+    """One module under two names, with a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.again, self.same = self.first, self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.same(self.first(x))))
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_per_sample_hvp_leaves_a_module_of_two_names_as_it_was(engine: str) -> None:
+    model, x = seeded(TwoNames).eval(), X.new_ones(N, 3) + torch.arange(3 * N).view(N, 3).sin()
+    before = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    values = [t.detach().clone() for _, t in before]
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    rows = per_sample_hvp(model, nn.CrossEntropyLoss(), x, LABELS, v, engine=engine)
+    close(rows.mean(0), hvp(model, nn.CrossEntropyLoss(), x, LABELS) @ v)
+    after = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    assert [(name, id(t)) for name, t in before] == [(name, id(t)) for name, t in after]
+    assert all(torch.equal(t, value) for (_, t), value in zip(after, values, strict=True))
+
+
+@pytest.mark.parametrize("way", ["dense", "to_scipy"])
+def test_complex_parameters_have_products_but_no_matrix(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(2, 2, dtype=torch.complex128), torch.randn(N, 2, dtype=torch.complex128)
+    H, v = hvp(model, lambda out, _: out.real.square().sum(1), x), torch.randn(6, dtype=torch.complex128)
+    with pytest.raises(DirectionError, match=r"complex parameters.*products.*view_as_complex"):
+        getattr(H, way)()
+
+    def slope(*p: Tensor) -> Tensor:  # the gradient with respect to real and imaginary parts
+        weight, bias = (torch.view_as_complex(t) for t in p)
+        return (x @ weight.T + bias).real.square().sum(1).mean()
+
+    parts = tuple(torch.view_as_real(p.detach()) for p in model.parameters())
+    along = tuple(torch.view_as_real(u.view_as(p)) for u, p in zip(v.split([4, 2]), model.parameters(), strict=True))
+    expected = torch.autograd.functional.hvp(slope, parts, along)[1]
+    close(torch.view_as_real(H @ v), torch.cat([e.reshape(-1, 2) for e in expected]))
+
+
+def test_complex_outputs_have_no_distribution() -> None:
+    model, x = nn.Linear(2, 2, dtype=torch.complex128), torch.randn(N, 2, dtype=torch.complex128)
+    with pytest.raises(LossError, match=r"outputs are complex.*view_as_real"):
+        fisher(model, lambda out, _: out.abs().square().sum(1), x)
+
+
 def test_per_sample_shortcuts_refuse_coupled_batches() -> None:
     model, loss_fn, x, y = case("batch norm")
     before = {k: b.clone() for k, b in model.state_dict().items()}

@@ -448,6 +448,36 @@ def test_kfra_of_one_sample_is_kflr(approximation: str, bias: str) -> None:
     close(a.dense(), b.dense())
 
 
+@pytest.mark.parametrize("given", [(X,), [X], {"input": X}], ids=["tuple", "list", "dict"])
+def test_kfra_takes_the_one_input_however_it_is_given(given: Any) -> None:
+    close(kfra(mlp(), CE, given, LABELS).dense(), kfra(mlp(), CE, X, LABELS).dense())
+
+
+class TwoTypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4).float(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x.float())).double())
+
+    def double(self) -> TwoTypes:
+        self.b.double()
+        return self
+
+
+@pytest.mark.parametrize("make", [kfac, kflr, ekfac])
+def test_layers_of_two_types(make: Any) -> None:
+    k = make(seeded(TwoTypes), CE, X, LABELS)
+    dense = k.dense()
+    assert k.dtype == dense.dtype == torch.float64 and k.blocks["a.weight"].inputs.dtype == torch.float32
+    size, v = len(dense), torch.linspace(-1, 1, len(dense), dtype=torch.float64)
+    close(dense[:16, 16:], torch.zeros(16, size - 16, dtype=torch.float64))
+    close(dense[:16, :16], k.blocks["a.weight"].dense().double(), 1e-6)
+    close(k @ v, dense @ v, 1e-6)
+    close((dense + 0.1 * torch.eye(size)) @ k.solve(v, 0.1), v, 1e-5)
+
+
 def test_kfra_refuses_what_is_no_sequence() -> None:
     shared = nn.Linear(3, 3).double()
     with pytest.raises(KroneckerError, match=r"needs an nn\.Sequential, got Linear"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index as index_of
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,8 +156,20 @@ class Coupling:
             raise ArgumentError(
                 f"'the gradient of sample n' is not one thing: say which of {list(notions.NOTIONS)}, got {notion!r}."
             )
-        some = None if samples is None else torch.tensor(list(samples), dtype=torch.int64, device=self.losses.device)
-        return self._collect(notion, lambda emit: notions.NOTIONS[notion](self.network, emit, some))
+        some = None if samples is None else [self._sample(n) for n in samples]
+        at = None if some is None else torch.tensor(some, dtype=torch.int64, device=self.losses.device)
+        return self._collect(notion, lambda emit: notions.NOTIONS[notion](self.network, emit, at))
+
+    def _sample(self, n: Any) -> int:
+        """The number of a sample, also if it is counted from the end."""
+        try:
+            if isinstance(n, bool) or (isinstance(n, Tensor) and n.dtype == torch.bool):
+                raise TypeError
+            return range(len(self))[index_of(n)]
+        except (TypeError, IndexError):
+            raise ArgumentError(
+                f"samples are given by their numbers, 0 to {len(self) - 1} (of a mask: mask.nonzero()), got {n!r}."
+            ) from None
 
     def via_statistics(self, layer: str | None = None) -> Gradients:
         """The part of ``dl_n/dtheta`` that flows through the statistics: "loss" minus "frozen".
@@ -201,20 +214,20 @@ class Coupling:
 
     def row(self, n: int) -> Gradients:
         """``G[n, :]``: row ``m`` is ``dl_n/dtheta^(m)``; they sum to ``dl_n/dtheta``.  One pass."""
-        return self._gradients(table.row(self.network, range(len(self))[n]), f"table[{n}, :]")
+        return self._gradients(table.row(self.network, self._sample(n)), f"table[{n}, :]")
 
     def column(self, m: int) -> Gradients:
         """``G[:, m]``: row ``n`` is ``dl_n/dtheta^(m)``; they sum to row ``m`` of "copy".
 
         ``min(N, 2 K)`` passes: a table row each, or `adjoints` (shared) and as many for the statistics of sample ``m``.
         """
-        found = table.column(self.network, range(len(self))[m])
+        found = table.column(self.network, self._sample(m))
         return self._gradients({name: Dense(value) for name, value in found.items()}, f"table[:, {m}]")
 
     def entry(self, n: int, m: int) -> dict[str, Tensor]:
         """``G[n, m] = dl_n/dtheta^(m)``, ``{name: [*P]}``.  One pass."""
-        m = range(len(self))[m]
-        row = table.row(self.network, range(len(self))[n])
+        m = self._sample(m)
+        row = table.row(self.network, self._sample(n))
         return {name: dense(index(row[name], slice(m, m + 1)))[0] for name in self.network.problem.parameters}
 
     def __matmul__(self, v: Mapping[str, Tensor] | Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..curvature.likelihood import seed_of
-from ..curvature.matrices import likelihood_of, single_output
+from ..curvature.matrices import check_samples, likelihood_of, single_output
 from ..curvature.objective import Objective
 from ..curvature.operator import Operator, unflatten
 from ..curvature.products import loss_curvature, operator, sandwich
-from ..errors import LossError
+from ..errors import ArgumentError
 from .network import Network
 
 
@@ -36,11 +36,15 @@ def diagonal(
     backward pass each.
     """
     objective = _objective(network, reduction)
+    if odd := [name for name, p in objective.parameters.items() if p.is_complex()]:
+        raise ArgumentError(
+            f"parameter '{odd[0]}' is complex: the Gauss-Newton matrix mixes its real and imaginary parts, and has no "
+            "diagonal in complex numbers. Hold it as a real one (torch.view_as_complex inside the model)."
+        )
     if draws is None:
         matrix = ggn(network, reduction)
         return unflatten(matrix.dense().diagonal(), matrix.shapes)
-    if draws < 1:
-        raise LossError(f"the diagonal needs at least one draw, got draws={draws}.")
+    check_samples(draws, "draws")
     drawn = likelihood_of(objective).draws(draws, seed_of(generator))  # before the pass, which restores random states
     total = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
     with objective.forward() as outputs:

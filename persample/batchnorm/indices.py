@@ -25,7 +25,7 @@ class Noise(NamedTuple):
 def noise(G: Gradients) -> Noise:
     """Trace of the covariance of the rows, next to the square of their mean."""
     trace = float(sum(v.sum() for v in G.variance(ddof=1).values()))
-    squared = float(sum(g.square().sum() for g in G.mean().values()))
+    squared = float(sum(g.abs().square().sum() for g in G.mean().values()))
     return Noise(trace, squared, trace / squared if squared > 0 else float("inf"))
 
 
@@ -46,7 +46,7 @@ def theta_coupling(network: Network, G: Gradients) -> Tensor:
     through = torch.zeros_like(network.structure.losses)
     for name in network.coupled:
         difference = G[name] - dense(network.direct.factors[name])
-        through += difference.reshape(network.n, -1).square().sum(1)
+        through += difference.reshape(network.n, -1).abs().square().sum(1)
     norm: Tensor = G.norm()
     return _ratio(through.sqrt(), norm)
 

@@ -71,6 +71,12 @@ class _Recording(Layer):
         else:
             normalise = super().forward
             chunks = input.chunk(max(1, math.ceil(len(input) / self.virtual_batch_size)))
+            if chunks[-1].numel() == self.num_features:  # before the others have moved the running statistics
+                raise BatchNormError(
+                    f"Expected more than 1 value per channel in every ghost batch, but the last of the {len(input)} "
+                    "samples is alone, with a single value: choose another virtual_batch_size than "
+                    f"{self.virtual_batch_size}, or drop a sample."
+                )
             output = torch.cat([normalise(chunk) for chunk in chunks])
         if torch.compiler.is_compiling() or not OWN.get():
             self._recorded = _record(self, input)
@@ -109,10 +115,10 @@ class BatchNorm1d(_Recording, nn.BatchNorm1d):
 
     All arguments are those of the torch module. ``virtual_batch_size`` (ghost batch normalisation, Hoffer et al. 2017,
     arXiv:1705.08741) normalises chunks of about that many consecutive samples separately where batch statistics are
-    used; chunks are those of ``torch.chunk``: ``ceil(N / virtual_batch_size)`` of nearly equal size. Each updates the
-    running statistics in turn. After several forwards the last one that finished counts, but for those of this
-    library's own passes (`persample.gradients`); inside ``torch.compile`` and ``torch.func`` transforms nothing is
-    recorded.
+    used; chunks are those of ``torch.chunk``: at most ``ceil(N / virtual_batch_size)``, all but the last one of equal
+    size. Each updates the running statistics in turn; a last one with a single value per channel is refused. After
+    several forwards the last one that finished counts, but for those of this library's own passes
+    (`persample.gradients`); inside ``torch.compile`` and ``torch.func`` transforms nothing is recorded.
     """
 
 

@@ -10,13 +10,12 @@ gets of sample ``m``:
 Given ``s`` the samples are independent, as under GroupNorm; all coupling flows through ``s``.  So what is
 differentiated is decided by the pool alone, and nothing else in the package knows how BatchNorm normalises:
 
-===================  ==================================
-===================================================================== `live`               ``mean_m h_m``
-the batch as it is `Copies`             constants, one copy per sample      no coupling: ``d_n = dl_n/dtheta`` and ``u_n
-= dl_n/ds`` in one pass `weighted` (w)       ``sum_m w_m h_m / sum_m w_m``       re-weighted batches, a sample left out
-`given` (values)     known constants                     a part of the batch as it was within the whole
-===================  ==================================
-=====================================================================
+================  ==============================  ==================================================================
+`live`            ``mean_m h_m``                  the batch as it is
+`Copies`          constants, one copy per sample  no coupling: ``dl_n/dtheta`` and ``u_n = dl_n/ds`` in one pass
+`weighted` (w)    ``sum_m w_m h_m / sum_m w_m``   re-weighted batches, a sample left out
+`given` (values)  known constants                 a part of the batch as it was within the whole
+================  ==============================  ==================================================================
 
 The second moment is centred: ``dv/dmu = 0`` at the batch, so a layer's two statistics don't act on each other (to first
 order).

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reductions
 from ..batch import Tree
+from ..curvature.matrices import check_samples
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
 from ..scratch import kernel
@@ -148,14 +149,16 @@ def loss_squares(network: Network, probes: int, generator: torch.Generator | Non
 
     def direction() -> Direction:
         shapes = network.problem.parameters.items()
-        return {name: torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator) for name, p in shapes}
+        return {name: _gaussian(p, generator) for name, p in shapes}
 
+    check_samples(probes, "probes", "directions")
     with network.point.forward(live) as run:
         return _mean(x.square() for x in _pushed(network, run, (direction() for _ in range(probes))))
 
 
 def outgoing_squares(network: Network, probes: int, generator: torch.Generator | None) -> Tensor:
     """``sum_n |G[n, m]|^2``, ``[N]``, estimated without bias from random signs of the losses: a pass for each."""
+    check_samples(probes, "probes", "directions")
     with network.point.recorded() as run:
         signs = (_signs(run.losses, generator) for _ in range(probes))
         return _mean(_sum(_reduced(run, w, lambda _, g: reductions.row_dot(g, g))) for w in signs)
@@ -175,6 +178,8 @@ def output_input_squares(network: Network, probes: int | None, generator: torch.
 
     Or estimated without bias from ``probes`` random signs over each sample's outputs, ``N`` passes each.
     """
+    if probes is not None:
+        check_samples(probes, "probes", "directions")
     with network.point.forward(inputs=True) as run:
         leaves = network.problem.batch.outputs(run.outputs).tensors()
         outs = [x.movedim(axis, 0).reshape(network.n, -1) for x, axis in leaves if axis is not None and x.requires_grad]
@@ -197,8 +202,15 @@ def _input_squares(network: Network, inputs: Tree, out: Tensor) -> Tensor:
     for at, grads in network.point.rows(out, [x for x, _ in leaves], step):
         for g, (_, axis) in zip(grads, leaves, strict=True):
             if g is not None:
-                squares[at] += g.movedim(axis + 1, 1).reshape(len(g), network.n, -1).square().sum(2)
+                squares[at] += g.movedim(axis + 1, 1).reshape(len(g), network.n, -1).abs().square().sum(2)
     return squares
+
+
+def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Of variance one, also the real and the imaginary part each."""
+    kind, parts = like.dtype.to_real(), (2,) if like.is_complex() else ()
+    drawn = torch.randn(*like.shape, *parts, dtype=kind, device=like.device, generator=generator)
+    return torch.view_as_complex(drawn) if like.is_complex() else drawn
 
 
 def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -94,12 +94,19 @@ def _chain(model: nn.Module) -> Iterator[nn.Module]:
             yield part
 
 
+def _only(leaves: list[object]) -> Tensor:
+    """The input of a chain, however it was given."""
+    if len(leaves) != 1 or not isinstance(leaves[0], Tensor):
+        raise KroneckerError(f"kfra needs a model with one tensor as its input, got {len(leaves)} values: use kflr.")
+    return leaves[0]
+
+
 def _recursion(objective: Objective, modules: list[nn.Module]) -> Iterator[tuple[nn.Module, torch.Size, Tensor]]:
     """Every module with the shape of its output ``[N, ...]`` and ``Gbar [F, F]`` there, the last one first."""
     model, batch = objective.problem.model, objective.problem.batch
     with restored(model), twice_differentiable(), torch.enable_grad(), Watch():
         set_random_state(objective.random)
-        x: Tensor = batch.inputs.whole().detach()
+        x = _only(batch.inputs.leaves).detach()
         steps: list[tuple[nn.Module, Tensor, Tensor]] = []
         for module in modules:
             leaf = x.detach().requires_grad_(x.is_floating_point())

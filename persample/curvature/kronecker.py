@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -133,7 +133,8 @@ class Kronecker:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.blocks.values())).inputs.dtype
+        """That of all blocks together."""
+        return reduce(torch.promote_types, (block.inputs.dtype for block in self.blocks.values()))
 
     @property
     def T(self) -> Kronecker:
@@ -168,7 +169,7 @@ class Kronecker:
         def apply(matrix: Tensor) -> Tensor:
             values, found = unflatten(matrix.T, self.shapes), dict[str, Tensor]()
             for block in self.blocks.values():
-                found |= block.layer.parameters(product(block, block.layer.matrix(values)))
+                found |= block.layer.parameters(product(block, block.layer.matrix(values).to(block.inputs)))
             return torch.cat([found[name].flatten(1) for name in self.shapes], 1).T
 
         return Operator(self.title, self.shapes, self.dtype, next(iter(self.blocks.values())).inputs.device, apply)

@@ -109,6 +109,12 @@ def identify(outputs: Tensor, hessian_at: Callable[[Tensor], Product]) -> Likeli
     Raises:
         LossError: if it is none of the known ones.
     """
+    if outputs.is_complex():
+        raise LossError(
+            "the outputs are complex, and loss_fn is the negative log-likelihood of no known distribution over complex "
+            "numbers, so there is nothing to sample targets from. Give outputs as real ones (torch.view_as_real in the "
+            "model); or use the empirical Fisher matrix or hvp."
+        )
     zero = torch.zeros_like(outputs)
     product, at_zero = hessian_at(outputs), hessian_at(zero)
     probe = torch.arange(outputs.numel(), dtype=wide(zero).dtype, device=outputs.device).view_as(outputs).sin() + 0.5

@@ -199,10 +199,10 @@ def likelihood_of(objective: Objective) -> Likelihood:
         return identify(end.detach().movedim(axis, 0), hessian_at(objective, outputs))
 
 
-def check_samples(samples: int) -> None:
+def check_samples(samples: int, name: str = "samples", of: str = "targets") -> None:
     """Refuse a number of draws that is none."""
-    if not isinstance(samples, Integral) or samples < 1:
-        raise ArgumentError(f"samples must be a positive integer (how many targets are drawn), got {samples!r}")
+    if not isinstance(samples, Integral) or isinstance(samples, bool) or samples < 1:
+        raise ArgumentError(f"{name} must be a positive integer (how many {of} are drawn), got {samples!r}")
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:

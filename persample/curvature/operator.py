@@ -66,11 +66,15 @@ class Operator:
         return product if v.ndim == 2 else product[:, 0]
 
     def dense(self) -> Tensor:
-        """The matrix itself, ``[D, D]``, by ``D`` products."""
+        """The matrix itself, ``[D, D]``, by ``D`` products.  Of complex parameters there is none: products are
+        linear over the real numbers only.
+        """
+        self._check_real("dense()")
         return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
 
     def to_scipy(self) -> LinearOperator:
         """The same as a ``scipy.sparse.linalg.LinearOperator`` (eigenvalue and linear solvers); needs scipy."""
+        self._check_real("to_scipy()")
         try:
             from scipy.sparse.linalg import LinearOperator
         except ImportError as error:
@@ -81,6 +85,14 @@ class Operator:
 
         kind = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=kind)
+
+    def _check_real(self, what: str) -> None:
+        if self.dtype.is_complex:
+            raise DirectionError(
+                f"{self.title} is of complex parameters, of which it mixes real and imaginary parts, so that no "
+                f"complex matrix [D, D] does what K @ v does, and there is no {what}. Use products; or hold the "
+                "parameters as real ones (torch.view_as_complex inside the model)."
+            )
 
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")

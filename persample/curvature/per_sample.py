@@ -136,7 +136,7 @@ def _by_vmap(problem: Problem, direction: Tensor) -> Tensor:
         )
 
         def loss(values: dict[str, Tensor]) -> Tensor:
-            with _reparametrize_module(model, {**fixed, **values}, tie_weights=True):
+            with _reparametrize_module(model, {**fixed, **values}, tie_weights=True, stack_weights=True):
                 return problem.loss_fn(call_model(model, inputs), targets).reshape(())
 
         def slope(values: dict[str, Tensor]) -> Tensor:

@@ -322,6 +322,34 @@ def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
     assert len(GradientStore(tmp_path)) == 0 and GradientStore(tmp_path).rows().shape == (0, 0)
 
 
+@pytest.mark.parametrize("use", ["append", "extend", "open"])
+def test_rows_of_another_handle_are_never_cut_off(tmp_path: Path, use: str) -> None:
+    net = model()
+    G = persample.gradients(net, LOSS, *data(3).tensors)
+    one, other = store(tmp_path, net), store(tmp_path, net)
+    one.append(G)
+    one.append(G)
+    with pytest.raises(StoreError, match=r"rows\.json is not what this handle .* 6 rows, not 0.* open it again"):
+        other.append(G) if use == "append" else other.extend(LOSS, loader())
+    close(one.rows(), flat(net, 3).repeat(2, 1))
+    if use == "open":
+        store(tmp_path, net).append(G)
+        with pytest.raises(StoreError, match="9 rows, not 6"):
+            one.append(G)
+    assert len(store(tmp_path, net)) == (9 if use == "open" else 6)
+
+
+def test_a_store_that_was_deleted_is_not_begun_again_in_the_middle(tmp_path: Path) -> None:
+    net = model()
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, loader())
+    for file in ("rows.json", "rows.npy"):
+        (tmp_path / file).unlink()
+    with pytest.raises(StoreError, match="0 rows, not 11"):
+        mine.append(persample.gradients(net, LOSS, *data(3).tensors))
+    assert not list(tmp_path.iterdir())
+
+
 def test_header_is_numpys(tmp_path: Path) -> None:
     for rows in (1, 10**9):
         header = source._header("<f4", rows, 12345678)

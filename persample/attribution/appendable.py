@@ -7,7 +7,7 @@ it leaves the old count, and what was written beyond is overwritten by the next 
 append has returned from, and nothing is counted twice.  Without the library: ``np.load("x.npy", mmap_mode="r")[:
 json["rows"]]``.
 
-One writer at a time.
+One writer at a time: whoever appends or commits finds the JSON as it left it, or raises.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ..errors import StoreError
 
 HEADER = 128  # bytes of a version 1.0 header, which has room for a growing first axis
+NOTHING: dict[str, Any] = {"rows": 0}  # what is said of no file
 
 
 class Appendable:
@@ -34,7 +35,7 @@ class Appendable:
 
     def __init__(self, directory: str | os.PathLike[str], name: str) -> None:
         self.data, self.json = Path(directory, f"{name}.npy"), Path(directory, f"{name}.json")
-        self.meta: dict[str, Any] = _read(self.json) if self.json.exists() else {"rows": 0}
+        self.meta: dict[str, Any] = _read(self.json) if self.json.exists() else dict(NOTHING)
         self._check_whole()
 
     def __len__(self) -> int:
@@ -42,6 +43,7 @@ class Appendable:
 
     def append(self, rows: NDArray[Any], **meta: Any) -> None:
         """Add rows ``[n, width]`` and entries of the JSON, and commit both."""
+        self._check_mine()
         known = {"width": rows.shape[1], "dtype": rows.dtype.newbyteorder("<").str}
         if len(self) and known != (mine := {key: self.meta[key] for key in known}):
             raise StoreError(f"{self.data} holds rows of {mine}, these are {known}.")
@@ -60,6 +62,7 @@ class Appendable:
 
     def commit(self, **meta: Any) -> None:
         """Replace the JSON, by a rename."""
+        self._check_mine()
         new = {**self.meta, **meta}
         self.json.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.json.with_suffix(".json.new")
@@ -67,7 +70,7 @@ class Appendable:
             json.dump(new, file, indent=1)
             _sync(file)
         os.replace(temporary, self.json)
-        self.meta = new
+        self.meta = json.loads(json.dumps(new))  # as it will be read
 
     def rows(self) -> NDArray[Any]:
         """``[rows, width]``: the committed rows, memory-mapped (changes stay in memory)."""
@@ -76,6 +79,15 @@ class Appendable:
         self._check_whole()
         shape = (len(self), self.meta["width"])
         return np.memmap(self.data, self.meta["dtype"], mode="c", offset=HEADER, shape=shape)
+
+    def _check_mine(self) -> None:
+        """Raise if somebody else has committed since: their rows would be cut off, or counted as others."""
+        found = _read(self.json) if self.json.exists() else NOTHING
+        if found != self.meta:
+            raise StoreError(
+                f"{self.json} is not what this handle last read or wrote: it says {found['rows']} rows, not "
+                f"{len(self)}, or something else about them. One writer at a time: open it again, and go on with that."
+            )
 
     def _check_whole(self) -> None:
         """Raise if committed rows are not there: the file would be filled up with zeros."""

@@ -360,7 +360,7 @@ class Capture(TorchFunctionMode):
             if not mutates and any(t is a for a in tensors) and "out" not in kwargs:
                 continue  # handed through, without samples
             lost = len(known) < len(sampled)
-            layout = propagate(func, args, kwargs, known, tensors, t, lost) if known else None
+            layout = propagate(func, args, kwargs, known, tensors, t, lost, self._seen) if known else None
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
                 continue  # a constant
             total = level or (extent(func, args, kwargs, sampled) if layout is None else 0)
@@ -378,6 +378,11 @@ class Capture(TorchFunctionMode):
     ) -> _Sampled:
         lost = "" if layout is not None else self._lost(sampled) or f"{function_name(func)} (output {tuple(out.shape)})"
         return _Sampled(layout, lost, total)
+
+    def _seen(self) -> list[Layout]:
+        """The layouts of tensors so far, as far as their places aren't taken by others."""
+        kinds = (kind for _, kind in self.known.values())
+        return [kind.layout for kind in kinds if isinstance(kind, _Sampled) and kind.layout is not None]
 
     def _lost(self, sampled: Sequence[tuple[Tensor, Layout | None]]) -> str:
         """The call in which the samples of one of these were lost."""

@@ -6,6 +6,7 @@ In a loop over the samples, a part is one sample's alone, and stays so until all
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from .layout import Layout, Sampled, kept, only, owned, same
 from .moves import Function, bind, named
-from .writing import agrees
+from .writing import Seen, candidates
 
-JOINS = named("cat", "concat", "concatenate")
+JOINS, STACKS = named("cat", "concat", "concatenate"), named("stack")
 # What else puts tensors behind each other, and along which axis: that of lists, of tables; empty where the call says.
 GATHERS: dict[Function, tuple[int, ...]] = {
-    **dict.fromkeys((*named("stack"), torch._C._nn.pad_sequence), ()),
+    **dict.fromkeys((*STACKS, torch._C._nn.pad_sequence), ()),
     **dict.fromkeys(named("vstack", "row_stack"), (0,)),
     **dict.fromkeys(named("hstack"), (0, 1)),
     **dict.fromkeys(named("column_stack"), (1,)),
@@ -48,6 +49,17 @@ def joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out:
     return owned(first.n, dim, torch.cat(owners))
 
 
+def stacked(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+) -> Layout | None:
+    """``stack``: the samples are where they were in each part, behind the new axis or in front of it."""
+    first = sampled[0][1]
+    if any(at.axis != first.axis or not same(at, first) for _, at in sampled):
+        return None
+    dim = _joins_at(func, args, kwargs, args[0] if args else kwargs["tensors"], out)
+    return replace(first, axis=first.axis + (dim <= first.axis))
+
+
 def bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
     """A bag belongs to the sample of its entries, or of its offset."""
     input, offsets = bind(args, kwargs, "input", "weight", "offsets")[::2]
@@ -73,7 +85,7 @@ def bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out:
 
 
 def one_by_one(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor, seen: Seen
 ) -> Layout | None:
     """What becomes of samples that are taken out of the batch: each stays alone until they are joined again."""
     layouts = {id(t): at for t, at in sampled}
@@ -86,7 +98,11 @@ def one_by_one(
         owners = [torch.full((count,), k, dtype=torch.long) for k, count in known if k is not None]
         return owned(n, dim, torch.cat(owners)) if len(owners) == len(parts) else None
     if func is Tensor.__setitem__ and out is args[0] and isinstance(i := args[1], int) and id(out) not in layouts:
-        return agrees(out, sampled[-1][1], 0, torch.tensor([i % len(out)]))
+        owner = only(sampled[-1][1])
+        if owner is None:
+            return None
+        # the first of several, most likely: each brings its own number
+        return next(iter(candidates(out, n, 0, torch.tensor([i % len(out)]), torch.tensor([owner]), seen)), None)
     first = sampled[0][1]
     if not all(same(at, first) for _, at in sampled):
         return None

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .joining import GATHERS, JOINS, bagged, joined, one_by_one
+from .joining import GATHERS, JOINS, STACKS, bagged, joined, one_by_one, stacked
 from .layout import Layout, Sampled, kept, of_one, only, same
 from .mixing import PRODUCTS, sample_letters, sums_up
 from .moves import MOVED, Function, bind, indexed, named, nonzero_of
-from .writing import COPIES, WRITES, rewritten, written
+from .writing import COPIES, WRITES, Seen, rewritten, written
 
 
 def propagate(
@@ -38,11 +38,13 @@ def propagate(
     tensors: Sequence[Tensor],
     out: Tensor,
     lost: bool = False,
+    seen: Seen = tuple,
 ) -> Layout | None:
     """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that have samples.
 
     ``lost``: there are others, of which it isn't known where the samples are (scores of all samples against all).  What
     they are multiplied with is guessed by its size: that couples the batch, and only what is behind it is to be served.
+    ``seen`` gives the layouts that tensors had so far.
     """
     if sampled[0][1].n == 1:
         return lone_sample(out)
@@ -57,7 +59,7 @@ def propagate(
     found: Layout | None = None
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            found = _followed(func, args, kwargs, sampled, tensors, out, lost)
+            found = _followed(func, args, kwargs, sampled, tensors, out, lost, seen)
     except (
         RuntimeError,
         ValueError,
@@ -106,12 +108,13 @@ def _followed(
     tensors: Sequence[Tensor],
     out: Tensor,
     lost: bool,
+    seen: Seen,
 ) -> Layout | None:
     first, layout = sampled[0]
     if any(at.alone is not None for _, at in sampled) or (
         func in GATHERS and of_one(sampled) is None and all(only(at) is not None for _, at in sampled)
     ):
-        return one_by_one(func, args, kwargs, sampled, out)
+        return one_by_one(func, args, kwargs, sampled, out, seen)
     if args and first is args[0] and (follow := MOVED.get(func)) is not None and not _is_choice(func, args):
         return follow(func, args, kwargs, layout, out)
     if (
@@ -120,12 +123,14 @@ def _followed(
         return nonzero_of(func, (first,), {}, layout, out)
     if func in JOINS:
         return joined(args, kwargs, sampled, out)
+    if func in STACKS:
+        return stacked(func, args, kwargs, sampled, out)
     if func is F.embedding_bag:
         return bagged(args, kwargs, sampled, out)
     if func is F.embedding and (table := bind(args, kwargs, "input", "weight")[1]) is sampled[-1][0]:
         return indexed(Tensor.__getitem__, (table, args[0] if args else kwargs["input"]), {}, sampled[-1][1], out)
     if (func in WRITES and args and out is args[0] and out is not first) or (func in COPIES and args[0] is not first):
-        return written(func, args, kwargs, sampled, out)
+        return written(func, args, kwargs, sampled, out, seen)
     if func in COPIES and len(sampled) > 1:
         return rewritten(func, args, kwargs, sampled)
     if func is torch.cdist:
@@ -257,7 +262,7 @@ _MEETS: dict[Function, int] = {
 }
 _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *JOINS, *GATHERS, *_SPREADS, *_REDUCES, *WRITES, *COPIES}
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
-_GROWS = {*named("tensordot", "as_strided", "transpose_copy", "permute_copy"), *GATHERS} - named("stack")
+_GROWS = {*named("tensordot", "as_strided", "transpose_copy", "permute_copy"), *GATHERS} - STACKS
 _SPECIAL |= {F.embedding_bag, torch.einsum, torch.cdist, *_GROWS}
 _COUNTS = {torch.int64, torch.int32, torch.bool}  # indices and masks, of whatever they are put to
 _PUTS = {*JOINS, *GATHERS, *WRITES, *COPIES}  # beside constants, which are nobody's

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import Layout, Sampled, kept, same
+from .layout import Layout, Sampled, kept, owned, same
 from .moves import Function, bind, indexed, named, numbered, read
 
 ADDS = named("index_add_", "scatter_add_", "scatter_reduce_", "index_add", "scatter_add", "scatter_reduce")
@@ -17,11 +17,13 @@ WRITES = {Tensor.__setitem__} | named(
     "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "index_put_"
 )
 COPIES = named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "index_put")
-PLACES = named("index_add_", "index_copy_", "index_add", "index_copy")
+
+
+Seen = Callable[[], Iterable[Layout]]  # the layouts of what was computed so far
 
 
 def written(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor, seen: Seen
 ) -> Layout | None:
     """What becomes of a constant into which samples are written."""
     value, layout = sampled[-1]
@@ -30,11 +32,13 @@ def written(
         index = tuple(index) if isinstance(index, tuple) or func is not Tensor.__setitem__ else (index,)
         if value is not given:
             return kept(layout, value.ndim, out.shape, True) if func is Tensor.__setitem__ else None
-        return _placed(index, layout, value, out) or _assigned(index, layout, value, out)
+        return _placed(index, layout, value, out, seen) or _assigned(index, layout, value, out)
     dim, index, source = bind(args[1:], kwargs, "dim", "index", "source")
     source = kwargs.get("src", source)
     if value is source and dim % out.ndim == layout.axis:
-        return agrees(out, layout, layout.axis, index) if func in PLACES else None
+        rows = index.reshape(len(index), -1) if index.ndim < 2 else index.movedim(dim, 0).flatten(1)
+        owners = layout.owners()[: len(rows)].repeat_interleave(rows.shape[1])
+        return agree(out, layout.n, layout.axis, rows.flatten(), owners, seen)
     return kept(layout, value.ndim, out.shape)
 
 
@@ -90,18 +94,36 @@ def _spares(index: Any, axis: int) -> bool:
     return plain and (axis >= len(index) or index[axis] == slice(None))
 
 
-def agrees(out: Tensor, layout: Layout, axis: int, places: Tensor) -> Layout | None:
-    """The regular layout of ``out`` whose entries at ``places`` are those that were put there."""
-    size, n = out.shape[axis], layout.n
-    if size % n or not size:
-        return None
-    for at in (Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)):
-        if torch.equal(at.owners()[places.reshape(-1).cpu()], layout.owners().cpu()):
-            return at
-    return None
+def agree(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, seen: Seen) -> Layout | None:
+    """The layout of ``out`` in which the entries at ``places`` of its axis belong to their ``owners``.
+
+    Where every entry was written, that is all.  If not, whose the others are has to be guessed: those of a tensor of
+    the same size that was seen, of which these are a part; or in blocks or turns.  Of several guesses none is taken.
+    """
+    found = candidates(out, n, axis, places, owners, seen)
+    return found[0] if len(found) == 1 else None
 
 
-def _placed(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
+def candidates(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, seen: Seen) -> list[Layout]:
+    """What `agree` chooses from."""
+    size, places, owners = out.shape[axis], places.reshape(-1).cpu(), owners.cpu()
+    owner = torch.full((size,), -1)
+    owner[places] = owners
+    if not size or not torch.equal(owner[places], owners):
+        return []  # several samples in one entry
+    if bool((owner >= 0).all()):
+        return [owned(n, axis, owner)]
+    known = [owned(n, axis, at.owners().cpu()) for at in seen() if at.alone is None and at.size == size and at.n == n]
+    if size % n == 0:
+        known = known or [Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)]
+    found: list[Layout] = []
+    for at in known:
+        if torch.equal(at.owners()[places], owners) and not any(same(at, other) for other in found):
+            found.append(at)
+    return found
+
+
+def _placed(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor, seen: Seen) -> Layout | None:
     """``out[index] = value``, where the samples are in front in ``value``: tensors say in which rows each is put."""
     if layout.axis != 0 or not all(isinstance(i, Tensor) for i in index):
         return None
@@ -110,7 +132,7 @@ def _placed(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) 
         first, used = first.nonzero()[:, 0], first.ndim
     if value.ndim != out.ndim - used + 1 or any(i.ndim != 1 or i.dtype is torch.bool for i in (first, *index[1:])):
         return None
-    return agrees(out, layout, 0, first)
+    return agree(out, layout.n, 0, first, layout.owners(), seen)
 
 
 def _assigned(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:

@@ -540,3 +540,131 @@ def test_layers_on_slices(act: Any) -> None:
     g = persample.gradients(model, losses, x, y)
     reference = persample.gradients(model, losses, x, y, engine="loop")
     torch.testing.assert_close(g.flat(), reference.flat(), rtol=1e-9, atol=1e-12)
+
+
+# ---- constants into which samples are written -------------------------------------------------------------------
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+class Picked(nn.Module):
+    """Sequences first, [T, N, D]: only some positions are transformed, and put back into zeros."""
+
+    def __init__(self, put: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.head, self.put = nn.Linear(3, 4), nn.Linear(4, 2), put
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = torch.tanh(x).flatten(0, 1)
+        at = mask.flatten().nonzero()[:, 0]
+        return self.head(self.put(h, at, self.inner(h[at]))).tanh().unflatten(0, x.shape[:2])
+
+
+def _set(h: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    out = new.new_zeros(len(h), 4)
+    out[at] = new
+    return out
+
+
+PUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "setitem": _set,
+    "index_add": lambda h, at, new: new.new_zeros(len(h), 4).index_add(0, at, new),
+    "index_add_": lambda h, at, new: new.new_zeros(len(h), 4).index_add_(0, at, new),
+    "index_copy": lambda h, at, new: new.new_zeros(len(h), 4).index_copy(0, at, new),
+    "index_put": lambda h, at, new: new.new_zeros(len(h), 4).index_put((at,), new),
+    "scatter": lambda h, at, new: new.new_zeros(len(h), 4).scatter(0, at[:, None].expand(-1, 4), new),
+    "scatter_add_": lambda h, at, new: new.new_zeros(len(h), 4).scatter_add_(0, at[:, None].expand(-1, 4), new),
+}
+
+
+@pytest.mark.parametrize("put", PUTS)
+def test_where_samples_are_put_is_found_in_every_batch(put: str) -> None:
+    """Also where the places alone fit several orders of the samples: those of the diagonal."""
+    torch.manual_seed(0)
+    model, y = Picked(PUTS[put]).double(), torch.randn(3, 3, 2, dtype=torch.float64)
+    masks = [torch.ones(3, 3) - torch.eye(3), torch.eye(3), torch.eye(3).flip(0), torch.tensor([[1, 0, 0]] * 3)]
+    for mask in masks:  # the first one is verified, the others are of the same kind
+        given = (torch.randn(3, 3, 3, dtype=torch.float64), mask.bool())
+        found, expected = (
+            persample.gradients(
+                model, lambda o, t: (o - t).square().mean((0, 2)), given, y, batch_dim=1, engine=engine, verify=verify
+            ).flat()
+            for engine, verify in (("hooks", True), ("loop", False))
+        )
+        close(found, expected)
+
+
+class Messages(nn.Module):
+    """A graph of each sample inside of one big graph, with as many nodes as it has; messages go along edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, mask: Tensor, edges: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x[mask]))
+        number = torch.zeros(mask.shape, dtype=torch.long)
+        number[mask] = torch.arange(len(h))
+        sample, start, end = (edges & mask[:, :, None] & mask[:, None]).nonzero(as_tuple=True)
+        sums = torch.zeros(len(h), 4, dtype=h.dtype).index_add_(0, number[sample, end], h[number[sample, start]])
+        out = x.new_zeros(*mask.shape, 2)
+        out[mask] = self.last(sums)
+        return out
+
+
+def test_messages_between_nodes_of_ragged_graphs() -> None:
+    torch.manual_seed(0)
+    model, right = Messages().double(), 0
+    for _ in range(40):
+        x, sizes = torch.randn(3, 4, 3, dtype=torch.float64), torch.randint(1, 5, (3,))
+        given = (x, torch.arange(4) < sizes[:, None], torch.rand(3, 4, 4) < 0.3)
+        y = torch.randn(3, 4, 2, dtype=torch.float64)
+
+        def rows(engine: str, verify: bool, given: Any = given, y: Tensor = y) -> Tensor:
+            loss = lambda o, t: (o - t).square().sum((1, 2))  # noqa: E731
+            return persample.gradients(model, loss, given, y, engine=engine, verify=verify).flat()
+
+        try:
+            found = rows("hooks", True)
+        except persample.SampleAxisError:  # a few edges may not say whose the other nodes are
+            continue
+        close(found, rows("loop", False))
+        right += 1
+    assert right > 30
+
+
+def test_a_parameter_with_a_row_for_each_sample_is_copied_by_index() -> None:
+    class Copied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor([[1.5]], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.index_copy(1, torch.tensor([1]), self.p.expand(len(x), 1))
+
+    x, y = (torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    y[2] = 0  # the sample that is verified has no gradient
+    found, expected = (
+        persample.gradients(Copied(), lambda o, t: (o * t).sum(1), x, y, engine=e).flat() for e in ("hooks", "loop")
+    )
+    close(found, expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_stacks_of_samples_and_shared_rows(dim: int, n: int) -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64).view(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack(torch.broadcast_tensors(x, self.p), dim).sin().sum(dim)
+
+    x = torch.randn(n, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = lambda o, _: o.square().flatten(1).sum(1)  # noqa: E731
+    expected = persample.gradients(Stacked(), loss, x, engine="loop").flat()
+    for options in ({"verify": False}, {"verify": False, "max_bytes": 1}):
+        close(persample.gradients(Stacked(), loss, x, **options).flat(), expected)

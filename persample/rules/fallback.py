@@ -102,6 +102,8 @@ def _vectorised(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]
 
     pieces = [call.samples(x) for x in arguments.values()]
     rows = vmap(one, randomness="error")(pieces, [samples_first(g, at) for g, at in outputs])
+    with torch.no_grad():  # vmap lets shapes pass that don't fit a sample (index_copy): one alone, without it
+        run(wanted, {i: x[0].movedim(0, at.axis) for i, x, at in zip(arguments, pieces, layouts, strict=True)})
     return [r.detach() for r in rows]
 
 

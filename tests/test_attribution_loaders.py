@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
+import subprocess
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from torch.utils.data import (
 
 import persample
 from persample.attribution import GradientStore, cross_gram
+from persample.attribution import called as names
 from persample.attribution import loaders as source
 from persample.errors import ArgumentError, StoreError
 
@@ -226,10 +231,10 @@ def test_digests_tell_what_differs() -> None:
         x, x.double(), x.view(2, 2), -x, x[:0], x.int(), x + 0j, x > 1, (x, "a"), (x, "b"), (x, 1), (x, None),
         {"x": (x, x)},
     ]  # fmt: skip
-    assert len({source.digest(tree) for tree in trees}) == len(trees)
-    assert source.digest(x[::2]) == source.digest(x[::2].clone())
-    assert source.digest(torch.eye(3).to_sparse()) == source.digest(torch.eye(3))
-    assert source.digest((x + 1j).conj()) == source.digest(x - 1j)
+    assert len({names.digest(tree) for tree in trees}) == len(trees)
+    assert names.digest(x[::2]) == names.digest(x[::2].clone())
+    assert names.digest(torch.eye(3).to_sparse()) == names.digest(torch.eye(3))
+    assert names.digest((x + 1j).conj()) == names.digest(x - 1j)
 
 
 def test_loss_functions_are_told_apart() -> None:
@@ -244,9 +249,134 @@ def test_loss_functions_are_told_apart() -> None:
         lambda: functools.partial(F.cross_entropy, weight=torch.ones(2)),
         lambda: functools.partial(F.cross_entropy, weight=torch.zeros(2)),
     ]  # fmt: skip
-    assert len({source.called(f()) for f in functions}) == len(functions)
-    assert [source.called(f()) for f in functions] == [source.called(f()) for f in functions]
-    assert source.called(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+    assert len({names.called(f()) for f in functions}) == len(functions)
+    assert [names.called(f()) for f in functions] == [names.called(f()) for f in functions]
+    assert names.called(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+
+
+class Plain:
+    """A loss that is no module; with settings, and with something else that it is called by."""
+
+    def __init__(self, gamma: Any) -> None:
+        self._gamma = gamma
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.of(outputs, targets)
+
+    def of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._gamma * F.cross_entropy(outputs, targets, reduction="none")  # type: ignore[no-any-return]
+
+
+class Slotted(Plain):
+    __slots__ = ("gamma",)
+
+    def __init__(self, gamma: Any) -> None:
+        self.gamma = gamma
+
+
+class Private(nn.Module):
+    def __init__(self, gamma: Any) -> None:
+        super().__init__()
+        self._gamma = gamma
+
+
+class Wrapped(nn.Module):
+    def __init__(self, smoothing: Any) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Identity(), nn.CrossEntropyLoss(label_smoothing=smoothing))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.inner[1](outputs, targets)  # type: ignore[no-any-return]
+
+
+def defaulted(gamma: Any) -> Any:
+    def loss(outputs: Tensor, targets: Tensor, gamma: Any = gamma) -> Tensor:
+        return outputs
+
+    return loss
+
+
+def by_keyword(gamma: Any) -> Any:
+    def loss(outputs: Tensor, targets: Tensor, *, gamma: Any = gamma) -> Tensor:
+        return outputs
+
+    return loss
+
+
+def closed(gamma: Any) -> Any:
+    return lambda outputs, targets: outputs * gamma
+
+
+def marked(gamma: Any) -> Any:
+    loss = closed(1)
+    loss.gamma = gamma
+    return loss
+
+
+SET: dict[str, Any] = {
+    "plain": Plain, "slots": Slotted, "private": Private, "wrapped": Wrapped, "method": lambda g: Plain(g).of,
+    "default": defaulted, "keyword": by_keyword, "closure": closed, "attribute": marked,
+    "tensor": lambda g: Private(torch.tensor(g)), "tuple": lambda g: Private((1, g)), "nested": lambda g: Plain([(g,)]),
+    "dictionary": lambda g: Private({"gamma": g}), "key": lambda g: Private({g: 1}),
+    "array": lambda g: Plain(np.array(g)),
+    "namespace": lambda g: Plain(types.SimpleNamespace(gamma=g)), "callable": lambda g: Private(Plain(g)),
+    "set": lambda g: Plain({g, 7.0}), "partial": lambda g: functools.partial(Plain(g), 1),
+    "of a closure": lambda g: closed(Wrapped(g)), "compiled": lambda g: torch.compile(Wrapped(g)),
+    "decorated": lambda g: torch.no_grad()(closed(g)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SET)
+def test_what_a_loss_is_set_to(name: str) -> None:
+    make = SET[name]
+    assert names.called(make(0.0)) == names.called(make(0.0)) != names.called(make(0.5))
+    assert " at 0x" not in names.called(make(0.0))
+
+
+def test_other_objects_are_told_by_their_type() -> None:
+    own = Plain(None)
+    own._gamma = [own, object(), iter([])]  # holds itself
+    assert names.called(own) == f"{__name__}.Plain(_gamma=list [itself, builtins.object, builtins.list_iterator])"
+    net = Private(own.of)
+    net.also = Private(0)
+    net.also.above = (net,)  # type: ignore[assignment]
+    assert "itself" in names.called(net)
+
+
+def test_losses_are_called_as_they_were() -> None:
+    """Rows that were written before settings of sub-modules, functions and objects counted can be gone on with."""
+    state = "e3b0c44298fc1c14"
+    for function, expected in (
+        (nn.MSELoss(), f"torch.nn.modules.loss.MSELoss(reduction='mean'; {state})"),
+        (
+            functools.partial(F.cross_entropy, label_smoothing=0.1),
+            "torch.nn.functional.cross_entropy(label_smoothing=0.1)",
+        ),
+        (model, f"{__name__}.model"),
+    ):
+        assert names.called(function) == expected
+
+
+SCRIPT = """
+import functools, torch
+from torch import nn
+from persample.attribution.called import called
+def make(gamma):
+    ce = nn.CrossEntropyLoss(torch.ones(2))
+    return lambda o, t, also={"b", "a", "c"}: ce(o, t) * gamma
+print(called(make(2)), called(functools.partial(make(3), k=object())))
+"""
+
+
+def test_names_are_the_same_in_every_process() -> None:
+    def run(seed: str) -> str:
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        return subprocess.run(
+            [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, check=True, text=True
+        ).stdout
+
+    found = run("1")
+    assert found == run("2") and "gamma=2" in found
 
 
 def test_fingerprints_tell_parameters_buffers_and_modes() -> None:

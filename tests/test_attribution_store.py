@@ -185,6 +185,43 @@ def test_another_loss_function_is_refused(tmp_path: Path) -> None:
     close(mine.rows(), flat(net))
 
 
+class Wrapped(nn.Module):
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.inner = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.inner(outputs, targets)  # type: ignore[no-any-return]
+
+
+class Focal:
+    def __init__(self, gamma: float) -> None:
+        self._gamma = gamma
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return losses * (1 - (-losses).exp()) ** self._gamma
+
+
+@pytest.mark.parametrize("make, named", [
+    (Wrapped, r"label_smoothing=0\.0.* there, .*label_smoothing=0\.5.* here"),
+    (Focal, r"_gamma=0\.0\) there, .*_gamma=0\.5\) here"),
+    (lambda g: Focal(g).__call__, r"_gamma=0\.0\) there, .*_gamma=0\.5\) here"),
+])  # fmt: skip
+def test_a_loss_that_is_set_to_something_else_is_refused(tmp_path: Path, make: Any, named: str) -> None:
+    net = model()
+    store(tmp_path, net).extend(make(0.0), itertools.islice(loader(), 2))
+    with pytest.raises(StoreError, match=f"another loss.*{named}"):
+        store(tmp_path, net).extend(make(0.5), loader())
+    assert len(store(tmp_path, net)) == 6
+    store(tmp_path, net).extend(make(0.0), loader())
+    close(store(tmp_path, net).rows(), persample.gradients(net, make(0.0), *data().tensors, engine="loop").flat())
+    found = cross_gram(net, make(0.0), loader(), loader(M), out=tmp_path / "gram")
+    with pytest.raises(StoreError, match=f"another loss.*{named}"):
+        cross_gram(net, make(0.5), loader(), loader(M), out=tmp_path / "gram")
+    close(cross_gram(net, make(0.0), loader(), loader(M), out=tmp_path / "gram"), found)
+
+
 def normed() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()

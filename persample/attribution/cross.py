@@ -15,11 +15,12 @@ from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection
 from .appendable import Appendable
+from .called import called, digest
 from .features import Features
-from .loaders import Ends, Unpack, called, check_ordered, digest, missing, unpacked
+from .loaders import Ends, Unpack, check_ordered, missing, unpacked
 from .projection import Projection
 from .scores import grad_dot
-from .store import buffers_kept, describe, same
+from .store import another, buffers_kept, describe, same
 
 
 def cross_gram(
@@ -151,9 +152,10 @@ def _opened(out: str | os.PathLike[str], number: int, meta: dict[str, Any]) -> A
     table = Appendable(out, _name(number))
     if table.json.exists():
         for key, mine in meta.items():
-            if not same(table.meta.get(key), mine):
-                what = " (or of other buffers, or modes: train, eval)" if key == "model" else ""
-                raise StoreError(f"{table.json} is of another {key}{what}; use another directory, or delete this one.")
+            if not same(theirs := table.meta.get(key), mine):
+                raise StoreError(
+                    f"{table.json} is {another(key, theirs, mine)} Use another directory, or delete this one."
+                )
     else:
         table.commit(**meta)
     return table

@@ -8,7 +8,6 @@ on the batch that they were in, so of those the sizes of all batches are remembe
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -32,8 +30,8 @@ from torch.utils.data import (
 
 from ..batch import Batch
 from ..errors import ArgumentError, StoreError
-from ..losses import LossFunction
 from ..progress import bar
+from .called import digest, update
 
 Unpack = Callable[[Any], tuple[Any, Any]]
 Batches = list[list[int]]  # [size, how many of it one after the other], of all batches in their order
@@ -187,24 +185,6 @@ def _sample(batch: Batch, n: int) -> str:
     return digest((batch.inputs.sample(n), batch.targets.sample(n)))
 
 
-def digest(tree: Any) -> str:
-    """SHA-256 of all tensors, numbers and strings of a structure."""
-    found = hashlib.sha256()
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            update(found, "", leaf)
-        elif leaf is None or isinstance(leaf, (str, int, float)):
-            found.update(f"{leaf!r}\n".encode())
-    return found.hexdigest()
-
-
-def update(digest: Any, name: str, t: Tensor) -> None:
-    """Put name, type, shape and values of a tensor into a digest."""
-    dense = t.detach() if t.layout is torch.strided else t.detach().to_dense()
-    digest.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
-    digest.update(dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of all parameters and buffers (names, types, shapes, values), and of which modules are training."""
     found = hashlib.sha256()
@@ -212,24 +192,3 @@ def fingerprint(model: nn.Module) -> str:
         update(found, name, t)
     found.update("".join(f"{name} {module.training}\n" for name, module in model.named_modules()).encode())
     return found.hexdigest()
-
-
-def called(loss_fn: LossFunction) -> str:
-    """What a loss function is called, and is set to: its qualified name; of a module, also its attributes and state.
-
-    Two functions of one name, such as two lambdas in one place, are the same to it.
-    """
-    if isinstance(loss_fn, functools.partial):
-        given = [*map(_brief, loss_fn.args), *(f"{name}={_brief(x)}" for name, x in sorted(loss_fn.keywords.items()))]
-        return f"{called(loss_fn.func)}({', '.join(given)})"
-    kind: Any = loss_fn if hasattr(loss_fn, "__qualname__") else type(loss_fn)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if not isinstance(loss_fn, nn.Module):
-        return name
-    settings = [f"{k}={_brief(x)}" for k, x in sorted(vars(loss_fn).items()) if k[0] != "_" and k != "training"]
-    state = digest([*loss_fn.parameters(), *loss_fn.buffers()])[:16]
-    return f"{name}({', '.join(settings)}; {state})"
-
-
-def _brief(x: Any) -> str:
-    return repr(x) if x is None or isinstance(x, (str, int, float)) else f"{type(x).__name__} {digest(x)[:16]}"

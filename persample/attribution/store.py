@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from ..quantities import Quantities
 from ..state import Buffers
 from ..statistics_run import Statistics
 from .appendable import Appendable
-from .loaders import Unpack, called, check_ordered, fingerprint, grown, missing
+from .called import called
+from .loaders import Unpack, check_ordered, fingerprint, grown, missing
 from .projection import Projection
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)  # that numpy knows
@@ -161,10 +163,9 @@ class GradientStore:
     def _check_same(self, meta: dict[str, Any]) -> None:
         for key, mine in meta.items():
             if not same(theirs := self.table.meta.get(key), mine):
-                what = " (or of other buffers, or modes: train, eval)" if key == "model" else ""
                 raise StoreError(
-                    f"the store at {self.table.data.parent} is of another {key}{what}: {_brief(theirs)} there, "
-                    f"{_brief(mine)} here. Open it with the same, or begin in another directory."
+                    f"the store at {self.table.data.parent} is {another(key, theirs, mine)} Open it with the same, or "
+                    "begin in another directory."
                 )
 
     def _state(self) -> list[tuple[int, int] | bool]:
@@ -205,6 +206,20 @@ def same(a: Any, b: Any) -> bool:
     return json.dumps(a) == json.dumps(b)
 
 
+def another(key: str, theirs: Any, mine: Any) -> str:
+    """What differs between an entry of the JSON and what was given."""
+    a, b = str(theirs), str(mine)
+    if key == "loss":  # whose beginning is often long, and the same
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+        begin = alike - 30 if alike > 60 else 0
+        a, b = (("..." if begin else "") + text[begin:] for text in (a, b))
+    what = {
+        "model": " (or of other buffers, or modes: train, eval)",
+        "loss": " (or one that is set to something else)",
+    }.get(key, "")
+    return f"of another {key}{what}: {_brief(a)} there, {_brief(b)} here."
+
+
 def _changed() -> StoreError:
     return StoreError(
         "the model has changed since the store was opened: its parameters, buffers (running statistics), or modes "
@@ -227,6 +242,5 @@ def _written(rows: Tensor, kind: torch.dtype) -> Tensor:
     return kept
 
 
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
+def _brief(text: str) -> str:
+    return text if len(text) < 100 else f"{text[:97]}..."

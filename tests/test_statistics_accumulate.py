@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -237,3 +238,98 @@ def test_batches_of_other_parameters_do_not_add_up(make: Callable[[], Accumulato
         else:
             with pytest.raises(QuantityError, match="different parameters or groups"):
                 accumulator.update(G)
+
+
+def refused() -> persample.Statistics:
+    """A run of samples that are all the same: norms and mean can't tell its noise."""
+    x, y = torch.ones(6, 3).double(), torch.zeros(6, dtype=torch.int64)
+    return persample.gradients(DATA.model, nn.CrossEntropyLoss(), x, y, quantities=["norm", "mean"])
+
+
+@pytest.mark.parametrize("wrong", ["noise", "parameters"])
+def test_a_batch_that_is_refused_changes_nothing(wrong: str) -> None:
+    first, second = torch.arange(N).split(6)
+    a, b = feed(NoiseScale(decay=0.5), first), feed(NoiseScale(decay=0.5), first)
+    other = persample.Gradients({"w": persample.factors.Dense(torch.randn(3, 2))}, torch.zeros(3))
+    with pytest.raises(QuantityError):
+        b.update(refused() if wrong == "noise" else other)
+    close(b.compute(), a.compute())
+    close(feed(b, second).compute(), feed(a, second).compute())
+    assert a.value.weight == b.value.weight == 7.5  # type: ignore[union-attr]
+
+
+def grouping(name: str) -> Callable[[str], str]:
+    return lambda parameter: name
+
+
+def one(name: str) -> str:
+    return "all"
+
+
+APART: dict[str, tuple[Accumulator[Any], Accumulator[Any]]] = {
+    "statistic": (Average(statistics.norm_test), Average(statistics.diversity)),
+    "class": (Average(statistics.norm_test), Moments()),
+    "arguments": (
+        Average(functools.partial(statistics.norm_test, by="layer")), Average(functools.partial(statistics.norm_test)),
+    ),
+    "by": (NoiseScale(by=grouping("a")), NoiseScale(by=grouping("b"))),
+    "norms by": (Norms(by=one), Norms(by=grouping("all"))),
+    "histogram by": (Histogram(EDGES, by=one), Histogram(EDGES, by="layer")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART)
+def test_states_of_something_else_are_refused(name: str) -> None:
+    for a, b in (APART[name], APART[name][::-1]):
+        with pytest.raises(QuantityError, match="settings"):
+            a.load_state_dict(b.state_dict())
+        with pytest.raises(QuantityError, match="can't merge"):
+            a.merge_state(b)
+
+
+def test_functions_of_one_name_do_not_merge() -> None:
+    makes: list[Callable[[Any], Accumulator[Any]]] = [Average, lambda f: NoiseScale(by=f), lambda f: Norms(by=f)]
+    for make in makes:
+        f, g = grouping("a"), grouping("a")
+        with pytest.raises(QuantityError, match="can't merge"):
+            make(f).merge_state(make(g))
+        make(f).merge_state(make(f))
+    parts = torch.arange(N).split(6)
+    a, b = (feed(Average(functools.partial(statistics.norm_test, by="layer")), part) for part in parts)
+    a.merge_state(b)
+    close(a.compute(), feed(Average(functools.partial(statistics.norm_test, by="layer")), *parts).compute())
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_states_are_copies(name: str) -> None:
+    part = torch.arange(N)
+    a, expected = feed(MAKE[name](), part), feed(MAKE[name](), part).compute()
+    overwrite(a.state_dict())
+    close(a.compute(), expected)
+    b, state = MAKE[name](), a.state_dict()
+    b.load_state_dict(state)
+    overwrite(state)
+    close(b.compute(), expected)
+
+
+@pytest.mark.parametrize("quantities", [None, ["sum", "norm", "mean", "variance"]])
+def test_what_was_counted_is_not_the_run_s(quantities: Any) -> None:
+    run = persample.gradients(DATA.model, nn.CrossEntropyLoss(), DATA.x, DATA.y, quantities=quantities)
+    found, ids = run.sum(), torch.arange(N)
+    expected = {name: v.clone() for name, v in found.items()}
+    sums, norms = Average(lambda G: found, needs=("sum",)), Norms()
+    sums.update(run)
+    norms.update(run, ids)
+    overwrite({"sum": found})
+    ids.zero_()
+    close(sums.compute().mean(), expected)
+    close(norms.compute(), DATA.J.norm(dim=1))
+
+
+def overwrite(tree: Any) -> None:
+    """Write into all tensors of nested dictionaries."""
+    for value in tree.values():
+        if isinstance(value, dict):
+            overwrite(value)
+        elif isinstance(value, Tensor):
+            value.fill_(7)

@@ -14,6 +14,7 @@ import abc
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 from ..errors import QuantityError
@@ -50,7 +51,10 @@ class Accumulator(abc.ABC, Generic[V]):
 
     def merge_state(self, other: Accumulator[V]) -> None:
         """Add all batches that another accumulator has seen."""
-        if type(other) is not type(self) or other._settings() != self._settings():
+        same = type(other) is type(self) and other._settings() == self._settings()
+        # Two functions may have one name, such as two lambdas of one place.
+        functions = {name: f for name, f in vars(self).items() if isinstance(f, FunctionType)}
+        if not same or any(vars(other)[name] is not f for name, f in functions.items()):
             raise QuantityError(f"can't merge {other!r} into {self!r}: they don't accumulate the same thing.")
         if other.value is not None:
             self._add(other.value)
@@ -64,17 +68,21 @@ class Accumulator(abc.ABC, Generic[V]):
         self.value = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as tensors and numbers (safe for ``torch.save`` and ``weights_only=True``)."""
+        """A copy of the state, as tensors and numbers (safe for ``torch.save`` and ``weights_only=True``)."""
         value = None if self.value is None else {f.name: getattr(self.value, f.name) for f in fields(self.value)}  # type: ignore[arg-type]
-        return {"settings": self._settings(), "value": value}
+        return {"settings": self._described(), "value": copy.deepcopy(value)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another accumulator of the same settings was."""
-        if state["settings"] != self._settings():
+        """Go on where another accumulator of the same class and settings was (functions go by their names)."""
+        if state["settings"] != self._described():
             raise QuantityError(
-                f"this state is of settings {state['settings']}, the accumulator has {self._settings()}."
+                f"this state is of settings {state['settings']}, the accumulator has {self._described()}."
             )
-        self.value = None if state["value"] is None else self.kind(**state["value"])
+        self.value = None if state["value"] is None else self.kind(**copy.deepcopy(state["value"]))
+
+    def _described(self) -> dict[str, Any]:
+        """What a state has to agree in: the settings, and of what class they are."""
+        return {"class": type(self).__qualname__, **self._settings()}
 
     def _settings(self) -> dict[str, Any]:
         return {}

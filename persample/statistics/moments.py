@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import QuantityError
 from ..quantities import Quantities, check_ddof
 from .accumulate import Accumulator
-from .parts import energy, mean_loss
+from .parts import energy, mean_loss, named
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +100,11 @@ class Average(Accumulator[DatasetMoments]):
     def of(self, G: Quantities) -> DatasetMoments:
         found = self.statistic(G)
         groups = found if isinstance(found, Mapping) else {"": found}
-        values = {name: torch.as_tensor(v) for name, v in groups.items()}
+        values = {name: torch.as_tensor(v).detach().clone() for name, v in groups.items()}  # the run keeps its own
         return DatasetMoments(1, values, {name: torch.zeros_like(v) for name, v in values.items()}, mean_loss(G))
+
+    def _settings(self) -> dict[str, Any]:
+        return {"statistic": named(self.statistic)}
 
 
 def _same_shapes(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:

@@ -127,10 +127,9 @@ class NoiseScale(Accumulator[NoiseSums]):
         return NoiseSums(float(n - 1), traces, squares, list(means))
 
     def update(self, G: Quantities) -> None:
-        """Let older batches fade by ``decay``, and add one."""
-        if self.value is not None and self.decay < 1:
-            self.value = self.value.times(self.decay)
-        self._add(self.of(G))
+        """Let older batches fade by ``decay``, and add one; a batch that is refused leaves everything as it was."""
+        new = self.of(G)
+        self.value = new if self.value is None else self.value.times(self.decay) + new
 
     def compute(self) -> Any:
         """A `NoiseEstimate`, or ``{group: NoiseEstimate}``."""

@@ -48,7 +48,7 @@ class Norms(Accumulator[Listed]):
         norms = per_group(self.by, torch.sqrt, squares(G))
         if ids is not None and ids.shape != (len(G),):
             raise QuantityError(f"ids must have shape [{len(G)}], one per sample, got {list(ids.shape)}.")
-        return Listed(norms if isinstance(norms, dict) else {"": norms}, ids)
+        return Listed(norms if isinstance(norms, dict) else {"": norms}, None if ids is None else ids.clone())
 
     def update(self, G: Quantities, ids: Tensor | None = None) -> None:
         """Add one batch, of the samples ``ids [N]``."""

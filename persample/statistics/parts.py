@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..attribution.called import called
 from ..errors import ArgumentError, QuantityError
 from ..gradients import Gradients
 from ..quantities import NEEDS, Quantities
@@ -64,9 +65,9 @@ def add_up(tensors: Iterable[Tensor]) -> Tensor:
     return sum(rest, first)
 
 
-def named(by: By) -> str | None:
-    """What stands for ``by`` in a state."""
-    return getattr(by, "__qualname__", repr(by)) if callable(by) else by
+def named(function: Callable[..., Any] | str | None) -> str | None:
+    """What stands for ``by``, or for a statistic, in a state: the name of a function, and what it is set to."""
+    return called(function) if callable(function) else function
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def along_mean(G: Quantities) -> Part:
     """``{name: g_n . gbar}``, ``[N]``: without the Gram matrix where the rows are there."""
     if isinstance(G, Gradients):
         mean = G.mean()
-        return {name: G.select([name]).dot(mean).real for name in G.names}
+        return {name: G.select([name]).dot({name: mean[name]}).real for name in G.names}
     return {name: K.mean(1).real for name, K in products(G).items()}
 
 

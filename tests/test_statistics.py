@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import persample
 from persample import statistics
-from persample.errors import QuantityError
+from persample.errors import ArgumentError, QuantityError
 
 B = 7
 
@@ -414,3 +414,71 @@ def test_moments_say_nothing_about_pairs() -> None:
 def test_nan_is_in_no_bin() -> None:
     with pytest.raises(QuantityError, match=r"'w' hold NaN"):
         statistics.histogram(rows(torch.tensor([[0.0, torch.nan]])), torch.tensor([0.0]))
+
+
+def mixed() -> tuple[persample.Gradients, Tensor]:
+    """Rows of a complex and of a real parameter, and all of them as real numbers side by side."""
+    torch.manual_seed(0)
+    z, J = torch.randn(6, 3, dtype=torch.complex128) + 1, torch.randn(6, 2, dtype=torch.float64) + 1
+    factors = {"z": persample.factors.Dense(z), "w": persample.factors.Dense(J)}
+    return persample.Gradients(factors, torch.zeros(6).double()), torch.cat([torch.view_as_real(z).flatten(1), J], 1)
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_real_and_complex_parameters(name: str) -> None:
+    G, J = mixed()
+    function = getattr(statistics, name)
+    close(function(G), function(rows(J)))
+    close(function(G, by="parameter"), {"z": function(rows(J[:, :6])), "w": function(rows(J[:, 6:]))})
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_importance_weights_of_any_type(kind: torch.dtype) -> None:
+    norms = torch.tensor([1, 0, 1, 0]).to(kind)
+    found = statistics.importance_weights(norms, 0.5)
+    assert found.probability.dtype is (kind if kind is torch.float64 else torch.float32)
+    close(found.probability.double(), torch.tensor([3, 1, 3, 1]).double() / 8)
+    close(found.weight, 1 / (4 * found.probability))
+
+
+@pytest.mark.parametrize("kind, size", [
+    (torch.float32, 3e38), (torch.float32, 1e-45), (torch.float64, 1e308), (torch.float64, 1e-320),
+    (torch.float16, 6e4),
+])  # fmt: skip
+def test_importance_weights_of_any_size(kind: torch.dtype, size: float) -> None:
+    found = statistics.importance_weights(torch.tensor([size, size, 0.0], dtype=kind))
+    assert found.probability.tolist() == [0.5, 0.5, 0]
+
+
+def test_importance_weights_of_no_real_norms() -> None:
+    with pytest.raises(QuantityError, match="need norms"):
+        statistics.importance_weights(torch.ones(3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("edges", [torch.tensor([1.001]).double(), torch.tensor([257])])
+def test_edges_are_not_rounded_to_what_they_are_compared_with(edges: Tensor) -> None:
+    below = torch.tensor([1.0 if edges < 2 else 256.0], dtype=torch.bfloat16)
+    zero = torch.tensor([0.5])
+    assert statistics.histogram(rows(below[None]), edges).tolist() == [1, 0]  # type: ignore[union-attr]
+    found = statistics.histogram(rows(torch.zeros(1, 1)), zero, parameters={"w": below}, parameter_edges=edges)
+    assert found.tolist() == [[1, 0], [0, 0]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("parameters, error, named", [
+    ({"w": torch.tensor([1.0, torch.nan])}, QuantityError, "parameter 'w' hold NaN"),
+    ({"w": torch.zeros(1)}, ArgumentError, r"'w' of shape \[1\], but its rows are \[2\]"),
+    ({"v": torch.zeros(2)}, ArgumentError, "has no 'w'"),
+    ({"w": torch.zeros(2, dtype=torch.complex64)}, QuantityError, "parameter 'w' are complex"),
+])  # fmt: skip
+def test_parameters_of_a_histogram_are_checked(parameters: Any, error: type[Exception], named: str) -> None:
+    edges = torch.tensor([0.0])
+    with pytest.raises(error, match=named):
+        statistics.histogram(rows(torch.zeros(3, 2)), edges, parameters=parameters, parameter_edges=edges)
+
+
+def test_complex_rows_have_no_histogram() -> None:
+    with pytest.raises(QuantityError, match="rows of parameter 'z' are complex"):
+        statistics.histogram(mixed()[0], torch.tensor([0.0]))
+    for edges in (torch.tensor([torch.nan]), torch.tensor([0j, 1])):
+        with pytest.raises(ArgumentError, match="real and strictly increasing"):
+            statistics.histogram(rows(torch.zeros(3, 2)), edges)

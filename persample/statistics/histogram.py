@@ -39,6 +39,8 @@ def histogram(
     edges = _sorted(edges)
     if (parameters is None) != (parameter_edges is None):
         raise ArgumentError("parameters= and parameter_edges= go together.")
+    if parameters is not None:
+        _check_parameters(G, parameters)
     beside = None if parameter_edges is None else _sorted(parameter_edges)
     counts = {
         name: _counts(G, name, edges, None if parameters is None else parameters[name].detach(), beside)
@@ -91,14 +93,36 @@ def _counts(G: Gradients, name: str, edges: Tensor, parameter: Tensor | None, be
     width = 1 if beside is None else len(beside) + 1
     total = torch.zeros((len(edges) + 1) * width, dtype=torch.int64)
     for rows in _blocks(G.factors[name]):
-        if bool(rows.isnan().any()):
-            raise QuantityError(f"rows of parameter '{name}' hold NaN, which is in no bin of a histogram.")
-        kind = torch.promote_types(rows.dtype, edges.dtype)  # edges are not rounded to the rows' type
-        bins = torch.bucketize(rows.to(kind), edges.to(rows.device, kind), right=True) * width
+        _check_ordered(f"rows of parameter '{name}'", rows)
+        bins = _bins(rows, edges) * width
         if parameter is not None and beside is not None:
-            bins += torch.bucketize(parameter, beside.to(parameter), right=True)
+            bins += _bins(parameter.to(rows.device), beside)
         total += torch.bincount(bins.flatten(), minlength=len(total)).to(total.device)
     return total if beside is None else total.view(-1, width)
+
+
+def _bins(values: Tensor, edges: Tensor) -> Tensor:
+    """The bin of every value, in a type of which edges are not rounded to that of the values."""
+    kind = torch.promote_types(values.dtype, edges.dtype)
+    return torch.bucketize(values.to(kind), edges.to(values.device, kind), right=True)
+
+
+def _check_parameters(G: Gradients, parameters: Mapping[str, Tensor]) -> None:
+    for name, shape in G.shapes.items():
+        if name not in parameters:
+            raise ArgumentError(f"parameters= has no '{name}', but G has rows of it: give all of {list(G.names)}.")
+        if parameters[name].shape != shape:
+            raise ArgumentError(
+                f"parameters= has '{name}' of shape {list(parameters[name].shape)}, but its rows are {list(shape)}."
+            )
+        _check_ordered(f"parameter '{name}'", parameters[name])
+
+
+def _check_ordered(what: str, values: Tensor) -> None:
+    if values.is_complex():
+        raise QuantityError(f"{what} are complex numbers, which have no order: take histograms of real ones, params=.")
+    if bool(values.isnan().any()):
+        raise QuantityError(f"{what} hold NaN, which is in no bin of a histogram.")
 
 
 def _blocks(g: Factors) -> Iterator[Tensor]:
@@ -108,6 +132,8 @@ def _blocks(g: Factors) -> Iterator[Tensor]:
 
 
 def _sorted(edges: Tensor) -> Tensor:
-    if not isinstance(edges, Tensor) or edges.ndim != 1 or not len(edges) or not bool((edges.diff() > 0).all()):
-        raise ArgumentError("the edges of a histogram must be one dimensional and strictly increasing.")
-    return edges
+    """Edges, once they are; integers as float64, for half precision would round them."""
+    plain = isinstance(edges, Tensor) and edges.ndim == 1 and len(edges) and not edges.is_complex()
+    if not plain or bool(edges.isnan().any()) or not bool((edges.diff() > 0).all()):
+        raise ArgumentError("the edges of a histogram must be one dimensional, real and strictly increasing.")
+    return edges if edges.is_floating_point() else edges.double()

@@ -30,17 +30,19 @@ def importance_weights(G: Quantities | Tensor, smoothing: float = 0.0) -> Import
     Zhao and Zhang 2015, "Stochastic optimization with importance sampling", eq. 11; Katharopoulos and Fleuret 2018.
     ``smoothing`` mixes in the uniform distribution and so bounds the weights by ``1/smoothing``.  Samples of zero
     norm are never drawn without it, and have weight 0; if all norms are zero, ``p`` is uniform. ``G`` may be norms
-    ``[N]`` already: those of a whole data set (`Norms`), or cheaper bounds such as the last layer's.
+    ``[N]`` already: those of a whole data set (`Norms`), or cheaper bounds such as the last layer's.  Integers and half
+    precision become float32.
     """
     norm = G if isinstance(G, Tensor) else G.norm()
-    if norm.ndim != 1 or not len(norm) or not bool(((norm >= 0) & norm.isfinite()).all()):
+    if norm.ndim != 1 or not len(norm) or norm.is_complex() or not bool(((norm >= 0) & norm.isfinite()).all()):
         raise QuantityError(
             f"importance weights need norms [N], finite and not negative, of at least one sample; got shape "
             f"{list(norm.shape)}{' with others among them' if norm.ndim == 1 and len(norm) else ''}."
         )
     if not 0 <= smoothing <= 1:
         raise ArgumentError(f"smoothing must be between 0 and 1, got {smoothing}.")
-    n, total = len(norm), norm.sum()
-    uniform = torch.full_like(norm, 1 / n)
-    p = (1 - smoothing) * norm / total + smoothing * uniform if bool(total > 0) else uniform
+    n, norm = len(norm), norm.to(torch.promote_types(norm.dtype, torch.float32))
+    uniform, largest = torch.full_like(norm, 1 / n), norm.max()
+    share = norm / largest if bool(largest > 0) else uniform  # whose sum does not overflow
+    p = (1 - smoothing) * share / share.sum() + smoothing * uniform
     return ImportanceWeights(p, torch.where(p > 0, 1 / (n * p), 0.0))

@@ -469,7 +469,7 @@ for n in range(len(table), 10**6):
 def test_killed_for_real(tmp_path: Path) -> None:
     """SIGKILL at arbitrary moments: every append that had returned is there, once, in order."""
     reported = -1
-    for wait in (0.0, 0.011, 0.05):
+    for wait in (0.0, 0.011, 0.3):
         command = [sys.executable, "-c", WRITER, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import persample
 from persample import optim, statistics
 from persample.batchnorm.coupling import coupling
-from persample.errors import BatchCoupledError, QuantityError, UnknownParameterError
+from persample.errors import ArgumentError, BatchCoupledError, QuantityError, UnknownParameterError
 from persample.factors import Dense
 
 N = 6
@@ -296,10 +296,12 @@ def test_parameters_need_names_and_must_agree() -> None:
         lambda p: optim.ClippedSGD(p, max_norm=1.0, nesterov=True),
         lambda p: optim.ClippedSGD([{"params": list(p), "lr": -1.0}], max_norm=1.0),
         lambda p: optim.ClippedSGD([{"params": list(p), "max_norm": 0.1}], max_norm=1.0),
+        lambda p: optim.NaturalGradient(p, damping=-1.0),
+        lambda p: optim.NaturalGradient(p, damping=torch.inf),
     ],
 )
 def test_options_are_checked(make: Callable[[Any], Optimizer]) -> None:
-    with pytest.raises(ValueError, match=r"must be|momentum > 0|no option 'max_norm'"):
+    with pytest.raises(ArgumentError, match=r"must be|momentum > 0|no option 'max_norm'"):
         make(model().named_parameters())
 
 
@@ -470,6 +472,32 @@ def test_natural_gradient(damping: float) -> None:
     close(step, torch.linalg.solve(F, J.mean(0)), 1e-9)
     with pytest.raises(ValueError, match="damping"):
         optim.natural_weights(torch.eye(2), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("K", "message"),
+    [
+        (torch.full((2, 2), torch.nan), "infinite or NaN"),
+        (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "larger damping"),
+        (torch.ones(2, 3), r"\[N, N\] of real numbers, got torch.float32 \[2, 3\]"),
+        (torch.ones(0, 0), "Gram matrix"),
+        (torch.eye(2).long(), "of real numbers, got torch.int64"),
+        (torch.eye(2).cfloat(), "of real numbers"),
+    ],
+)
+def test_matrices_that_are_no_gram_matrices(K: Tensor, message: str) -> None:
+    with pytest.raises((ArgumentError, QuantityError), match=message):
+        optim.natural_weights(K, 1e-3)
+
+
+def test_rows_that_are_not_finite_make_no_step() -> None:
+    net = model()
+    opt, before = EVERY["NaturalGradient"](net), flat(net.parameters())
+    G = persample.gradients(net, nn.CrossEntropyLoss(), *batch())
+    bad = persample.Gradients({name: Dense(G[name] * torch.nan) for name in G.names}, G.losses)
+    with pytest.raises(QuantityError, match="NaN"):
+        opt.step(bad)
+    close(flat(net.parameters()), before, 0)
 
 
 def pcgrad(J: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attribution.features import number
+from ..attribution.scores import influence_from_gram
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from ..scratch import kernel
-from .updates import Named, check_at_least, descend
+from .updates import Named, descend
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -31,17 +33,26 @@ def natural_weights(K: Tensor, damping: float) -> Tensor:
 
     The Woodbury identity: the ``[D, D]`` system of the empirical Fisher matrix ``G^T G/N`` (gradients of unscaled
     losses) is solved as an ``[N, N]`` one, in float64 by Cholesky.
+
+    Raises:
+        ArgumentError: ``damping`` is no positive number, or ``K`` no real ``[N, N]`` tensor.
+        QuantityError: ``K`` has numbers that aren't finite, or is no Gram matrix (or one whose rounding errors are
+            larger than ``N damping``).
     """
-    if not damping > 0:
-        raise ArgumentError(f"damping must be positive, got {damping}.")
-    if not isinstance(K, Tensor):
-        raise ArgumentError(f"K must be a Gram matrix [N, N], got {type(K).__name__}: of gradients G, it is G.gram().")
-    n = len(K)
-    system = K.double() / n
-    system = (system + system.mT) / 2
-    system.diagonal().add_(damping)
-    ones = torch.full((n, 1), 1 / n, dtype=system.dtype, device=K.device)
-    return torch.cholesky_solve(ones, torch.linalg.cholesky(system)).squeeze(1).to(K.dtype)
+    check_damping(damping)
+    if not (isinstance(K, Tensor) and K.is_floating_point() and K.ndim == 2 and len(K) == K.shape[1] > 0):
+        got = f"{K.dtype} {list(K.shape)}" if isinstance(K, Tensor) else type(K).__name__
+        raise ArgumentError(
+            f"K must be a Gram matrix [N, N] of real numbers, got {got}: of gradients G, it is G.gram()."
+        )
+    ones = torch.full((len(K), 1), 1 / len(K), dtype=torch.float64, device=K.device)
+    return influence_from_gram(K, ones, damping).squeeze(1).to(K.dtype)
+
+
+def check_damping(damping: float) -> None:
+    """Raise for a damping that is no positive number."""
+    if not number(damping) > 0:
+        raise ArgumentError(f"damping must be positive, and a finite number, got {damping!r}.")
 
 
 class NaturalGradient(Named):
@@ -67,7 +78,7 @@ class NaturalGradient(Named):
         self, params: Any, lr: float = 1e-1, *, damping: float = 1e-1, momentum: float = 0.0, nesterov: bool = False,
         weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
-        check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        check_damping(damping)
         self.damping = damping
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
@@ -119,7 +130,6 @@ class GradientSurgery(Named):
         self, params: Any, weighting: Weighting = pcgrad_weights, lr: float = 1e-2, *, momentum: float = 0.0,
         nesterov: bool = False, weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
-        check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.weighting = weighting
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 

@@ -236,6 +236,108 @@ def test_a_hook_may_rename_what_is_loaded() -> None:
         assert torch.equal(again.state[p]["momentum_buffer"], opt.state[p]["momentum_buffer"])
 
 
+TORCH: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "ClippedSGD": (torch.optim.SGD, lambda p: optim.ClippedSGD(p, max_norm=HUGE)),
+    "ClippedAdam": (torch.optim.AdamW, lambda p: optim.ClippedAdam(p, max_norm=HUGE)),
+    "PerSampleAdam": (torch.optim.AdamW, lambda p: optim.PerSampleAdam(p, group_size=None)),
+}
+
+
+def train(net: nn.Module, opt: Optimizer, steps: Iterable[int]) -> None:
+    for step in steps:
+        opt.zero_grad()
+        nn.CrossEntropyLoss()(net(batch(step)[0]), batch(step)[1]).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("name", TORCH)
+def test_states_of_torch_are_gone_on_with(name: str, named: bool) -> None:
+    """In full precision, though torch counts steps in single; and the count of the other optimizer stays its own."""
+    theirs, ours = TORCH[name]
+    a = model()
+    options = {"lr": 0.01, "weight_decay": 0.1, "foreach": True} | ({"momentum": 0.9} if name == "ClippedSGD" else {})
+    plain = theirs(a.named_parameters() if named else a.parameters(), **options)
+    train(a, plain, range(3))
+    b = copy.deepcopy(a)
+    mine = ours(b.named_parameters())
+    mine.load_state_dict(plain.state_dict())
+    again = ours(b.named_parameters())
+    again.load_state_dict(copy.deepcopy(mine.state_dict()))
+    if name != "ClippedSGD":
+        mine.step(grads(copy.deepcopy(b)))
+        assert all(state["step"] == 3 for state in plain.state.values())
+    b.load_state_dict(a.state_dict())
+    plain.load_state_dict(copy.deepcopy(again.state_dict()))
+    train(a, plain, range(3, 6))
+    for step in range(3, 6):
+        again.step(grads(b, step))
+    close(flat(a.parameters()), flat(b.parameters()), 1e-13)
+    again.add_param_group({"params": [("other", nn.Parameter(torch.zeros(1)))]})  # the unused options do no harm
+    assert len(again.param_groups) == 2
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "ClippedSGD", "maximize=True"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "ClippedSGD", "dampening=0.5"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "ClippedAdam", "amsgrad=True"),
+        (lambda p: torch.optim.AdamW(p, differentiable=True), "PerSampleAdam", "differentiable=True"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "PerSampleAdam", "decoupled_weight_decay=False"),
+        (lambda p: torch.optim.NAdam(p), "ClippedAdam", "no option 'momentum_decay'"),
+        (lambda p: torch.optim.RMSprop(p), "NaturalGradient", "no option 'nesterov'"),
+        (lambda p: torch.optim.SGD(p), "ClippedAdam", "no option 'betas', which ClippedAdam needs"),
+    ],
+)
+def test_states_that_say_something_else_are_refused(theirs: Callable[..., Any], ours: str, message: str) -> None:
+    net = model()
+    opt = EVERY[ours](net)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ArgumentError, match=message):
+        opt.load_state_dict(theirs(model().parameters()).state_dict())
+    assert opt.state_dict() == before
+    opt.step(grads(net))
+
+
+def test_a_state_of_adam_without_weight_decay_is_that_of_adamw() -> None:
+    opt = EVERY["ClippedAdam"](model())
+    opt.load_state_dict(torch.optim.Adam(model().parameters(), lr=0.5).state_dict())
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
+def test_groups_are_added_under_a_schedule() -> None:
+    """Which keeps numbers of its own in the groups: they may be loaded too."""
+    net = model()
+    opt = optim.ClippedSGD(net[3].named_parameters(prefix="3"), max_norm=1.0, momentum=0.9)
+    torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=9)
+    opt.add_param_group({"params": net[0].named_parameters(prefix="0")})
+    opt.load_state_dict(opt.state_dict())
+    before = flat(net.parameters())
+    opt.step(grads(net))
+    assert len(opt.param_groups) == 2 and not torch.equal(before, flat(net.parameters()))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_parameters_of_a_compiled_model(name: str) -> None:
+    """Named with a prefix by it, and without by `gradients`: the steps and the states are those of the model."""
+    a, b = model(), model()
+    cover = torch.compile(b, backend="eager")
+    plain, compiled = EVERY[name](a), EVERY[name](cover)  # type: ignore[arg-type]
+    plain.step(grads(a))
+    compiled.step(grads(cover))  # type: ignore[arg-type]
+    x, y = batch(1)
+    with persample.extend(cover) as recorder:  # type: ignore[arg-type]
+        compiled.step(recorder.gradients(nn.functional.cross_entropy(cover(x), y, reduction="none")))
+    plain.step(grads(a, 1))
+    close(flat(a.parameters()), flat(b.parameters()))
+    saved = copy.deepcopy(plain.state_dict())
+    for group in saved["param_groups"]:
+        group["param_names"] = [f"_orig_mod.{n}" for n in group["param_names"]]
+    compiled.load_state_dict(saved)
+    assert compiled.param_groups[0]["param_names"] == plain.param_groups[0]["param_names"]
+
+
 def test_names_are_of_one_parameter_each() -> None:
     (a, first), (_, second) = square(False), square(False)
     opt = ORDERED["ClippedSGD"](first)
@@ -296,13 +398,34 @@ def test_parameters_need_names_and_must_agree() -> None:
         lambda p: optim.ClippedSGD(p, max_norm=1.0, nesterov=True),
         lambda p: optim.ClippedSGD([{"params": list(p), "lr": -1.0}], max_norm=1.0),
         lambda p: optim.ClippedSGD([{"params": list(p), "max_norm": 0.1}], max_norm=1.0),
+        lambda p: optim.ClippedSGD([{"params": list(p), "maximize": True}], max_norm=1.0),
+        lambda p: optim.PerSampleAdam(p, group_size=2.5),  # type: ignore[arg-type]
+        lambda p: optim.PerSampleAdam(p, betas=(0.9, 1.0)),
+        lambda p: optim.PerSampleAdam(p, betas=(1.0, 0.9)),
+        lambda p: optim.PerSampleAdam(p, betas=(0.9, 1.5)),
+        lambda p: optim.PerSampleAdam(p, betas=(0.9, torch.nan)),
+        lambda p: optim.PerSampleAdam(p, betas=0.9),  # type: ignore[arg-type]
+        lambda p: optim.NaturalGradient(p, nesterov=True),
         lambda p: optim.NaturalGradient(p, damping=-1.0),
         lambda p: optim.NaturalGradient(p, damping=torch.inf),
+        lambda p: optim.GradientSurgery(p, nesterov=True),
     ],
 )
 def test_options_are_checked(make: Callable[[Any], Optimizer]) -> None:
-    with pytest.raises(ArgumentError, match=r"must be|momentum > 0|no option 'max_norm'"):
+    with pytest.raises(ArgumentError, match=r"must be|momentum > 0|no option 'max(_norm|imize)'"):
         make(model().named_parameters())
+
+
+@pytest.mark.parametrize("make", [EVERY["ClippedAdam"], EVERY["PerSampleAdam"]])
+def test_options_of_groups_are_checked(make: Callable[[nn.Module], Any]) -> None:
+    opt = make(model())
+    with pytest.raises(ArgumentError, match="betas must be two numbers"):
+        opt.add_param_group({"params": [("other", nn.Parameter(torch.zeros(1)))], "betas": (2.0, 3.0)})
+    assert len(opt.param_groups) == 1
+    saved = opt.state_dict()
+    saved["param_groups"][0]["betas"] = (0.9, 1.0)
+    with pytest.raises(ArgumentError, match="betas must be two numbers"):
+        opt.load_state_dict(saved)
 
 
 # ---- clipping ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..factors import fold
 from ..gradients import Gradients
 from ..quantities import Quantities
 from ..reductions import square_sum
-from .updates import Named, adapt, check_at_least
+from .updates import Named, adapt
 
 
 def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
@@ -21,8 +21,7 @@ def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
     into the factors.
     """
     n = len(G)
-    if not isinstance(size, int) or size < 1:
-        raise ArgumentError(f"the size of a group must be a number of samples, 1 or more, got {size!r}.")
+    check_size(size)
     if size == 1:
         return G.second_moment()
     if n % size:
@@ -32,6 +31,12 @@ def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
     if not isinstance(G, Gradients):
         raise QuantityError("second moments of groups need the rows: compute gradients without quantities=.")
     return {name: square_sum(fold(G.factors[name], size)) / (size * n) for name in G.names}
+
+
+def check_size(size: int) -> None:
+    """Raise for a size of groups that is no number of samples."""
+    if not isinstance(size, int) or size < 1:
+        raise ArgumentError(f"the size of a group must be a number of samples, 1 or more, got {size!r}.")
 
 
 class PerSampleAdam(Named):
@@ -58,9 +63,8 @@ class PerSampleAdam(Named):
         self, params: Any, lr: float = 1e-3, *, group_size: int | None = 1, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
-        check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
         if group_size is not None:
-            check_at_least(1, group_size=group_size)
+            check_size(group_size)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.group_size = group_size
         super().__init__(params, defaults)

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import Quantities
-from .updates import Named, adapt, check_at_least, check_betas, descend, named
+from .updates import Named, adapt, check_at_least, descend, named
 
 Batches = Quantities | Sequence[Quantities]
 
@@ -110,9 +110,6 @@ class ClippedSGD(Named):
         expected_batch_size: float | None = None, momentum: float = 0.0, nesterov: bool = False,
         weight_decay: float = 0.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
-        check_at_least(0, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if nesterov and not momentum > 0:
-            raise ArgumentError("nesterov=True needs momentum > 0, as in torch.optim.SGD.")
         self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
@@ -131,8 +128,6 @@ class ClippedAdam(Named):
         expected_batch_size: float | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
-        check_at_least(0, lr=lr, weight_decay=weight_decay, eps=eps)
-        check_betas(betas)
         self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 

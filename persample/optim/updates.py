@@ -16,6 +16,22 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError, UnknownParameterError
 
+COMPILED = "_orig_mod."  # what torch.compile puts before names of parameters; `gradients` names those of the model
+# What schedulers write into groups for themselves, and torch.optim's ways to compute the same step.
+HARMLESS = {
+    "initial_lr",
+    "base_momentum",
+    "max_momentum",
+    "min_lr",
+    "max_lr",
+    "swa_lr",
+    "foreach",
+    "fused",
+    "capturable",
+}
+# Options of torch.optim for which there is nothing here, at the values that ask for nothing.
+UNUSED = {"maximize": False, "dampening": 0, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
+
 
 class Slot(NamedTuple):
     """A parameter, what is kept for it, and the options of its group."""
@@ -37,6 +53,8 @@ class Named(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters, with options of its own."""
         super().add_param_group(param_group)
+        if "param_names" in param_group:
+            param_group["param_names"] = [name.removeprefix(COMPILED) for name in param_group["param_names"]]
         try:
             check_named(self)
         except ArgumentError:
@@ -46,6 +64,10 @@ class Named(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state by the names of parameters; one without names (of an optimizer that was built from
         ``model.parameters()``) by their order.
+
+        Raises:
+            ArgumentError: the groups lack an option of this optimizer, or have one that it would not follow.
+            UnknownParameterError: the groups are of other parameters.
         """
         handle = self.register_load_state_dict_pre_hook(by_name)  # behind those of others, which may rename
         try:
@@ -61,9 +83,16 @@ def by_name(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """A saved state in the order of the optimizer's parameters: torch would take it by position, names included."""
     groups = [dict(group) for group in state["param_groups"]]
     for i, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=False)):  # torch compares numbers
+        if missing := optimizer.defaults.keys() - saved.keys():
+            raise ArgumentError(
+                f"group {i} of the saved state has no option {min(missing)!r}, which {type(optimizer).__name__} needs: "
+                "it is the state of another kind of optimizer."
+            )
+        check_options(optimizer, saved)
         names, mine = saved.get("param_names"), group["param_names"]
         if names is None or len(names) != len(mine):
             continue
+        names = [name.removeprefix(COMPILED) for name in names]
         if different := set(names) ^ set(mine):
             name = min(different)
             theirs, ours = ("has", "has not") if name in names else ("has not", "has")
@@ -91,17 +120,34 @@ def check_named(optimizer: Optimizer) -> None:
             "or names of one module that has both."
         )
     for group in optimizer.param_groups:
-        check_at_least(0, **{name: group[name] for name in ("lr", "momentum", "weight_decay", "eps") if name in group})
-        if unknown := group.keys() - optimizer.defaults.keys() - {"params", "param_names", "initial_lr"}:
+        check_options(optimizer, group)
+
+
+def check_options(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+    """Raise for options of a group that are none of what they may be, or that the optimizer would not follow."""
+    kind = type(optimizer).__name__
+    check_at_least(0, **{name: group[name] for name in ("lr", "momentum", "weight_decay", "eps") if name in group})
+    check_betas(group.get("betas", (0, 0)))
+    if group.get("nesterov") and not group["momentum"] > 0:
+        raise ArgumentError("nesterov=True needs momentum > 0, as in torch.optim.SGD.")
+    for name in sorted(group.keys() - optimizer.defaults.keys() - HARMLESS - {"params", "param_names"}):
+        if name not in UNUSED:
             raise ArgumentError(
-                f"{type(optimizer).__name__} has no option {min(unknown)!r} for a group of parameters; there are "
-                f"{sorted(optimizer.defaults)}. What acts on whole rows (max_norm) is for all groups together."
+                f"{kind} has no option {name!r} for a group of parameters; there are {sorted(optimizer.defaults)}. "
+                "What acts on whole rows (max_norm) is for all groups together."
+            )
+        if name == "decoupled_weight_decay" and not group["weight_decay"]:
+            continue
+        if group[name] != UNUSED[name]:
+            raise ArgumentError(
+                f"{kind} has no option {name!r}, and the group says {name}={group[name]!r}, without which the steps "
+                f"would be others. Use an optimizer of torch.optim, or a group with {name}={UNUSED[name]!r}."
             )
 
 
-def check_betas(betas: tuple[float, float]) -> None:
+def check_betas(betas: Any) -> None:
     """Raise for decay rates of averages that don't decay."""
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ArgumentError(f"betas must be two numbers, 0 or more and below 1, got {betas}.")
 
 
@@ -123,19 +169,20 @@ def named(optimizer: Optimizer) -> dict[str, Slot]:
 
 
 def slots(optimizer: Optimizer, gradient: Mapping[str, Tensor]) -> Iterator[tuple[str, Slot]]:
-    """The optimizer's parameters by name, which must be those of the gradient."""
+    """The optimizer's parameters, which must be those of the gradient, by the names that they have there."""
     found = named(optimizer)
-    if different := set(found) ^ set(gradient):
+    names = {name.removeprefix(COMPILED): name for name in gradient}
+    if different := found.keys() ^ names.keys():
         name = min(different)
         where = "the gradients don't have it" if name in found else "the optimizer doesn't hold it"
         raise UnknownParameterError(
             f"parameter '{name}': {where}. Give step() the rows of the optimizer's parameters: params=, select()."
         )
     for name, slot in found.items():
-        if slot.p.shape != gradient[name].shape:
-            shapes = f"{list(slot.p.shape)} in the optimizer, {list(gradient[name].shape)} in the gradients"
+        if slot.p.shape != (shape := gradient[names[name]].shape):
+            shapes = f"{list(slot.p.shape)} in the optimizer, {list(shape)} in the gradients"
             raise UnknownParameterError(f"parameter '{name}' has shape {shapes}: they belong to different models.")
-    return iter(found.items())
+    return ((names[name], slot) for name, slot in found.items())
 
 
 @torch.no_grad()
@@ -167,9 +214,10 @@ def adapt(optimizer: Optimizer, gradient: Mapping[str, Tensor], square: Mapping[
         b1, b2 = group["betas"]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
+        # torch's is a float32 tensor, in which 1 - b^t would be computed, and which belongs to the other optimizer too
+        t = state["step"] = int(state["step"]) + 1
         state["exp_avg"].lerp_(gradient[name].to(p), 1 - b1)
         state["exp_avg_sq"].lerp_(square[name].to(p), 1 - b2)
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        scale = (state["exp_avg_sq"] / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
-        p.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - b1 ** state["step"]))
+        scale = (state["exp_avg_sq"] / (1 - b2**t)).sqrt_().add_(group["eps"])
+        p.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - b1**t))

@@ -88,6 +88,26 @@ def test_like_its_plain_counterpart(name: str) -> None:
     assert all(p.grad is None for p in a.parameters())
 
 
+def complex_problem() -> tuple[nn.Module, Callable[..., Tensor], Tensor]:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2, dtype=torch.complex128)
+    return net, lambda out, _: out.abs().square().sum(1), torch.randn(N, 3, dtype=torch.complex128)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_like_its_plain_counterpart_in_complex_numbers(name: str) -> None:
+    ours, theirs, options, extra = PLAIN[name]
+    a, loss, x = complex_problem()
+    b = copy.deepcopy(a)
+    mine, plain = ours(a.named_parameters(), **options, **extra), theirs(b.parameters(), **options)
+    for _ in range(4):
+        mine.step(persample.gradients(a, loss, x))
+        plain.zero_grad()
+        loss(b(x), None).mean().backward()
+        plain.step()
+    close(flat(a.parameters()), flat(b.parameters()))
+
+
 EVERY: dict[str, Callable[[nn.Module], Any]] = {
     "ClippedSGD": lambda m: optim.ClippedSGD(m.named_parameters(), max_norm=0.1, momentum=0.9),
     "ClippedAdam": lambda m: optim.ClippedAdam(m.named_parameters(), max_norm=0.1),
@@ -478,6 +498,20 @@ def test_noise(make: Callable[..., Any]) -> None:
         make(net.named_parameters(), max_norm=1.0).step([])
 
 
+def test_noise_of_complex_parameters() -> None:
+    """Of standard deviation sigma C in either part, as an entry is two real ones."""
+    net = nn.Linear(50, 60, bias=False, dtype=torch.complex128)
+    opt = optim.ClippedSGD(
+        net.named_parameters(), lr=1.0, max_norm=0.5, noise_multiplier=4.0, expected_batch_size=1,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    before = net.weight.detach().clone()
+    opt.step([])
+    real, imag = torch.view_as_real(net.weight.detach() - before).flatten(0, 1).T
+    assert abs(real.std() / 2 - 1) < 0.05 and abs(imag.std() / 2 - 1) < 0.05
+    assert abs(torch.corrcoef(torch.stack([real, imag]))[0, 1]) < 0.06
+
+
 def test_coupled_samples_are_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
     x, y = torch.randn(5, 4).double(), torch.randint(0, 2, (5,))
@@ -570,6 +604,37 @@ def test_second_moment_of_groups(size: int) -> None:
     b1, b2, lr, eps = 0.9, 0.99, 0.01, 1e-3
     J, step = moved(net, optim.PerSampleAdam, lr=lr, betas=(b1, b2), eps=eps, group_size=size)
     close(step, lr * J.mean(0) / (expected.sqrt() + eps))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_second_moment_of_complex_groups(size: int) -> None:
+    """``|ghat|^2``, real; in a step, real and imaginary parts have their own."""
+    net, loss, x = complex_problem()
+    J = persample.gradients(net, loss, x, engine="loop").flat()
+    means = J.view(N // size, size, -1).mean(1)
+    found = flat(optim.group_second_moment(persample.gradients(net, loss, x), size).values())
+    close(found, means.abs().square().mean(0))
+    lr, eps, before = 0.01, 1e-3, flat(net.parameters())
+    optim.PerSampleAdam(net.named_parameters(), lr=lr, eps=eps, group_size=size).step(persample.gradients(net, loss, x))
+    scale = torch.view_as_real(means).square().mean(0).sqrt() + eps
+    close(torch.view_as_real(before - flat(net.parameters())), lr * torch.view_as_real(J.mean(0)) / scale)
+
+
+def test_second_moments_of_complex_parts_need_rows() -> None:
+    net, loss, x = complex_problem()
+    before = flat(net.parameters())
+    opt = optim.PerSampleAdam(net.named_parameters())
+    with pytest.raises(QuantityError, match="'weight' is complex"):
+        opt.step(persample.gradients(net, loss, x, quantities=["mean", "second_moment"]))
+    close(flat(net.parameters()), before, 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_second_moments_of_half_precision_are_in_single(size: int) -> None:
+    G = persample.Gradients({"a": Dense(torch.full((4, 1), 1e-4).half())}, torch.zeros(4))
+    found = optim.group_second_moment(G, size)["a"]
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(1e-8, rel=1e-2)
 
 
 def test_second_moment_of_groups_that_do_not_fit() -> None:

@@ -7,18 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ArgumentError, QuantityError
-from ..factors import fold
+from ..factors import dense, fold
 from ..gradients import Gradients
 from ..quantities import Quantities
 from ..reductions import square_sum
-from .updates import Named, adapt
+from ..statistics.parts import energy
+from .updates import Named, adapt, parts
 
 
 def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
-    """``mean_j (ghat_j)^2``, ``{name: [*P]}``: ``ghat_j`` is the mean of the ``j``-th ``size`` consecutive rows.
+    """``mean_j |ghat_j|^2``, ``{name: [*P]}``: ``ghat_j`` is the mean of the ``j``-th ``size`` consecutive rows.
 
     ``size=1`` is `Gradients.second_moment`, ``size=N`` the square of the mean.  No rows are written, groups are folded
-    into the factors.
+    into the factors.  Real for complex parameters, and in no less than single precision.
     """
     n = len(G)
     check_size(size)
@@ -27,7 +28,7 @@ def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
     if n % size:
         raise QuantityError(f"group_size={size} must divide the batch, but N = {n}.")
     if size == n:
-        return {name: m.square() for name, m in G.mean().items()}
+        return {name: energy(m) for name, m in G.mean().items()}
     if not isinstance(G, Gradients):
         raise QuantityError("second moments of groups need the rows: compute gradients without quantities=.")
     return {name: square_sum(fold(G.factors[name], size)) / (size * n) for name in G.names}
@@ -37,6 +38,16 @@ def check_size(size: int) -> None:
     """Raise for a size of groups that is no number of samples."""
     if not isinstance(size, int) or size < 1:
         raise ArgumentError(f"the size of a group must be a number of samples, 1 or more, got {size!r}.")
+
+
+def second_moment_of_parts(G: Quantities, name: str, size: int) -> Tensor:
+    """`group_second_moment` of the real and imaginary parts of a complex parameter, ``[*P, 2]``; it writes rows."""
+    if not isinstance(G, Gradients):
+        raise QuantityError(
+            f"parameter '{name}' is complex, and second moments of its real and imaginary parts need the rows: compute "
+            "gradients without quantities=."
+        )
+    return (parts(dense(fold(G.factors[name], size))) / size).square().mean(0)
 
 
 class PerSampleAdam(Named):
@@ -49,6 +60,8 @@ class PerSampleAdam(Named):
     single samples: steps are shorter by up to ``sqrt(N)``, so it wants a larger learning rate than Adam.
 
     ``step(G)`` takes `Gradients`, or for ``group_size=1`` `Statistics` of ``quantities=["mean", "second_moment"]``.
+    A complex entry is two real ones, as in `torch.optim.AdamW`: its parts have second moments of their own, which need
+    `Gradients` (unless the group is the batch), and have their rows written.
 
     Args:
         params: ``model.named_parameters()``.
@@ -71,4 +84,11 @@ class PerSampleAdam(Named):
 
     def step(self, G: Quantities) -> None:  # type: ignore[override]
         """Take a step along the mean gradient, scaled by the second moment of groups."""
-        adapt(self, G.mean(), group_second_moment(G, self.group_size or len(G)))
+        size = self.group_size or len(G)
+        mean = G.mean()
+        if size == len(G):
+            adapt(self, mean)
+        else:
+            square = group_second_moment(G, size)
+            apart = {name: second_moment_of_parts(G, name, size) for name, m in mean.items() if m.is_complex()}
+            adapt(self, mean, square | apart)

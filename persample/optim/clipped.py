@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import Quantities
-from .updates import Named, adapt, check_at_least, descend, named
+from .updates import Named, adapt, check_at_least, descend, named, parts
 
 Batches = Quantities | Sequence[Quantities]
 
@@ -66,7 +66,8 @@ class Clipping:
     def _noised(self, total: Tensor) -> Tensor:
         if not self.noise_multiplier:
             return total
-        xi = torch.empty_like(total).normal_(generator=self.generator)
+        xi = torch.empty_like(total)
+        parts(xi).normal_(generator=self.generator)  # a complex entry is two real ones, each with noise of its own
         return total.add(xi, alpha=self.noise_multiplier * self.max_norm)
 
 
@@ -98,7 +99,8 @@ class ClippedSGD(Named):
         params: ``model.named_parameters()``.
         lr: the learning rate, for the gradient *per expected sample*.
         max_norm: the bound ``C`` on the norm of every row.
-        noise_multiplier: ``sigma``: the noise on the sum has standard deviation ``sigma C``.
+        noise_multiplier: ``sigma``: the noise on the sum has standard deviation ``sigma C`` (on each part of a complex
+            entry).
         expected_batch_size: what the sum is divided by; the number of samples by default, which is not private.
         generator: of the noise.
     """
@@ -133,5 +135,4 @@ class ClippedAdam(Named):
 
     def step(self, G: Batches) -> None:  # type: ignore[override]
         """Take a step along the clipped and noised gradient of a batch, or of a batch in pieces."""
-        gradient = self.clipping.gradient(G, self)
-        adapt(self, gradient, {name: g.square() for name, g in gradient.items()})
+        adapt(self, self.clipping.gradient(G, self))

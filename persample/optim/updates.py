@@ -185,6 +185,11 @@ def slots(optimizer: Optimizer, gradient: Mapping[str, Tensor]) -> Iterator[tupl
     return ((names[name], slot) for name, slot in found.items())
 
 
+def parts(x: Tensor) -> Tensor:
+    """A complex tensor as the real one of real and imaginary parts ``[..., 2]`` that shares its memory."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 @torch.no_grad()
 def descend(optimizer: Optimizer, direction: Mapping[str, Tensor]) -> None:
     """One step of SGD along minus ``direction``, as `torch.optim.SGD` would with it for gradient.
@@ -204,11 +209,12 @@ def descend(optimizer: Optimizer, direction: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def adapt(optimizer: Optimizer, gradient: Mapping[str, Tensor], square: Mapping[str, Tensor]) -> None:
+def adapt(optimizer: Optimizer, gradient: Mapping[str, Tensor], square: Mapping[str, Tensor] | None = None) -> None:
     """One step of `torch.optim.AdamW`, with ``square`` in the place of ``gradient^2``.
 
     ``m <- b1 m + (1 - b1) gradient``;  ``v <- b2 v + (1 - b2) square``;  ``p <- (1 - lr weight_decay) p``;
-    ``p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)``.
+    ``p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)``.  A complex entry is two real ones, as in
+    `torch.optim.AdamW`: ``square`` is then that of its `parts`.
     """
     for name, (p, state, group) in slots(optimizer, gradient):
         b1, b2 = group["betas"]
@@ -216,8 +222,9 @@ def adapt(optimizer: Optimizer, gradient: Mapping[str, Tensor], square: Mapping[
             state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         # torch's is a float32 tensor, in which 1 - b^t would be computed, and which belongs to the other optimizer too
         t = state["step"] = int(state["step"]) + 1
-        state["exp_avg"].lerp_(gradient[name].to(p), 1 - b1)
-        state["exp_avg_sq"].lerp_(square[name].to(p), 1 - b2)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        scale = (state["exp_avg_sq"] / (1 - b2**t)).sqrt_().add_(group["eps"])
-        p.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - b1**t))
+        x, g, m, v = (parts(z) for z in (p, gradient[name].to(p), state["exp_avg"], state["exp_avg_sq"]))
+        m.lerp_(g, 1 - b1)
+        v.lerp_(g.square() if square is None else square[name].to(v), 1 - b2)
+        x.mul_(1 - group["lr"] * group["weight_decay"])
+        scale = (v / (1 - b2**t)).sqrt_().add_(group["eps"])
+        x.addcdiv_(m, scale, value=-group["lr"] / (1 - b1**t))

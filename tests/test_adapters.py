@@ -79,6 +79,18 @@ def test_opacus_accumulates_and_refuses_coupled_rows() -> None:
     assert all(getattr(p, "grad_sample", None) is None for p in coupled.parameters())
 
 
+def test_opacus_takes_the_rows_of_its_own_model_alone() -> None:
+    model, (x, y) = net(), batch()
+    compiled = torch.compile(model)
+    adapters.opacus.fill_grad_sample(persample.gradients(compiled, CE, x, y), compiled)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad_sample, rows(model, x, y)[name], atol=1e-12)  # type: ignore[attr-defined]
+    other = copy.deepcopy(net())
+    with pytest.raises(persample.QuantityError, match=r"another model's '0\.weight'"):
+        adapters.opacus.fill_grad_sample(persample.gradients(model, CE, x, y), other)
+    assert all(getattr(p, "grad_sample", None) is None for p in other.parameters())
+
+
 def test_torchjd_weighting_and_aggregator_agree() -> None:
     from torchjd.aggregation import UPGrad
     from torchjd.aggregation._upgrad import UPGradWeighting
@@ -104,6 +116,15 @@ def test_captum_influence_is_the_inner_product_of_gradients() -> None:
     assert torch.allclose(influence.influence(test), expected, atol=1e-12)
     assert torch.allclose(influence.self_influence(), rows(model, *train).squared_norm(), atol=1e-12)
     assert torch.equal(influence.influence(test, k=2)[0], expected.topk(2).indices)
+    for form in (list(test), [test], (part for part in [test])):  # a batch of a DataLoader, and several
+        assert torch.allclose(influence.influence(form), expected, atol=1e-12)
+    loader = DataLoader(TensorDataset(*test), batch_size=2)
+    assert torch.allclose(influence.influence(next(iter(loader))), expected, atol=1e-12)
+    assert torch.allclose(influence.influence([*loader]), expected, atol=1e-12)
+    assert influence.influence(test, k=N)[0].shape == (2, N)
+    for k in (0, -1, N + 1):
+        with pytest.raises(persample.errors.ArgumentError, match=f"k must be from 1 to {N}, .* got {k}"):
+            influence.influence(test, k=k)
     tracin = TracInCP(
         model,
         TensorDataset(*train),
@@ -224,6 +245,19 @@ def test_curvlinops_takes_our_operators() -> None:
     assert torch.allclose(ours @ v, theirs @ v, atol=1e-10)
     assert torch.allclose((ours + ours) @ v, 2 * (ours @ v), atol=1e-10)
     assert CGInverseLinearOperator(ours, maxiter=2).shape == ours.shape
+
+
+def test_the_log_stays_what_it_was_where_noise_is_too_small() -> None:
+    from persample.adapters._log import GradientLog
+
+    model, (x, y) = net(), batch()
+    log = GradientLog(decay=0.5)
+    log.start(model)
+    CE(model(x), y).backward()
+    before = log.figures()["gradient_noise_scale"], copy.deepcopy(log.noise.state_dict())
+    CE(model(torch.ones_like(x)), torch.zeros_like(y)).backward()
+    log.stop()
+    assert log.figures()["gradient_noise_scale"] == before[0] and log.noise.state_dict() == before[1]
 
 
 @pytest.mark.parametrize("weights", ["all", "last_layer"])

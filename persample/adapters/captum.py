@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import api
+from ..errors import ArgumentError
 from ..losses import LossFunction
 from . import needed
 
@@ -34,8 +35,11 @@ def intermediate_quantities(
 def influence_function(model: nn.Module, loss_fn: LossFunction, train: Iterable[Any], **options: Any) -> Any:
     """Captum's ``IntermediateQuantitiesInfluenceFunction`` with gradients as embeddings: grad-dot influence.
 
-    ``influence(test_batch)`` is ``[n_test, n_train]``, ``self_influence()`` the squared norms ``[n_train]``.
-    ``train`` is anything that can be iterated over several times and gives ``(*inputs, targets)`` batches.
+    ``influence(test)`` is ``[n_test, n_train]``; with ``k``, the indices and values of the ``k`` largest, ``[n_test,
+    k]`` each (`ArgumentError` if there are fewer training samples).  ``self_influence()`` is ``[n_train]``, squared
+    norms.
+    ``train`` is anything that can be iterated over several times and gives ``(*inputs, targets)`` batches; ``test`` is
+    that, or one batch: a tuple, or a list that ends with a tensor.
     """
     return _influence_class()(model, loss_fn, train, options)
 
@@ -58,7 +62,10 @@ def _influence_class() -> type:
             return_on_cpu: bool = True,
             test: bool = False,
         ) -> Tensor:
-            batches = [inputs_dataset] if isinstance(inputs_dataset, tuple) else inputs_dataset
+            # A tuple is one batch, and so is a list that ends with targets, as a DataLoader gives it.
+            last = inputs_dataset[-1] if isinstance(inputs_dataset, list) and inputs_dataset else None
+            single = isinstance(inputs_dataset, tuple) or isinstance(last, Tensor)
+            batches = [inputs_dataset] if single else inputs_dataset
             rows = intermediate_quantities(self.model, self.loss_fn, batches, aggregate=aggregate, **self.options)
             return rows.cpu() if return_on_cpu else rows
 
@@ -68,6 +75,8 @@ def _influence_class() -> type:
                 scores = rows @ others.T
             if k is None:
                 return scores
+            if not 1 <= k <= scores.shape[1]:
+                raise ArgumentError(f"k must be from 1 to {scores.shape[1]}, the number of training samples, got {k}.")
             best = scores.topk(k, largest=proponents)
             return best.indices, best.values
 

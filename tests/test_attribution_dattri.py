@@ -79,9 +79,27 @@ def test_parameters_that_do_not_fit_are_refused() -> None:
         ({"weight": torch.zeros(4, 5)}, "'weight' .* no parameter"),
         ({"2.bias": torch.zeros(4)}, r"'2.bias' \[4\], which is \[3\]"),
         ({"2.bias": 0.0}, "'2.bias' float"),
+        ({"0.weight": torch.zeros(5, 4)}, r"'0.weight' \[5, 4\], which is \[4, 5\]"),
     ):
         with pytest.raises(ArgumentError, match=named):
             grad(wrong, batch())
+
+
+def test_flat_values_by_name() -> None:
+    other = dict(net(1).named_parameters())
+    values = {name: p.detach().flatten() for name, p in other.items()}
+    close(adapters.dattri.grad_function(net(0), CE)(values, batch()), expected(net(1)))
+
+
+@pytest.mark.parametrize("params", [None, NAMES, "2"])
+def test_compiled_models_have_the_names_of_their_originals(params: Any) -> None:
+    model, other = net(0), net(1)
+    compiled = torch.compile(model)
+    grad = adapters.dattri.grad_function(compiled, CE, **({} if params is None else {"params": params}))
+    close(grad(flat(other), batch()), expected(other, params))
+    for named in (other, torch.compile(other)):
+        close(grad(dict(named.named_parameters()), batch()), expected(other, params))
+    close(flat(model), flat(net(0)))
 
 
 @pytest.mark.filterwarnings("ignore")  # what dattri warns of is its own
@@ -100,5 +118,9 @@ def test_layers_are_in_the_order_of_the_model() -> None:
     for names in (NAMES[::-1], ["2.bias", "2.weight"], [*NAMES, "2.bias"], ["3.bias"]):
         with pytest.raises(ArgumentError, match="in the order of the model"):
             task().get_grad_loss_func(layer_name=names, ckpt_idx=0)
+    compiled = task_of(loss_func=lambda params, data: data, model=torch.compile(model), checkpoints=[])
+    compiled._load_checkpoints = lambda ckpt_idx: None
+    grad = adapters.dattri.attach(compiled, CE).get_grad_loss_func(layer_name=NAMES, ckpt_idx=0)
+    close(grad(flat(other, NAMES), batch()), expected(mixed(NAMES), NAMES))
     with pytest.raises(ArgumentError, match="give one"):
         task(params="2").get_grad_loss_func(layer_name=NAMES, ckpt_idx=0)

@@ -29,8 +29,9 @@ def grad_function(model: nn.Module, loss_fn: LossFunction, **options: Any) -> Ca
     Those that aren't given are the model's.  A flat vector is in the model's order.
 
     Raises:
-        ArgumentError: by ``grad``, for parameters that the model doesn't have, or not in this size.
+        ArgumentError: by ``grad``, for parameters that the model doesn't have, or not in this shape (or flat).
     """
+    model = getattr(model, "_orig_mod", model)  # of a compiled one, the original: gradients have its names
 
     def grad(params: Any, batch: Any) -> Tensor:
         *inputs, targets = batch
@@ -69,7 +70,8 @@ def attach(task: Any, loss_fn: LossFunction, **options: Any) -> Any:
             )
         task._load_checkpoints(ckpt_idx)
         names = [layer_name] if isinstance(layer_name, str) else list(layer_name)
-        ordered = [name for name in named_parameters(task.model)[0] if name in names]
+        original = getattr(task.model, "_orig_mod", task.model)
+        ordered = [name for name in named_parameters(original)[0] if name in names]
         if names != ordered:
             raise ArgumentError(
                 f"layer_name must be names of parameters that require grad, once each, in the order of the model "
@@ -82,13 +84,15 @@ def attach(task: Any, loss_fn: LossFunction, **options: Any) -> Any:
 
 
 def _by_name(values: Mapping[str, Any], every: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Values that were given by name, once they fit the parameters."""
+    """Values that were given by name (also by that of a compiled model), once they fit the parameters."""
+    values = {name.removeprefix("_orig_mod."): value for name, value in values.items()}
     for name, value in values.items():
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if name not in every:
             raise ArgumentError(f"params has '{name}' {got}, which is no parameter of the model.")
-        if not isinstance(value, Tensor) or value.numel() != every[name].numel():
-            raise ArgumentError(f"params has '{name}' {got}, which is {list(every[name].shape)} in the model.")
+        shape = every[name].shape
+        if not isinstance(value, Tensor) or value.shape not in (shape, (shape.numel(),)):
+            raise ArgumentError(f"params has '{name}' {got}, which is {list(shape)} in the model.")
     return values
 
 

@@ -222,6 +222,21 @@ def test_a_loss_that_is_set_to_something_else_is_refused(tmp_path: Path, make: A
     close(cross_gram(net, make(0.0), loader(), loader(M), out=tmp_path / "gram"), found)
 
 
+def test_compiled_models_have_the_names_of_their_originals(tmp_path: Path) -> None:
+    net = model()
+    compiled = torch.compile(net)
+    mine = store(tmp_path, compiled, params="2")
+    mine.append(persample.gradients(compiled, LOSS, *data(3).tensors, params="2"))
+    mine.extend(LOSS, [data(3)[:], data()[:]])
+    expected = torch.cat([flat(net, 3), flat(net)])[:, 16:]
+    close(mine.rows(), expected)
+    close(store(tmp_path, net, params="2").rows(), expected)
+    for _ in range(2):
+        found = cross_gram(compiled, LOSS, loader(), loader(M), params="2", out=tmp_path / "gram")
+        close(found, flat(net)[:, 16:] @ flat(net, M)[:, 16:].T)
+    close(cross_gram(net, LOSS, loader(), loader(M), params="2", out=tmp_path / "gram"), found)
+
+
 def normed() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()

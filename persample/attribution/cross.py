@@ -60,6 +60,7 @@ def cross_gram(
             same for every block, or ``out`` of something else, or damaged.
     """
     _check(train_loader, test_loader, block, options)
+    model = getattr(model, "_orig_mod", model)  # of a compiled one, the original: gradients have its names
 
     def left(done: int, ends: Ends) -> Iterator[tuple[int, Any, Any, Ends]]:
         return missing(train_loader, done, ends, unpack, progress, options)

@@ -61,6 +61,7 @@ class GradientStore:
                 "float32), and integers would lose what is behind the point."
             )
         self.table = Appendable(path, "rows")
+        model = getattr(model, "_orig_mod", model)  # of a compiled one, the original: gradients have its names
         self.model, self.projection, self.dtype = model, projection, dtype
         if model is None:
             if not self.table.json.exists():

@@ -343,6 +343,12 @@ def test_other_objects_are_told_by_their_type() -> None:
     assert "itself" in names.called(net)
 
 
+def test_losses_that_are_compiled_are_called_as_they_were() -> None:
+    for loss in (nn.CrossEntropyLoss(), closed(2)):
+        before = names.called(loss)
+        assert names.called(torch.compile(loss)) == before == names.called(loss)
+
+
 def test_losses_are_called_as_they_were() -> None:
     """Rows that were written before settings of sub-modules, functions and objects counted can be gone on with."""
     state = "e3b0c44298fc1c14"

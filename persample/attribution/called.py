@@ -4,7 +4,7 @@ It tells two loss functions apart whose rows must not be mixed.  Looked into are
 those with ``_``), the arguments of a `functools.partial`, the object of a bound method, and of functions that are not
 PyTorch's own the defaults and what they closed over.  Of these, numbers, strings, tensors, containers, dataclasses,
 namespaces, modules and whatever can be called are told by their values; any other object by its type alone.  What a
-function's code does, and the globals that it reads, can't be known.
+function's code does, the globals that it reads, and the settings of a scripted module can't be known.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-BOOKKEEPING = frozenset(vars(nn.Module()))  # hooks, and what `nn.Module` keeps elsewhere
+BOOKKEEPING = {*vars(nn.Module()), "_is_torch_compile"}  # hooks, and what `nn.Module` keeps elsewhere
 PLAIN = (str, int, float)
 Within = tuple[int, ...]  # ids of what is being described: something may hold itself
 

@@ -91,7 +91,7 @@ class GradientStore:
         Raises:
             ArgumentError: ``first`` is no sample of ``G``.
             StoreError: other parameters than the store's, another model than when it was opened, rows that the
-                store's dtype can't hold.
+                store's dtype can't hold, or another handle has written since.
         """
         samples = self.table.meta.get("samples", {"first": None})
         batches = [] if first else grown(samples.get("batches", []), len(G))

@@ -29,6 +29,7 @@ from .calls import KEY, Call, Derivation, Shared, arguments, behind, function_na
 from .errors import HigherOrderError, SampleAxisError
 from .layout import Layout
 from .mixing import ORDERS, SHIFTS, extent, mixes, ranks
+from .moves import RESHAPED
 from .propagate import found_again, lone_sample, propagate
 from .state import named_modules
 from .writing import rewritten, writes_into
@@ -192,6 +193,8 @@ class Capture(TorchFunctionMode):
                 out = rules.OPEN[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if func in RESHAPED and args and isinstance(kind := self._kind(args[0]), _Sampled):
+            return self._reshaped(func, args, kwargs, kind)
         tensors = arguments(args, kwargs)
         if func in rules.LIKE:
             tensors = tensors[:1]  # the other argument only lends its type or shape
@@ -230,6 +233,17 @@ class Capture(TorchFunctionMode):
             self._propagate(func, args, kwargs, tensors, sampled, totals, out)
             return out
         return self._record(func, args, kwargs, tensors, sampled, totals, live, couples)
+
+    def _reshaped(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kind: _Sampled) -> Any:
+        """A call that changes the shape of its argument in place: the samples go where a new tensor has them."""
+        before = args[0].detach()
+        out = func(*args, **kwargs)
+        new, layout = RESHAPED[func], kind.layout
+        if layout is not None:
+            given = (before, *args[1:])
+            layout = None if new is None else propagate(new, given, kwargs, [(before, layout)], [before], args[0])
+        self._mark(args[0], self._found(func, [(before, kind.layout)], args[0], layout, kind.total))
+        return out
 
     def _meet(
         self,

@@ -225,6 +225,15 @@ def named(*names: str) -> set[Function]:
 _RESHAPES = "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze"
 _VIEWS = """transpose swapaxes swapdims permute movedim moveaxis t adjoint select narrow chunk split unbind tensor_split
     split_with_sizes diagonal unfold hsplit vsplit dsplit"""
+# What changes the shape of its argument in place: as if a new tensor was made by another function, if one is known.
+RESHAPED: dict[Function, Function | None] = {
+    **{
+        function: getattr(Tensor, name)
+        for name in ["t", "transpose", "swapaxes", "swapdims", "squeeze", "unsqueeze"]
+        for function in named(f"{name}_")
+    },
+    **dict.fromkeys(named("as_strided_", "resize_", "resize_as_", "set_")),
+}
 MOVED: dict[Function, Follow] = {
     **dict.fromkeys(named(*_RESHAPES.split()), _reshaped),
     **dict.fromkeys(named(*_VIEWS.split()), _viewed),

@@ -198,6 +198,8 @@ def _grown(
         if not isinstance(t, Tensor):
             return t
         axis = axis_of.get(id(t))
+        if axis is None and func in GATHERS and t.shape[layout.axis : layout.axis + 1] == (layout.size,):
+            axis = layout.axis  # a shared row, given to each
         return torch.empty([size + (a == axis) for a, size in enumerate(t.shape)], dtype=t.dtype, device="meta")
 
     try:

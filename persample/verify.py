@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import reductions
 from .batch import call_model
 from .dropout import NoDropout
 from .engines import ENGINES
@@ -45,11 +46,14 @@ class Verdict:
 
 
 class Probe:
-    """Keeps row ``n`` of a run, by listening to what it emits."""
+    """Keeps row ``n`` of a run, by listening to what it emits; and of parameters of which that one is zero, and so
+    says nothing, the largest.
+    """
 
     def __init__(self, problem: Problem, n: int) -> None:
         self.problem, self.n = problem, n
         self.rows: dict[str, Tensor] = {}
+        self.others: dict[int, dict[str, Tensor]] = {}  # rows of other samples
         self.before, self.buffers = random_state(problem.model), Buffers(problem.model)
 
     def listen(self, emit: Emit) -> Emit:
@@ -62,7 +66,12 @@ class Probe:
         return both
 
     def keep(self, name: str, g: Factors) -> None:
-        self.rows[name] = row_of(g, self.n)
+        self.rows[name] = row = row_of(g, self.n)
+        if len(g) > 1 and not bool(row.any()):
+            sizes = reductions.row_dot(g, g).nan_to_num()
+            if bool(sizes.max() > 0):
+                largest = int(sizes.argmax())
+                self.others.setdefault(largest, {})[name] = row_of(g, largest)
 
     def verdicts(self, run: Pass, engine: str) -> tuple[list[Verdict], str]:
         """Row ``n`` against sample ``n`` alone; and a note on how that was done.  Raises where the loss itself
@@ -82,19 +91,24 @@ class Probe:
         assert run.losses is not None
         if _differ(run.losses[self.n], loss, self.problem):
             return [], "not verified: a sample alone draws other random numbers"
-        return self._compared(loss, grads), WITHIN
+        return self._compared(self.rows, self.n, loss, grads), WITHIN
 
     def _compare(self, run: Pass) -> list[Verdict]:
-        with restored(self.problem.model, self.buffers):
-            loss, grads = (_within_batch if run.coupled else _alone)(self.problem, self.n)
         assert run.losses is not None
-        mine = run.losses[self.n]
-        if _differ(mine, loss, self.problem):
-            raise LossDiffers(self.n, float(mine), float(loss))
-        return self._compared(loss, grads)
+        verdicts = []
+        for n, rows in [(self.n, self.rows), *[*self.others.items()][:FEW]]:
+            with restored(self.problem.model, self.buffers):
+                loss, grads = (_within_batch if run.coupled else _alone)(self.problem, n)
+            if _differ(run.losses[n], loss, self.problem):
+                raise LossDiffers(n, float(run.losses[n]), float(loss))
+            verdicts += self._compared(rows, n, loss, grads)
+        return verdicts
 
-    def _compared(self, loss: Tensor, grads: tuple[Tensor | None, ...]) -> list[Verdict]:
-        return compared(self.rows, dict(zip(self.problem.parameters, grads, strict=True)), self.n, loss.dtype)
+    def _compared(
+        self, rows: Mapping[str, Tensor], n: int, loss: Tensor, grads: tuple[Tensor | None, ...]
+    ) -> list[Verdict]:
+        named = zip(self.problem.parameters, grads, strict=True)
+        return compared(rows, {name: g for name, g in named if name in rows}, n, loss.dtype)
 
 
 def row_of(g: Factors, n: int) -> Tensor:
@@ -220,12 +234,12 @@ def moved_by_others(problem: Problem) -> LossDiffers | None:
     not in models that draw random numbers (dropout aside), of which a sample alone draws others.
     """
     batch, losses = problem.batch, []
-    with restored(problem.model), NoDropout(), torch.no_grad():
+    with restored(problem.model), NoDropout(), torch.enable_grad():  # the model may hook its gradients
         before, buffers = random_state(problem.model), Buffers(problem.model)
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2)):
             buffers.restore()
             some = torch.arange(batch.n)[part]
-            losses.append(_batch_losses(replace(problem, batch=batch.select(some))))
+            losses.append(_batch_losses(replace(problem, batch=batch.select(some))).detach())
         if drawn_since(before, problem.model):
             return None
         whole, *halves = losses

@@ -5,6 +5,7 @@ with nothing verified, where N is also every other size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 import persample
+from persample.factors import scale
+from persample.problem import pose
 
 N = 4
 PERM = torch.tensor([2, 0, 3, 1])
@@ -668,3 +671,108 @@ def test_stacks_of_samples_and_shared_rows(dim: int, n: int) -> None:
     expected = persample.gradients(Stacked(), loss, x, engine="loop").flat()
     for options in ({"verify": False}, {"verify": False, "max_bytes": 1}):
         close(persample.gradients(Stacked(), loss, x, **options).flat(), expected)
+
+
+# ---- shapes that change in place, shared rows beside samples, hooks in the model ----------------------------------
+
+
+def _transposed(h: Tensor, p: Tensor) -> Tensor:
+    h.t_()
+    return (h * p).t()
+
+
+def _there_and_back(h: Tensor, p: Tensor) -> Tensor:
+    h.transpose_(0, 1)
+    h.mul_(p)
+    return h.swapaxes_(0, 1)
+
+
+def _product(h: Tensor, p: Tensor) -> Tensor:
+    h.swapdims_(0, 1)
+    return (p.T @ h).t()
+
+
+def _squeezed(h: Tensor, p: Tensor) -> Tensor:
+    h.unsqueeze_(0)
+    h = h * p.T
+    h.squeeze_(0)
+    return h
+
+
+RESHAPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "t_": _transposed,
+    "transpose_": _there_and_back,
+    "swapdims_": _product,
+    "unsqueeze_": _squeezed,
+    "unsqueeze_ in front": lambda h, p: (h.unsqueeze_(0) * p[None, :1]).transpose(0, 1).flatten(1),
+    "hstack": lambda h, p: torch.hstack([h, p[:2].T.expand(len(h), 2)]),
+    "column_stack": lambda h, p: torch.column_stack([h, p[0].expand(len(h))]),
+    "dstack": lambda h, p: torch.dstack([h, p[:, 0].expand(len(h), 3)]).flatten(1),
+    "lstsq": lambda h, p: torch.linalg.lstsq(torch.diag_embed(h * h + 1), p.expand(len(h), 3, 1))[0].flatten(1),
+    "batch_norm": lambda h, p: F.batch_norm(
+        h.t().reshape(1, -1, 1), h.new_zeros(3 * len(h)), h.new_ones(3 * len(h)), p.flatten().repeat_interleave(len(h))
+    ).view(3, len(h)).t(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("name", RESHAPED)
+def test_shapes_that_change_in_place_and_shared_rows(name: str, n: int) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor([[0.5], [-1.0], [2.0]]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return RESHAPED[name](x * 1, self.p)
+
+    x, model = torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), Model().double()
+    loss = lambda o, _: o.square().sum(1)  # noqa: E731
+    expected = persample.gradients(model, loss, x, engine="loop").flat()
+    for verify in (True, False):
+        close(persample.gradients(model, loss, x, verify=verify).flat(), expected)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+@pytest.mark.parametrize("kind", ["two outputs", "a threshold"])
+def test_models_that_hook_their_activations(kind: str, engine: str) -> None:
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Any:
+            h = x * self.p
+            h.register_hook(lambda g: g * 1)
+            return (h, h.sin()) if kind == "two outputs" else h * (h.detach() > h.detach().mean() - 1e9)
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = Hooked().p.detach()
+    if kind == "two outputs":
+        rows = persample.gradients(Hooked(), lambda o, _: (o[0].square() + o[1]).mean(), x, engine=engine)["p"]
+        close(rows, (2 * x * p + (x * p).cos()) * x / 3)
+    elif engine == "hooks":
+        close(persample.gradients(Hooked(), lambda o, _: o.square().sum(1), x, engine=engine)["p"], 2 * x * x * p)
+
+
+def test_a_row_of_zeros_says_nothing_so_another_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return self.a(x) + gate[:, None] * self.b(x)
+
+    model = Twice()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chosen = import_module("persample.api")._chosen(pose(model, losses, (x, x[:, 0]), torch.ones(4, 2)))
+    gate = torch.arange(1.0, 5.0).double().index_fill(0, torch.tensor([chosen]), 0)
+    true = import_module("persample.engines.hooks").hooks
+
+    def wrong(problem: Any, emit: Any, **options: Any) -> Any:
+        return true(problem, lambda name, g: emit(name, scale(g, 2) if name == "b.weight" else g), **options)
+
+    monkeypatch.setattr(import_module("persample.api"), "hooks", wrong)
+    with pytest.raises(persample.VerificationError, match=r"'b.weight' \(and 0 more\): the row of sample"):
+        persample.gradients(model, losses, (x, gate), torch.ones(4, 2).double())

@@ -42,6 +42,8 @@ def _kernel(call: Call, x: Tensor, g: Tensor, weight: Tensor, geometry: Placing)
 
 def channels(call: Call, g: Tensor) -> Dense:
     """A bias per channel: ``[N, k, C, *S]`` summed over everything else."""
+    if call.layout.axis == 1:
+        raise NotImplementedError  # samples among the channels, each with a part of the bias
     g = call.samples(g).movedim(2 if call.layout.axis == 0 else 3, 1)  # behind an axis that stood before the samples
     return Dense(g.flatten(2).sum(2))
 

@@ -119,7 +119,7 @@ def _again(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> 
     before = torch.get_rng_state()
     with torch.enable_grad():
         values = [t.detach().requires_grad_() for t in wanted]
-        outs = run(values, {})
+        outs = [out for out in run(values, {}) if out.requires_grad]  # as when they were recorded
     if not torch.equal(before, torch.get_rng_state()):
         torch.set_rng_state(before)
         raise _random(call)

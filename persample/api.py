@@ -140,16 +140,17 @@ def _verified(
         return ENGINES[engine](problem, emit)
 
     known = recall(problem, engine)
-    if verify is False or (verify is None and known is not None):
+    every = known is not None and known.ragged and not known.couplers  # another batch may lie otherwise
+    if verify is False or (verify is None and known is not None and not every):
         result = run(emit, known.couplers if known is not None else ())
-        acts = result.totals or result.hidden
+        acts = result.totals or result.hidden or (result.ragged and known is not None and not known.couplers)
         if verify is False:
             result = replace(result, coupled=result.coupled or result.totals)
         elif engine == "hooks" and known is not None and (acts or result.called not in known.called):
             with restored(problem.model):
                 run_verified(problem, engine, lambda *_: None, run, _chosen(problem))
         return result, "verify=False" if verify is False else ""
-    n = _chosen(problem)
+    n = _chosen(problem, known.times if known is not None and every else 0)
     if engine != "hooks":
         check_alone(problem, n)
     if engine == "loop":  # the definition
@@ -158,9 +159,10 @@ def _verified(
     return run_verified(problem, engine, emit, run, n)
 
 
-def _chosen(problem: Problem) -> int:
-    """The sample that is verified: always the same of so many."""
-    return int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
+def _chosen(problem: Problem, times: int = 0) -> int:
+    """The sample that is verified: always the same of so many at the first time, another at the next."""
+    seed = problem.batch.n + 7919 * times
+    return int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(seed)))
 
 
 class _seeded:

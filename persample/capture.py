@@ -89,6 +89,7 @@ class Capture(TorchFunctionMode):
         self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
         self.totals = False  # numbers of the whole batch act on single samples, with or without a gradient
         self.hidden = False  # they may act where it isn't seen: read by Python, or as ranks and running counts
+        self.ragged = False  # some samples lie where they do by the values of this batch
         self.ordinal = 0  # of the call that is running
         self.differentiates = False  # a backward runs, between `start` and `stop`
         self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
@@ -390,6 +391,7 @@ class Capture(TorchFunctionMode):
         layout: Layout | None,
         total: int,
     ) -> _Sampled:
+        self.ragged |= layout is not None and layout.owner is not None
         lost = "" if layout is not None else self._lost(sampled) or f"{function_name(func)} (output {tuple(out.shape)})"
         return _Sampled(layout, lost, total)
 

@@ -57,16 +57,34 @@ def mixes(
     if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x) == a.axis:
         return True
     if func is torch.einsum and a is not None and a.n > 1:
-        return len(sample_letters(args, sampled) or ()) > 1
-    if a is None or not others or moves or func in JOINS or func in WRITES or func in COPIES:
+        letters = _letters(args, sampled) or []
+        return any(letter != letters[0][0] or not same(at, letters[0][1]) for letter, at in letters)
+    if a is None or not others or moves or func in WRITES or func in COPIES:
         return False
+    if func in JOINS:  # not of single samples' parts
+        if all(only(at) is not None for _, at in sampled):
+            return False
+        dim = next((d for d in (*args[1:2], kwargs.get("dim"), kwargs.get("axis")) if d is not None), 0)
+        beside = type(dim) is int and dim % max(1, x.ndim) != a.axis
+        return beside and any(b is not None and b.axis == a.axis and not same(a, b) for _, b in others)
     if func is F.embedding_bag:  # offsets say which entries are a sample's; those of others may be none
         return False
     slices = {sample for x, at in sampled if x.requires_grad and (sample := only(at)) is not None}
     if func not in FILLS and any(at is not None and only(at) != sample for sample in slices for _, at in sampled):
         return True  # one sample's values act on others
-    alike = [b for y, b in others if y.shape == x.shape and b is not None and b.axis == a.axis]
+    behind = x.ndim - 2 if func in PRODUCTS and a.axis < x.ndim - 2 else 0  # batches of matrices
+    alike = [b for y, b in others if b is not None and b.axis == a.axis and _alike(x, y, a, b, behind)]
     return not all(same(a, b) for b in alike)
+
+
+def _alike(x: Tensor, y: Tensor, a: Layout, b: Layout, behind: int) -> bool:
+    """Whether entries of the two tensors surely meet along their sample axes."""
+    if x.shape == y.shape:
+        return True
+    if x.ndim != y.ndim or a.size != b.size:
+        return False
+    fits = all(s == t or 1 in (s, t) for s, t in zip(x.shape, y.shape, strict=True))  # they broadcast
+    return fits or a.axis < behind
 
 
 def sums_up(
@@ -141,10 +159,16 @@ def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x
 
 def sample_letters(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout | None]]) -> dict[str, Layout] | None:
     """By which letters the samples go in an einsum; ``None`` if they aren't all written out."""
+    pairs = _letters(args, sampled)
+    return None if pairs is None else dict(pairs)
+
+
+def _letters(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout | None]]) -> list[tuple[str, Layout]] | None:
+    """The same for every operand."""
     if not isinstance(args[0], str) or "." in args[0] or "->" not in args[0]:
         return None
     operands = args[1:] if not isinstance(args[1], (list, tuple)) else tuple(args[1])
     layouts = {id(x): at for x, at in sampled if at is not None and at.alone is None}
     left = args[0].replace(" ", "").split("->")[0].split(",")
     pairs = [(term, layouts[id(x)]) for term, x in zip(left, operands, strict=True) if id(x) in layouts]
-    return {term[at.axis]: at for term, at in pairs}
+    return [(term[at.axis], at) for term, at in pairs]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import SampleAxisError
 from .layout import Layout, kept, owned
 
 Function = Callable[..., Any]
@@ -72,12 +73,25 @@ def _viewed(
     return owned(layout.n, axis, layout.owners()[some.clamp(max=layout.size - 1)])
 
 
+def _distinct(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
+) -> Layout | None:
+    """Different values, and how often each occurs, are nobody's, however many there are; where each entry's value is
+    among them, is the entry's.
+    """
+    if not kwargs.get("return_inverse") or kwargs.get("dim") is not None or out.shape != args[0].shape:
+        return None
+    return layout if torch.equal(func(*args, **kwargs)[1], out) else None
+
+
 def _one_of(made: Any, again: Callable[[], Any], out: Tensor) -> Tensor:
     """The one that corresponds to ``out`` among several views (``split``, ``unbind``)."""
     if isinstance(made, Tensor):
         return made
     views = again()
     at = [i for i, v in enumerate(views) if v.data_ptr() == out.data_ptr() and v.shape == out.shape]
+    if len(at) > 1 and out.numel():
+        raise SampleAxisError("several views of the same entries")  # of an input expanded along its samples
     found: Tensor = made[at[0] if at else 0]
     return found
 
@@ -246,6 +260,7 @@ MOVED: dict[Function, Follow] = {
     **dict.fromkeys(named("repeat", "tile", "repeat_interleave"), _repeated),
     **dict.fromkeys(named("nonzero", "argwhere", "where"), nonzero_of),
     **dict.fromkeys(named("sort", "argsort", "msort", "topk"), sorted_along),
+    **dict.fromkeys(named("unique", "unique_consecutive"), _distinct),
     torch._C._VariableFunctions._pack_padded_sequence: _packed,
     torch._C._VariableFunctions._pad_packed_sequence: _unpacked,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), recurred),

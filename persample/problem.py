@@ -46,6 +46,7 @@ class Pass:
     called: frozenset[Any] = frozenset()  # the functions that the model and the criterion called, where they were seen
     totals: bool = False  # numbers of the whole batch act on single samples: another batch may be coupled by them
     hidden: bool = False  # or they may do so where it isn't seen (a branch, ranks among the samples)
+    ragged: bool = False  # samples were picked, and lie where they do by this batch's values
     served: dict[str, list[tuple[Callable[..., Any], str]]] = field(
         default_factory=dict
     )  # the functions that used a parameter, and how

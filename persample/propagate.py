@@ -27,7 +27,7 @@ from .joining import GATHERS, JOINS, STACKS, bagged, joined, one_by_one, stacked
 from .layout import Layout, Sampled, kept, of_one, only, same
 from .mixing import PRODUCTS, sample_letters, sums_up
 from .moves import MOVED, Function, bind, indexed, named, nonzero_of
-from .writing import COPIES, WRITES, Seen, rewritten, written
+from .writing import COPIES, WRITES, Seen, agree, rewritten, written
 
 
 def propagate(
@@ -46,6 +46,8 @@ def propagate(
     they are multiplied with is guessed by its size: that couples the batch, and only what is behind it is to be served.
     ``seen`` gives the layouts that tensors had so far.
     """
+    if out.is_nested:
+        return None
     if sampled[0][1].n == 1:
         return lone_sample(out)
     first, layout = sampled[0]
@@ -83,7 +85,7 @@ def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor)
         return False
     if len(sampled) == 1:
         if first.shape == shape:
-            return True
+            return func not in PRODUCTS or not args or first is args[0]
         front = first.ndim - _READS.get(func, first.ndim)
         if axis < front and args and first is args[0] and shape[:front] == first.shape[:front]:
             return len(shape) <= first.ndim or func is F.embedding  # else new axes were put in front
@@ -133,6 +135,10 @@ def _followed(
         return written(func, args, kwargs, sampled, out, seen)
     if func in COPIES and len(sampled) > 1:
         return rewritten(func, args, kwargs, sampled)
+    if func is F.linear and len(sampled) == 1 and len(args) > 1 and first is args[1]:  # samples as a weight's outputs
+        return replace(layout, axis=out.ndim - 1) if layout.axis == 0 and first.ndim == 2 else None
+    if func in _COUNTED and len(sampled) == 1 and args and first is args[0]:  # entry k is of those that are k
+        return agree(out, layout.n, 0, first.flatten(), layout.owners(), seen) if first.ndim == 1 else None
     if func is torch.cdist:
         return _distances(args, kwargs, sampled, out)
     if func in _GROWS:
@@ -266,5 +272,7 @@ _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *JOINS, *GATHERS, *_SPREADS, *_REDUCES, *
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
 _GROWS = {*named("tensordot", "as_strided", "transpose_copy", "permute_copy"), *GATHERS} - STACKS
 _SPECIAL |= {F.embedding_bag, torch.einsum, torch.cdist, *_GROWS}
+_COUNTED = named("bincount")
+_SPECIAL |= _COUNTED
 _COUNTS = {torch.int64, torch.int32, torch.bool}  # indices and masks, of whatever they are put to
 _PUTS = {*JOINS, *GATHERS, *WRITES, *COPIES}  # beside constants, which are nobody's

@@ -6,7 +6,7 @@ import weakref
 from dataclasses import dataclass, field
 from functools import partial
 from types import CellType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,14 @@ from .rules import version
 from .state import modules_of
 
 
-class Known(NamedTuple):
+@dataclass
+class Known:
     """What was found: the calls that couple, and the functions that were called (by attributes that are no numbers)."""
 
     couplers: tuple[int, ...]
-    called: set[frozenset[Any]]
+    called: set[frozenset[Any]] = field(default_factory=set)
+    ragged: bool = False  # samples lie where they do by the values of a batch: one is verified every time
+    times: int = 0  # that this was verified
 
 
 @dataclass
@@ -112,7 +115,11 @@ def verified(problem: Problem, engine: str) -> bool:
 
 
 def remember(
-    problem: Problem, engine: str, couplers: tuple[int, ...] = (), called: frozenset[Any] = frozenset()
+    problem: Problem,
+    engine: str,
+    couplers: tuple[int, ...] = (),
+    called: frozenset[Any] = frozenset(),
+    ragged: bool = False,
 ) -> None:
     """The model was verified, with these couplers, when it called these functions."""
     memory, kind = _memory(problem.model), signature(problem, engine)
@@ -120,7 +127,10 @@ def remember(
         return
     if len(memory.known) >= KEPT:
         memory.known.clear()
-    memory.known.setdefault(kind, Known(couplers, set())).called.add(called)
+    known = memory.known.setdefault(kind, Known(couplers))
+    known.called.add(called)
+    known.ragged |= ragged
+    known.times += 1
 
 
 def mistrust(problem: Problem, engine: str) -> None:

@@ -222,7 +222,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
     raise_if_wrong(verdicts, None if note == WITHIN else engine)
     if not (result.totals or result.hidden):  # a mask that is full now may not be so in the next batch
-        remember(problem, engine, couplers, result.called)
+        remember(problem, engine, couplers, result.called, result.ragged)
     elif not couplers and (other := moved_by_others(problem)) is not None and other.n != n:
         return run_verified(problem, engine, emit, run, other.n)
     return result, note

@@ -12,11 +12,11 @@ from torch import Tensor
 from .layout import Layout, Sampled, kept, owned, same
 from .moves import Function, bind, indexed, named, numbered, read
 
-ADDS = named("index_add_", "scatter_add_", "scatter_reduce_", "index_add", "scatter_add", "scatter_reduce")
-WRITES = {Tensor.__setitem__} | named(
-    "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "index_put_"
-)
-COPIES = named("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "index_put")
+_ADDS = "index_add index_reduce scatter_add scatter_reduce"
+_PUTS = f"index_copy index_fill index_put scatter {_ADDS}"
+ADDS = named(*_ADDS.split(), *(f"{name}_" for name in _ADDS.split()))
+WRITES = {Tensor.__setitem__} | named(*(f"{name}_" for name in _PUTS.split()))
+COPIES = named(*_PUTS.split())
 
 
 Seen = Callable[[], Iterable[Layout]]  # the layouts of what was computed so far
@@ -31,11 +31,13 @@ def written(
         index, given = bind(args[1:], kwargs, "indices", "values")
         index = tuple(index) if isinstance(index, tuple) or func is not Tensor.__setitem__ else (index,)
         if value is not given:
+            if len(index) == 1 and value is index[0] and value.ndim == 1 and value.dtype is not torch.bool:
+                return agree(out, layout.n, 0, value, layout.owners(), seen)  # constants, at places of the samples
             return kept(layout, value.ndim, out.shape, True) if func is Tensor.__setitem__ else None
         return _placed(index, layout, value, out, seen) or _assigned(index, layout, value, out)
     dim, index, source = bind(args[1:], kwargs, "dim", "index", "source")
     source = kwargs.get("src", source)
-    if value is source and dim % out.ndim == layout.axis:
+    if dim % out.ndim == layout.axis and (value is source or value is index):
         rows = index.reshape(len(index), -1) if index.ndim < 2 else index.movedim(dim, 0).flatten(1)
         owners = layout.owners()[: len(rows)].repeat_interleave(rows.shape[1])
         return agree(out, layout.n, layout.axis, rows.flatten(), owners, seen)

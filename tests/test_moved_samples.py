@@ -776,3 +776,147 @@ def test_a_row_of_zeros_says_nothing_so_another_is_verified(monkeypatch: pytest.
     monkeypatch.setattr(import_module("persample.api"), "hooks", wrong)
     with pytest.raises(persample.VerificationError, match=r"'b.weight' \(and 0 more\): the row of sample"):
         persample.gradients(model, losses, (x, gate), torch.ones(4, 2).double())
+
+
+# ---- where samples lie by the values of a batch -----------------------------------------------------------------
+
+
+class Asked(nn.Module):
+    """What is computed from values, a mask and shared weights; batches of one kind differ in the mask alone."""
+
+    def __init__(self, how: Callable[[Asked, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table, self.first, self.last, self.how = nn.Embedding(80, 3), nn.Linear(3, 3), nn.Linear(3, 3), how
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.how(self, x, mask)
+
+
+def _of(mask: Tensor) -> Tensor:
+    return mask.nonzero()[:, 0]
+
+
+def _numbers(x: Tensor, mask: Tensor) -> Tensor:
+    return mask + 2 * (x[..., 0] > 0)
+
+
+ASKED: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "bincount": lambda m, x, k: (m.table(torch.bincount(_of(k), minlength=len(x)))[:, None] * x).sum(1),
+    "ones added": lambda m, x, k: (
+        m.table(torch.zeros(len(x)).scatter_add_(0, _of(k), torch.ones(len(_of(k)))).long())[:, None] * x
+    ).sum(1),
+    "flags": lambda m, x, k: (m.table(torch.zeros(len(x)).index_fill_(0, _of(k), 1).long())[:, None] * x).sum(1),
+    "index_reduce": lambda m, x, k: m.last(x.new_zeros(len(x), 3).index_reduce(0, _of(k), m.first(x[k]), "amax")),
+    "unique": lambda m, x, k: (lambda u, at: m.table(u)[at].mean(1))(
+        *torch.unique(_numbers(x, k), return_inverse=True)
+    ),
+    "searchsorted": lambda m, x, k: (lambda u: m.table(u)[torch.searchsorted(u, _numbers(x, k))].mean(1))(
+        _numbers(x, k).unique()
+    ),
+    "unique_consecutive": lambda m, x, k: (lambda u, at: m.last(m.table(u))[at].sin().mean(1))(
+        *torch.unique_consecutive(_numbers(x, k), return_inverse=True)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
+@pytest.mark.parametrize("name", ASKED)
+def test_counts_and_places_that_depend_on_the_batch(name: str) -> None:
+    """As many entries as samples, by chance: the numbers of the loop, or an error, and mostly the former."""
+    torch.manual_seed(0)
+    model, y, right = Asked(ASKED[name]).double(), torch.randn(3, 3, dtype=torch.float64), 0
+    masks = [[[1, 1], [1, 0], [1, 0]], [[1, 1], [1, 0], [0, 0]], [[0, 0], [1, 1], [1, 0]], [[1, 0], [1, 0], [1, 0]]]
+    for mask in (torch.tensor(m).bool() for m in masks):
+        given = (torch.randn(3, 2, 3, dtype=torch.float64), mask)
+        expected = persample.gradients(model, losses, given, y, engine="loop", verify=False).flat()
+        try:
+            found = persample.gradients(model, losses, given, y).flat()
+        except persample.PersampleError:
+            continue
+        close(found, expected)
+        right += 1
+    assert right >= 3
+
+
+MEET: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda g, h: g * h,
+    "einsum": lambda g, h: torch.einsum("nd,nd->n", g, h)[:, None],
+    "bmm": lambda g, h: torch.bmm(g[:, None], h[:, :, None]).flatten(1),
+    "broadcast": lambda g, h: (h[:, None] * g[:, :, None]).flatten(1),
+    "cat": lambda g, h: torch.cat([h, g], 1).prod(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", MEET)
+def test_samples_that_meet_others_in_a_later_batch(name: str) -> None:
+    class Rolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, k: Tensor) -> Tensor:
+            h = torch.tanh(self.w(x))
+            return MEET[name](h[(torch.arange(len(h)) + k) % len(h)], h).flatten(1).sum(1)
+
+    torch.manual_seed(0)
+    model, x, loss = Rolled().double(), torch.randn(N, 3, dtype=torch.float64), lambda o, _: o.square()
+    same = (x, torch.zeros(N).long())
+    close(*(persample.gradients(model, loss, same, engine=engine).flat() for engine in ("hooks", "loop")))
+    for verify in (None, False):
+        with pytest.raises(persample.BatchCoupledError):
+            persample.gradients(model, loss, (x, torch.tensor([1, 2, 0, 3])), verify=verify)
+
+
+def test_inputs_that_are_expanded_along_the_samples() -> None:
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return torch.einsum("nd,nd->n", torch.stack([self.a(row) for row in x.unbind(0)]), z)
+
+    torch.manual_seed(0)
+    model, z = Each().double(), torch.randn(N, 3, dtype=torch.float64)
+    persample.gradients(model, lambda o, _: o.square(), (torch.randn(N, 3, dtype=torch.float64), z))
+    with pytest.raises(persample.SampleAxisError, match="can't tell where the samples are"):
+        persample.gradients(
+            model, lambda o, _: o.square(), (torch.randn(1, 3, dtype=torch.float64).expand(N, 3), z), verify=False
+        )
+
+
+def test_samples_as_the_weight_of_a_linear_map() -> None:
+    class Weight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor([[0.5, -1.0], [2.0, 0.1]], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.p, x).t()
+
+    x = torch.randn(2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = lambda o, _: o.square().sum(1)  # noqa: E731
+    expected = persample.gradients(Weight(), loss, x, engine="loop").flat()
+    close(persample.gradients(Weight(), loss, x, verify=False).flat(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
+def test_ragged_samples_are_verified_in_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    api, seen = import_module("persample.api"), list[int]()
+    true = api.run_verified
+
+    def counted(problem: Any, *args: Any) -> Any:
+        seen.append(args[-1])
+        return true(problem, *args)
+
+    monkeypatch.setattr(api, "run_verified", counted)
+    torch.manual_seed(0)
+    y = torch.randn(3, 3, dtype=torch.float64)
+    for ragged in (True, False):
+        model = Asked(ASKED["index_reduce"] if ragged else lambda m, x, _: m.last(m.first(x)).sum(1)).double()
+        seen.clear()
+        for _ in range(6):
+            given = (torch.randn(3, 2, 3, dtype=torch.float64), torch.tensor([[1, 1], [1, 0], [0, 1]]).bool())
+            persample.gradients(model, losses, given, y)
+        assert len(seen) == (6 if ragged else 1)
+        assert (len({*seen}) > 1) == ragged  # not always the same sample

@@ -56,6 +56,7 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         frozenset(capture.called),
         capture.totals,
         capture.hidden,
+        capture.ragged,
         collect.served_by(),
     )
 

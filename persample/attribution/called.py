@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-BOOKKEEPING = {*vars(nn.Module()), "_is_torch_compile"}  # hooks, and what `nn.Module` keeps elsewhere
+# Hooks, and what `nn.Module` and `torch.compile` keep elsewhere.
+BOOKKEEPING = {*vars(nn.Module()), "_is_torch_compile", "_compile_kwargs", "_compiled_call_impl"}
 PLAIN = (str, int, float)
 Within = tuple[int, ...]  # ids of what is being described: something may hold itself
 

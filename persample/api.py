@@ -69,8 +69,9 @@ def gradients(
             stream: the batch is run in slices of as many samples as fit, at least one.  Results don't depend on it.
             A Gram matrix in ``S`` slices costs about ``(S + 3) / 2`` passes, everything else one.
         verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine, and
-            at every call in which numbers of the whole batch act on single samples.  Costs about one sample, there
-            more (see docs/limits.md).
+            at every call in which numbers of the whole batch act on single samples; where samples were picked by
+            values of the batch (masks, packed sequences, routes), in the first eight batches and every eighth.  Costs
+            about one sample, where numbers of the batch act more (see docs/limits.md).
         generator: its next draw seeds the forward pass (dropout), which leaves the global random state as it was.
 
     Returns:
@@ -140,17 +141,17 @@ def _verified(
         return ENGINES[engine](problem, emit)
 
     known = recall(problem, engine)
-    every = known is not None and known.ragged and not known.couplers  # another batch may lie otherwise
-    if verify is False or (verify is None and known is not None and not every):
+    due = verify is None and known is not None and known.due()  # another batch may lie otherwise
+    if verify is False or (verify is None and known is not None and not due):
         result = run(emit, known.couplers if known is not None else ())
-        acts = result.totals or result.hidden or (result.ragged and known is not None and not known.couplers)
+        acts = result.totals or result.hidden or (result.ragged and known is not None and not known.ragged)
         if verify is False:
             result = replace(result, coupled=result.coupled or result.totals)
         elif engine == "hooks" and known is not None and (acts or result.called not in known.called):
             with restored(problem.model):
                 run_verified(problem, engine, lambda *_: None, run, _chosen(problem))
         return result, "verify=False" if verify is False else ""
-    n = _chosen(problem, known.times if known is not None and every else 0)
+    n = _chosen(problem, known.calls if known is not None and due else 0)
     if engine != "hooks":
         check_alone(problem, n)
     if engine == "loop":  # the definition
@@ -159,9 +160,9 @@ def _verified(
     return run_verified(problem, engine, emit, run, n)
 
 
-def _chosen(problem: Problem, times: int = 0) -> int:
-    """The sample that is verified: always the same of so many at the first time, another at the next."""
-    seed = problem.batch.n + 7919 * times
+def _chosen(problem: Problem, call: int = 0) -> int:
+    """The sample that is verified: always the same of so many at the first call, another at later ones."""
+    seed = problem.batch.n + 7919 * call
     return int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(seed)))
 
 

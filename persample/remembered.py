@@ -23,8 +23,13 @@ class Known:
 
     couplers: tuple[int, ...]
     called: set[frozenset[Any]] = field(default_factory=set)
-    ragged: bool = False  # samples lie where they do by the values of a batch: one is verified every time
-    times: int = 0  # that this was verified
+    ragged: bool = False  # samples lie where they do by the values of a batch
+    calls: int = 0  # of ragged ones, since
+
+    def due(self) -> bool:
+        """Whether ragged samples are verified once more: in the first batches, and in some of the later ones."""
+        self.calls += 1
+        return self.ragged and not self.couplers and (self.calls < OFTEN or self.calls % OFTEN == 0)
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Memory:
     counts: bool = False  # a forward pass changes numbers among the attributes of its modules
 
 
+OFTEN = 8  # batches of ragged samples are verified before it is only every so many
 KEPT = 256  # kinds of calls for each model
 _VERIFIED: dict[int, Memory] = {}  # by id: modules may have an __eq__
 
@@ -130,7 +136,6 @@ def remember(
     known = memory.known.setdefault(kind, Known(couplers))
     known.called.add(called)
     known.ragged |= ragged
-    known.times += 1
 
 
 def mistrust(problem: Problem, engine: str) -> None:

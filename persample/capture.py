@@ -322,6 +322,11 @@ class Capture(TorchFunctionMode):
         self.coupled |= bool(couples) and not outputs
         for t in outputs:
             kind = self._kind(t)
+            if t.is_nested:
+                raise SampleAxisError(
+                    f"{function_name(func)} makes a nested tensor, in which samples can't be followed. Pad, and mask "
+                    "what was added; or use engine='loop'."
+                )
             call.outputs.append((t.shape, kind.layout if isinstance(kind, _Sampled) else None))
         if func in rules.KEEPS:
             call.results = tuple(t.detach() for t in outputs)
@@ -392,7 +397,7 @@ class Capture(TorchFunctionMode):
         total: int,
     ) -> _Sampled:
         self.ragged |= layout is not None and layout.owner is not None
-        lost = "" if layout is not None else self._lost(sampled) or f"{function_name(func)} (output {tuple(out.shape)})"
+        lost = "" if layout is not None else self._lost(sampled) or f"{function_name(func)} (output {_shape(out)})"
         return _Sampled(layout, lost, total)
 
     def _seen(self) -> list[Layout]:
@@ -455,6 +460,10 @@ def _results(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: b
     if isinstance(into := kwargs.get("out"), Tensor) and into is not out:
         results.append(into)
     return results
+
+
+def _shape(t: Tensor) -> str:
+    return "nested" if t.is_nested else str(tuple(t.shape))
 
 
 def _saves_elsewhere() -> bool:

@@ -195,7 +195,7 @@ class LossDiffers(BatchCoupledError):
             f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone{what}. Either the model (or the "
             "loss) couples the samples, and 'the "
             "gradient of sample n' is not one thing; let it act on every sample alone. Or the samples are not where "
-            "batch_dim= says."
+            "batch_dim= says, or the model draws random numbers from a generator of its own."
         )
         self.n, self.batch, self.alone = n, batch, alone
 

@@ -920,3 +920,19 @@ def test_ragged_samples_are_verified_in_more_than_the_first_batch(monkeypatch: p
             persample.gradients(model, losses, given, y)
         assert len(seen) == (8 + 2 if ragged else 1)  # calls 0 to 7, 8, 16
         assert (len({*seen}) > 1) == ragged  # not always the same sample
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("behind", [True, False])
+def test_nested_tensors_inside_the_model(behind: bool) -> None:
+    def padded(m: Asked, x: Tensor, mask: Tensor) -> Tensor:
+        parts = (m.first(x) if behind else x)[mask].split(mask.sum(1).tolist())
+        nested = torch.nested.as_nested_tensor(list(parts))
+        return m.last(torch.nested.to_padded_tensor(nested, 0.0).sum(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, mask = Asked(padded).double(), torch.tensor([[1, 1], [1, 0], [0, 1]]).bool()
+    given, y = (torch.randn(3, 2, 3, dtype=torch.float64), mask), torch.randn(3, 3, dtype=torch.float64)
+    assert persample.gradients(model, losses, given, y, engine="loop").norm().min() > 0
+    with pytest.raises(persample.SampleAxisError, match="nested"):
+        persample.gradients(model, losses, given, y)

@@ -751,7 +751,7 @@ def test_models_that_hook_their_activations(kind: str, engine: str) -> None:
     if kind == "two outputs":
         rows = persample.gradients(Hooked(), lambda o, _: (o[0].square() + o[1]).mean(), x, engine=engine)["p"]
         close(rows, (2 * x * p + (x * p).cos()) * x / 3)
-    elif engine == "hooks":
+    else:
         close(persample.gradients(Hooked(), lambda o, _: o.square().sum(1), x, engine=engine)["p"], 2 * x * x * p)
 
 
@@ -936,3 +936,59 @@ def test_nested_tensors_inside_the_model(behind: bool) -> None:
     assert persample.gradients(model, losses, given, y, engine="loop").norm().min() > 0
     with pytest.raises(persample.SampleAxisError, match="nested"):
         persample.gradients(model, losses, given, y)
+
+
+# ---- limits that are said by name -------------------------------------------------------------------------------
+
+
+def test_a_transform_in_the_forward_is_refused_where_it_cannot_be_seen() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            slope: Tensor = torch.func.jvp(self.net, (x,), (torch.ones_like(x),))[1]
+            return slope
+
+    torch.manual_seed(0)
+    model, x, loss = Slope(), torch.randn(5, 2, dtype=torch.float64), lambda o, _: o.square().sum(1)
+    with pytest.raises(persample.CaptureError, match=r"'net.0.weight'.*torch.func"):
+        persample.gradients(model, loss, x)
+    close(*(persample.gradients(model, loss, x, engine=engine).flat() for engine in ("vmap", "loop")))
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_a_generator_of_the_model_is_named_among_the_causes(engine: str) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            out: Tensor = self.linear(x + torch.randn(x.shape, generator=generator, dtype=x.dtype))
+            return out
+
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(persample.BatchCoupledError, match="a generator of its own"):
+        persample.gradients(Noisy(), lambda o, _: o.square().sum(1), x, engine=engine)
+
+
+def test_what_vmap_gets_wrong_is_found_by_verification() -> None:
+    """PyTorch 2.13: `linalg.solve` of one matrix for many right-hand sides. Where this fails, the limit is gone."""
+
+    class Solved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor([[1.0, 0.5], [-0.3, 2.0]], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.linalg.solve(self.p @ self.p.T, x.unsqueeze(-1))
+            return out.flatten(1)
+
+    x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = lambda o, _: o.square().sum()  # noqa: E731
+    close(*(persample.gradients(Solved(), loss, x, engine=engine).flat() for engine in ("hooks", "loop")))
+    with pytest.raises(persample.PersampleError):
+        persample.gradients(Solved(), loss, x, engine="vmap")

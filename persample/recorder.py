@@ -270,14 +270,14 @@ class Recorder:
             self._listener.outputs = self._outputs
         if self._entered:  # the loss may use parameters too: go on listening
             if self._listener is not None and output is not None:
-                self._listener.check(output, capture.coupled or capture.totals)
+                self._listener.check(output, capture.coupled or capture.followed.totals)
             return
         capture.stop()
         capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._modes.close()
         self._capture = None
         if self._listener is not None and output is not None:
-            self._listener.forward_ends(output, capture.recorded, capture.coupled or capture.totals)
+            self._listener.forward_ends(output, capture.recorded, capture.coupled or capture.followed.totals)
 
     def samples(self, *inputs: Any) -> None:
         """Say which tensors hold the samples, before other methods of the model than its forward are called with them
@@ -334,7 +334,7 @@ class Recorder:
             if coupled is None:
                 check_uncoupled(found, self._parameters)
             if capture is not None:
-                capture.check_order(losses)
+                capture.followed.check_order(losses)
             sizes = {call.layout.n for call in found.calls if call.shared}
             if len(sizes) == 1 and (out := ways_out(losses, n := sizes.pop())):
                 raise LossError(
@@ -368,7 +368,7 @@ class Recorder:
     def _reduced(self, losses: Tensor, found: Reached, quantities: list[Request] | None, notion: str | None) -> Result:
         sink = Sink(self._parameters, self._aliases, quantities)
         modes = tuple(module.training for module in modules_of(self.model))
-        seen = None if self._capture is None else self._capture.samples_of(losses)
+        seen = None if self._capture is None else self._capture.followed.samples_of(losses)
         called = frozenset[Any]() if self._capture is None else frozenset(self._capture.called)
         kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
@@ -396,7 +396,7 @@ class Recorder:
             held.add(kind)
         capture = self._capture
         coupled = any(call.couples for call in found.calls) or (
-            capture is not None and (capture.coupled or capture.totals)
+            capture is not None and (capture.coupled or capture.followed.totals)
         )
         run = Pass(losses.detach(), self._outputs, unused, coupled and notion is None)
         note = "" if notion is None else f"coupled={notion!r}"

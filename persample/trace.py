@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .calls import function_name
-from .capture import Capture, _results, _Sampled
+from .capture import Capture
 from .dropout import NoDropout
 from .engines.hooks import forward
+from .followed import SampledTensor, results_of
 from .layout import one_sample as part_of
 from .problem import Problem
 from .rounding import tolerance
@@ -35,9 +36,9 @@ class _Trace(Capture):
         out = super().__torch_function__(func, types, args, kwargs)
         if self.active:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                for t in _results(args, kwargs or {}, out, mutates(func)):
-                    kind = self._kind(t)
-                    if isinstance(kind, _Sampled) and not torch._C._functorch.is_functorch_wrapped_tensor(t):
+                for t in results_of(args, kwargs or {}, out, mutates(func)):
+                    kind = self.followed.kind(t)
+                    if isinstance(kind, SampledTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(t):
                         value = None if kind.layout is None else part_of(t, kind.layout, self.sample).detach().clone()
                         self.log.append((function_name(func), ordinal, value))
         return out

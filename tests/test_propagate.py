@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from persample import propagate
-from persample.capture import Capture, _Sampled
+from persample.capture import Capture
+from persample.followed import SampledTensor
 from persample.layout import Layout, only
 
 Operation = Callable[[Tensor], Tensor]
@@ -25,11 +26,11 @@ def recorded(operation: Operation, x: Tensor, layout: Layout) -> tuple[Tensor, L
     capture = Capture(nn.Module(), set())
     with capture:
         capture.start(layout.n, [])
-        capture._mark(x, _Sampled(layout))
+        capture.followed.mark(x, SampledTensor(layout))
         out = operation(x)
-        kind = capture._kind(out)
+        kind = capture.followed.kind(out)
     capture.stop()
-    assert isinstance(kind, _Sampled)
+    assert isinstance(kind, SampledTensor)
     return out, kind.layout
 
 
@@ -285,8 +286,8 @@ def test_chains_of_one_sample(part: Any, steps: list[int]) -> None:
     with capture:
         capture.start(4, [(x, 0)])
         out = chain(x * w)
-        kind = capture._kind(out)
+        kind = capture.followed.kind(out)
     capture.stop()
     if out.numel():
-        assert isinstance(kind, _Sampled) and kind.layout is not None and only(kind.layout) == sample
+        assert isinstance(kind, SampledTensor) and kind.layout is not None and only(kind.layout) == sample
     assert not any(call.couples for ref in capture.recorded if (call := ref()) is not None)

@@ -246,9 +246,9 @@ class Replace(TorchFunctionMode):
         return name if count == 1 else f"{name}#{count}"
 
     def _layout(self, name: str, x: Tensor) -> Layout:
-        layout: Layout | None = getattr(self.capture._kind(x), "layout", None)
-        if layout is None and not self.capture.active and x.shape[0] == self.capture.n:
-            layout = Layout(self.capture.n)  # inside a criterion
+        layout: Layout | None = getattr(self.capture.followed.kind(x), "layout", None)
+        if layout is None and not self.capture.active and x.shape[0] == self.capture.followed.n:
+            layout = Layout(self.capture.followed.n)  # inside a criterion
         if layout is None or layout.axis == 1 or x.ndim < 2:
             raise BatchNormError(
                 f"'{name}': can't tell where the samples are in an input of shape {tuple(x.shape)}. Its statistics "

@@ -54,9 +54,9 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         unused,
         capture.coupled or any(call.couples for call in found.calls),
         frozenset(capture.called),
-        capture.totals,
-        capture.hidden,
-        capture.ragged,
+        capture.followed.totals,
+        capture.followed.hidden,
+        capture.followed.ragged,
         collect.served_by(),
     )
 
@@ -68,7 +68,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
     """Outputs, losses ``[N]``, the seeds of the backward pass, and the criterion's own graph where it is a separate
     one.
     """
-    batch = problem.batch
+    batch, followed = problem.batch, capture.followed
     inputs = batch.inputs.map(lambda x, _: x.detach())  # nobody's gradient, the inputs' included, is touched
     leaves = zip(tree_leaves(inputs), batch.inputs.axes, strict=True)
     try:
@@ -81,17 +81,17 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
             ordered = whole = None
             if batch.targets.axes == [0] and isinstance(batch.output_dim, int) and batch.output_dim == 0:
                 with torch._C.DisableTorchFunction():  # losses are in the order of outputs: nobody has to follow
-                    if isinstance(outputs, Tensor) and capture.is_sampled(outputs):
+                    if isinstance(outputs, Tensor) and followed.is_sampled(outputs):
                         ordered = whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
             if whole is None:
                 whole = problem.loss_fn(outputs, targets)
         # outside of the mode, to which every attribute of a tensor is a call
         if each := is_per_sample(whole, batch.n):
-            capture.check_order(whole if ordered is None else outputs)
+            followed.check_order(whole if ordered is None else outputs)
         tree = batch.outputs(outputs)
-        shared = [i for i, x in enumerate(tree.leaves) if tree.axes[i] is not None and not capture.is_sampled(x)]
+        shared = [i for i, x in enumerate(tree.leaves) if tree.axes[i] is not None and not followed.is_sampled(x)]
         reach = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}
-        ends = {i: x for i, x in reach.items() if capture.is_sampled(x)}  # the others are parameters of the criterion
+        ends = {i: x for i, x in reach.items() if followed.is_sampled(x)}  # the others are parameters of the criterion
     finally:
         capture.stop()
     if shared and not each:

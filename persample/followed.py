@@ -1,0 +1,255 @@
+"""What every tensor of a forward pass is, while it runs under `persample.capture`.
+
+* **shared**: it depends on no sample.  Parameters, buffers, and what is computed from shared tensors only
+  (``weight.t()``, ``wpe(arange(T))``, a normalised weight); the latter are `Derivation` objects, to be pulled back
+  later.
+* **sampled**: it depends on the model's inputs.  Its `Layout` says where the samples are.
+* neither: a constant made on the way.  It counts as shared.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from . import rules
+from .calls import Derivation, Shared, behind, function_name, tensors_in
+from .errors import SampleAxisError
+from .layout import Layout
+from .mixing import SHIFTS, extent
+from .moves import RESHAPED
+from .propagate import found_again, lone_sample, propagate
+from .writing import rewritten, writes_into
+
+
+@dataclass(slots=True)
+class SampledTensor:
+    layout: Layout | None
+    lost: str = ""  # where there is no layout: the call in which it was lost
+    total: int = 0  # surely made of all samples together: 2, their sum or mean; 1, the largest or smallest of them
+
+
+@dataclass(slots=True)
+class SharedTensor:
+    derivation: Derivation | None  # None: a parameter or a buffer
+    version: int = -1  # of the tensor: what is changed through a view of it is another tensor
+
+
+class Followed:
+    """The tensors between `begin` and `forget`."""
+
+    def __init__(self, wanted: set[int]) -> None:
+        """``wanted``: ids of the parameters whose gradients are asked for."""
+        self.wanted = wanted
+        self.known: dict[int, tuple[weakref.ref[Tensor], SampledTensor | SharedTensor]] = {}
+        self.n = 0
+        self.derived = 0  # how many tensors were
+        self.totals = False  # numbers of the whole batch act on single samples, with or without a gradient
+        self.hidden = False  # they may act where it isn't seen: read by Python, or as ranks and running counts
+        self.ragged = False  # some samples lie where they do by the values of this batch
+
+    def begin(self, n: int, shared: Iterable[Tensor], inputs: Iterable[tuple[Tensor, int | None]]) -> None:
+        """These tensors are shared, and these the inputs, each with its sample axis (``None``: shared)."""
+        self.n = n
+        root = SharedTensor(None)
+        for t in shared:
+            self.mark(t, root)
+        for t, axis in inputs:
+            if axis is None:
+                self.mark(t, root)
+            else:
+                self.mark(t, SampledTensor(lone_sample(t) if n == 1 else Layout(n, axis % max(1, t.ndim))))
+
+    def forget(self) -> None:
+        self.known.clear()
+
+    def mark(self, t: Tensor, kind: SampledTensor | SharedTensor) -> None:
+        self.known[id(t)] = (weakref.ref(t), kind)
+
+    def kind(self, t: Tensor) -> SampledTensor | SharedTensor | None:
+        entry = self.known.get(id(t))
+        kind = entry[1] if entry is not None and entry[0]() is t else None
+        if isinstance(kind, SampledTensor) or not t.requires_grad or t.grad_fn is None:
+            return kind
+        seen = (kind is not None and kind.version == t._version) or is_wrapped([t])
+        return kind if seen else self._unseen(t)
+
+    def samples_of(self, t: Tensor) -> tuple[int, ...] | None:
+        """Where the samples are in a tensor, as far as it was followed; ``(-1,)`` for sampled ones that were lost."""
+        kind = self.kind(t)
+        if not isinstance(kind, SampledTensor):
+            return None
+        return (-1,) if kind.layout is None else (kind.layout.axis, kind.layout.outer, kind.layout.inner)
+
+    def is_sampled(self, t: Tensor) -> bool:
+        """Whether a tensor depends on the samples, as far as calls were seen."""
+        return isinstance(self.kind(t), SampledTensor)
+
+    def check_order(self, losses: Tensor) -> None:
+        """Raise for losses ``[N]`` (or what they are made of, ``[N, *]``) that are not in the order of the samples, as
+        far as they were followed.
+        """
+        kind = self.kind(losses)
+        layout = kind.layout if isinstance(kind, SampledTensor) else None
+        if layout is None or layout.plain or layout.alone is not None or layout.axis != 0:
+            return
+        if layout.n == len(losses) > 1:
+            owners = layout.owners().tolist()
+            i = next((i for i, sample in enumerate(owners) if sample != i), 0)
+            raise SampleAxisError(
+                f"losses [{len(losses)}] are not in the order of the samples, as rows are: losses[{i}] is that of "
+                f"sample {owners[i]}. Don't sort losses, or pick from them, before they are given."
+            )
+
+    def _unseen(self, t: Tensor) -> SampledTensor | SharedTensor:
+        """What a tensor is whose making the mode has not seen (a custom ``autograd.Function``, a change through a
+        view), by its graph.
+        """
+        calls, leaves = behind(t)
+        if calls:
+            layout = next((layout for call in calls for _, layout in call.outputs if layout is not None), None)
+            layout = None if layout is None else found_again(layout, t)
+            lost = "" if layout is not None else f"a call that could not be seen (output {tuple(t.shape)})"
+            kind: SampledTensor | SharedTensor = SampledTensor(layout, lost)
+        else:
+            sources = [Shared(p, None) for p in leaves if id(p) in self.wanted]
+            self.derived += 1
+            made = Derivation(behind, (), {}, get_gradient_edge(t), t.shape, sources, self.derived, {})
+            kind = SharedTensor(made if sources else None, t._version)
+        self.mark(t, kind)
+        return kind
+
+    def lost_in(self, sampled: Sequence[tuple[Tensor, Layout | None]]) -> str:
+        """The call in which the samples of one of these were lost."""
+        kinds = (self.kind(t) for t, at in sampled if at is None)
+        return next((kind.lost for kind in kinds if isinstance(kind, SampledTensor) and kind.lost), "")
+
+    def meet(
+        self,
+        func: Callable[..., Any],
+        totals: Sequence[Tensor],
+        sampled: Sequence[tuple[Tensor, Layout | None]],
+    ) -> bool:
+        """Whether a number of all samples acts on single ones, and has a gradient.  A largest number is mostly there to
+        be subtracted before an exponential, which changes nothing.
+        """
+        if len(totals) == len(sampled) or (func in rules.INERT and func not in rules.COMPARES):
+            return False
+        if func in SHIFTS and self._level(totals) < 2:
+            return False
+        self.totals = True
+        return func not in rules.INERT and any(t.requires_grad for t in totals)
+
+    def _level(self, totals: Sequence[Tensor]) -> int:
+        return max((kind.total for t in totals if isinstance(kind := self.kind(t), SampledTensor)), default=0)
+
+    # ---- what the outputs of a call are -----------------------------------------------------------------------------
+
+    def follow(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        sampled: list[tuple[Tensor, Layout | None]],
+        totals: list[Tensor],
+        out: Any,
+    ) -> None:
+        """What a call of sampled tensors has made; ``totals``: those that are numbers of all samples."""
+        known = [(t, layout) for t, layout in sampled if layout is not None]
+        level, mutates = self._level(totals) if len(totals) == len(sampled) else 0, rules.mutates(func)
+        for t in results_of(args, kwargs, out, mutates):
+            if (before := next((layout for a, layout in sampled if a is t), self)) is not self:
+                if len(sampled) > 1 and writes_into(func, args, t):
+                    layout = rewritten(func, args, kwargs, sampled)
+                    self.mark(t, self._found(func, sampled, t, layout, level))
+                elif before is None:
+                    self.mark(t, SampledTensor(None, self.lost_in(sampled)))
+                continue  # changed in place, or handed through: the samples stay where they are
+            if not mutates and any(t is a for a in tensors) and "out" not in kwargs:
+                continue  # handed through, without samples
+            lost = len(known) < len(sampled)
+            layout = propagate(func, args, kwargs, known, tensors, t, lost, self._seen) if known else None
+            if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
+                continue  # a constant
+            total = level or (extent(func, args, kwargs, sampled) if layout is None else 0)
+            self.mark(t, self._found(func, sampled, t, layout, total))
+            if mutates and t._base is not None and not isinstance(self.kind(t._base), SampledTensor):
+                self.mark(t._base, self._found(func, sampled, t._base, None, 0))
+
+    def _found(
+        self,
+        func: Callable[..., Any],
+        sampled: Sequence[tuple[Tensor, Layout | None]],
+        out: Tensor,
+        layout: Layout | None,
+        total: int,
+    ) -> SampledTensor:
+        self.ragged |= layout is not None and layout.owner is not None
+        lost = "" if layout is not None else self.lost_in(sampled) or f"{function_name(func)} (output {_shape(out)})"
+        return SampledTensor(layout, lost, total)
+
+    def _seen(self) -> list[Layout]:
+        """The layouts of tensors so far, as far as their places aren't taken by others."""
+        kinds = (kind for _, kind in self.known.values())
+        return [kind.layout for kind in kinds if isinstance(kind, SampledTensor) and kind.layout is not None]
+
+    def follow_reshaped(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kind: SampledTensor
+    ) -> Any:
+        """A call that changes the shape of its argument in place: the samples go where a new tensor has them."""
+        before = args[0].detach()
+        out = func(*args, **kwargs)
+        new, layout = RESHAPED[func], kind.layout
+        if layout is not None:
+            given = (before, *args[1:])
+            layout = None if new is None else propagate(new, given, kwargs, [(before, layout)], [before], args[0])
+        self.mark(args[0], self._found(func, [(before, kind.layout)], args[0], layout, kind.total))
+        return out
+
+    def derive(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        sources: list[Shared],
+        before: dict[int, int],
+        out: Any,
+    ) -> None:
+        """What a call of shared tensors only has made; ``before``: the versions of its arguments."""
+        for t in results_of(args, kwargs, out, rules.mutates(func)):
+            if any(t is s.tensor for s in sources) and not rules.mutates(func):
+                continue  # handed through
+            if not t.requires_grad or t.grad_fn is None:
+                if self.kind(t) is None:
+                    self.mark(t, SharedTensor(None))
+            else:
+                self.derived += 1
+                made = Derivation(func, args, kwargs, get_gradient_edge(t), t.shape, sources, self.derived, before)
+                self.mark(t, SharedTensor(made if sources else None, t._version))
+
+
+def results_of(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, mutates: bool) -> list[Tensor]:
+    """What a call made: its outputs, or the tensor it changed."""
+    if isinstance(out, Tensor) and "out" not in kwargs:
+        return [out]
+    results = list(tensors_in(args[0] if out is None and mutates else out))
+    if isinstance(into := kwargs.get("out"), Tensor) and into is not out:
+        results.append(into)
+    return results
+
+
+def _shape(t: Tensor) -> str:
+    return "nested" if t.is_nested else str(tuple(t.shape))
+
+
+def is_wrapped(tensors: list[Tensor]) -> bool:
+    """Inside a user's own vmap or grad, samples are not on an axis of their own."""
+    functorch = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None and any(map(functorch.is_functorch_wrapped_tensor, tensors))

@@ -70,7 +70,8 @@ def gradients(
             A Gram matrix in ``S`` slices costs about ``(S + 3) / 2`` passes, everything else one.
         verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine, and
             at every call in which numbers of the whole batch act on single samples; where samples were picked by
-            values of the batch (masks, packed sequences, routes), in the first eight batches and every eighth.  Costs
+            values of the batch (masks, packed sequences, routes), or Python read counts or tests of it, in the first
+            eight batches and every eighth.  Costs
             about one sample, where numbers of the batch act more (see docs/limits.md).
         generator: its next draw seeds the forward pass (dropout), which leaves the global random state as it was.
 
@@ -144,7 +145,11 @@ def _verified(
     due = verify is None and known is not None and known.due()  # another batch may lie otherwise
     if verify is False or (verify is None and known is not None and not due):
         result = run(emit, known.couplers if known is not None else ())
-        acts = result.totals or result.hidden or (result.ragged and known is not None and not known.ragged)
+        acts = (
+            result.totals
+            or result.hidden
+            or ((result.ragged or result.read) and known is not None and not known.ragged)
+        )
         if verify is False:
             result = replace(result, coupled=result.coupled or result.totals)
         elif engine == "hooks" and known is not None and (acts or result.called not in known.called):
@@ -161,9 +166,12 @@ def _verified(
 
 
 def _chosen(problem: Problem, call: int = 0) -> int:
-    """The sample that is verified: always the same of so many at the first call, another at later ones."""
-    seed = problem.batch.n + 7919 * call
-    return int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(seed)))
+    """The sample that is verified: always the same of so many at the first call, another at later ones; not the first
+    of several then, on which those before it can't act.
+    """
+    count, seed = problem.batch.n, problem.batch.n + 7919 * call
+    drawn = int(torch.randint(count, (), generator=torch.Generator().manual_seed(seed)))
+    return drawn if call else max(drawn, min(1, count - 1))
 
 
 class _seeded:

@@ -79,6 +79,12 @@ class Capture(TorchFunctionMode):
         self.active = False
         self.followed.forget()
 
+    @property
+    def path(self) -> frozenset[Any]:
+        """What tells a pass from others: the functions that were called, and what Python read of the whole batch."""
+        read = self.followed.read
+        return frozenset({*self.called, tuple(read)} if read else self.called)
+
     # ---- one call -----------------------------------------------------------------------------------------------
 
     def __torch_function__(
@@ -101,6 +107,9 @@ class Capture(TorchFunctionMode):
                 out = rules.OPEN[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if func in _INDEXES and len(args) > 1 and _has_tensor_bounds(args[1]):
+            with self:  # slices read them where it can't be seen
+                args = (args[0], _read_bounds(args[1]), *args[2:])
         if func in RESHAPED and args and isinstance(kind := self.followed.kind(args[0]), SampledTensor):
             return self.followed.follow_reshaped(func, args, kwargs, kind)
         tensors = arguments(args, kwargs)
@@ -117,8 +126,11 @@ class Capture(TorchFunctionMode):
                     totals.append(t)
             elif kind is not None:
                 shared.append((t, kind))
-        if totals and func in rules.READS:
-            self.followed.hidden = True
+        if func in rules.READS:
+            out = func(*args, **kwargs)
+            if sampled or shared:
+                self.followed.reads(sampled, totals, out)
+            return out
         live = self._live(shared) if shared and func not in rules.INERT else []
         if not sampled or (shared and func in rules.PICKS and _is_choice(sampled)):
             before = {id(t): t._version for t in tensors}
@@ -245,6 +257,24 @@ class Capture(TorchFunctionMode):
 
 
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+_INDEXES = {Tensor.__getitem__, Tensor.__setitem__}
+
+
+def _has_tensor_bounds(index: Any) -> bool:
+    """Whether a tensor says where a slice begins or ends (``x[:, : lengths.max()]``)."""
+    if type(index) is slice:
+        return any(isinstance(bound, Tensor) for bound in (index.start, index.stop, index.step))
+    return type(index) is tuple and any(type(i) is slice and _has_tensor_bounds(i) for i in index)
+
+
+def _read_bounds(index: Any) -> Any:
+    """The same index, with numbers."""
+    if type(index) is slice:
+        bounds = (index.start, index.stop, index.step)
+        return slice(*(int(bound) if isinstance(bound, Tensor) else bound for bound in bounds))
+    return tuple(map(_read_bounds, index)) if type(index) is tuple else index
 
 
 def _is_choice(sampled: Sequence[tuple[Tensor, Layout | None]]) -> bool:

@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from . import rules
 from .calls import Derivation, Shared, behind, function_name, tensors_in
 from .errors import SampleAxisError
-from .layout import Layout
+from .layout import Layout, only
 from .mixing import SHIFTS, extent
 from .moves import RESHAPED
 from .propagate import found_again, lone_sample, propagate
@@ -32,7 +32,7 @@ from .writing import rewritten, writes_into
 class SampledTensor:
     layout: Layout | None
     lost: str = ""  # where there is no layout: the call in which it was lost
-    total: int = 0  # surely made of all samples together: 2, their sum or mean; 1, the largest or smallest of them
+    total: int = 0  # surely made of all samples together, see `mixing.extent`
 
 
 @dataclass(slots=True)
@@ -52,6 +52,9 @@ class Followed:
         self.derived = 0  # how many tensors were
         self.totals = False  # numbers of the whole batch act on single samples, with or without a gradient
         self.hidden = False  # they may act where it isn't seen: read by Python, or as ranks and running counts
+        self.read: list[
+            int
+        ] = []  # numbers that decide what the model does: counts and tests of the batch, or of buffers
         self.ragged = False  # some samples lie where they do by the values of this batch
 
     def begin(self, n: int, shared: Iterable[Tensor], inputs: Iterable[tuple[Tensor, int | None]]) -> None:
@@ -141,10 +144,23 @@ class Followed:
         """
         if len(totals) == len(sampled) or (func in rules.INERT and func not in rules.COMPARES):
             return False
-        if func in SHIFTS and self._level(totals) < 2:
+        if func in SHIFTS and self._level(totals) == 2:
             return False
         self.totals = True
         return func not in rules.INERT and any(t.requires_grad for t in totals)
+
+    def reads(self, sampled: Sequence[tuple[Tensor, Layout | None]], totals: Sequence[Tensor], value: Any) -> None:
+        """Python got a number, or several, which may decide what the model does."""
+        if self._level(totals) > 1:
+            self.hidden = True
+        elif sampled and all(at is not None and (at.n == 1 or only(at) is not None) for _, at in sampled):
+            pass  # of one sample
+        elif type(value) is bool or (type(value) is int and sampled):
+            self.read.append(value)
+        elif any(t.is_floating_point() or t.is_complex() for t, _ in sampled):
+            self.hidden = True
+        else:
+            self.ragged |= bool(sampled)  # all their lengths, or routes
 
     def _level(self, totals: Sequence[Tensor]) -> int:
         return max((kind.total for t in totals if isinstance(kind := self.kind(t), SampledTensor)), default=0)

@@ -96,7 +96,12 @@ def one_by_one(
         new = out.ndim > parts[0].ndim  # the axis, with one entry for each
         known = [(only(layouts[id(p)]), 1 if new else p.shape[dim]) for p in parts if id(p) in layouts]
         owners = [torch.full((count,), k, dtype=torch.long) for k, count in known if k is not None]
-        return owned(n, dim, torch.cat(owners)) if len(owners) == len(parts) else None
+        if len(owners) == len(parts):
+            return owned(n, dim, torch.cat(owners))
+        samples = {k for k, _ in known}
+        batch = out.shape[dim] == n and len(known) < len(parts) and sum(count for _, count in known) == 1
+        own = len(samples) == 1 and None not in samples and not batch
+        return Layout(n, alone=samples.pop()) if own else None  # a sample's own tokens beside others (zeros, a class)
     if func is Tensor.__setitem__ and out is args[0] and isinstance(i := args[1], int) and id(out) not in layouts:
         owner = only(sampled[-1][1])
         if owner is None:

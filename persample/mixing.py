@@ -22,6 +22,8 @@ SUMS: dict[Function, int] = {
 }
 # Largest and smallest numbers.
 EXTREMES = dict.fromkeys(named("amax", "amin", "aminmax", "max", "min"), 1)
+# Whether there are some, and how many.
+TESTS = named("any", "all", "count_nonzero")
 # Functions that don't care how numbers are shifted against each other by one for all.
 SHIFTS = named("add", "sub", "subtract", "rsub", "add_", "sub_", "__iadd__", "__isub__", "__radd__", "__rsub__")
 # Functions that leave every entry what it is, and put it beside others.
@@ -94,7 +96,7 @@ def sums_up(
     product of two tensors that both have it.  A largest number is none of these: it is mostly there to be subtracted
     before an exponential, which changes nothing.
     """
-    known = [(x, at) for x, at in sampled if at is not None and at.alone is None and at.n > 1 and x.is_floating_point()]
+    known = [(x, at) for x, at in sampled if at is not None and at.alone is None and at.n > 1]
     if not known or len(known) < len(sampled) or of_one(known) is not None:
         return False
     (x, at), *others = known
@@ -116,13 +118,16 @@ def sums_up(
 def extent(
     func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
 ) -> int:
-    """Whether a call gives what is made of all samples together: 2, their sum; 1, the largest or smallest of them."""
-    if func in EXTREMES and len(sampled) == 1:
+    """Whether a call gives what is made of all samples together: 3, their sum; 2, the largest or smallest of them; 1,
+    what is counted or tested (any number of integers, or a flag).
+    """
+    counts = func in TESTS or not any(x.is_floating_point() or x.is_complex() for x, _ in sampled)
+    if (func in EXTREMES or func in TESTS) and len(sampled) == 1:
         x, at = sampled[0]
-        if at is None or only(at) is not None or at.n == 1 or not x.is_floating_point() or not args or x is not args[0]:
+        if at is None or only(at) is not None or at.n == 1 or not args or x is not args[0]:
             return 0
-        return int(_reduced(1, args, kwargs, at.axis, x.ndim))
-    return 2 * sums_up(func, args, kwargs, sampled)
+        return (1 if counts else 2) * _reduced(1, args, kwargs, at.axis, x.ndim)
+    return (1 if counts else 3) * sums_up(func, args, kwargs, sampled)
 
 
 def ranks(

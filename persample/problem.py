@@ -43,9 +43,10 @@ class Pass:
     outputs: Any  # detached
     unused: tuple[str, ...] = ()  # parameters that no loss depends on
     coupled: bool = False  # some call couples the batch, though not for these parameters
-    called: frozenset[Any] = frozenset()  # the functions that the model and the criterion called, where they were seen
+    called: frozenset[Any] = frozenset()  # what the model and the criterion did, where it was seen (`Capture.path`)
     totals: bool = False  # numbers of the whole batch act on single samples: another batch may be coupled by them
     hidden: bool = False  # or they may do so where it isn't seen (a branch, ranks among the samples)
+    read: bool = False  # Python read counts or tests of the batch: another one may go another way
     ragged: bool = False  # samples were picked, and lie where they do by this batch's values
     served: dict[str, list[tuple[Callable[..., Any], str]]] = field(
         default_factory=dict

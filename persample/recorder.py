@@ -369,7 +369,7 @@ class Recorder:
         sink = Sink(self._parameters, self._aliases, quantities)
         modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.followed.samples_of(losses)
-        called = frozenset[Any]() if self._capture is None else frozenset(self._capture.called)
+        called = frozenset[Any]() if self._capture is None else self._capture.path
         kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
         verifies = notion is None and (kind not in held if self.verify is None else self.verify)

@@ -26,7 +26,7 @@ from .errors import BatchCoupledError, PersampleError, VerificationError
 from .factors import Factors, dense, device, index, strided
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
-from .remembered import counting, mistrust, remember, signature
+from .remembered import counting, mistrust, recall, remember, signature
 from .rounding import slack, tolerance
 from .state import Buffers, drawn_since, random_state, restored, set_random_state
 from .trace import find_coupling, influence
@@ -51,7 +51,7 @@ class Probe:
     """
 
     def __init__(self, problem: Problem, n: int) -> None:
-        self.problem, self.n = problem, n
+        self.problem, self.n = _kept(problem), n
         self.rows: dict[str, Tensor] = {}
         self.others: dict[int, dict[str, Tensor]] = {}  # rows of other samples
         self.before, self.buffers = random_state(problem.model), Buffers(problem.model)
@@ -109,6 +109,13 @@ class Probe:
     ) -> list[Verdict]:
         named = zip(self.problem.parameters, grads, strict=True)
         return compared(rows, {name: g for name, g in named if name in rows}, n, loss.dtype)
+
+
+def _kept(problem: Problem) -> Problem:
+    """The same, with inputs of its own: a forward may change those that it is given in place."""
+    batch = problem.batch
+    inputs = replace(batch.inputs, leaves=[x.clone() if isinstance(x, Tensor) else x for x in batch.inputs.leaves])
+    return replace(problem, batch=replace(batch, inputs=inputs))
 
 
 def row_of(g: Factors, n: int) -> Tensor:
@@ -172,7 +179,7 @@ def _differ(a: Tensor, b: Tensor, problem: Problem) -> bool:
 
 def _batch_losses(problem: Problem) -> Tensor:
     batch = problem.batch
-    tree = batch.outputs(call_model(problem.model, batch.inputs.whole()))
+    tree = batch.outputs(call_model(problem.model, batch.inputs.map(lambda x, _: x.clone())))
     several = [i for i, axis in enumerate(tree.axes) if axis is not None]
     tree = told_apart(problem, tree, several) if len(several) > 1 else tree
     return batch_losses(problem.loss_fn, tree, batch.targets, batch.n)
@@ -221,10 +228,14 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     if engine == "hooks" and not couplers and not all(v.ok for v in verdicts) and (ordinal := influence(problem, n)):
         run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
     raise_if_wrong(verdicts, None if note == WITHIN else engine)
-    if not (result.totals or result.hidden):  # a mask that is full now may not be so in the next batch
-        remember(problem, engine, couplers, result.called, result.ragged)
-    elif not couplers and (other := moved_by_others(problem)) is not None and other.n != n:
+    acts = result.totals or result.hidden
+    known = recall(problem, engine)
+    another = (result.read or result.ragged) and problem.batch.n > 1
+    another = another and (known is None or result.called not in known.called)
+    if (acts or another) and not couplers and (other := moved_by_others(problem)) is not None and other.n != n:
         return run_verified(problem, engine, emit, run, other.n)
+    if not acts:  # a mask that is full now may not be so in the next batch
+        remember(problem, engine, couplers, result.called, result.ragged or result.read)
     return result, note
 
 

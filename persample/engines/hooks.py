@@ -20,6 +20,7 @@ from ..batch import Tree, call_model, detached, flatten, suspended
 from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect
+from ..errors import LossError
 from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, reduced, unreduced, warn_if_not_mean
 from ..problem import Emit, Pass, Problem, check_no_hooks
 from ..refusals import check_complete, check_uncoupled
@@ -53,9 +54,10 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         detached(outputs),
         unused,
         capture.coupled or any(call.couples for call in found.calls),
-        frozenset(capture.called),
+        capture.path,
         capture.followed.totals,
         capture.followed.hidden,
+        bool(capture.followed.read),
         capture.followed.ragged,
         collect.served_by(),
     )
@@ -113,6 +115,12 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
         grads = torch.autograd.grad(
             losses, list(cut.values()), torch.ones_like(losses), allow_unused=True, retain_graph=True
         )
+        if all(g is None for g in grads):
+            raise LossError(
+                "loss_fn doesn't use what the model returns, but parameters all the same: its value is no loss of a "
+                "sample (computed beforehand, or from another call of the model, it is that of the whole batch). "
+                "Compute it from its arguments, loss_fn(outputs, targets)."
+            )
         for i, g in zip(cut, grads, strict=True):
             if g is not None and tree.axes[i] is None:
                 raise reduced([tuple(ends[i].shape)], batch.n)

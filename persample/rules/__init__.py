@@ -145,7 +145,19 @@ def _each(function: Function) -> Function:
     return run
 
 
+def _grid(*tensors: Any, indexing: str | None = None) -> Any:
+    """``meshgrid``, one after the other."""
+    given = tensors[0] if tensors and isinstance(tensors[0], (tuple, list)) else tensors
+    if indexing not in (None, "ij", "xy") or any(x.ndim > 1 for x in given):
+        return NotImplemented
+    shape = [x.numel() for x in given]
+    axes = [[-1 if a == i else 1 for a in range(len(given))] for i in range(len(given))]
+    grids = (x.reshape(axis).expand(shape) for x, axis in zip(given, axes, strict=True))
+    return tuple(g.transpose(0, 1) if indexing == "xy" and len(given) > 1 else g for g in grids)
+
+
 OPEN[torch.broadcast_tensors] = _broadcast
+OPEN[torch.meshgrid] = _grid
 OPEN.update({f: _each(f) for f in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)})
 
 # Whose outputs are computed from each other: copied, so that the gradient of one doesn't come through another.
@@ -178,7 +190,7 @@ COMPARES: set[Function] = {*spellings("eq", "ne", "lt", "le", "gt", "ge")}
 
 # What brings numbers to Python: they may decide what the model does.
 READS: set[Function] = {
-    *spellings("item", "tolist", "numpy"),
+    *spellings("item", "tolist", "numpy", "allclose", "equal", "is_nonzero"),
     *(getattr(Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "index")),
 }
 

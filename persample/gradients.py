@@ -86,6 +86,9 @@ class Gradients(Quantities):
             )
         return {name: kept.weighted_sum(weight) for name, kept in self._kept.items()}
 
+    def _kind(self, name: str) -> torch.dtype:
+        return dtype(self._kept[name].factors)
+
     def _cross(self, other: Quantities) -> Parts:
         if not isinstance(other, Gradients):
             raise QuantityError(

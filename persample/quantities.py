@@ -23,7 +23,7 @@ from torch.utils.weak import TensorWeakRef
 
 from . import display, reductions
 from .errors import InplaceError, QuantityError, UnknownParameterError
-from .factors import Dense, Factors, dense, dtype, tensors
+from .factors import Dense, Factors, dense, tensors
 from .streaming import joined
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class Kept:
         return value.clone() if handed or 0 in value.stride() else value  # zeros of what is unused are one number
 
     def weighted_sum(self, weight: Tensor | None) -> Tensor:
-        """``weight^T G``, in the parameter's own type."""
-        return reductions.weighted_sum(self.read(), weight).to(dtype(self.factors))
+        """``weight^T G``, in no less than single precision."""
+        return reductions.weighted_sum(self.read(), weight)
 
 
 class Checked(Mapping[str, Factors]):
@@ -190,7 +190,11 @@ class Quantities(abc.ABC):
 
     @abc.abstractmethod
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
-        """``weight^T G`` for every parameter."""
+        """``weight^T G`` for every parameter, in no less than single precision."""
+
+    @abc.abstractmethod
+    def _kind(self, name: str) -> torch.dtype:
+        """The type of the rows of a parameter, which is that of sums that are handed out."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -250,16 +254,27 @@ class Quantities(abc.ABC):
 
     def sum(self, weight: Tensor | None = None) -> dict[str, Tensor]:
         """``sum_n weight[n] G_n``, ``{name: [*P]}``: with no weight, the gradient of the summed loss."""
-        return self._weighted(weight)
+        return self._rounded(self._weighted(weight))
 
     def mean(self) -> dict[str, Tensor]:
         """``(1/N) sum_n G_n``, ``{name: [*P]}``: the gradient of the mean loss."""
+        return self._rounded(self.wide_mean())
+
+    def wide_mean(self) -> dict[str, Tensor]:
+        """`mean` in no less than single precision: for what is computed from it."""
         return {name: total / len(self) for name, total in self._weighted(None).items()}
+
+    def _rounded(self, sums: Parts) -> dict[str, Tensor]:
+        return {name: total.to(self._kind(name)) for name, total in sums.items()}
 
     def clip(self, max_norm: float) -> dict[str, Tensor]:
         """``sum_n min(1, max_norm / |G_n|) G_n``, ``{name: [*P]}``: the sum of rows, each clipped to an L2 norm over
         all parameters of at most ``max_norm`` (Abadi et al. 2016, algorithm 1, without noise and not divided by N).
         """
+        return self._rounded(self.wide_clip(max_norm))
+
+    def wide_clip(self, max_norm: float) -> dict[str, Tensor]:
+        """`clip` in no less than single precision: for what is computed from it."""
         check_max_norm(max_norm)
         norm = self.norm()
         weight = torch.where(norm > max_norm, max_norm / norm, 1.0)

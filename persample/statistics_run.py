@@ -125,7 +125,7 @@ class Statistics(Quantities):
             parts.clear()
             parts.update(ordered)
         if "clip" in self.requests:
-            self._clipped = super().clip(**self.requests["clip"])
+            self._clipped = super().wide_clip(**self.requests["clip"])
         return self
 
     def forget(self, name: str) -> None:
@@ -155,7 +155,7 @@ class Statistics(Quantities):
 
     def _weighted(self, weight: Tensor | None) -> dict[str, Tensor]:
         if weight is None:
-            return {name: total.to(self._kinds[name]) for name, total in self._parts("sum").items()}
+            return self._parts("sum")
         if not self._kept:
             raise QuantityError(
                 "a weighted sum needs the rows, which this run has not kept: compute gradients without quantities=, or "
@@ -163,8 +163,15 @@ class Statistics(Quantities):
             )
         return {name: self._kept.pop(name).weighted_sum(weight) for name in self.names}
 
+    def _kind(self, name: str) -> torch.dtype:
+        return self._kinds[name]
+
     def clip(self, max_norm: float | None = None) -> dict[str, Tensor]:
         """The clipped sum of this run; see `Gradients.clip`."""
+        return self._rounded(self.wide_clip(max_norm))
+
+    def wide_clip(self, max_norm: float | None = None) -> dict[str, Tensor]:
+        """`clip` in no less than single precision: for what is computed from it."""
         if self._clipped is None:
             raise _not_asked("'clip'", self.requests)
         if max_norm is not None and max_norm != self.requests["clip"]["max_norm"]:

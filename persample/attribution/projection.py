@@ -99,7 +99,7 @@ class Projection:
             stream = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(-(-count // 64))
             bits = np.unpackbits(stream.astype("<u8").view(np.uint8), count=count, bitorder="little")
             signs = torch.from_numpy(bits).to(like.device, like.dtype).mul_(-2).add_(1)
-            self._signs[key] = signs.view(-1, self.tile, size)
+            self._signs[key] = signs.view(self.dim // self.tile**2, self.tile, size)
         return self._signs[key]
 
     def spec(self) -> dict[str, int]:

@@ -154,6 +154,13 @@ class GradientStore:
             raise StoreError(
                 f"these gradients are of other parameters than the store's {self.names}; use params= or select()."
             )
+        for name, p in named_parameters(self.model)[0].items():
+            theirs = G._parameters.get(name)
+            if theirs is not None and theirs is not p and not torch.equal(theirs, p):
+                raise StoreError(
+                    f"these gradients are of another model than the store's: parameter '{name}' has other values. A "
+                    "store holds rows of one model; begin another one for each checkpoint."
+                )
         if self._versions != self._state():  # BatchNorm's statistics are written, and put back, in training mode
             if fingerprint(self.model) != self.table.meta["model"]:
                 raise _changed()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, QuantityError
-from ..factors import dense, fold
+from ..factors import Factors, cast, dense, dtype, fold
 from ..gradients import Gradients
 from ..quantities import Quantities
 from ..reductions import square_sum
 from ..statistics.parts import energy
-from .updates import Named, adapt, parts
+from .updates import Named, adapt, parts, quantities
 
 
 def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
@@ -28,10 +29,15 @@ def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
     if n % size:
         raise QuantityError(f"group_size={size} must divide the batch, but N = {n}.")
     if size == n:
-        return {name: energy(m) for name, m in G.mean().items()}
+        return {name: energy(m) for name, m in G.wide_mean().items()}
     if not isinstance(G, Gradients):
         raise QuantityError("second moments of groups need the rows: compute gradients without quantities=.")
-    return {name: square_sum(fold(G.factors[name], size)) / (size * n) for name in G.names}
+    return {name: square_sum(fold(_single(G.factors[name]), size)) / (size * n) for name in G.names}
+
+
+def _single(g: Factors) -> Factors:
+    """In no less than single precision: sums of rows in half precision may overflow."""
+    return cast(g, torch.promote_types(dtype(g), torch.float32))
 
 
 def check_size(size: int) -> None:
@@ -84,8 +90,8 @@ class PerSampleAdam(Named):
 
     def step(self, G: Quantities) -> None:  # type: ignore[override]
         """Take a step along the mean gradient, scaled by the second moment of groups."""
+        mean = quantities(G).mean()
         size = self.group_size or len(G)
-        mean = G.mean()
         if size == len(G):
             adapt(self, mean)
         else:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import Quantities
-from .updates import Named, adapt, check_at_least, descend, named, parts
+from .updates import Named, adapt, check_at_least, check_same, descend, named, parts, quantities
 
 Batches = Quantities | Sequence[Quantities]
 
@@ -51,15 +51,17 @@ class Clipping:
 
     def gradient(self, G: Batches, optimizer: Optimizer) -> dict[str, Tensor]:
         """``{name: [*P]}``: the clipped sum over a batch (in pieces), noised once, per expected sample."""
-        batches = [G] if isinstance(G, Quantities) else list(G)
+        batches = [quantities(batch) for batch in (G if isinstance(G, (list, tuple)) else [G])]
         for batch in batches:
             check_independent(batch)
         size = self.expected_batch_size or sum(len(batch) for batch in batches)
         if len({frozenset(batch.names) for batch in batches}) > 1:
             raise ArgumentError("the pieces of a batch must be gradients of the same parameters: the same params=.")
+        for batch in batches:
+            check_same(optimizer, batch.shapes)  # before noise is drawn
         if not size:
             raise ArgumentError("an empty batch needs expected_batch_size=, the number that its noise is divided by.")
-        clipped = [batch.clip(self.max_norm) for batch in batches]
+        clipped = [batch.wide_clip(self.max_norm) for batch in batches]
         totals = clipped[0] if clipped else {name: torch.zeros_like(slot.p) for name, slot in named(optimizer).items()}
         return {name: self._noised(sum((c[name] for c in clipped[1:]), t)) / size for name, t in totals.items()}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ArgumentError, UnknownParameterError
+from ..quantities import Quantities
 
 COMPILED = "_orig_mod."  # what torch.compile puts before names of parameters; `gradients` names those of the model
 # What schedulers write into groups for themselves, and torch.optim's ways to compute the same step.
@@ -158,6 +159,16 @@ def check_at_least(minimum: float, **options: float) -> None:
             raise ArgumentError(f"{name} must be at least {minimum:g}, got {value}.")
 
 
+def quantities(G: Any) -> Quantities:
+    """Raise for what is no result of a batch."""
+    if not isinstance(G, Quantities):
+        raise ArgumentError(
+            f"step() takes the per-sample gradients of a batch (persample.gradients(...)), got {type(G).__name__}."
+            + (" A closure would compute what is given here." if callable(G) else "")
+        )
+    return G
+
+
 def named(optimizer: Optimizer) -> dict[str, Slot]:
     """The optimizer's parameters that require grad, by name."""
     return {
@@ -170,19 +181,30 @@ def named(optimizer: Optimizer) -> dict[str, Slot]:
 
 def slots(optimizer: Optimizer, gradient: Mapping[str, Tensor]) -> Iterator[tuple[str, Slot]]:
     """The optimizer's parameters, which must be those of the gradient, by the names that they have there."""
-    found = named(optimizer)
-    names = {name.removeprefix(COMPILED): name for name in gradient}
+    names = check_same(optimizer, {name: g.shape for name, g in gradient.items()})
+    return ((names[name], slot) for name, slot in named(optimizer).items())
+
+
+def check_same(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> dict[str, str]:
+    """Raise unless gradients are those of the optimizer's parameters; the names that they have there."""
+    found = {
+        name: p
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+        if p.requires_grad
+    }
+    names = {name.removeprefix(COMPILED): name for name in shapes}
     if different := found.keys() ^ names.keys():
         name = min(different)
         where = "the gradients don't have it" if name in found else "the optimizer doesn't hold it"
         raise UnknownParameterError(
             f"parameter '{name}': {where}. Give step() the rows of the optimizer's parameters: params=, select()."
         )
-    for name, slot in found.items():
-        if slot.p.shape != (shape := gradient[names[name]].shape):
-            shapes = f"{list(slot.p.shape)} in the optimizer, {list(shape)} in the gradients"
-            raise UnknownParameterError(f"parameter '{name}' has shape {shapes}: they belong to different models.")
-    return ((names[name], slot) for name, slot in found.items())
+    for name, p in found.items():
+        if p.shape != (shape := shapes[names[name]]):
+            both = f"{list(p.shape)} in the optimizer, {list(shape)} in the gradients"
+            raise UnknownParameterError(f"parameter '{name}' has shape {both}: they belong to different models.")
+    return names
 
 
 def parts(x: Tensor) -> Tensor:

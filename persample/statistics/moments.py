@@ -80,8 +80,7 @@ class Moments(Accumulator[DatasetMoments]):
 
     def of(self, G: Quantities) -> DatasetMoments:
         n = len(G)
-        means = {name: m.to(torch.promote_types(m.dtype, torch.float32)) for name, m in G.mean().items()}
-        return DatasetMoments(n, means, {name: n * v for name, v in G.variance(0).items()}, mean_loss(G))
+        return DatasetMoments(n, G.wide_mean(), {name: n * v for name, v in G.variance(0).items()}, mean_loss(G))
 
 
 class Average(Accumulator[DatasetMoments]):

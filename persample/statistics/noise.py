@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from .accumulate import Accumulator, check_alike
-from .parts import By, HasMoments, centred_total, energy, mean_square, named, per_group, several
+from .parts import By, HasMoments, centred_total, energy, mean_square, means, named, per_group, several
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,8 +151,8 @@ def signal_to_noise(G: HasMoments, *, ddof: int = 0, eps: float = 0.0, by: By = 
     GSNR of parameters".  Population variance by default.  An entry that is zero for all samples has no signal: 0.
     Needs ``quantities=["mean", "variance"]``.
     """
-    means, variances = G.mean(), G.variance(ddof)
-    ratios = {name: _ratio(energy(means[name]), variances[name] + eps) for name in means}
+    average, variances = means(G), G.variance(ddof)
+    ratios = {name: _ratio(energy(average[name]), variances[name] + eps) for name in average}
     if by == "element":
         return ratios
     sums = {name: r.sum() for name, r in ratios.items()}

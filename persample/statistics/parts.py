@@ -85,8 +85,8 @@ def square_total(G: HasMoments) -> Part:
     if not isinstance(G, Quantities) or (_lacks(G, "squares") and not _lacks(G, "mean_square")):
         return {name: len(G) * m.sum() for name, m in G.second_moment().items()}
     if _lacks(G, "squares") and _lacks(G, "gram") and not _lacks(G, "variance"):
-        means = mean_square(G)
-        return {name: len(G) * (v.sum() + means[name]) for name, v in G.variance(0).items()}
+        squared = mean_square(G)
+        return {name: len(G) * (v.sum() + squared[name]) for name, v in G.variance(0).items()}
     return {name: s.sum() for name, s in squares(G).items()}
 
 
@@ -95,7 +95,12 @@ def mean_square(G: HasMoments) -> Part:
     if _lacks(G, "sum") and not _lacks(G, "gram"):
         assert isinstance(G, Quantities)
         return {name: K.mean().real for name, K in G.gram(per_parameter=True).items()}
-    return {name: energy(m).sum() for name, m in G.mean().items()}
+    return {name: energy(m).sum() for name, m in means(G).items()}
+
+
+def means(G: HasMoments) -> Part:
+    """``{name: [*P]}``: means that are not rounded to half precision, as parameters may be."""
+    return G.wide_mean() if isinstance(G, Quantities) else G.mean()
 
 
 def energy(x: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ def products(G: Quantities) -> Part:
 def along_mean(G: Quantities) -> Part:
     """``{name: g_n . gbar}``, ``[N]``: without the Gram matrix where the rows are there."""
     if isinstance(G, Gradients):
-        mean = G.mean()
+        mean = means(G)
         return {name: G.select([name]).dot({name: mean[name]}).real for name in G.names}
     return {name: K.mean(1).real for name, K in products(G).items()}
 

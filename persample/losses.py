@@ -125,6 +125,17 @@ def reduced(shapes: list[tuple[int, ...]], n: int) -> LossError:
     )
 
 
+def check_outputs(loss_fn: Any, outputs: Any) -> None:
+    """Raise where a criterion of torch is given the whole output object of a model."""
+    if not isinstance(outputs, Tensor) and (type(loss_fn) in CRITERIA or loss_fn in CRITERIA.values()):
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        field = ".logits" if hasattr(outputs, "logits") else ""
+        raise LossError(
+            f"{name} takes a tensor, but the model returns a {type(outputs).__name__}: give it the one that is meant, "
+            f"loss_fn=lambda outputs, targets: criterion(outputs{field or '[0]'}, targets)."
+        )
+
+
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
     """``[N]``: a scalar criterion of every sample alone."""
     if not any(axis is not None for axis in outputs.axes):
@@ -159,7 +170,15 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
     except LossError:
         raise
     except Exception:  # data-dependent criterions: one by one, which raises the user's own error if there is one
-        return torch.stack([_scalar(loss_fn(outputs.sample(i), targets.sample(i))) for i in range(n)])
+        try:
+            return torch.stack([_scalar(loss_fn(outputs.sample(i), targets.sample(i))) for i in range(n)])
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(
+                    "persample calls a loss_fn that returns a scalar with the outputs and targets of one sample alone: "
+                    "give targets as targets=, rather than take those of the batch from outside; or return [N] losses."
+                )
+            raise
 
 
 @contextmanager

@@ -251,6 +251,8 @@ def _normal(request: Any) -> tuple[str, dict[str, Any]]:
         raise QuantityError(f"unknown quantity {name!r}; a statistics run offers {list(NEEDS)}.")
     if unknown := [option for option in options if option != OPTIONS.get(name)]:
         way = f"its option is {OPTIONS[name]!r}" if name in OPTIONS else "it has none"
+        if unknown[0] == "per_parameter":
+            way += f". Ask for {name!r}, and the result for its {name}(per_parameter=True)"
         raise QuantityError(f"quantity {name!r} has no option {unknown[0]!r}: {way}.")
     if name == "clip" and "max_norm" not in options:
         raise QuantityError("ask for clip with its bound: quantities=[('clip', {'max_norm': 1.0})].")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -421,3 +422,42 @@ def test_coupled_samples_by_broadcasting_are_told_by_their_shapes() -> None:
 def test_reports_have_no_notion_and_say_what_has(ask: Any) -> None:
     with pytest.raises(persample.ArgumentError, match=r"coupled='loss'.*gradients.*persample.coupling"):
         ask(Model(LINEAR), square, x(), coupled="loss")
+
+
+def test_a_loss_function_that_takes_the_targets_of_the_batch() -> None:
+    """It is called for one sample alone, as its error says."""
+    model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.arange(5) % 3
+    with pytest.raises(ValueError) as raised:
+        persample.gradients(model, lambda outputs, _: F.cross_entropy(outputs, y), x)
+    assert any("one sample alone" in note for note in getattr(raised.value, "__notes__", ["one sample alone"]))
+
+
+def test_a_criterion_that_is_given_the_output_object_of_a_model() -> None:
+    @dataclass
+    class Output:
+        logits: Tensor
+
+    class Model(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return Output(logits=super().forward(x))
+
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    with pytest.raises(persample.LossError, match=r"returns a Output.*outputs\.logits"):
+        persample.gradients(Model(4, 3), nn.CrossEntropyLoss(), x, y)
+    G = persample.gradients(Model(4, 3), lambda out, y: F.cross_entropy(out.logits, y), x, y)
+    assert len(G) == 5
+
+
+def test_rows_that_were_asked_for_as_coupled_are_said_to_be_so() -> None:
+    model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.arange(5) % 3
+    G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, coupled="loss")
+    with pytest.raises(persample.BatchCoupledError, match="leave coupled= out"):
+        persample.optim.ClippedSGD(model.named_parameters(), max_norm=1.0).step(G)
+
+
+def test_norms_of_single_parameters_are_asked_of_the_result() -> None:
+    model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.arange(5) % 3
+    with pytest.raises(persample.QuantityError, match=r"squared_norm\(per_parameter=True\)"):
+        persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=[("squared_norm", {"per_parameter": True})])
+    S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["squared_norm"])
+    assert set(S.squared_norm(per_parameter=True)) == {"weight", "bias"}

@@ -229,3 +229,17 @@ def test_concatenated_of_other_tokens() -> None:
     a = Outer(torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 3), torch.Size((4, 3)))
     b = Outer(torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 3), torch.Size((4, 3)))
     torch.testing.assert_close(dense(microbatch.concatenated([a, b])), torch.cat([dense(a), dense(b)]))
+
+
+def test_the_first_call_has_as_large_slices_as_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What verification takes, gradients of all parameters, is no part of what a sample takes."""
+    sizes: list[int] = []
+    model = nn.Sequential(nn.Linear(50, 400), nn.ReLU(), nn.Linear(400, 3))
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    x, y = torch.randn(600, 50), torch.arange(600) % 3
+    largest = []
+    for _ in range(2):
+        sizes.clear()
+        persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["norm"], max_bytes=1_000_000)
+        largest.append(max(sizes))
+    assert 2 * largest[0] >= largest[1] > 2

@@ -36,7 +36,10 @@ def grad_dot(train: Features, test: Features) -> Tensor:
     if isinstance(train, Quantities) and isinstance(test, Quantities):
         return train.gram(test)  # type: ignore[no-any-return]
     if isinstance(train, Quantities) or isinstance(test, Quantities):
-        raise QuantityError("give gradients on both sides, or features [n, k] of the same projection on both.")
+        raise QuantityError(
+            "give gradients on both sides, or features [n, k] of the same projection on both: G.flat() beside whole "
+            "rows of a store, G.project(R) beside rows that were projected by R."
+        )
     a, b = both(train, test)
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.mT
@@ -168,13 +171,17 @@ def influence(train: Quantities, test: Any, solve: Callable[[Tensor], Tensor]) -
     return train.project(solved)
 
 
+def _what(x: Any) -> str:
+    return f"a {type(x).__name__} of {len(x)}" if isinstance(x, (tuple, list)) else f"a {type(x).__name__}"
+
+
 def _checkpoints(checkpoints: Iterable[Any], form: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
     """Checkpoints, each looked at."""
     if isinstance(checkpoints, (Quantities, Tensor)):
         raise ArgumentError(f"give checkpoints ({', '.join(form)}) in a list or generator, not one alone.")
     for checkpoint in checkpoints:
         if not isinstance(checkpoint, (tuple, list)) or len(checkpoint) != len(form):
-            raise ArgumentError(f"a checkpoint is a tuple ({', '.join(form)}), got {type(checkpoint).__name__}.")
+            raise ArgumentError(f"a checkpoint is a tuple ({', '.join(form)}), got {_what(checkpoint)}.")
         if math.isnan(lr := number(checkpoint[0])):
             raise ArgumentError(f"lr of a checkpoint must be a finite number, got {checkpoint[0]!r}.")
         yield (lr, *checkpoint[1:])

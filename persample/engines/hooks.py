@@ -21,7 +21,16 @@ from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect
 from ..errors import LossError
-from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, reduced, unreduced, warn_if_not_mean
+from ..losses import (
+    check_not_broadcast,
+    check_outputs,
+    ignored,
+    is_per_sample,
+    lone_losses,
+    reduced,
+    unreduced,
+    warn_if_not_mean,
+)
 from ..problem import Emit, Pass, Problem, check_no_hooks
 from ..refusals import check_complete, check_uncoupled
 from ..state import restored
@@ -79,6 +88,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                 batch.n, [*((x, axis) for x, axis in leaves if isinstance(x, Tensor)), *batch.targets.tensors()]
             )
             outputs = call_model(problem.model, inputs)
+            check_outputs(problem.loss_fn, outputs)
             targets = batch.targets.whole()
             ordered = whole = None
             if batch.targets.axes == [0] and isinstance(batch.output_dim, int) and batch.output_dim == 0:

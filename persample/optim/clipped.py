@@ -83,7 +83,8 @@ def check_independent(G: Quantities) -> None:
         raise BatchCoupledError(
             f"these gradients are of a batch-coupled model ({bad[0]}): every sample moves the rows of all others (also "
             "of parameters behind the statistics), so clipping its own row bounds nothing. Use a model without batch "
-            "statistics (GroupNorm, LayerNorm), or .eval() for frozen ones."
+            "statistics (GroupNorm, LayerNorm), or .eval() for frozen ones"
+            + (", and leave coupled= out, which asks for coupled rows." if "coupled=" in bad[0] else ".")
         )
 
 

@@ -14,8 +14,8 @@ All but the last cost one pass over the batch; a Gram matrix in ``S`` slices cos
 are run again draw the same random numbers.  Every slice finds the buffers as they were before the first, and what they
 leave is averaged.
 
-What a sample takes is measured on a first slice of two samples (if not all others fit at once, on a second one too, in
-which nothing is verified): the most that tensors hold at a time during its pass.
+What a sample takes is measured on a first slice of two samples: the most that tensors hold at a time during its pass.
+Where that one was verified, and not all others would fit at once, it is measured on a second slice.
 What the user gets (kept rows, results), the model, and the blocks in which reductions stream come on top.
 
 Slices of a batch whose samples are coupled are other functions of these samples: `BatchCoupledError`.
@@ -212,7 +212,7 @@ def _cross(grams: Parts, kept: dict[str, Factors], rows: slice, columns: slice, 
 
 def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pass]) -> Iterator[Slice]:
     """Run ``once`` on slice after slice, all but the first about as large, and as large as ``max_bytes`` allows."""
-    n, start, size, number = problem.batch.n, 0, FIRST, 0
+    n, start, size, measured = problem.batch.n, 0, FIRST, True
     buffers = Buffers(problem.model)
     averaged = Averaged(buffers)
     while start < n:
@@ -220,7 +220,7 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
         part = Slice(at, replace(problem, batch=narrowed(problem.batch, at)), buffers, random_state(problem.model))
         buffers.restore()
         meter = Meter()
-        with meter if number < 2 else nullcontext():
+        with meter if measured else nullcontext():
             result = once(part.problem, meter)
         averaged.take(at.stop - at.start)
         if result.coupled and at.stop - at.start < n:
@@ -229,12 +229,13 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
                 "slice would be another function of its samples. Leave max_bytes out."
             )
         yield part
-        if number < 2 and at.stop < n:
+        if measured:
             most = max(1, max_bytes * (at.stop - start) // max(1, meter.most))
             size = -(-(n - at.stop) // max(1, -(-(n - at.stop) // most)))
-            if not number and size < n - at.stop:
-                size = min(FIRST, most)  # the first may have been verified, by gradients of all parameters
-        start, number = at.stop, number + 1
+            measured = not start and result.checked and size < n - at.stop
+            if measured:  # once more: it took gradients of all parameters to verify this one
+                size = min(FIRST, most)
+        start = at.stop
     averaged.leave()
 
 

@@ -134,6 +134,8 @@ def remember(
     if len(memory.known) >= KEPT:
         memory.known.clear()
     known = memory.known.setdefault(kind, Known(couplers))
+    if len(known.called) >= KEPT:  # what Python reads may be another number every time
+        known.called.clear()
     known.called.add(called)
     known.ragged |= ragged
 

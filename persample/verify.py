@@ -236,6 +236,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         return run_verified(problem, engine, emit, run, other.n)
     if not acts:  # a mask that is full now may not be so in the next batch
         remember(problem, engine, couplers, result.called, result.ragged or result.read)
+    result = replace(result, checked=True)
     return result, note
 
 

@@ -191,7 +191,7 @@ COMPARES: set[Function] = {*spellings("eq", "ne", "lt", "le", "gt", "ge")}
 # What brings numbers to Python: they may decide what the model does.
 READS: set[Function] = {
     *spellings("item", "tolist", "numpy", "allclose", "equal", "is_nonzero"),
-    *(getattr(Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "index")),
+    *(getattr(Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "index", "contains", "array")),
 }
 
 # What passes no gradient on.

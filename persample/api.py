@@ -71,8 +71,8 @@ def gradients(
         verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine, and
             at every call in which numbers of the whole batch act on single samples; where samples were picked by
             values of the batch (masks, packed sequences, routes), or Python read counts or tests of it, in the first
-            eight batches and every eighth.  Costs
-            about one sample, where numbers of the batch act more (see docs/limits.md).
+            eight batches and every eighth.  Costs about one sample, where numbers of the batch act more (see
+            docs/limits.md).
         generator: its next draw seeds the forward pass (dropout), which leaves the global random state as it was.
 
     Returns:

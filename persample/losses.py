@@ -136,6 +136,15 @@ def check_outputs(loss_fn: Any, outputs: Any) -> None:
         )
 
 
+def unrelated() -> LossError:
+    """What to raise of a loss that depends on parameters but on no output."""
+    return LossError(
+        "loss_fn doesn't use what the model returns, but parameters all the same: its value is no loss of a "
+        "sample (computed beforehand, or from another call of the model, it is that of the whole batch). "
+        "Compute it from its arguments, loss_fn(outputs, targets)."
+    )
+
+
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
     """``[N]``: a scalar criterion of every sample alone."""
     if not any(axis is not None for axis in outputs.axes):
@@ -317,6 +326,7 @@ __all__ = [
     "per_sample",
     "reduced",
     "unreduced",
+    "unrelated",
     "warn_if_not_mean",
     "ways_out",
 ]

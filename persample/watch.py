@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .calls import arguments, function_name, tensors_in
+from .calls import arguments, behind, function_name, tensors_in
 from .errors import NOTIONS, BatchCoupledError, CaptureError
+from .followed import is_wrapped
 
 
 class Watch(TorchFunctionMode):
@@ -34,6 +35,14 @@ class Watch(TorchFunctionMode):
         tensors = arguments(args, kwargs)
         return bool(tensors) and all((ref := self.shared.get(id(t))) is not None and ref() is t for t in tensors)
 
+    def _hidden(self, t: Tensor) -> str | None:
+        """The name of a hidden parameter that ``t`` is, or was computed from: copies and what comes of them are wrapped
+        by torch.func.
+        """
+        if id(t) in self.hidden or t.grad_fn is None or is_wrapped([t]):
+            return self.hidden.get(id(t))
+        return next((self.hidden[id(leaf)] for leaf in behind(t)[1] if id(leaf) in self.hidden), None)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -46,10 +55,10 @@ class Watch(TorchFunctionMode):
             )
         if self.hidden:
             for t in arguments(args, kwargs):
-                if id(t) in self.hidden:
+                if name := self._hidden(t):
                     raise CaptureError(
-                        f"parameter '{self.hidden[id(t)]}' is used through a reference of its own, not through the "
-                        "model's attribute, so torch.func does "
+                        f"parameter '{name}' is used through a reference of its own, or through a value that was "
+                        "computed from it beforehand, not through the model's attribute, so torch.func does "
                         "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='hooks'."
                     )
         out = func(*args, **kwargs)

@@ -257,12 +257,34 @@ def test_a_grid_of_samples_and_parameters(both: bool, indexing: str) -> None:
         torch.testing.assert_close(G.flat(), want, rtol=1e-9, atol=1e-12)
 
 
-def test_a_loss_that_was_computed_beforehand() -> None:
+@pytest.mark.parametrize("verify", [None, False])
+@pytest.mark.parametrize("engine", ["hooks", "loop", "vmap"])
+def test_a_loss_that_was_computed_beforehand(engine: str, verify: bool | None) -> None:
     model, x = nn.Linear(D, 3), torch.randn(N, D)
     criterion = nn.CrossEntropyLoss()
     before = criterion(model(x), Y)
-    for wrong in (lambda *_: before, lambda *_: criterion(model(x), Y)):
-        with pytest.raises(persample.LossError, match="doesn't use what the model returns"):
-            persample.gradients(model, wrong, x, Y)
+    error = persample.CaptureError if engine == "vmap" else persample.LossError
+    why = "used through a reference of its own" if engine == "vmap" else "doesn't use what the model returns"
+    for wrong in (lambda *_: before, lambda *_: criterion(model(x), Y))[: 1 if engine == "vmap" else 2]:
+        with pytest.raises(error, match=why):
+            persample.gradients(model, wrong, x, Y, engine=engine, verify=verify)
     before.backward()  # its graph is still there
     assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize("verify", [None, False])
+def test_a_penalty_that_was_computed_beforehand(verify: bool | None) -> None:
+    """It belongs to every loss; torch.func doesn't see it, and says so."""
+    model, x = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 3)).double(), torch.randn(N, D).double()
+    penalty = model[0].weight.square().sum()
+    loss = lambda o, t: nn.functional.cross_entropy(o, t, reduction="none") + penalty  # noqa: E731
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(each, list(model.parameters()), retain_graph=True)])
+        for each in loss(model(x), Y)
+    ]
+    for engine in ("loop", "hooks"):
+        G = persample.gradients(model, loss, x, Y, engine=engine, verify=verify)
+        torch.testing.assert_close(G.flat(), torch.stack(rows), rtol=1e-9, atol=1e-12)
+        penalty = model[0].weight.square().sum()
+    with pytest.raises(persample.CaptureError, match=r"parameter '0.weight' is used through .* computed from it"):
+        persample.gradients(model, loss, x, Y, engine="vmap", verify=verify)

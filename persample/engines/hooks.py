@@ -20,7 +20,6 @@ from ..batch import Tree, call_model, detached, flatten, suspended
 from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect
-from ..errors import LossError
 from ..losses import (
     check_not_broadcast,
     check_outputs,
@@ -29,6 +28,7 @@ from ..losses import (
     lone_losses,
     reduced,
     unreduced,
+    unrelated,
     warn_if_not_mean,
 )
 from ..problem import Emit, Pass, Problem, check_no_hooks
@@ -126,11 +126,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
             losses, list(cut.values()), torch.ones_like(losses), allow_unused=True, retain_graph=True
         )
         if all(g is None for g in grads):
-            raise LossError(
-                "loss_fn doesn't use what the model returns, but parameters all the same: its value is no loss of a "
-                "sample (computed beforehand, or from another call of the model, it is that of the whole batch). "
-                "Compute it from its arguments, loss_fn(outputs, targets)."
-            )
+            raise unrelated()
         for i, g in zip(cut, grads, strict=True):
             if g is not None and tree.axes[i] is None:
                 raise reduced([tuple(ends[i].shape)], batch.n)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batch import Batch, call_model, cat, detached, flatten, unflatten
 from ..errors import LossError, SampleAxisError
 from ..factors import Dense, strided
-from ..losses import ignored, is_per_sample
+from ..losses import ignored, is_per_sample, unrelated
 from ..problem import Emit, Pass, Problem
 from ..state import Averaged, Buffers
 from ..watch import Watch
@@ -67,7 +67,12 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
     bad = None if each else ignored(problem.loss_fn, loss.reshape(1), alone.outputs(output), alone.targets, n)
     if bad is not None or not loss.requires_grad:
         return torch.zeros_like(loss) if bad is not None else loss, detached(output), (None,) * len(leaves)
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+    # what all samples share (a penalty computed beforehand) is differentiated again for the next
+    ends = [] if each else [x for x in flatten(output)[0] if isinstance(x, Tensor) and x.requires_grad]
+    found = torch.autograd.grad(loss, [*leaves, *ends], allow_unused=True, retain_graph=True) if leaves else ()
+    grads, of_outputs = found[: len(leaves)], found[len(leaves) :]
+    if of_outputs and all(g is None for g in of_outputs):
+        raise unrelated()
     return loss.detach(), detached(output), tuple(None if g is None else strided(g) for g in grads)
 
 

@@ -67,7 +67,9 @@ def extend(
     ``reduction`` says how that loss was made of the per-sample losses, so that rows come out unscaled: ``"sum"``,
     ``"mean"`` (a row is N times the sample's contribution; for a mean over tokens, N times the sample's share), a
     number ``c`` (the loss is ``c`` times the sum), or a function that returns ``c`` at every backward (gradient
-    scalers, accumulation).  ``callback`` gets one `Gradients` (or `Statistics`, with ``quantities=``) per backward.
+    scalers, accumulation).  ``callback`` gets one `Gradients` (or `Statistics`, with ``quantities=``) per backward, at
+    its end, as hooks do: in its thread and without gradients being recorded.  Forwards of ``model`` are what is seen; a
+    part of it that is called by itself is not.
     Parameters that act in the loss outside the model's forward (penalties) are not part of those rows.
 
     ``params``, ``batch_dim`` (an int, or a dict for keyword arguments) and ``quantities`` are as for
@@ -142,6 +144,11 @@ class Recorder:
         ]
         if self.quantities is not None:
             Statistics(self.quantities, {name: found[name] for name in self.names})  # complain now, not in a backward
+
+    def __repr__(self) -> str:
+        how = "" if self._listener is None else f", reports every backward (reduction={self._listener.reduction!r})"
+        state = "" if self._handles else ", removed"
+        return f"<persample.extend of {type(self.model).__name__}, {len(self.names)} parameters{how}{state}>"
 
     # ---- around forwards ----------------------------------------------------------------------------------------
 

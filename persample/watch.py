@@ -18,22 +18,23 @@ from .followed import is_wrapped
 class Watch(TorchFunctionMode):
     """For engines that run samples alone: raises where that would be another function, or miss a parameter."""
 
-    def __init__(self, hidden: Mapping[int, str] | None = None, shared: Iterable[Tensor] = ()) -> None:
+    def __init__(self, hidden: Mapping[int, str] | None = None, shared: Iterable[tuple[str, Tensor]] = ()) -> None:
         """``hidden``: parameters (by id) that must not be used as they are, because functional copies stand for
-        them; ``shared``: tensors without samples, on which statistics couple nothing (standardised weights).
+        them; ``shared``: names and tensors without samples, on which statistics couple nothing (standardised weights).
         """
         super().__init__()
         self.hidden = hidden or {}
-        self.shared: dict[int, weakref.ref[Tensor]] = {}
+        self.shared: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
         self.share(shared)
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def share(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """These have no samples, nor has what is computed from them alone."""
-        self.shared.update((id(t), weakref.ref(t)) for t in tensors)
+        self.shared.update((id(t), (name, weakref.ref(t))) for name, t in named)
 
-    def _all_shared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        tensors = arguments(args, kwargs)
-        return bool(tensors) and all((ref := self.shared.get(id(t))) is not None and ref() is t for t in tensors)
+    def _name(self, t: Tensor) -> str | None:
+        """Of a tensor without samples: what it is called, ``""`` for what was computed from such."""
+        name, ref = self.shared.get(id(t), ("", None))
+        return name if ref is not None and ref() is t else None
 
     def _hidden(self, t: Tensor) -> str | None:
         """The name of a hidden parameter that ``t`` is, or was computed from: copies and what comes of them are wrapped
@@ -47,11 +48,13 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        shared = bool(self.shared) and self._all_shared(args, kwargs)
+        names = [self._name(t) for t in arguments(args, kwargs)] if self.shared else []
+        shared = bool(names) and None not in names
         if (reason := rules.coupling(func, args, kwargs)) and not shared:
+            where = next((f" (with '{name}')" for name in names if name), "")
             raise BatchCoupledError(
-                f"{function_name(func)} {reason}, so a sample alone is another function than a sample of this batch. "
-                f"Use engine='hooks'. {NOTIONS}"
+                f"{function_name(func)}{where} {reason}, so a sample alone is another function than a sample of this "
+                f"batch. Use engine='hooks'. {NOTIONS}"
             )
         if self.hidden:
             for t in arguments(args, kwargs):
@@ -63,5 +66,5 @@ class Watch(TorchFunctionMode):
                     )
         out = func(*args, **kwargs)
         if shared:
-            self.share(tensors_in(out))
+            self.share(("", t) for t in tensors_in(out))
         return out

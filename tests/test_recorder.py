@@ -544,3 +544,13 @@ def test_losses_sample_by_sample(part: Any) -> None:
         rows = [torch.autograd.grad(loss, model[2].weight, retain_graph=True)[0] for loss in losses]
         decayed = [torch.autograd.grad(loss, model[0].weight, retain_graph=True)[0] for loss in losses]
     assert close(G["2.weight"], torch.stack(rows)) and close(G["0.weight"], torch.stack(decayed))
+
+
+def test_how_a_handle_shows_itself() -> None:
+    model = net()
+    handle = persample.extend(model, on_backward=lambda G: None, reduction="mean")
+    assert repr(handle) == "<persample.extend of Sequential, 4 parameters, reports every backward (reduction='mean')>"
+    handle.remove()
+    assert repr(handle).endswith(", removed>")
+    with persample.extend(model, params=".*bias") as recorder:
+        assert repr(recorder) == "<persample.extend of Sequential, 2 parameters>"

@@ -51,7 +51,7 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
     alone = batch.select(torch.tensor([n]))
     with torch.enable_grad():
         inputs = alone.inputs.map(lambda x, _: x.detach())
-        with Watch(shared=[*problem.model.parameters(), *problem.model.buffers()]):
+        with Watch(shared=[*problem.model.named_parameters(), *problem.model.named_buffers()]):
             output = call_model(problem.model, inputs)
         loss = problem.loss_fn(output, alone.targets.whole())
         if isinstance(loss, Tensor) and loss.shape == (batch.n,) and batch.n > 1:

@@ -123,7 +123,7 @@ def alone(
     swapped = {**pieces.fixed, **own, **pieces.values}
     with _reparametrize_module(model, swapped, tie_weights=True, stack_weights=True):  # around loss_fn too (penalties)
         if watch is not None:
-            watch.share(swapped.values())
+            watch.share(swapped.items())
         outputs = apply(model, inputs)
         loss = loss_fn(outputs, targets)
     each = is_per_sample(loss, 1)

@@ -255,12 +255,13 @@ def shared(row: int) -> int:
     return threads if found < threads and threads * row <= costs().wide else found
 
 
-def lanes(like: Tensor, row: int) -> int:
-    """Into how many totals, of ``row`` entries each, the samples of a block are added up: one for every thread, where
-    there are few samples in a block and all totals together fit a wide block.
+def lanes(like: Tensor, n: int, row: int) -> int:
+    """Into how many totals, of ``row`` entries each, ``n`` samples are added up: one for every thread, where there are
+    some for each, but few in a block, and all totals together fit a wide block.
     """
     c, threads = costs(), torch.get_num_threads()
-    return threads if like.device.type == "cpu" and 16 * row >= c.block and threads * row <= c.wide else 1
+    several = like.device.type == "cpu" and n >= 4 * threads
+    return threads if several and 16 * row >= c.block and threads * row <= c.wide else 1
 
 
 def cancelled(dtype: torch.dtype) -> float:

@@ -110,9 +110,21 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
 
     def once(part: Problem, meter: Meter) -> Pass:
         own = Statistics(requests, problem.parameters)
-        result, note = run(part, meter.paused()(own.emit), False)
+
+        @meter.paused()
+        def emit(name: str, g: Factors) -> None:
+            own.emit(name, g)
+            if own.settled(name):
+                take_in(total, own, name, len(g))
+
+        result, note = run(part, emit, False)
         with meter.paused():
-            take_in(total, own.finish(result, note))
+            own.finish(result, note)
+            for name in next(iter(own._stored.values())).copy():
+                take_in(total, own, name, len(own))
+            if own._clipped is not None:
+                total._clipped = _summed(total._clipped, own._clipped)
+            total._n, total._kinds, total.note = len(total) + len(own), own._kinds, own.note
         passes.append(result)
         return result
 
@@ -124,29 +136,30 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
         fill_in(total._stored["gram"], slices, run, whole.losses)
     if with_sums:
         total.forget("sum")
-    total.losses, total.outputs, total.unused = whole.losses, whole.outputs, whole.unused
+    total.report(whole, total.note)
     return total
 
 
-def take_in(total: Statistics, more: Statistics) -> None:
-    """Merge the parts of further samples; the inner products across are left zero."""
-    n, m = len(total), len(more)
-    mine, theirs = total._stored, more._stored
-    merged = n and "variance" in mine
-    gaps = {name: s / m - mine["sum"][name] / n for name, s in theirs["sum"].items()} if merged else {}
-    for kind, parts in mine.items():
-        for name, part in theirs[kind].items():
-            parts[name] = MERGE[kind](parts[name], n, part, m) if n else part
-    for name, gap in gaps.items():  # of the means
-        mine["variance"][name].add_(gap.abs().square_(), alpha=n * m / (n + m) ** 2)
-    if more._clipped is not None:
-        before = total._clipped
-        total._clipped = {name: c if before is None else before[name] + c for name, c in more._clipped.items()}
-    total._n, total._kinds, total.note = n + m, more._kinds, more.note
+def take_in(total: Statistics, more: Statistics, name: str, m: int) -> None:
+    """Merge the parts of one parameter from ``m`` further samples into the total, in its memory, and drop them; the
+    inner products across are left zero.
+    """
+    n = len(total)
+    mine, theirs = total._stored, {kind: parts.pop(name) for kind, parts in more._stored.items()}
+    gap = (theirs["sum"] / m).sub_(mine["sum"][name], alpha=1 / n) if n and "variance" in mine else None  # of means
+    for kind, part in theirs.items():
+        mine[kind][name] = MERGE[kind](mine[kind][name], n, part, m) if n else part.contiguous()
+    if gap is not None:
+        gap = gap.abs() if gap.is_complex() else gap
+        mine["variance"][name].addcmul_(gap, gap, value=n * m / (n + m) ** 2)
+
+
+def _summed(before: Parts | None, more: Parts) -> Parts:
+    return more if before is None else {name: before[name].add_(c) for name, c in more.items()}
 
 
 def _averaged(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
-    return (a * (n / (n + m))).add_(b, alpha=m / (n + m))
+    return a.mul_(n / (n + m)).add_(b, alpha=m / (n + m))
 
 
 def _appended(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
@@ -159,7 +172,7 @@ def _beside(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
 
 
 def _added(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
-    return a + b
+    return a.add_(b)
 
 
 # How the part of n samples and that of m more become one; for variances, the distance of the means comes on top.

@@ -121,7 +121,7 @@ def _accumulated(g: Factors, take: Callable[..., None], count: int) -> list[Tens
             if not at.start:
                 like, size = tensors(g)[-1], piece.shape.numel()
                 known = not isinstance(g, Dense | Pulled)  # which thread wrote the rows
-                lanes = cost.lanes(like, size) if known else 1
+                lanes = cost.lanes(like, len(g), size) if known else 1
                 totals.append([like.new_zeros(lanes, size) for _ in range(count)])
             take(piece, at.start, *totals[number])
     if not totals:
@@ -143,7 +143,7 @@ def _together(n: int, *totals: Tensor) -> tuple[Tensor, ...]:
             mean.add_(gap, alpha=own / (done + own))
             square.add_(more).addcmul_(gap, gap, value=done * own / (done + own))
             done += own
-    return mean, square
+    return (mean.clone(), square.clone()) if lanes > 1 else (mean, square)  # those live on, and the lanes don't
 
 
 def _dealt(rows: Tensor, before: int, lanes: int) -> Iterator[tuple[slice, Tensor, int]]:

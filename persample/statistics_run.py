@@ -79,6 +79,10 @@ class Statistics(Quantities):
             if sum(nbytes(kept.factors) for kept, _ in self._doubtful.values()) > cost.costs().held:
                 self._settle()
 
+    def settled(self, name: str) -> bool:
+        """Whether the parts of this parameter are final, and nothing else will be made of them."""
+        return name not in self._doubtful and "clip" not in self.requests
+
     def _settle(self) -> None:
         """Look at the checks that were put off, and compute again what is doubtful."""
         held, self._doubtful = self._doubtful, {}
@@ -117,16 +121,20 @@ class Statistics(Quantities):
         raise QuantityError(f"this run has kept no rows, so there is none of {name!r}: leave quantities= out for them.")
 
     def finish(self, run: Pass, note: str = "") -> Statistics:
-        """Take what the engine reports, and make the clipped sum."""
+        """Look at what was put off, take what the engine reports, and make the clipped sum."""
         self._settle()
-        self.losses, self.outputs, self.unused, self.note = run.losses, run.outputs, run.unused, note
-        for parts in self._stored.values():
-            ordered = {name: parts[name] for name in self.names}
-            parts.clear()
-            parts.update(ordered)
+        self.report(run, note)
         if "clip" in self.requests:
             self._clipped = super().wide_clip(**self.requests["clip"])
         return self
+
+    def report(self, run: Pass, note: str) -> None:
+        """Take what the engine reports, and bring the parts into the order of the parameters."""
+        self.losses, self.outputs, self.unused, self.note = run.losses, run.outputs, run.unused, note
+        for parts in self._stored.values():
+            ordered = {name: parts[name] for name in self.names if name in parts}
+            parts.clear()
+            parts.update(ordered)
 
     def forget(self, name: str) -> None:
         """Drop a quantity that was only needed in between."""

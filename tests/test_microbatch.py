@@ -126,6 +126,23 @@ def test_memory_is_bounded() -> None:
         assert 0.5 * bound < found < 1.25 * bound
 
 
+@pytest.mark.parametrize(("asked", "results"), [(["second_moment"], 1), (["variance"], 2), (["sum", "variance"], 2)])
+def test_slices_are_merged_in_the_memory_of_the_result(asked: list[str], results: int) -> None:
+    """``results`` of the parameters' size, and a few of the largest layer's, whatever the number of slices."""
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(200, 200), nn.Tanh())))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    args = model, lambda o, t: (o - t).square().sum(1), torch.randn(64, 200), torch.randn(64, 200)
+
+    def run(max_bytes: int | None) -> Any:
+        S = persample.gradients(*args, quantities=asked, verify=False, max_bytes=max_bytes)
+        return [getattr(S, method)() for method in asked]
+
+    for _ in range(2):  # blocks of scratch memory are kept
+        found, parts = peak(lambda: run(1))
+    assert results * size < found < (results + 0.8) * size
+    torch.testing.assert_close(parts, run(None))
+
+
 def test_a_gram_matrix_sees_one_mask_per_sample() -> None:
     model = nn.Sequential(nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 3)).double()
     x, y = torch.randn(N, 5, dtype=torch.float64), torch.randint(3, (N,))

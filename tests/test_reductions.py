@@ -87,7 +87,7 @@ def test_every_thread_has_totals_of_its_own(
     name: str, block: int, how: str, lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Samples are dealt out to totals, however many there are of both, block by block."""
-    monkeypatch.setattr(cost, "lanes", lambda like, row: lanes)
+    monkeypatch.setattr(cost, "lanes", lambda like, n, row: lanes)
     for n in (1, 2, 5, 8):
         g, rows = examples(5, n)[name]
         with cost.using(block=block, long=1, wide=10**9, conv_rows=how, outer_moments="stream"):
@@ -100,8 +100,8 @@ def test_every_thread_has_totals_of_its_own(
 def test_lanes_and_blocks_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     like, block, wide = torch.empty(1), cost.costs().block, cost.costs().wide
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert [cost.lanes(like, row) for row in (block // 17, block // 16, wide // 4, wide // 4 + 1)] == [1, 4, 4, 1]
-    assert cost.lanes(like.to("meta"), block) == 1
+    assert [cost.lanes(like, 16, row) for row in (block // 17, block // 16, wide // 4, wide // 4 + 1)] == [1, 4, 4, 1]
+    assert cost.lanes(like, 15, block) == cost.lanes(like.to("meta"), 16, block) == 1
     assert [cost.chunk(block // n) for n in (1, 3, 4, 5, 7, 8, 9)] == [1, 3, 4, 4, 4, 8, 8]
     assert [cost.shared(row) for row in (wide // 4 + 1, wide // 4, block // 5)] == [1, 4, 4]
 

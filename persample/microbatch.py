@@ -10,7 +10,7 @@ variances                              merged by the distance of the means (Chan
 Gram matrices                          block by block: rows of one slice are kept while every later slice is run again
 ====================================== ===============================================================================
 
-All but the last cost one pass over the batch; a Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.  Slices that
+What is as large as the parameters is merged in place as it arrives.  All but the last cost one pass over the batch; a Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.  Slices that
 are run again draw the same random numbers.  Every slice finds the buffers as they were before the first, and what they
 leave is averaged.
 

@@ -10,9 +10,9 @@ variances                              merged by the distance of the means (Chan
 Gram matrices                          block by block: rows of one slice are kept while every later slice is run again
 ====================================== ===============================================================================
 
-What is as large as the parameters is merged in place as it arrives.  All but the last cost one pass over the batch; a Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.  Slices that
-are run again draw the same random numbers.  Every slice finds the buffers as they were before the first, and what they
-leave is averaged.
+What is as large as the parameters is merged in place as it arrives.  All but the last cost one pass over the batch; a
+Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.  Slices that are run again draw the same random numbers.  Every
+slice finds the buffers as they were before the first, and what they leave is averaged.
 
 What a sample takes is measured on a first slice of two samples: the most that tensors hold at a time during its pass.
 Where that one was verified, and not all others would fit at once, it is measured on a second slice.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -19,7 +20,7 @@ from .gradients import Sink
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
 from .remembered import recall, remember
-from .state import restored, taking_turns, undone_on_error
+from .state import restored, seeded, taking_turns, undone_on_error
 from .statistics_run import Request
 from .verify import check_alone, run_verified
 
@@ -107,7 +108,7 @@ def gradients(
     def sliced(part: Problem, emit: Emit, replay: bool) -> tuple[Pass, str]:
         return _verified(part, engine, emit, False if replay else verify)
 
-    with _seeded(generator), undone_on_error(problem.model):
+    with _drawing(generator), undone_on_error(*problem.owners):
         if quantities is not None and max_bytes is not None:
             return microbatch.statistics(problem, quantities, max_bytes, sliced)
         sink = Sink(problem.parameters, problem.aliases, quantities)
@@ -153,7 +154,7 @@ def _verified(
         if verify is False:
             result = replace(result, coupled=result.coupled or result.totals)
         elif engine == "hooks" and known is not None and (acts or result.called not in known.called):
-            with restored(problem.model):
+            with restored(*problem.owners):
                 run_verified(problem, engine, lambda *_: None, run, _chosen(problem))
         return result, "verify=False" if verify is False else ""
     n = _chosen(problem, known.calls if known is not None and due else 0)
@@ -174,21 +175,13 @@ def _chosen(problem: Problem, call: int = 0) -> int:
     return drawn if call else max(drawn, min(1, count - 1))
 
 
-class _seeded:
+@contextmanager
+def _drawing(generator: torch.Generator | None) -> Iterator[None]:
     """Random draws inside come from the generator's next draw; outside, nothing was drawn."""
-
-    def __init__(self, generator: torch.Generator | None) -> None:
-        self.generator = generator
-
-    def __enter__(self) -> None:
-        if self.generator is None:
-            return
-        if not isinstance(self.generator, torch.Generator):
-            raise RandomnessError(f"generator must be a torch.Generator, got {type(self.generator).__name__}.")
-        self.fork = torch.random.fork_rng()
-        self.fork.__enter__()
-        torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device)))
-
-    def __exit__(self, *exc: Any) -> None:
-        if self.generator is not None:
-            self.fork.__exit__(*exc)
+    if generator is None:
+        yield
+        return
+    if not isinstance(generator, torch.Generator):
+        raise RandomnessError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+    with seeded(int(torch.randint(2**31, (), generator=generator, device=generator.device))):
+        yield

@@ -157,7 +157,7 @@ def no_notion(name: str, coupled: Any) -> None:
 def check_problem(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...] = ()) -> CheckReport:
     """The report; what the engine raises becomes part of it."""
     try:
-        with restored(problem.model), NoDropout():
+        with restored(*problem.owners), NoDropout():
             return _checked(problem, engine, chosen, couplers)
     except PersampleError as error:
         return _failed(problem, engine, chosen, error, couplers)
@@ -186,7 +186,7 @@ def _failed(
 
 
 def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...]) -> CheckReport:
-    probes, buffers, before = [Probe(problem, n) for n in chosen], Buffers(problem.model), random_state(problem.model)
+    probes, buffers, before = [Probe(problem, n) for n in chosen], Buffers(*problem.owners), random_state(problem.model)
     sums: dict[str, Tensor] = {}
 
     def emit(name: str, g: Factors) -> None:

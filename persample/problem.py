@@ -34,6 +34,11 @@ class Problem:
     parameters: dict[str, nn.Parameter]  # those asked for, by their first name
     aliases: dict[str, str] = field(default_factory=dict)  # further names of tied parameters -> first name
 
+    @property
+    def owners(self) -> tuple[nn.Module, LossFunction]:
+        """What has buffers, which a pass may change."""
+        return self.model, self.loss_fn
+
 
 @dataclass(frozen=True)
 class Pass:

@@ -6,23 +6,25 @@ iterate and statistics run at every forward.
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-RandomState = list[tuple[torch.device, Tensor]]
 
 OWN: ContextVar[bool] = ContextVar("own", default=False)  # the pass that runs is the library's, not the user's
 
@@ -87,15 +89,45 @@ def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
 _GUARD = threading.Lock()
 
 
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """Of the CPU's generator, those of the devices that a model's parameters live on, and those of NumPy and Python, by
+    which some models draw (masks of spectra).
+    """
+
+    torch: list[tuple[torch.device, Tensor]]
+    numpy: Any
+    python: Any
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, RandomState)
+            and all(torch.equal(x, y) for (_, x), (_, y) in zip(self.torch, other.torch, strict=True))
+            and self.numpy[2:] == other.numpy[2:]
+            and bool((self.numpy[1] == other.numpy[1]).all())
+            and bool(self.python == other.python)
+        )
+
+
 def random_state(model: nn.Module) -> RandomState:
-    """The state of the CPU's generator and those of the devices that the model's parameters live on."""
+    """The state of all generators that a pass of the model may draw from."""
+    return RandomState(_torch_state(model), np.random.get_state(), random.getstate())  # noqa: NPY002 (models draw from it)
+
+
+def set_random_state(state: RandomState) -> None:
+    """Back to what `random_state` returned."""
+    _set_torch_state(state.torch)
+    np.random.set_state(state.numpy)  # noqa: NPY002
+    random.setstate(state.python)
+
+
+def _torch_state(model: nn.Module) -> list[tuple[torch.device, Tensor]]:
     devices = {p.device for p in parameters_of(model)} - {torch.device("cpu")}
     own = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices if d.type != "meta"]
     return [(torch.device("cpu"), torch.get_rng_state()), *own]
 
 
-def set_random_state(state: RandomState) -> None:
-    """Back to what `random_state` returned."""
+def _set_torch_state(state: list[tuple[torch.device, Tensor]]) -> None:
     for device, value in state:
         if device.type == "cpu":
             torch.set_rng_state(value)
@@ -105,7 +137,22 @@ def set_random_state(state: RandomState) -> None:
 
 def drawn_since(before: RandomState, model: nn.Module) -> bool:
     """Whether random numbers were drawn."""
-    return not all(torch.equal(x, y) for (_, x), (_, y) in zip(before, random_state(model), strict=True))
+    return before != random_state(model)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, all generators begin with this seed; outside, nothing was drawn."""
+    numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy)  # noqa: NPY002
+            random.setstate(python)
 
 
 AutocastState = list[tuple[str, bool, torch.dtype]]
@@ -127,23 +174,29 @@ def autocast_as(state: AutocastState) -> Iterator[None]:
 
 
 class Buffers:
-    """A model's buffers as they are now, to be put back: those that a forward changes, and those that it replaces."""
+    """Buffers of a model (and a criterion) as they are now, to be put back: those that a forward changes, and those
+    that it replaces.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *owners: Any) -> None:
         self.values = [
-            (module, name, b, b.detach().clone())
-            for module in modules_of(model)
+            (module, name, b, b.detach().clone(), 0 if b.is_inference() else b._version)
+            for owner in owners
+            if isinstance(owner, nn.Module)
+            for module in modules_of(owner)
             for name, b in module._buffers.items()
             if b is not None and not is_lazy(b)
         ]
 
     def restore(self) -> None:
-        """As they were."""
+        """As they were, also for graphs of the user's that have saved them."""
         with torch.no_grad():
-            for module, name, buffer, value in self.values:
+            for module, name, buffer, value, version in self.values:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):  # versions don't tell: native batch norm doesn't count its writes
                     buffer.copy_(value)
+                if not buffer.is_inference() and buffer._version != version:
+                    torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
 
 
 class Averaged:
@@ -155,7 +208,7 @@ class Averaged:
         self.count = 0
         self.totals = [
             (module, name, value, torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)))
-            for module, name, _, value in begin.values
+            for module, name, _, value, _ in begin.values
             if value.is_floating_point()
         ]
 
@@ -172,32 +225,35 @@ class Averaged:
             for module, name, before, total in self.totals:
                 now = getattr(module, name, None)
                 if now is not None and now.shape == total.shape and not torch.equal(now, before):
-                    now.copy_(total / self.count)
+                    with _unsafe_preserve_version_counter(now):  # it is the forwards that count
+                        now.copy_(total / self.count)
 
 
 class undone_on_error:
-    """What raises inside leaves random state and buffers as they were."""
+    """What raises inside leaves random state (that of torch) and buffers as they were."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.random, self.buffers = random_state(model), Buffers(model)
+    def __init__(self, model: nn.Module, loss_fn: Any = None) -> None:
+        self.random, self.buffers = _torch_state(model), Buffers(model, loss_fn)
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            set_random_state(self.random)
+            _set_torch_state(self.random)
             self.buffers.restore()
 
 
 @contextmanager
-def restored(model: nn.Module, begin: Buffers | None = None) -> Iterator[None]:
-    """Afterwards, random state and buffers are what they are now; inside, buffers begin as those in ``begin``."""
-    random, buffers = random_state(model), Buffers(model)
+def restored(model: nn.Module, loss_fn: Any = None, *, begin: Buffers | None = None) -> Iterator[None]:
+    """Afterwards, random state and buffers (those of a criterion too) are what they are now; inside, buffers begin as
+    those in ``begin``.
+    """
+    drawn, buffers = random_state(model), Buffers(model, loss_fn)
     if begin is not None:
         begin.restore()
     try:
         yield
     finally:
-        set_random_state(random)
+        set_random_state(drawn)
         buffers.restore()

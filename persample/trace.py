@@ -52,8 +52,8 @@ def find_coupling(problem: Problem, n: int, certain: bool = False) -> tuple[str,
     logs = []
     for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n))):
         trace = _Trace(problem.model, n)
-        with restored(problem.model), NoDropout(), contextlib.suppress(Exception), torch.enable_grad():
-            forward(Problem(problem.model, problem.loss_fn, batch, problem.parameters), trace)
+        with restored(*problem.owners), NoDropout(), contextlib.suppress(Exception), torch.enable_grad():
+            forward(Problem(*problem.owners, batch, problem.parameters), trace)
         logs.append(trace.log)
     for (name, ordinal, a), (other, _, b) in zip(*logs, strict=False):
         if name != other or (a is not None and b is not None and not _close(a, b)):

@@ -54,7 +54,7 @@ class Probe:
         self.problem, self.n = _kept(problem), n
         self.rows: dict[str, Tensor] = {}
         self.others: dict[int, dict[str, Tensor]] = {}  # rows of other samples
-        self.before, self.buffers = random_state(problem.model), Buffers(problem.model)
+        self.before, self.buffers = random_state(problem.model), Buffers(*problem.owners)
 
     def listen(self, emit: Emit) -> Emit:
         """``emit``, with the row kept on the way."""
@@ -80,12 +80,12 @@ class Probe:
         model = self.problem.model
         if not drawn_since(self.before, model):
             return self._compare(run), ""
-        with restored(model, self.buffers), NoDropout():
+        with restored(*self.problem.owners, begin=self.buffers), NoDropout():
             again = Probe(self.problem, self.n)
             silent = ENGINES[engine](self.problem, again.keep)
             if not drawn_since(again.before, model):
                 return again._compare(silent), "verified with dropout off"
-        with restored(model, self.buffers):
+        with restored(*self.problem.owners, begin=self.buffers):
             set_random_state(self.before)
             loss, grads = _within_batch(self.problem, self.n)
         assert run.losses is not None
@@ -97,7 +97,7 @@ class Probe:
         assert run.losses is not None
         verdicts = []
         for n, rows in [(self.n, self.rows), *[*self.others.items()][:FEW]]:
-            with restored(self.problem.model, self.buffers):
+            with restored(*self.problem.owners, begin=self.buffers):
                 loss, grads = (_within_batch if run.coupled else _alone)(self.problem, n)
             if _differ(run.losses[n], loss, self.problem):
                 raise LossDiffers(n, float(run.losses[n]), float(loss))
@@ -157,8 +157,8 @@ def _alone(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]
 
 def check_alone(problem: Problem, n: int) -> None:
     """For engines that run samples alone: raise where sample ``n`` has another loss within the batch (dropout off)."""
-    with restored(problem.model), NoDropout(), torch.enable_grad():
-        before, buffers = random_state(problem.model), Buffers(problem.model)
+    with restored(*problem.owners), NoDropout(), torch.enable_grad():
+        before, buffers = random_state(problem.model), Buffers(*problem.owners)
         alone = one_sample(problem, n, [])[0]
         buffers.restore()
         batch = _batch_losses(problem)[n]
@@ -246,8 +246,8 @@ def moved_by_others(problem: Problem) -> LossDiffers | None:
     not in models that draw random numbers (dropout aside), of which a sample alone draws others.
     """
     batch, losses = problem.batch, []
-    with restored(problem.model), NoDropout(), torch.enable_grad():  # the model may hook its gradients
-        before, buffers = random_state(problem.model), Buffers(problem.model)
+    with restored(*problem.owners), NoDropout(), torch.enable_grad():  # the model may hook its gradients
+        before, buffers = random_state(problem.model), Buffers(*problem.owners)
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2)):
             buffers.restore()
             some = torch.arange(batch.n)[part]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointError
 
 from ..batch import Batch, Tree, call_model, detached, flatten
@@ -36,7 +37,7 @@ from ..state import (
     restored,
     set_random_state,
 )
-from .statistics import Explicit, Node, Pool, Replace, Replacement
+from .statistics import Explicit, Layer, Node, Pool, Replace, Replacement
 
 CHUNK = 1 << 21  # numbers that several vector-Jacobian products may hold together: with more, one by one is faster
 
@@ -135,7 +136,7 @@ class Point:
                     f"{what} changed since the coupling was set up, so its results would belong to different points. "
                     "Ask for what you need before the change, or call persample.coupling again after it."
                 )
-        with restored(self.problem.model), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
+        with restored(*self.problem.owners), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
             set_random_state(self.random)
             self.passes.forward += 1
             try:
@@ -221,11 +222,24 @@ def _copied(problem: Problem, random: RandomState, same: list[bool], passes: Pas
 
 
 def _state(problem: Problem) -> list[tuple[str, Any]]:
-    """Versions and places of the parameters and the batch, and the modes of the modules."""
+    """Versions and places of the batch and of what model and criterion are made of, and the modes of the modules.
+
+    The running statistics of a layer that normalises by the batch say nothing about it, and change with every forward.
+    """
+    found: list[tuple[str, Any]] = []
+    for owner, of in zip(problem.owners, ("", " of loss_fn"), strict=True):
+        for path, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
+            dot, batchwise = f"{path}." if path else "", isinstance(module, Layer) and module.training
+            found.append((f"the mode of module '{path}'{of}", module.training))
+            found += [(f"parameter '{dot}{name}'{of}", _place(p)) for name, p in module.named_parameters(recurse=False)]
+            for name, b in module.named_buffers(recurse=False):
+                found.append((f"buffer '{dot}{name}'{of}", None if batchwise else _place(b)))
     batch = [x for tree in (problem.batch.inputs, problem.batch.targets) for x, _ in tree.tensors()]
-    parameters = [(f"parameter '{name}'", (p._version, p.data_ptr())) for name, p in problem.model.named_parameters()]
-    modes = [(f"the mode of module '{name}'", m.training) for name, m in problem.model.named_modules()]
-    return [*parameters, *modes, *(("the batch", x._version) for x in batch)]
+    return found + [("the batch", x._version) for x in batch]
+
+
+def _place(t: Tensor) -> tuple[int, int] | None:
+    return None if is_lazy(t) else (t._version, t.data_ptr())
 
 
 class _Under(nn.Module):

@@ -222,7 +222,7 @@ def _verify(problem: Problem, verify: bool | None) -> None:
         raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}")
     if verify or (verify is None and not verified(problem, "hooks")):
         n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
-        with restored(problem.model):
+        with restored(*problem.owners):
             run_verified(
                 problem, "hooks", lambda *_: None, lambda emit, couplers: hooks(problem, emit, couplers=couplers), n
             )

@@ -66,7 +66,7 @@ class Objective:
     def forward(self, capture: Capture | None = None) -> Iterator[Any]:
         """The outputs with their graph, to be differentiated inside the ``with`` block; ``capture`` records calls."""
         batch = self.problem.batch
-        with restored(self.problem.model), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
+        with restored(*self.problem.owners), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
             set_random_state(self.random)
             inputs = batch.inputs.map(lambda x, _: x.detach())
             if capture is None:

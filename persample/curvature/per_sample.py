@@ -23,7 +23,7 @@ from ..errors import ArgumentError, CaptureError, DirectionError, PersampleError
 from ..losses import LossFunction
 from ..problem import Problem, Selection, pose
 from ..remembered import remember, verified
-from ..state import random_state, restored
+from ..state import drawn_since, random_state, restored
 from ..verify import check_alone
 from ..watch import Watch
 from .objective import Objective, twice_differentiable
@@ -94,8 +94,8 @@ def _check_repeatable(problem: Problem) -> None:
     with Watch(), torch.enable_grad():  # some models differentiate themselves
         before = random_state(problem.model)
         call_model(problem.model, alone.inputs.whole())
-        after = random_state(problem.model)
-    if not all(torch.equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True)):
+        drawn = drawn_since(before, problem.model)
+    if drawn:
         raise RandomnessError(
             "the model draws random numbers (dropout), and a sample alone would get others than in its batch. Switch "
             "the draws off (model.eval()), or use hvp, which keeps one draw for the whole batch."

@@ -165,7 +165,7 @@ def pinned(problem: Problem, apply: Callable[[Tensor], Tensor]) -> Callable[[Ten
     """``apply``, always at the point where things stand now: buffers begin as they are now, as any forward pass may
     move running statistics; after other changes, `InplaceError`.
     """
-    before, buffers = _point(problem), Buffers(problem.model)
+    before, buffers = _point(problem), Buffers(*problem.owners)
 
     def same(matrix: Tensor) -> Tensor:
         if frozen := [name for name, p in problem.parameters.items() if not p.requires_grad]:
@@ -179,7 +179,7 @@ def pinned(problem: Problem, apply: Callable[[Tensor], Tensor]) -> Callable[[Ten
                 f"{what} changed since the operator was made, so its products would belong to different points. Take "
                 "all products before the change, or make the operator again after it."
             )
-        with restored(problem.model, buffers):
+        with restored(*problem.owners, begin=buffers):
             return apply(matrix)
 
     return same

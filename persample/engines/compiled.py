@@ -41,7 +41,7 @@ def run(problem: Problem, pieces: Pieces, spec: list[Any]) -> Found:
     enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     try:
         with torch._dynamo.config.patch(recompile_limit=KEPT, skip_nnmodule_hook_guards=False):
-            found = own.function(problem.model, problem.loss_fn, pieces, spec)
+            found = own.function(*problem.owners, pieces, spec)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, or of the model: then it is the eager engine's to raise
@@ -58,7 +58,7 @@ def run(problem: Problem, pieces: Pieces, spec: list[Any]) -> Found:
     if own.fresh:
         try:
             with torch.random.fork_rng(), torch.enable_grad(), watching(problem) as watch:
-                alone(problem.model, problem.loss_fn, first(pieces), [], watch)
+                alone(*problem.owners, first(pieces), [], watch)
         except BaseException:
             del _COMPILED[problem.model]
             raise

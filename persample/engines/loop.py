@@ -25,7 +25,7 @@ def loop(problem: Problem, emit: Emit) -> Pass:
     """N separate backward passes of batches of one."""
     names, leaves = list(problem.parameters), list(problem.parameters.values())
     rows: dict[str, list[Tensor | None]] = {name: [] for name in names}
-    losses, outputs, buffers = [], [], Buffers(problem.model)
+    losses, outputs, buffers = [], [], Buffers(*problem.owners)
     averaged = Averaged(buffers)
     for n in range(problem.batch.n):
         buffers.restore()

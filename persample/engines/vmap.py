@@ -84,7 +84,7 @@ def eager(problem: Problem, pieces: Pieces, spec: list[Any]) -> Found:
     """As `rows_of`, watched."""
     try:
         with watching(problem) as watch:
-            return rows_of(problem.model, problem.loss_fn, pieces, spec, watch)
+            return rows_of(*problem.owners, pieces, spec, watch)
     except (PersampleError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:

@@ -1,0 +1,157 @@
+"""What passes leave behind, and what they are run with again: random numbers of all kinds, buffers of model and
+criterion, and graphs of the user's that have saved them.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import persample
+
+N = 6
+CE = nn.CrossEntropyLoss()
+
+
+class MasksSpectra(nn.Module):
+    """Some frames are replaced by a learned vector, drawn by NumPy or by Python, as in ``transformers``."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by, self.inner, self.out = by, nn.Linear(5, 7), nn.Linear(7, 3)
+        self.mask = nn.Parameter(torch.randn(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[0] * x.shape[1]
+        drawn = np.random.rand(count) if self.by == "numpy" else [random.random() for _ in range(count)]  # noqa: NPY002
+        where = torch.as_tensor(drawn).view(x.shape[:2]) < 0.3
+        return self.out(torch.where(where[..., None], self.mask, self.inner(x)).tanh()).mean(1)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(N, 8, 5).double(), torch.randint(3, (N,))
+
+
+@pytest.mark.parametrize("by", ["numpy", "python"])
+@pytest.mark.parametrize("options", [{}, {"max_bytes": 1}, {"max_bytes": 20_000}])
+@pytest.mark.parametrize("verify", [True, False])
+def test_draws_of_numpy_and_python(by: str, options: dict[str, Any], verify: bool) -> None:
+    model, (x, y) = MasksSpectra(by).double(), batch()
+    for seed in range(5):
+        np.random.seed(seed), random.seed(seed)  # noqa: NPY002
+        S = persample.gradients(
+            model, CE, x, y, quantities=["norm", ("project", {"projection": torch.eye(73).double()}), "gram"],
+            verify=verify, **options,
+        )  # fmt: skip
+        rows = S.project()  # of the very draws that the inner products are of
+        torch.testing.assert_close(S.gram(), rows @ rows.T, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(S.norm(), rows.norm(dim=1), rtol=1e-9, atol=1e-12)
+        assert S.losses is not None and not S.note.startswith("batch-coupled")
+
+
+@pytest.mark.parametrize("by", ["numpy", "python"])
+def test_a_generator_repeats_them_and_leaves_them_alone(by: str) -> None:
+    model, (x, y) = MasksSpectra(by).double(), batch()
+    before = np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[union-attr]  # noqa: NPY002
+    one, two, other = (
+        persample.gradients(model, CE, x, y, generator=torch.Generator().manual_seed(seed)).flat() for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.allclose(one, other)
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before  # type: ignore[union-attr]  # noqa: NPY002
+
+
+def normed() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+CALLS: dict[str, Any] = {
+    **{
+        notion: lambda m, x, y, notion=notion: persample.gradients(m, CE, x, y, coupled=notion)
+        for notion in ("loss", "copy", "frozen", "influence", "eval")
+    },
+    "coupling": lambda m, x, y: persample.coupling(m, CE, x, y).norms(),
+    "uncoupled": lambda m, x, y: persample.gradients(m, CE, x, y, params=r"3\."),
+    "check": lambda m, x, y: persample.check(m, CE, x, y, params=r"3\."),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_graphs_of_the_user_stay_whole(call: Any) -> None:
+    """A forward of the user's has saved running statistics, which are put back as if nobody had touched them."""
+    model, x, y = normed(), torch.randn(N, 5).double(), torch.randint(3, (N,))
+    loss = CE(model(x), y)
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    call(model, x, y)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Normalises(nn.Module):
+    """A criterion with running statistics of its own, and a count of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, affine=False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(self.norm(outputs), targets, reduction="none")
+
+
+@pytest.mark.parametrize("call", ["loss", "eval", "coupling"])
+def test_buffers_of_the_criterion_stay_under_coupling(call: str) -> None:
+    model, x, y, criterion = normed(), torch.randn(N, 5).double(), torch.randint(3, (N,)), Normalises().double()
+    before = {name: b.clone() for name, b in criterion.named_buffers()}
+    if call == "coupling":
+        persample.coupling(model, criterion, x, y).norms()
+    else:
+        persample.gradients(model, criterion, x, y, coupled=call)
+    assert all(torch.equal(b, before[name]) for name, b in criterion.named_buffers())
+
+
+@pytest.mark.parametrize("engine", ["hooks", "loop"])
+def test_buffers_of_the_criterion_are_those_of_one_call(engine: str) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            self.calls += 1
+            return F.cross_entropy(outputs, targets, reduction="none")
+
+    criterion = Counts()
+    persample.gradients(
+        nn.Linear(5, 3).double(), criterion, torch.randn(N, 5).double(), torch.arange(N) % 3, engine=engine
+    )
+    assert criterion.calls == 1
+
+
+def test_a_coupling_notices_buffers_and_criteria_that_changed() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = normed()
+            self.register_buffer("scale", torch.tensor(2.0).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x * self.scale)
+
+    for change, what in (
+        (lambda m, c: m.scale.mul_(3), "buffer 'scale' changed"),
+        (lambda m, c: c.weight.mul_(3), "buffer 'weight' of loss_fn changed"),
+    ):
+        model, x, y = Scaled(), torch.randn(N, 5).double(), torch.arange(N) % 3
+        criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]).double(), reduction="sum")
+        C = persample.coupling(model, criterion, x, y)
+        C.gradients("frozen"), model(x)
+        change(model, criterion)
+        with pytest.raises(persample.InplaceError, match=what):
+            C.gradients("loss")

@@ -65,6 +65,7 @@ class Capture(TorchFunctionMode):
         self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
         self.ordinal = 0  # of the call that is running
         self.differentiates = False  # a backward runs, between `start` and `stop`
+        self.trusts = False  # the call that runs is taken apart: what numbers of the batch do in it is known
         self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
 
     def start(self, n: int, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
@@ -139,7 +140,9 @@ class Capture(TorchFunctionMode):
                 self.followed.derive(func, args, kwargs, live, before, out)
             return out
         couples = (
-            "makes a sample's values depend on the other samples"
+            ""
+            if self.trusts
+            else "makes a sample's values depend on the other samples"
             if self.ordinal in self.couplers
             or mixes(func, args, kwargs, sampled)
             or (totals and self.followed.meet(func, totals, sampled))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,14 +48,27 @@ def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
         )
 
 
+def check_only(known: Collection[Any], found: Reached, parameters: Mapping[str, Tensor]) -> None:
+    """Raise if any of the parameters acts through several samples at once elsewhere than in these functions."""
+    coupled = couplers(Reached([call for call in found.calls if call.func not in known]), parameters)
+    if coupled:
+        name, call = next((name, coupled[name]) for name in parameters if name in coupled)
+        raise BatchCoupledError(
+            f"parameter '{name}'{_and_more([*coupled])}: {call.name} {call.couples}, so something else than BatchNorm "
+            f"couples the batch, which no notion of coupled= takes apart. {_broadcast(call)}{_OTHER_WAY_OUT}",
+            tuple(name for name in parameters if name in coupled),
+        )
+
+
 def couplers(found: Reached, parameters: Mapping[str, Tensor]) -> dict[str, Call]:
     """For every parameter that acts through several samples at once, a call that couples them."""
     names = {id(p): name for name, p in parameters.items()}
     coupled: dict[str, Call] = {}
     for call in found.calls:
         if call.couples:
-            upstream = (names[id(p)] for p in parameters_of(reached(call.inputs, call.owner)) if id(p) in names)
-            coupled.update((name, call) for name in upstream if name not in coupled)
+            before = reached(call.inputs, call.owner)
+            upstream = {*map(id, parameters_of(before)), *before.leaves}
+            coupled.update((name, call) for i, name in names.items() if i in upstream and name not in coupled)
     return coupled
 
 

@@ -27,7 +27,7 @@ from ..curvature.objective import Objective, twice_differentiable
 from ..engines.hooks import Seeds, along, forward
 from ..errors import CaptureError, InplaceError
 from ..problem import Emit, Problem
-from ..refusals import check_complete
+from ..refusals import check_complete, check_only
 from ..state import (
     AutocastState,
     RandomState,
@@ -37,7 +37,7 @@ from ..state import (
     restored,
     set_random_state,
 )
-from .statistics import Explicit, Layer, Node, Pool, Replace, Replacement
+from .statistics import READ, Explicit, Layer, Node, Pool, Replace, Replacement
 
 CHUNK = 1 << 21  # numbers that several vector-Jacobian products may hold together: with more, one by one is faster
 
@@ -112,6 +112,7 @@ class Point:
             losses = Objective(problem, 1.0, self.random).losses(outputs)
             modes.close()
             self.passes.drawn = random_state(problem.model)
+            check_only(READ, reached([losses.grad_fn], capture), problem.parameters)
             yield Forward(tree, outputs, losses, [] if explicit is None else explicit.nodes)
 
     @contextmanager
@@ -197,6 +198,7 @@ class Recorded:
         starts = [g if weight is None else along(g, weight.to(g.dtype), axis) for _, g, axis in self.seeds]
         found = reached(t.grad_fn for t in ends)
         check_complete(found, self.point.problem.parameters)
+        check_only(READ, found, self.point.problem.parameters)
         collect = Collect(found, self.point.problem.parameters, emit, self.point.n, release=False)
         try:
             if self.criterion is not None:

@@ -37,6 +37,7 @@ from .. import rules
 from ..calls import function_name
 from ..capture import Capture
 from ..errors import BatchCoupledError, BatchNormError
+from ..followed import SharedTensor
 from ..layout import Layout
 
 Layer = nn.modules.batchnorm._BatchNorm
@@ -229,8 +230,12 @@ class Replace(TorchFunctionMode):
         if func in READ:
             call = READ[func](*args, **kwargs)
             name = self._name(call)
-            if reason:
-                return self.by(name, call, lambda: self._layout(name, call.input))
+            if reason and not isinstance(self.capture.followed.kind(call.input), SharedTensor):  # no weights
+                self.capture.trusts = True
+                try:
+                    return self.by(name, call, lambda: self._layout(name, call.input))
+                finally:
+                    self.capture.trusts = False
         elif reason:
             raise BatchCoupledError(
                 f"{function_name(func)} {reason}, in a way that has no known statistics: only calls of "

@@ -152,10 +152,12 @@ class Coupling:
         Raises:
             BatchNormError: "eval" for a layer without running statistics.
         """
-        if notion not in notions.NOTIONS:
+        if not isinstance(notion, str) or notion not in notions.NOTIONS:
             raise ArgumentError(
                 f"'the gradient of sample n' is not one thing: say which of {list(notions.NOTIONS)}, got {notion!r}."
             )
+        if samples is not None and not isinstance(samples, Iterable):
+            raise ArgumentError(f"samples must be a list of their numbers, got {samples!r}.")
         some = None if samples is None else [self._sample(n) for n in samples]
         at = None if some is None else torch.tensor(some, dtype=torch.int64, device=self.losses.device)
         return self._collect(notion, lambda emit: notions.NOTIONS[notion](self.network, emit, at))

@@ -125,8 +125,9 @@ def _labels(groups: int | Tensor, x: Tensor) -> Tensor:
                 "e.g. torch.arange(N) // size"
             )
         return torch.arange(len(x), device=x.device) // (len(x) // groups)
-    if groups.shape != x.shape[:1]:
-        raise BatchNormError(f"groups needs one label per sample, [{len(x)}]; got {tuple(groups.shape)}")
+    if not isinstance(groups, Tensor) or groups.shape != x.shape[:1]:
+        got = tuple(groups.shape) if isinstance(groups, Tensor) else repr(groups)
+        raise BatchNormError(f"groups needs a number, or a tensor with one label per sample, [{len(x)}]; got {got}")
     labels: Tensor = torch.unique(groups.to(x.device), return_inverse=True)[1]
     return labels
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..batch import detached
 from ..calls import reached
 from ..dropout import NoDropout
-from ..errors import BatchCoupledError, BatchNormError
+from ..errors import BatchCoupledError
 from ..factors import Factors, compact
 from ..problem import Pass, Problem
 from ..rounding import tolerance
@@ -225,18 +225,15 @@ class Network:
 
     def verify(self) -> None:
         """Given the statistics, samples must be independent: raise if a loss changes with the other samples."""
-        for node in self.structure.nodes:
-            if len(node.moments[0]) * node.positions == 1:
-                raise BatchNormError(f"'{node.name}' normalises a single value per channel. Use more than one sample.")
-        n = self.n // 2
+        n, dtype = self.n // 2, self.structure.losses.dtype
         with NoDropout():
             with self.point.forward(live) as run:
-                values = [s.detach() for s in pooled(run.nodes)]
+                nodes = [node.detached() for node in run.nodes]
                 before = float(run.losses[n].detach())
             alike = self.problem.batch.select(torch.full((self.n,), n))  # all others replaced by copies of sample n
-            with self.point.forward(given(values), alike) as run:
+            with self.point.forward(given(nodes), alike) as run:
                 after = float(run.losses[n].detach())
-        tol = tolerance(self.structure.losses.dtype)
+        tol = tolerance(dtype)
         if abs(before - after) > tol * (abs(before) + abs(after)) + 1e-3 * tol:
             raise BatchCoupledError(
                 f"sample {n} has loss {before:.6g} within the batch, {after:.6g} with the same BatchNorm statistics "

@@ -175,10 +175,11 @@ def coupled_pass(problem: Problem, notion: str, emit: Emit, verify: bool | None)
 
     Random numbers are drawn as by one forward pass; buffers (running statistics) stay as they are.
     """
-    if notion not in NOTIONS:
+    if not isinstance(notion, str) or notion not in NOTIONS:
         raise ArgumentError(f"coupled must be one of {list(NOTIONS)}, got {notion!r}.")
     network = Network(Point.of(problem))
-    if verify or (verify is None and not verified(problem, "coupled")):
+    alone = notion == "eval" and network.n == 1  # there is nothing to verify, and no statistics of a batch
+    if not alone and (verify or (verify is None and not verified(problem, "coupled"))):
         network.verify()
         remember(problem, "coupled")
     run = NOTIONS[notion](network, emit, None)

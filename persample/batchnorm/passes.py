@@ -25,7 +25,8 @@ from ..capture import Capture
 from ..collect import Collect
 from ..curvature.objective import Objective, twice_differentiable
 from ..engines.hooks import Seeds, along, forward
-from ..errors import CaptureError, InplaceError
+from ..errors import ArgumentError, CaptureError, InplaceError
+from ..factors import strided
 from ..problem import Emit, Problem
 from ..refusals import check_complete, check_only
 from ..state import (
@@ -77,6 +78,8 @@ class Point:
 
     @staticmethod
     def of(problem: Problem) -> Point:
+        if lazy := [name for name, p in problem.parameters.items() if is_lazy(p)]:
+            raise ArgumentError(f"parameter '{lazy[0]}' has no values yet (a lazy module): run the model once.")
         return Point(problem, random_state(problem.model), _state(problem))
 
     def __reduce__(self) -> Any:
@@ -169,7 +172,8 @@ class Point:
         if not live or not inputs:
             return [None] * len(inputs)
         ends, starts = zip(*live, strict=True)
-        return list(torch.autograd.grad(ends, inputs, starts, retain_graph=True, create_graph=again, allow_unused=True))
+        found = torch.autograd.grad(ends, inputs, starts, retain_graph=True, create_graph=again, allow_unused=True)
+        return [None if g is None else strided(g) for g in found]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,8 +244,8 @@ def _state(problem: Problem) -> list[tuple[str, Any]]:
     return found + [("the batch", x._version) for x in batch]
 
 
-def _place(t: Tensor) -> tuple[int, int] | None:
-    return None if is_lazy(t) else (t._version, t.data_ptr())
+def _place(t: Tensor) -> tuple[int, int]:
+    return t._version, t.data_ptr()
 
 
 class _Under(nn.Module):
@@ -275,4 +279,4 @@ def _pull(out: Tensor, inputs: Sequence[Tensor], at: slice) -> Grads:
         except RuntimeError:  # a backward that vmap doesn't support
             pass
     found = [torch.autograd.grad(out, inputs, seed, retain_graph=True, allow_unused=True) for seed in seeds]
-    return [None if rows[0] is None else torch.stack(rows) for rows in zip(*found, strict=True)]
+    return [None if rows[0] is None else torch.stack([strided(g) for g in rows]) for rows in zip(*found, strict=True)]

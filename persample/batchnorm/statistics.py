@@ -76,11 +76,11 @@ class Node:
 
 # ---- pools: from the moments h [M, C] of the samples to a statistic -----------------------------------------------
 
-# (h, members) -> s, [C] or [M, C]; called twice for every node
-Pool = Callable[[Tensor, Tensor | None], Tensor]
+# (h, members, the call's name) -> s, [C] or [M, C]; called twice for every node
+Pool = Callable[[Tensor, Tensor | None, str], Tensor]
 
 
-def live(h: Tensor, members: Tensor | None) -> Tensor:
+def live(h: Tensor, members: Tensor | None, name: str) -> Tensor:
     """The statistics of the batch; a leaf where they depend on no parameter."""
     s = h.mean(0)
     return s if s.requires_grad else s.requires_grad_()
@@ -94,12 +94,12 @@ class Copies:
     def __init__(self) -> None:
         self.leaves: list[Tensor] = []
 
-    def __call__(self, h: Tensor, members: Tensor | None) -> Tensor:
+    def __call__(self, h: Tensor, members: Tensor | None, name: str) -> Tensor:
         self.leaves.append(h.detach().mean(0).repeat(len(h), 1).requires_grad_())
         return self.leaves[-1]
 
 
-def constant(h: Tensor, members: Tensor | None) -> Tensor:
+def constant(h: Tensor, members: Tensor | None, name: str) -> Tensor:
     """The statistics of the batch, held fixed."""
     return h.detach().mean(0)
 
@@ -107,18 +107,20 @@ def constant(h: Tensor, members: Tensor | None) -> Tensor:
 def weighted(w: Tensor) -> Pool:
     """Sample ``m`` counts ``w[m]`` in every statistic; weights are normalised."""
 
-    def pool(h: Tensor, members: Tensor | None) -> Tensor:
+    def pool(h: Tensor, members: Tensor | None, name: str) -> Tensor:
         own = w if members is None else w[members]
+        if not bool(own.detach().any()):
+            raise BatchNormError(f"'{name}' normalises a single sample, without which it has no statistics.")
         with torch.autocast(h.device.type, enabled=False):  # as precise as the statistics of the layer itself
             return own.to(h.dtype) @ h / own.sum()
 
     return pool
 
 
-def given(values: Sequence[Tensor]) -> Pool:
-    """Known statistics, in the order of the calls."""
-    known = iter(values)
-    return lambda h, members: next(known)
+def given(nodes: Sequence[Node]) -> Pool:
+    """The statistics of these nodes, by the names of the calls: not all of them need be made (experts)."""
+    known = {node.name: iter([s.detach() for s in node.pooled]) for node in nodes}
+    return lambda h, members, name: next(known[name])
 
 
 # ---- the calls ------------------------------------------------------------------------------------------------------
@@ -169,14 +171,18 @@ class Explicit:
 
     def __call__(self, name: str, call: Arguments, where: Callable[[], Layout]) -> Tensor:
         x, layout = call.input, where()
+        if not x.numel():  # of samples that were picked: none
+            return x.clone()
         z, members = to_samples(name, x, layout)
+        if z.shape[0] * z.shape[2] == 1:
+            raise BatchNormError(f"'{name}' normalises a single value per channel. Use more than one sample.")
         if z.dtype.itemsize < 4:
             z = z.float()  # as BatchNorm itself does in half precision
         first = z.mean(2)
-        mean = self.pool(first, members)
+        mean = self.pool(first, members, name)
         centred = z - mean.unsqueeze(-1)
         second = centred.square().mean(2)
-        variance = self.pool(second, members)
+        variance = self.pool(second, members, name)
         self.nodes.append(Node(name, members, z.shape[2], (first, second), (mean, variance)))
         y = centred * (variance + call.eps).rsqrt().unsqueeze(-1)
         if call.weight is not None:
@@ -207,13 +213,14 @@ class Replace(TorchFunctionMode):
         super().__init__()
         self.model, self.capture, self.by = model, capture, by
         self.calls: dict[str, int] = {}
-        self.announced = ""  # the BatchNorm module that is about to make a call
+        self.announced: tuple[str, set[int]] = "", set()  # the module that is about to make a call, and its tensors
         self.hooks = ExitStack()
 
     def __enter__(self) -> Replace:
         for path, module in self.model.named_modules():
             if isinstance(module, Layer):
-                announce = lambda *_, path=path: setattr(self, "announced", path)  # noqa: E731
+                own = {id(t) for t in (*module.parameters(), *module.buffers())}
+                announce = lambda *_, at=(path, own): setattr(self, "announced", at)  # noqa: E731
                 self.hooks.callback(module.register_forward_pre_hook(announce).remove)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -245,8 +252,11 @@ class Replace(TorchFunctionMode):
 
     def _name(self, call: Arguments) -> str:
         """The path of the module; for functional calls that of the module which owns a tensor of the call."""
-        owned = (self.capture.names[id(t)].rpartition(".")[0] for t in call.tensors if id(t) in self.capture.names)
-        name, self.announced = self.announced or next(owned, "") or "batch_norm", ""
+        (announced, own), self.announced = self.announced, ("", set())
+        owners = [self.capture.names[id(t)].rpartition(".")[0] for t in call.tensors if id(t) in self.capture.names]
+        if own.isdisjoint(map(id, call.tensors)) and owners:  # that one computes by itself, and somebody else calls
+            announced = ""
+        name = announced or next(iter(owners), "") or "batch_norm"
         self.calls[name] = count = self.calls.get(name, 0) + 1
         return name if count == 1 else f"{name}#{count}"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reductions
 from ..batch import Tree
+from ..curvature.likelihood import seed_of
 from ..curvature.matrices import check_samples
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
@@ -37,8 +38,9 @@ def row(network: Network, n: int) -> dict[str, Factors]:
 
 def transposed(network: Network, weight: Tensor) -> dict[str, Factors]:
     """``G^T w``: row ``m`` is ``sum_n w[n] G[n, m]``.  One pass."""
-    if weight.shape != (network.n,):
-        raise DirectionError(f"coupling.T @ w needs one weight per loss, [{network.n}], got {list(weight.shape)}.")
+    if not isinstance(weight, Tensor) or weight.shape != (network.n,):
+        found = list(weight.shape) if isinstance(weight, Tensor) else repr(weight)
+        raise DirectionError(f"coupling.T @ w needs a tensor with one weight per loss, [{network.n}], got {found}.")
     with network.point.recorded() as run:
         return _reduced(run, weight, lambda _, g: g)
 
@@ -152,6 +154,7 @@ def loss_squares(network: Network, probes: int, generator: torch.Generator | Non
         return {name: _gaussian(p, generator) for name, p in shapes}
 
     check_samples(probes, "probes", "directions")
+    generator = _of_its_own(network, generator)
     with network.point.forward(live) as run:
         return _mean(x.square() for x in _pushed(network, run, (direction() for _ in range(probes))))
 
@@ -159,6 +162,7 @@ def loss_squares(network: Network, probes: int, generator: torch.Generator | Non
 def outgoing_squares(network: Network, probes: int, generator: torch.Generator | None) -> Tensor:
     """``sum_n |G[n, m]|^2``, ``[N]``, estimated without bias from random signs of the losses: a pass for each."""
     check_samples(probes, "probes", "directions")
+    generator = _of_its_own(network, generator)
     with network.point.recorded() as run:
         signs = (_signs(run.losses, generator) for _ in range(probes))
         return _mean(_sum(_reduced(run, w, lambda _, g: reductions.row_dot(g, g))) for w in signs)
@@ -180,6 +184,7 @@ def output_input_squares(network: Network, probes: int | None, generator: torch.
     """
     if probes is not None:
         check_samples(probes, "probes", "directions")
+        generator = _of_its_own(network, generator)
     with network.point.forward(inputs=True) as run:
         leaves = network.problem.batch.outputs(run.outputs).tensors()
         outs = [x.movedim(axis, 0).reshape(network.n, -1) for x, axis in leaves if axis is not None and x.requires_grad]
@@ -204,6 +209,13 @@ def _input_squares(network: Network, inputs: Tree, out: Tensor) -> Tensor:
             if g is not None:
                 squares[at] += g.movedim(axis + 1, 1).reshape(len(g), network.n, -1).abs().square().sum(2)
     return squares
+
+
+def _of_its_own(network: Network, generator: torch.Generator | None) -> torch.Generator:
+    """One that is seeded before the pass, where every pass puts the global one into the same state."""
+    if generator is None:
+        generator = torch.Generator(network.structure.losses.device).manual_seed(seed_of(None))
+    return generator
 
 
 def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -237,7 +237,8 @@ class Replace(TorchFunctionMode):
         if func in READ:
             call = READ[func](*args, **kwargs)
             name = self._name(call)
-            if reason and not isinstance(self.capture.followed.kind(call.input), SharedTensor):  # no weights
+            weights = self.capture.active and isinstance(self.capture.followed.kind(call.input), SharedTensor)
+            if reason and not weights:
                 self.capture.trusts = True
                 try:
                     return self.by(name, call, lambda: self._layout(name, call.input))

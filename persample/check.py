@@ -23,10 +23,10 @@ from .losses import LossFunction
 from .problem import Pass, Problem, Selection, pose
 from .reductions import weighted_sum
 from .report import html_table, text_table
-from .rounding import slack, tolerance
+from .rounding import computing_in, slack, tolerance
 from .state import Buffers, random_state, restored, set_random_state, taking_turns
 from .trace import find_coupling
-from .verify import LossDiffers, Probe, check_alone, moved_by_others
+from .verify import LossDiffers, Probe, check_alone, inner_types, moved_by_others
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,7 +157,7 @@ def no_notion(name: str, coupled: Any) -> None:
 def check_problem(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...] = ()) -> CheckReport:
     """The report; what the engine raises becomes part of it."""
     try:
-        with restored(*problem.owners), NoDropout():
+        with restored(*problem.owners), NoDropout(), computing_in(inner_types(problem)):
             return _checked(problem, engine, chosen, couplers)
     except PersampleError as error:
         return _failed(problem, engine, chosen, error, couplers)

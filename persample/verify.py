@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +29,12 @@ from .factors import Factors, dense, device, index, strided
 from .losses import batch_losses
 from .problem import Emit, Pass, Problem
 from .remembered import counting, mistrust, recall, remember, signature
-from .rounding import slack, tolerance
+from .rounding import Types, computing_in, inside, slack, tolerance
 from .state import Buffers, drawn_since, random_state, restored, set_random_state
 from .trace import find_coupling, influence
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Where a sample alone draws other random numbers than within the batch (dropout aside, which can be switched off).
 WITHIN = "verified within the batch (same random draws)"
@@ -155,6 +160,36 @@ def _alone(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]
     return loss, grads
 
 
+def judged_by_inner_types(function: Callable[Concatenate[Problem, P], R]) -> Callable[Concatenate[Problem, P], R]:
+    """Where a comparison fails, once more with the rounding of what the model computes in inside: it may be coarser
+    than its parameters.
+    """
+
+    @wraps(function)
+    def run(problem: Problem, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        before, buffers = random_state(problem.model), Buffers(*problem.owners)
+        try:
+            return function(problem, *args, **kwargs)
+        except (LossDiffers, VerificationError):
+            if inside() or not (types := inner_types(problem)):
+                raise
+            set_random_state(before)
+            buffers.restore()
+            with computing_in(types):
+                return function(problem, *args, **kwargs)
+
+    return run
+
+
+def inner_types(problem: Problem) -> frozenset[torch.dtype]:
+    """The types in which losses are computed that are coarser than all parameters."""
+    with restored(*problem.owners), torch.enable_grad(), Types() as types:
+        _batch_losses(problem)
+    coarsest = max(torch.finfo(p.dtype).eps for p in problem.parameters.values())
+    return frozenset(d for d in types.seen if torch.finfo(d).eps > coarsest)
+
+
+@judged_by_inner_types
 def check_alone(problem: Problem, n: int) -> None:
     """For engines that run samples alone: raise where sample ``n`` has another loss within the batch (dropout off)."""
     with restored(*problem.owners), NoDropout(), torch.enable_grad():
@@ -207,6 +242,7 @@ class LossDiffers(BatchCoupledError):
         self.n, self.batch, self.alone = n, batch, alone
 
 
+@judged_by_inner_types
 def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) -> tuple[Pass, str]:
     """Run, hold row ``n`` against the definition, and remember that this was done."""
     probe, before = Probe(problem, n), signature(problem, engine)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import persample
+from persample import verify as verification
 
 N, D = 4, 5
 ENGINES = ["hooks", "vmap", "loop"]
@@ -534,3 +535,71 @@ def test_a_trainable_head_on_a_frozen_backbone_with_batch_norm(hidden: bool) -> 
     assert persample.check(model, nn.CrossEntropyLoss(), x, y).ok
     with pytest.raises(persample.BatchCoupledError, match="slices"):  # which would have other statistics
         persample.gradients(model, nn.CrossEntropyLoss(), x, y, max_bytes=1000, verify=False)
+
+
+class Joined(nn.Module):
+    """Tokens ``[N, 1, D]`` with something made of a parameter beside them."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        self.p, self.linear = nn.Parameter(torch.empty(*shape).double()), nn.Linear(D, D).double()
+        self.make, self.dim = make, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x).unsqueeze(1)
+        return torch.cat([self.make(self.p, h), h], self.dim).sum(1)
+
+
+EMPTY: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], int]] = {
+    "expand": (lambda p, h: p.expand(len(h), -1, -1), (0, D), 1),  # the registers of DINOv3
+    "expand_as": (lambda p, h: p.expand_as(h[:, :0]), (1, 0, D), 1),
+    "broadcast_to": (lambda p, h: p.broadcast_to(len(h), 0, D), (1, 0, D), 1),
+    "repeat": (lambda p, h: p.repeat(len(h), 1, 1), (1, 0, D), 1),
+    "where": (lambda p, h: torch.where(torch.ones(1, 0, 1) > 0, p, h[:, :0]), (1, 0, D), 1),
+    "embedding": (lambda p, h: nn.functional.embedding(torch.zeros(h.shape[:2]).long(), p), (3, 0), 2),
+    "linear": (lambda p, h: nn.functional.linear(h, p), (0, D), 2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", EMPTY)
+def test_parameters_without_entries(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    model = Joined(*EMPTY[name])
+    expected = truth(model)
+    assert expected.any() and expected.shape == (N, D * D + D)
+    torch.testing.assert_close(WAYS[way](model), expected, rtol=1e-9, atol=1e-12)
+
+
+class SingleInside(nn.Module):
+    """Double precision outside, single inside (``.float()``, as in ``transformers``), where rounding is enlarged."""
+
+    def __init__(self, couples: bool = False) -> None:
+        super().__init__()
+        self.linear, self.couples = nn.Linear(64, 64), couples
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.linear(x.float(), self.linear.weight.float()).to(x.dtype)
+        if self.couples:
+            h = h * (1 + 0.001 * h.detach().amax(0))
+        return (200 * h).sin()
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap"])
+def test_single_precision_inside_a_double_model(engine: str) -> None:
+    """Rounding isn't taken for an error, and coupling not for rounding."""
+    failed = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model, x = SingleInside().double(), torch.randn(9, 64).double()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verification, "inner_types", lambda problem: frozenset())
+            try:
+                persample.gradients(model, losses_of, x, engine=engine, verify=True)
+            except (persample.VerificationError, persample.BatchCoupledError):
+                failed += 1
+        persample.gradients(model, losses_of, x, engine=engine, verify=True)
+        assert persample.check(model, losses_of, x, engine=engine).ok
+    assert failed
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(SingleInside(couples=True).double(), losses_of, x, engine=engine, verify=True)

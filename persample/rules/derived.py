@@ -71,7 +71,7 @@ def expanded(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any
         if place >= 0 and input.shape[place] != 1:
             return  # the samples were on that axis before
         rest = input.shape[:place] + input.shape[place + 1 :] if place >= 0 else input.shape
-        yield input, lambda: Dense(sum_to(g.value, rest, 1).reshape(-1, *input.shape))
+        yield input, lambda: Dense(sum_to(g.value, rest, 1).reshape(len(g.value), *input.shape))
     elif isinstance(g, Dense):
         yield input, lambda: Dense(sum_to(g.value, input.shape, 1))
 
@@ -113,7 +113,7 @@ def looked_up(
         index = index.reshape(1, -1).expand(len(value), -1)
     else:
         return
-    yield weight, lambda: table_rows(index, value.reshape(len(value), -1, weight.shape[1]), weight, padding_idx)
+    yield weight, lambda: table_rows(index, value.reshape(*index.shape, weight.shape[1]), weight, padding_idx)
 
 
 def table_rows(index: Tensor, value: Tensor, weight: Tensor, padding_idx: int | None) -> Rows:

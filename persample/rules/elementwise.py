@@ -27,7 +27,7 @@ def spread(call: Call, g: Tensor, p: Tensor) -> Any:
     rows = call.samples(g)  # [N, k, *rest of g]
     rest = p.shape[:place] + p.shape[place + 1 :] if place >= 0 else p.shape
     rows = sum_to(rows, rest, 1)
-    return Dense(rows if rest == p.shape else rows.reshape(-1, *p.shape))
+    return Dense(rows if rest == p.shape else rows.reshape(len(rows), *p.shape))
 
 
 def sum_to(g: Tensor, shape: torch.Size, keep: int) -> Tensor:

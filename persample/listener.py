@@ -24,7 +24,7 @@ from .collect import Collect
 from .errors import ArgumentError, CaptureError, SampleAxisError, warn
 from .gradients import Sink
 from .problem import Pass
-from .refusals import check_complete, check_uncoupled, parameters_of
+from .refusals import check_complete, check_uncoupled, couplers, parameters_of
 from .statistics_run import Request
 
 Reduction = str | float | Callable[[], float] | None
@@ -83,8 +83,10 @@ class Listener:
                 nodes.add(t.grad_fn)
         found = reached(nodes, self.owner)
         check_complete(found, self.parameters)
-        check_uncoupled(found, self.parameters)
-        self._coupled = self._coupled or coupled or any(call.couples for call in found.calls)
+        coupling = couplers(found, self.parameters)
+        if coupling and all(couplers(reached([node], self.owner), self.parameters) for node in nodes):
+            check_uncoupled(found, self.parameters)  # or else the backward tells, by where it goes
+        self._coupled = self._coupled or coupled
         for node in nodes:
             node.register_prehook(self._passes)
 
@@ -126,8 +128,9 @@ class Listener:
         """The first arrival of a backward begins a collection; the end of that backward completes it."""
         if self.asleep():
             return
-        if call.couples:  # in the loss
+        if call.couples:  # in the loss, or what leads to one of several outputs
             check_uncoupled(Reached([call]), self.parameters)
+            self._coupled = True
         task = torch._C._current_graph_task_id()
         task = self._ends if task == -1 else task  # at the end of that backward
         with self._lock:

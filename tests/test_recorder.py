@@ -554,3 +554,36 @@ def test_how_a_handle_shows_itself() -> None:
     assert repr(handle).endswith(", removed>")
     with persample.extend(model, params=".*bias") as recorder:
         assert repr(recorder) == "<persample.extend of Sequential, 2 parameters>"
+
+
+class Balanced(nn.Module):
+    """A mixture of experts that also hands out a loss of the whole batch, by which its router is balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(6, 2), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        share = self.router(x).softmax(1)
+        outputs = (self.experts(x).view(-1, 2, 5) * share.unsqueeze(-1)).sum(1)
+        return outputs, (share.mean(0) * share.mean(0).detach().log() * share).sum()
+
+
+def test_a_handle_judges_by_the_outputs_that_a_backward_comes_from() -> None:
+    torch.manual_seed(0)
+    model, got = Balanced().double(), list[persample.Gradients]()
+    handle, (x, y) = persample.extend(model, on_backward=got.append, reduction="mean"), batch()
+    F.cross_entropy(model(x)[0], y).backward()
+    losses = F.cross_entropy(model(x)[0], y, reduction="none")
+    for n in range(N):
+        grads = torch.autograd.grad(losses[n], list(model.parameters()), retain_graph=True)
+        assert close(got[0].flat()[n], torch.cat([g.flatten() for g in grads]))
+    before = len(got)
+    outputs, balance = model(x)
+    with pytest.raises(persample.BatchCoupledError, match=r"router"):
+        (F.cross_entropy(outputs, y) + balance).backward()
+    model.zero_grad()
+    F.cross_entropy(model(x)[0], y).backward()  # as if nothing had happened
+    assert len(got) > before and close(got[-1].flat(), got[0].flat())
+    handle.remove()
+    assert no_hooks(model)

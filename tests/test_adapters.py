@@ -280,8 +280,8 @@ def test_laplace_backends_agree_with_its_own(which: str, weights: str) -> None:
     assert posteriors[0].norm() > 0 and torch.allclose(*posteriors, rtol=1e-6, atol=1e-9)
 
 
-def trained(tmp_path: Path, callback: Any, **options: Any) -> dict[str, Tensor]:
-    """What is logged in an epoch of one batch, given ``accumulate_grad_batches`` or others."""
+def trained(tmp_path: Path, callback: Any, skipped: int = -1, epochs: int = 1, **options: Any) -> dict[str, Tensor]:
+    """What is logged in epochs of one batch, given ``accumulate_grad_batches`` or others; one may be skipped."""
     import pytorch_lightning as lightning
 
     class Module(lightning.LightningModule):
@@ -290,7 +290,7 @@ def trained(tmp_path: Path, callback: Any, **options: Any) -> dict[str, Tensor]:
             self.net = net().float()
 
         def training_step(self, batch: Any, _: int) -> Any:
-            return CE(self.net(batch[0]), batch[1])
+            return None if self.current_epoch == skipped else CE(self.net(batch[0]), batch[1])
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -298,7 +298,7 @@ def trained(tmp_path: Path, callback: Any, **options: Any) -> dict[str, Tensor]:
     x, y = batch()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(
-        max_epochs=1, callbacks=[callback], default_root_dir=tmp_path, accelerator="cpu", **quiet, **options
+        max_epochs=epochs, callbacks=[callback], default_root_dir=tmp_path, accelerator="cpu", **quiet, **options
     )
     trainer.fit(Module(), DataLoader(TensorDataset(x.float(), y), batch_size=N))
     return dict(trainer.callback_metrics)
@@ -315,6 +315,13 @@ def test_lightning_undoes_what_the_trainer_divides_by(tmp_path: Path) -> None:
 def test_lightning_says_so_where_nothing_is_seen(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"callback\(lambda m: m.net\)"):
         assert not trained(tmp_path, adapters.lightning.callback())
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_lightning_has_nothing_to_say_of_batches_that_are_skipped(tmp_path: Path, skipped: int) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="persample")
+        assert trained(tmp_path, adapters.lightning.callback(lambda m: m.net), skipped, epochs=3)
 
 
 def test_lightning_logs_without_touching_the_training(tmp_path: Path) -> None:

@@ -36,12 +36,14 @@ def callback(module: Callable[[Any], nn.Module] = lambda pl_module: pl_module, *
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             figures = self.gradients.figures()
-            if not figures and not self.told and outputs is not None:
-                self.told = True
+            skipped = outputs is None or (isinstance(outputs, dict) and not outputs)
+            silent = not figures and not skipped
+            if silent and not self.told:
                 warn(
                     "persample's callback has seen no backward of the module: only what runs in its forward is "
                     "recorded. Give the part that training_step calls: callback(lambda m: m.net)."
                 )
+            self.told = self.told or silent or bool(figures)
             pl_module.log_dict(figures)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:

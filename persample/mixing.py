@@ -36,6 +36,7 @@ ALONG: dict[Function, int] = {
     **{getattr(torch.fft, name): 2 for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
     F.normalize: 2,
 }
+NORMS = {F.layer_norm, F.rms_norm, torch.rms_norm, torch.layer_norm, F.group_norm, F.instance_norm}
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 
 
@@ -45,7 +46,7 @@ def mixes(
     """Whether entries of different samples surely meet, one on one."""
     (x, a), *others = sampled
     moves = func in MOVED and not (MOVED[func] is nonzero_of and len(args) > 1)  # `where` may be a choice
-    if not others and not moves and func not in ALONG:
+    if not others and not moves and func not in ALONG and func not in NORMS:
         return False
     if of_one(sampled) is not None or (func in GATHERS and all(only(at) is not None for _, at in sampled)):
         return False
@@ -58,6 +59,8 @@ def mixes(
         return sort_axis(func, args, kwargs) == a.axis
     if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x) == a.axis:
         return True
+    if func in NORMS and a is not None and a.n > 1 and x is args[0] and x.requires_grad:
+        return _normalises(func, args, kwargs, x.ndim, a)
     if func is torch.einsum and a is not None and a.n > 1:
         letters = _letters(args, sampled) or []
         return any(letter != letters[0][0] or not same(at, letters[0][1]) for letter, at in letters)
@@ -160,6 +163,17 @@ def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x
         "dim", kwargs.get("axis", args[place] if len(args) > place else 1 if func is F.normalize else None)
     )
     return dim % max(1, x.ndim) if type(dim) is int else None
+
+
+def _normalises(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int, a: Layout) -> bool:
+    """Whether numbers of several samples are normalised together."""
+    if func is F.instance_norm:
+        return a.axis > 1
+    if func is F.group_norm:
+        channels = a.size // (args[1] if len(args) > 1 else kwargs["num_groups"])  # of a group
+        return a.axis > 1 or (a.axis == 1 and (a.owner is not None or a.inner % channels != 0))
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    return a.axis >= ndim - (len(shape) if isinstance(shape, (tuple, list)) else 1)
 
 
 def sample_letters(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout | None]]) -> dict[str, Layout] | None:

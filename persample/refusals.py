@@ -83,7 +83,7 @@ def _broadcast(call: Call) -> str:
 
 _OTHER_WAY_OUT = (
     "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples are "
-    "with batch_dim=."
+    "with batch_dim=. Where what is taken from other samples is equal for all of them, engine='loop' gives the rows."
 )
 
 

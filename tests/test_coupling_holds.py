@@ -244,3 +244,12 @@ def test_what_is_no_argument(ask: Any, error: type[Exception], match: str) -> No
     model, x, y = net(lambda m, x: m.norm(m.first(x)).tanh())
     with pytest.raises(error, match=match):
         ask(model, persample.coupling(model, CE, x, y), x, y)
+
+
+@pytest.mark.parametrize("notion", NOTIONS)
+def test_some_samples_have_their_own_losses_and_outputs(notion: str) -> None:
+    model, x, y = net(lambda m, x: m.norm(m.first(x)).tanh())
+    C = persample.coupling(model, CE, x, y)
+    some, whole = C.gradients(notion, [4, 1]), C.gradients(notion)
+    for a, b in ((some.flat(), whole.flat()), (some.losses, whole.losses), (some.outputs, whole.outputs)):
+        torch.testing.assert_close(a, b[[4, 1]], rtol=1e-9, atol=1e-12)

@@ -43,7 +43,7 @@ def evaluation(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
     """Only the layers that couple change their mode."""
     with network.point.recorded(running) as run:
         unused, _ = run.rows(lambda name, g: emit(name, _rows(g, samples)))
-    return Pass(_pick(run.losses, samples), run.outputs, unused)
+    return _of(network, Pass(run.losses, run.outputs, unused), samples)
 
 
 def frozen(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
@@ -57,7 +57,7 @@ def copy(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
     """``c_n``: the hook engine, on the batch as it is."""
     with network.point.recorded() as run:
         unused, _ = run.rows(lambda name, g: emit(name, _rows(g, samples)))
-    return Pass(_pick(run.losses, samples), run.outputs, unused)
+    return _of(network, Pass(run.losses, run.outputs, unused), samples)
 
 
 def loss(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
@@ -198,9 +198,16 @@ def _route(network: Network, samples: Tensor | None, size: int) -> str:
 
 
 def _pass(network: Network, samples: Tensor | None) -> Pass:
-    run = network.direct.run
+    return _of(network, network.direct.run, samples)
+
+
+def _of(network: Network, run: Pass, samples: Tensor | None) -> Pass:
+    """What is said of these samples only."""
+    if samples is None:
+        return run
     assert run.losses is not None
-    return replace(run, losses=_pick(run.losses, samples))
+    outputs = network.problem.batch.outputs(run.outputs).select(samples).whole()
+    return replace(run, losses=run.losses[samples], outputs=outputs)
 
 
 def _pick(x: Tensor, samples: Tensor | None) -> Tensor:

@@ -126,7 +126,9 @@ class Coupling:
         return [name for name in self.names if name not in self.network.coupled]
 
     def costs(self) -> dict[str, int]:
-        """Backward passes of the batch that ``gradients("loss")`` takes by either route."""
+        """Backward passes of the batch that ``gradients("loss")`` takes by either route; by samples, one more gives the
+        rows of parameters that no statistic depends on.
+        """
         which = self.network.nodes_of(self.network.coupled)
         return costs(len(self), sum(2 * self.network.structure.nodes[i].channels for i in which))
 
@@ -147,7 +149,7 @@ class Coupling:
                        ``n``, in the loss and in the statistics                                   about three
         =============  ===========================================================  ============  ====================
 
-        ``samples``: only these rows; "loss" and "influence" then take at most as many passes.
+        ``samples``: only these rows, losses and outputs; "loss" and "influence" then take at most as many passes.
 
         Raises:
             BatchNormError: "eval" for a layer without running statistics.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import persample
 from persample import statistics
 from persample.errors import ArgumentError, QuantityError
+from persample.factors import Dense
 
 B = 7
 
@@ -254,6 +256,69 @@ def test_tests_add_up() -> None:
     G = Case().G
     parts = statistics.inner_product_test(G).square() + statistics.orthogonality_test(G).square()
     close(parts, statistics.norm_test(G).square())
+
+
+def across(J: Tensor, seed: int, along: float, noise: float) -> Tensor:
+    """Rows of a mean of about ``[1, 1, ...]``, with noise along it and across it."""
+    generator = torch.Generator().manual_seed(seed)
+    Z = torch.randn(J.shape, generator=generator, dtype=torch.float64)
+    Z -= Z.mean(1, keepdim=True)
+    return (J + noise * Z + along * torch.randn(len(J), 1, generator=generator, dtype=torch.float64)).to(J.dtype)
+
+
+def or_error(function: Callable[[Any], Any], G: Any) -> Any:
+    try:
+        return function(G)
+    except QuantityError as error:
+        return str(error)
+
+
+def exact_tests(J: Tensor) -> list[float]:
+    """The norm test, and the parts of it along and across the mean, from centred rows in extended precision."""
+    A = J.double().numpy().astype(np.longdouble)
+    mean = A.mean(0)
+    square, Z = mean @ mean, A - mean
+    share = Z @ mean / square
+    sizes = (Z, share[:, None] * mean, Z - share[:, None] * mean)
+    return [float(np.sqrt((x * x).sum() / (len(A) - 1) / len(A) / square)) for x in sizes]
+
+
+@pytest.mark.parametrize(
+    "along, noise", [(1e-3, 1e-3), (1e-5, 1e-5), (1e-9, 1e-9), (1e-2, 1e-9), (1e-9, 1e-2), (0.1, 1e-6), (1e-7, 1.0)]
+)
+@pytest.mark.parametrize("kind, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_tests_do_not_cancel(along: float, noise: float, kind: torch.dtype, tolerance: float) -> None:
+    """Whatever is small against what; from inner products alone, right or refused."""
+    J = across(torch.ones(9, 12, dtype=kind), 0, along, noise)
+    net = nn.Linear(12, 1, bias=False).to(kind)
+    run = lambda q=None: persample.gradients(net, lambda o, _: o.sum(1), J, quantities=q)  # noqa: E731
+    G, two = run(), persample.Gradients({n: Dense(x) for n, x in zip("ab", J.split(6, 1), strict=True)}, J.sum(1))
+    tests = (statistics.norm_test, statistics.inner_product_test, statistics.orthogonality_test)
+    refused, least = [], torch.finfo(kind).eps * exact_tests(J)[0]
+    for function, exact in zip(tests, exact_tests(J), strict=True):
+        for source in (G, two):
+            assert float(function(source)) == pytest.approx(exact, rel=tolerance, abs=least)
+        for needs in (["gram"], ["gram", "mean", "variance"]):
+            said = or_error(function, run(needs))
+            refused.append(isinstance(said, str))
+            assert (
+                "keep the rows" in said
+                if isinstance(said, str)
+                else float(said) == pytest.approx(exact, rel=max(1e-7, tolerance), abs=least)
+            )
+    for name, J_ in (("a", J[:, :6]), ("b", J[:, 6:])):
+        apart = statistics.orthogonality_test(two, by="parameter")[name]
+        assert float(apart) == pytest.approx(exact_tests(J_)[2], rel=tolerance, abs=least)
+    if along == noise != 1e-5 and kind is torch.float64:
+        assert refused == ([False] * 6 if noise == 1e-3 else [True, False, True, True, True, False])
+
+
+def test_tests_of_tiny_gradients_do_not_underflow() -> None:
+    J = 1e-12 * (1 + torch.randn(6, 4))
+    for function, exact in zip(
+        (statistics.inner_product_test, statistics.orthogonality_test), exact_tests(J)[1:], strict=True
+    ):
+        assert float(function(rows(J))) == pytest.approx(exact, rel=1e-5)
 
 
 def test_signal_of_every_entry() -> None:

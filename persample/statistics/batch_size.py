@@ -11,8 +11,22 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import QuantityError
+from ..gradients import Gradients
 from ..quantities import Quantities
-from .parts import By, HasMoments, along_mean, centred_total, mean_loss, mean_square, per_group, several, square_total
+from .parts import (
+    LOST,
+    By,
+    HasMoments,
+    across_mean,
+    along_mean,
+    cancelled,
+    centred_total,
+    mean_loss,
+    mean_square,
+    per_group,
+    refuse,
+    several,
+)
 
 
 def norm_test(G: HasMoments, by: By = None) -> Any:
@@ -39,11 +53,10 @@ def inner_product_test(G: Quantities, by: By = None) -> Any:
     it cheap.
     """
     n = several(G, "the inner-product test")
-
-    def theta(along: Tensor, mean: Tensor) -> Tensor:
-        return (along.var(unbiased=True) / (n * mean.square())).sqrt()
-
-    return per_group(by, theta, along_mean(G), mean_square(G))
+    along, squares = along_mean(G), mean_square(G)
+    if not isinstance(G, Gradients):
+        refuse(per_group(by, lambda a, square: cancelled(a.std(), square), along, squares), LOST)
+    return per_group(by, lambda a, square: (a / square).std() / n**0.5, along, squares)
 
 
 def orthogonality_test(G: Quantities, by: By = None) -> Any:
@@ -53,12 +66,13 @@ def orthogonality_test(G: Quantities, by: By = None) -> Any:
     inner-product test and this one is that of the norm test.  Needs ``quantities=["gram"]``, or rows.
     """
     n = several(G, "the orthogonality test")
+    squares = mean_square(G)
+    across = across_mean(G, squares, by)
 
-    def nu(total: Tensor, along: Tensor, mean: Tensor) -> Tensor:
-        across = (total - along.square().sum() / mean).clamp_min(0)
-        return (across / (n - 1) / (n * mean)).sqrt()
+    def nu(across: Tensor, square: Tensor) -> Tensor:
+        return (across.clamp_min(0) / (n - 1) / (n * square)).sqrt()
 
-    return per_group(by, nu, square_total(G), along_mean(G), mean_square(G))
+    return per_group(by, nu, across, squares)
 
 
 def cabs(G: HasMoments, lr: float, by: By = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, QuantityError
-from ..factors import Factors, dense, index
 from ..gradients import Gradients
 from ..quantities import Quantities
 from .accumulate import Accumulator, check_alike
-from .parts import By, add_up, group_of, named
-
-BLOCK = 1 << 21  # entries of G at a time
+from .parts import By, add_up, blocks, group_of, named
 
 
 def histogram(
@@ -92,7 +89,7 @@ class Histogram(Accumulator[Counts]):
 def _counts(G: Gradients, name: str, edges: Tensor, parameter: Tensor | None, beside: Tensor | None) -> Tensor:
     width = 1 if beside is None else len(beside) + 1
     total = torch.zeros((len(edges) + 1) * width, dtype=torch.int64)
-    for rows in _blocks(G.factors[name]):
+    for _, rows in blocks(G, name):
         _check_ordered(f"rows of parameter '{name}'", rows)
         bins = _bins(rows, edges) * width
         if parameter is not None and beside is not None:
@@ -123,12 +120,6 @@ def _check_ordered(what: str, values: Tensor) -> None:
         raise QuantityError(f"{what} are complex numbers, which have no order: take histograms of real ones, params=.")
     if bool(values.isnan().any()):
         raise QuantityError(f"{what} hold NaN, which is in no bin of a histogram.")
-
-
-def _blocks(g: Factors) -> Iterator[Tensor]:
-    step = max(1, BLOCK // max(1, g.shape.numel()))
-    for start in range(0, len(g), step):
-        yield dense(index(g, slice(start, start + step)))
 
 
 def _sorted(edges: Tensor) -> Tensor:

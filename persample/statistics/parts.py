@@ -10,7 +10,7 @@ for; a Gram matrix serves for norms and for the norm of the mean), and, but for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,9 +18,17 @@ from torch import Tensor
 
 from ..attribution.called import called
 from ..errors import ArgumentError, QuantityError
+from ..factors import dense, index
 from ..gradients import Gradients
 from ..quantities import NEEDS, Quantities
 from ..statistics_run import Statistics
+
+BLOCK = 1 << 21  # entries of G at a time
+
+LOST = (
+    "the noise along the mean gradient, or across it, is so small that inner products can't tell it in this precision: "
+    "keep the rows, by leaving quantities= out."
+)
 
 By = Callable[[str], str] | str | None
 Part = Mapping[str, Tensor]
@@ -125,18 +133,23 @@ def centred_total(G: HasMoments, mean_squares: Part | None = None, by: By = None
             if cancelled(difference, totals[name]):
                 differences[name] = len(G) * G.select([name]).variance(0)[name].sum()
     else:
-        lost = per_group(by, cancelled, differences, totals)
-        if any(lost.values()) if isinstance(lost, dict) else lost:
-            raise QuantityError(
-                "the noise is so small against the mean gradient that norms (or inner products) and mean can't tell "
-                "it in this precision: ask for 'variance' too, quantities=[..., 'variance'], or keep the rows."
-            )
+        refuse(
+            per_group(by, cancelled, differences, totals),
+            "the noise is so small against the mean gradient that norms (or inner products) and mean can't tell it in "
+            "this precision: ask for 'variance' too, quantities=[..., 'variance'], or keep the rows.",
+        )
     return differences
 
 
 def cancelled(difference: Tensor, total: Tensor) -> bool:
     """Whether a difference has lost half of the digits of what it was taken from."""
     return bool(difference < torch.finfo(total.dtype).eps ** 0.5 * total)
+
+
+def refuse(lost: Any, message: str) -> None:
+    """Raise where a number, or that of any group, is lost."""
+    if any(lost.values()) if isinstance(lost, dict) else lost:
+        raise QuantityError(message)
 
 
 def products(G: Quantities) -> Part:
@@ -146,12 +159,57 @@ def products(G: Quantities) -> Part:
     return {name: K.real for name, K in G.gram(per_parameter=True).items()}
 
 
-def along_mean(G: Quantities) -> Part:
-    """``{name: g_n . gbar}``, ``[N]``: without the Gram matrix where the rows are there."""
-    if isinstance(G, Gradients):
-        mean = means(G)
-        return {name: G.select([name]).dot({name: mean[name]}).real for name in G.names}
-    return {name: K.mean(1).real for name, K in products(G).items()}
+def along_mean(G: Quantities, from_rows: bool = False) -> Part:
+    """``{name: (g_n - gbar) . gbar}``, ``[N]``: without the Gram matrix where the rows are there, which are centred
+    first (``from_rows``) where the difference would lose half of its digits.
+    """
+    found = {}
+    if not isinstance(G, Gradients):
+        for name, K in products(G).items():
+            row = K.double().mean(1)  # whose rounding is not that of K
+            found[name] = (row - row.mean()).to(K.dtype)
+        return found
+    for name, mean in means(G).items():
+        along, square = G.select([name]).dot({name: mean}).real, energy(mean).sum()
+        found[name] = along - square
+        if from_rows or cancelled(found[name].square().mean().sqrt(), square):
+            found[name] = torch.cat([((g - mean) * mean.conj()).real.flatten(1).sum(1) for _, g in blocks(G, name)])
+    return found
+
+
+def across_mean(G: Quantities, mean_squares: Part, by: By = None) -> Part:
+    """``{name: sum_n |g_n - gbar - s_n gbar|^2}``, with ``s_n = (g_n - gbar) . gbar / |gbar|^2`` of the group: what
+    the scatter has across the mean.  From rows where the difference of the two loses digits, as in `centred_total`.
+    """
+
+    def shares(along: Part) -> Part:
+        found = per_group(by, lambda a, square: a / square, along, mean_squares)
+        return {name: found if by is None else found[group_of(name, by)] for name in along}
+
+    centred, along = centred_total(G, mean_squares, by), along_mean(G)
+    within = {name: s.square().sum() * mean_squares[name] for name, s in shares(along).items()}
+    found = {name: centred[name] - 2 * (s @ along[name]) + within[name] for name, s in shares(along).items()}
+    if not isinstance(G, Gradients):
+
+        def lost(across: Tensor, centred: Tensor, square: Tensor) -> bool:
+            return cancelled(across, centred + len(G) * torch.finfo(square.dtype).eps * square)
+
+        refuse(per_group(by, lost, found, centred, mean_squares), LOST)
+    elif any(cancelled(found[name], centred[name] + size) for name, size in within.items()):
+        for name, s in shares(along_mean(G, from_rows=True)).items():
+            mean = G.select([name]).wide_mean()[name]
+            rests = (g - mean - s[i].view(-1, *[1] * mean.ndim) * mean for i, g in blocks(G, name))
+            found[name] = add_up(energy(rest).sum() for rest in rests)
+    return found
+
+
+def blocks(G: Gradients, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a parameter, a block of samples at a time."""
+    g = G.factors[name]
+    step = max(1, BLOCK // max(1, g.shape.numel()))
+    for start in range(0, len(g), step):
+        samples = slice(start, start + step)
+        yield samples, dense(index(g, samples))
 
 
 def _lacks(G: object, kind: str) -> bool:

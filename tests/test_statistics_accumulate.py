@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -204,6 +205,47 @@ def test_average_over_batches() -> None:
     found = feed(Average(statistics.norm_test), *parts).compute()
     torch.testing.assert_close(found.mean()[""], tests.mean())
     torch.testing.assert_close(found.std(ddof=1)[""], tests.std())
+
+
+@pytest.mark.parametrize(
+    "values", [[1000.0001, 1000.0002, 1000.0004], [2**24 + 1, 2**24 + 3], [True, False], [1 + 2j, 3.5j]]
+)
+@pytest.mark.parametrize("kind", [lambda v: v, np.asarray, lambda v: torch.as_tensor(np.asarray(v))])
+def test_averages_of_numbers_are_in_double_precision(values: list[Any], kind: Callable[[Any], Any]) -> None:
+    left = iter([kind(v) for v in values])
+    found = feed(Average(lambda G: next(left)), *torch.arange(N).split(4)[: len(values)]).compute()
+    x = torch.as_tensor(np.asarray([*map(complex, values)]))
+    exact = x if isinstance(values[0], complex) else x.real
+    torch.testing.assert_close(found.mean()[""], exact.mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.variance(1)[""], exact.var(), rtol=1e-8, atol=0)
+
+
+def test_averages_of_half_precision_are_in_single() -> None:
+    values = [torch.tensor(1 + i / 1024).half() for i in range(N)]
+    left = iter(values)
+    found = feed(Average(lambda G: next(left)), *torch.arange(N).split(1)).compute().mean()[""]
+    torch.testing.assert_close(found, torch.stack(values).double().mean().float())
+    losses = torch.tensor([1000.0, 1000.5, 1001.5]).half()
+    moments = Moments()
+    for loss in losses:
+        moments.update(persample.Gradients({"w": persample.factors.Dense(torch.ones(1, 2))}, loss[None]))
+    torch.testing.assert_close(moments.compute().loss, losses.double().mean().float(), rtol=1e-6, atol=0)
+
+
+def test_averages_of_several_numbers_by_name() -> None:
+    parts = torch.arange(N).split(4)
+    single = [statistics.noise_scale(DATA.part(part), by="layer") for part in parts]
+    by_layer = functools.partial(statistics.noise_scale, by="layer")
+    found = feed(Average(by_layer), *parts).compute()
+    assert list(found.mean()) == ["0.trace", "0.square", "2.trace", "2.square"]
+    close(found.mean()["2.square"], torch.stack([e["2"].square for e in single]).mean())
+    close(found.std(1)["0.trace"], torch.stack([e["0"].trace for e in single]).std())
+    assert list(feed(Average(statistics.noise_scale), *parts).compute().mean()) == ["trace", "square"]
+    agreement = feed(Average(statistics.stiffness), *parts).compute().mean()
+    close(agreement["cosine"], torch.stack([statistics.stiffness(DATA.part(part)).cosine for part in parts]).mean())
+    for bad in (None, "1", {"a": object()}):
+        with pytest.raises(QuantityError, match="a statistic to average returns numbers"):
+            feed(Average(lambda G, bad=bad: bad), parts[0])
 
 
 @pytest.mark.parametrize("progress", [False, True])

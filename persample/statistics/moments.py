@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,8 +87,10 @@ class Moments(Accumulator[DatasetMoments]):
 class Average(Accumulator[DatasetMoments]):
     """Mean and spread *over batches* of any statistic, such as ``Average(norm_test)``; computes `DatasetMoments`.
 
-    ``statistic(G)`` returns a number or ``{group: number}`` (a number goes by the name ``""``).  Every batch counts
-    once, whatever its size.  ``needs`` names the quantities of a statistics run that suffice.
+    ``statistic(G)`` returns a number or ``{group: number}`` (a number goes by the name ``""``), or several under names
+    of their own: of `noise_scale`, averages are ``"trace"`` and ``"square"``, to be divided last, and with groups
+    ``"group.trace"``.  Every batch counts once, whatever its size.  Python numbers and integers are averaged in double
+    precision, half precision in single.  ``needs`` names the quantities of a statistics run that suffice.
     """
 
     kind = DatasetMoments
@@ -97,10 +100,8 @@ class Average(Accumulator[DatasetMoments]):
         self.statistic, self.needs = statistic, needs
 
     def of(self, G: Quantities) -> DatasetMoments:
-        found = self.statistic(G)
-        groups = found if isinstance(found, Mapping) else {"": found}
-        values = {name: torch.as_tensor(v).detach().clone() for name, v in groups.items()}  # the run keeps its own
-        return DatasetMoments(1, values, {name: torch.zeros_like(v) for name, v in values.items()}, mean_loss(G))
+        values = {name: _averaged(name, v) for name, v in _by_name(self.statistic(G))}
+        return DatasetMoments(1, values, {name: torch.zeros_like(v.real) for name, v in values.items()}, mean_loss(G))
 
     def _settings(self) -> dict[str, Any]:
         return {"statistic": named(self.statistic)}
@@ -111,3 +112,30 @@ def _same_shapes(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
         raise QuantityError(
             "these are moments of different parameters or shapes; accumulate the same parameters in every batch."
         )
+
+
+def _by_name(found: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What a statistic returned, number by number: those of a mapping, a named tuple or a dataclass by their names."""
+    if hasattr(found, "_asdict"):
+        found = found._asdict()
+    elif is_dataclass(found):
+        found = {f.name: getattr(found, f.name) for f in fields(found)}
+    if not isinstance(found, Mapping):
+        yield name, found
+        return
+    for part, value in found.items():
+        yield from _by_name(value, f"{name}.{part}" if name else part)
+
+
+def _averaged(name: str, value: Any) -> Tensor:
+    """A copy, for the run keeps its own, in a type that averages don't round."""
+    try:
+        x = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError):
+        of = f" for {name!r}" if name else ""
+        raise QuantityError(
+            f"a statistic to average returns numbers or tensors, {{name: number}}, or a dataclass or named tuple of "
+            f"them, but this one returned {type(value).__name__}{of}."
+        ) from None
+    floating = x.is_floating_point() or x.is_complex()
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32) if floating else torch.float64, copy=True)

@@ -217,9 +217,11 @@ def _lacks(G: object, kind: str) -> bool:
 
 
 def mean_loss(G: HasMoments) -> Tensor:
-    """The mean of the losses; NaN where somebody else owns them."""
+    """The mean of the losses, in no less than single precision; NaN where somebody else owns them."""
     losses: Tensor | None = getattr(G, "losses", None)
-    return torch.tensor(torch.nan) if losses is None else losses.mean()
+    if losses is None:
+        return torch.tensor(torch.nan)
+    return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
 
 
 def several(G: HasMoments, what: str) -> int:

@@ -744,6 +744,42 @@ def test_rules() -> None:
                 close(a, b, 1e-9)
 
 
+def test_a_batch_size_of_negative_losses_is_refused() -> None:
+    """As by `cabs`: they are no distance from an infimum of 0."""
+    net = model()
+    G = persample.gradients(net, lambda out, _: -out.square().sum(1), batch()[0])
+    controller = optim.AdaptiveBatchSize(8, optim.by_cabs(0.1), maximum=64)
+    for refused in (lambda: controller.update(G), lambda: statistics.cabs(G, 0.1)):
+        with pytest.raises(QuantityError, match="CABS divides by the mean loss, taken to have infimum 0, but it is -"):
+            refused()
+    assert controller.state_dict() == {"size": 8, "numerator": 0.0, "denominator": 0.0}
+    got: list[Any] = []
+    handle = persample.extend(net, on_backward=got.append, reduction="mean")
+    nn.CrossEntropyLoss()(net(batch()[0]), batch()[1]).backward()
+    handle.remove()
+    for refused in (lambda: controller.update(got[0]), lambda: statistics.cabs(got[0], 0.1)):
+        with pytest.raises(QuantityError, match="never told the losses"):
+            refused()
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf, "1", None])
+@pytest.mark.parametrize("rule, name", [
+    (optim.by_norm_test, "theta"), (optim.by_noise_scale, "factor"), (optim.by_cabs, "lr"),
+    (lambda lr: statistics.cabs(grads(model()), lr), "lr"),
+])  # fmt: skip
+def test_arguments_of_rules_are_checked(rule: Callable[[Any], Any], name: str, bad: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} must be a positive and finite number"):
+        rule(bad)
+
+
+@pytest.mark.parametrize("options", [
+    {"size": 8.5}, {"maximum": 1e9}, {"minimum": "2"}, {"decay": "0.9"}, {"growth": None}, {"rule": "norm_test"},
+])  # fmt: skip
+def test_arguments_of_a_controller_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"whole numbers|decay must be|rule must be a function"):
+        optim.AdaptiveBatchSize(**{"size": 8, "rule": ratio(1.0, 1.0), "maximum": 64, **options})
+
+
 def ratio(above: float, below: float) -> Callable[[Any], tuple[Tensor, Tensor]]:
     return lambda G: (torch.tensor(above), torch.tensor(below))
 

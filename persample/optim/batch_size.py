@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
+from ..attribution.features import number
 from ..errors import ArgumentError, warn
 from ..quantities import Quantities
+from ..statistics.batch_size import loss_above_zero
 from ..statistics.noise import noise_scale
-from ..statistics.parts import HasMoments, add_up, centred_total, mean_loss, mean_square
+from ..statistics.parts import HasMoments, add_up, centred_total, check_positive, mean_square
 
 Rule = Callable[[Quantities], tuple[Tensor, Tensor]]
 
@@ -25,6 +28,7 @@ def by_norm_test(theta: float) -> Rule:
     """``S / (theta^2 |gbar|^2)``: as many samples as keep the relative error of the mean gradient at ``theta`` (Byrd
     et al. 2012, eq. 3.10; `persample.statistics.norm_test`).
     """
+    check_positive(theta=theta)
 
     def rule(G: Quantities) -> tuple[Tensor, Tensor]:
         return noise_scale(G).trace, theta**2 * add_up(mean_square(G).values())
@@ -34,6 +38,7 @@ def by_norm_test(theta: float) -> Rule:
 
 def by_noise_scale(factor: float = 1.0) -> Rule:
     """``factor tr Sigma / |G|^2``: a multiple of the gradient noise scale (McCandlish et al. 2018)."""
+    check_positive(factor=factor)
 
     def rule(G: Quantities) -> tuple[Tensor, Tensor]:
         estimate = noise_scale(G)
@@ -43,10 +48,14 @@ def by_noise_scale(factor: float = 1.0) -> Rule:
 
 
 def by_cabs(lr: float) -> Rule:
-    """``lr tr Sigma / L``: batch size coupled with the learning rate of plain SGD (Balles et al. 2017, eq. 22)."""
+    """``lr tr Sigma / L``: batch size coupled with the learning rate of plain SGD (Balles et al. 2017, eq. 22).
+
+    The loss is taken to have infimum 0; a negative one is refused, as by `persample.statistics.cabs`.
+    """
+    check_positive(lr=lr)
 
     def rule(G: HasMoments) -> tuple[Tensor, Tensor]:
-        return lr * add_up(centred_total(G).values()) / len(G), mean_loss(G)
+        return lr * add_up(centred_total(G).values()) / len(G), loss_above_zero(G)
 
     return rule
 
@@ -75,10 +84,15 @@ class AdaptiveBatchSize:
         self, size: int, rule: Rule, *, minimum: int = 2, maximum: int, decay: float = 0.9, growth: float = 2.0,
         shrink: bool = False,
     ) -> None:  # fmt: skip
-        if not 2 <= minimum <= size <= maximum:
-            raise ArgumentError(f"sizes must be 2 <= minimum <= size <= maximum, got {minimum}, {size}, {maximum}.")
-        if not (0 <= decay < 1 and growth > 1):
-            raise ArgumentError(f"decay must be in [0, 1) and growth above 1, got {decay} and {growth}.")
+        sizes = (minimum, size, maximum)
+        if not all(isinstance(n, Integral) for n in sizes) or not 2 <= minimum <= size <= maximum:
+            raise ArgumentError(
+                f"sizes must be whole numbers, 2 <= minimum <= size <= maximum, got {', '.join(map(repr, sizes))}."
+            )
+        if not (0 <= number(decay) < 1 and (growth == math.inf or number(growth) > 1)):
+            raise ArgumentError(f"decay must be in [0, 1) and growth above 1, got {decay!r} and {growth!r}.")
+        if not callable(rule):
+            raise ArgumentError(f"rule must be a function of G, such as by_norm_test(1.0), got {rule!r}.")
         self.size, self.rule, self.minimum, self.maximum = size, rule, minimum, maximum
         self.decay, self.growth, self.shrink = decay, growth, shrink
         self.numerator = self.denominator = 0.0

@@ -21,6 +21,7 @@ from .parts import (
     along_mean,
     cancelled,
     centred_total,
+    check_positive,
     mean_loss,
     mean_square,
     per_group,
@@ -82,7 +83,24 @@ def cabs(G: HasMoments, lr: float, by: By = None) -> Any:
     SGD with learning rate ``lr``, a loss whose infimum is 0.  Round and bound it yourself, or by
     `persample.optim.AdaptiveBatchSize`. Needs ``quantities=["norm", "mean"]``, or ``["variance"]``.
     """
-    loss = mean_loss(G)
+    check_positive(lr=lr)
+    loss = loss_above_zero(G)
     if not bool(loss > 0):
-        raise QuantityError(f"CABS divides by the mean loss, taken to have infimum 0, but it is {float(loss):.4g}.")
+        raise QuantityError(INFIMUM.format(float(loss)))
     return per_group(by, lambda centred: lr * centred.clamp_min(0) / len(G) / loss, centred_total(G, by=by))
+
+
+INFIMUM = "CABS divides by the mean loss, taken to have infimum 0, but it is {:.4g}."
+
+
+def loss_above_zero(G: HasMoments) -> Tensor:
+    """The mean loss, which can't be negative where its infimum is 0."""
+    if getattr(G, "losses", None) is None:
+        raise QuantityError(
+            "CABS divides by the mean loss, and a callback is never told the losses: take gradients(...) or the "
+            "recorder of a with-block (persample.extend), or another rule."
+        )
+    loss = mean_loss(G)
+    if bool(loss < 0):
+        raise QuantityError(INFIMUM.format(float(loss)))
+    return loss

@@ -429,6 +429,19 @@ def test_parameters_need_names_and_must_agree() -> None:
         lambda p: optim.NaturalGradient(p, damping=-1.0),
         lambda p: optim.NaturalGradient(p, damping=torch.inf),
         lambda p: optim.GradientSurgery(p, nesterov=True),
+        lambda p: optim.GradientSurgery(p, weighting="pcgrad"),  # type: ignore[arg-type]
+        lambda p: optim.ClippedSGD(p, max_norm="1"),  # type: ignore[arg-type]
+        lambda p: optim.ClippedSGD(p, max_norm=torch.nan),
+        lambda p: optim.ClippedSGD(p, max_norm=torch.inf, noise_multiplier=1.0),
+        lambda p: optim.ClippedAdam(p, max_norm=torch.tensor(torch.inf), noise_multiplier=1.0),  # type: ignore[arg-type]
+        lambda p: optim.ClippedAdam(p, max_norm=1.0, noise_multiplier=torch.inf),
+        lambda p: optim.ClippedAdam(p, max_norm=1.0, noise_multiplier="1"),  # type: ignore[arg-type]
+        lambda p: optim.ClippedAdam(p, max_norm=1.0, expected_batch_size=torch.inf),
+        lambda p: optim.ClippedAdam(p, max_norm=1.0, expected_batch_size="8"),  # type: ignore[arg-type]
+        lambda p: optim.ClippedSGD(p, max_norm=1.0, lr="0.1"),  # type: ignore[arg-type]
+        lambda p: optim.ClippedSGD(p, max_norm=1.0, lr=torch.inf),
+        lambda p: optim.ClippedSGD(p, max_norm=1.0, momentum=None),  # type: ignore[arg-type]
+        lambda p: optim.PerSampleAdam(p, betas=("0.9", 0.9)),  # type: ignore[arg-type]
     ],
 )
 def test_options_are_checked(make: Callable[[Any], Optimizer]) -> None:
@@ -718,6 +731,20 @@ def test_gradient_surgery_of_groups() -> None:
         optim.surgery_weights(torch.eye(3), optim.pcgrad_weights, groups)
     with pytest.raises(QuantityError, match="weighting returned"):
         optim.surgery_weights(torch.eye(3), lambda K: K)
+    for weighting in (lambda K: K, lambda K: [1.0, 2.0, 3.0], lambda K: K[0, :2]):
+        for given in (None, torch.tensor([0, 1, 2])):
+            with pytest.raises(QuantityError, match="weighting returned"):
+                optim.surgery_weights(torch.eye(3), weighting, given)
+    before = flat(net.parameters())
+    for bad in (groups.tolist(), groups.double(), groups.numpy()):
+        with pytest.raises(ArgumentError, match=r"groups must be a tensor \[6\], one integer per sample, got"):
+            optim.GradientSurgery(net.named_parameters(), momentum=0.9).step(grads(net), bad)
+    close(flat(net.parameters()), before, 0)
+
+
+def test_no_bound_and_no_noise_is_sgd() -> None:
+    J, step = moved(model(), optim.ClippedSGD, lr=0.1, max_norm=torch.inf)
+    close(step, 0.1 * J.mean(0))
 
 
 def test_a_weighting_of_torchjd_plugs_in() -> None:

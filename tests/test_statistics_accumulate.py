@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import persample
 from persample import statistics
-from persample.errors import QuantityError
+from persample.errors import ArgumentError, QuantityError
 from persample.factors import index
 from persample.statistics import Accumulator, Average, Histogram, Moments, NoiseScale, Norms
 
@@ -177,6 +177,10 @@ def test_a_sample_counted_twice_is_noticed() -> None:
         norms.update(DATA.part(torch.tensor([3])))
     with pytest.raises(QuantityError, match="shape"):
         Norms().update(DATA.part(torch.tensor([1, 2])), torch.tensor([1]))
+    for bad in ([1, 2], torch.tensor([1.0, 2.0])):
+        with pytest.raises(ArgumentError, match=r"ids must be a tensor of integers \[2\], got"):
+            norms.update(DATA.part(torch.tensor([1, 2])), bad)  # type: ignore[arg-type]
+    assert len(norms.value.ids) == 3  # type: ignore[union-attr]
 
 
 def test_without_ids_norms_come_in_order_of_arrival() -> None:

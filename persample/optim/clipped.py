@@ -18,6 +18,7 @@ changes the gradients of all others, clipping bounds nothing, and the step is re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..attribution.features import number
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import Quantities
 from .updates import Named, adapt, check_at_least, check_same, descend, named, parts, quantities
@@ -43,11 +45,18 @@ class Clipping:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if not self.max_norm > 0:
-            raise ArgumentError(f"max_norm must be positive, got {self.max_norm}.")
+        if not (number(self.max_norm) > 0 or self.max_norm == math.inf):
+            raise ArgumentError(f"max_norm must be a positive number, got {self.max_norm!r}.")
         check_at_least(0, noise_multiplier=self.noise_multiplier)
-        if self.expected_batch_size is not None and not self.expected_batch_size > 0:
-            raise ArgumentError(f"expected_batch_size must be positive, got {self.expected_batch_size}.")
+        if self.noise_multiplier and self.max_norm == math.inf:
+            raise ArgumentError(
+                f"max_norm must be finite with noise, of standard deviation noise_multiplier * max_norm: got "
+                f"noise_multiplier={self.noise_multiplier} and max_norm=inf. Bound the norms, or leave the noise out."
+            )
+        if self.expected_batch_size is not None and not number(self.expected_batch_size) > 0:
+            raise ArgumentError(
+                f"expected_batch_size must be a positive and finite number, got {self.expected_batch_size!r}."
+            )
 
     def gradient(self, G: Batches, optimizer: Optimizer) -> dict[str, Tensor]:
         """``{name: [*P]}``: the clipped sum over a batch (in pieces), noised once, per expected sample."""

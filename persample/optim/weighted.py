@@ -130,6 +130,8 @@ class GradientSurgery(Named):
         self, params: Any, weighting: Weighting = pcgrad_weights, lr: float = 1e-2, *, momentum: float = 0.0,
         nesterov: bool = False, weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
+        if not callable(weighting):
+            raise ArgumentError(f"weighting must be a function of a Gram matrix, [M, M] -> [M], got {weighting!r}.")
         self.weighting = weighting
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
@@ -140,16 +142,31 @@ class GradientSurgery(Named):
 
 def surgery_weights(K: Tensor, weighting: Weighting, groups: Tensor | None = None) -> Tensor:
     """``[N]``: what a weighting of samples, or of groups of samples, makes of every sample's weight."""
-    if groups is not None and groups.shape != (len(K),):
-        raise QuantityError(f"groups must have shape [{len(K)}], one integer per sample, got {list(groups.shape)}.")
+    if groups is not None:
+        check_groups(groups, len(K))
     with torch.autocast(K.device.type, enabled=False):
         if groups is None:
-            weights = weighting(K)
-        else:
-            members, which = groups.unique(return_inverse=True)
-            A = torch.nn.functional.one_hot(which, len(members)).to(K).T
-            A = A / A.sum(1, keepdim=True)
-            weights = A.T @ weighting(A @ K @ A.T)
-    if weights.shape != (len(K),):
-        raise QuantityError(f"the weighting returned shape {list(weights.shape)} for a Gram matrix of {len(K)} rows.")
-    return weights
+            return weighed(weighting, K)
+        members, which = groups.unique(return_inverse=True)
+        A = torch.nn.functional.one_hot(which, len(members)).to(K).T
+        A = A / A.sum(1, keepdim=True)
+        return A.T @ weighed(weighting, A @ K @ A.T)
+
+
+def check_groups(groups: Any, n: int) -> None:
+    """Raise for what doesn't say which group each of ``n`` samples is of."""
+    what = f"groups must be a tensor [{n}], one integer per sample"
+    if not isinstance(groups, Tensor) or groups.is_floating_point() or groups.is_complex():
+        got = str(groups.dtype) if isinstance(groups, Tensor) else type(groups).__name__
+        raise ArgumentError(f"{what}, got {got}: torch.tensor(groups) of integers.")
+    if groups.shape != (n,):
+        raise QuantityError(f"{what}, got shape {list(groups.shape)}.")
+
+
+def weighed(weighting: Weighting, K: Tensor) -> Tensor:
+    """The weights of a Gram matrix, which must be one number per row, in its type."""
+    weights = weighting(K)
+    if not isinstance(weights, Tensor) or weights.shape != (len(K),):
+        got = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise QuantityError(f"the weighting returned {got} for a Gram matrix of {len(K)} rows: it must be [{len(K)}].")
+    return weights.to(K)

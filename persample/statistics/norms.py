@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from .accumulate import Accumulator, check_alike
 from .parts import By, named, per_group, squares
@@ -46,6 +46,9 @@ class Norms(Accumulator[Listed]):
 
     def of(self, G: Quantities, ids: Tensor | None = None) -> Listed:
         norms = per_group(self.by, torch.sqrt, squares(G))
+        if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex()):
+            got = str(ids.dtype) if isinstance(ids, Tensor) else type(ids).__name__
+            raise ArgumentError(f"ids must be a tensor of integers [{len(G)}], got {got}: torch.tensor(ids).")
         if ids is not None and ids.shape != (len(G),):
             raise QuantityError(f"ids must have shape [{len(G)}], one per sample, got {list(ids.shape)}.")
         return Listed(norms if isinstance(norms, dict) else {"": norms}, None if ids is None else ids.clone())

@@ -313,6 +313,31 @@ def test_tests_do_not_cancel(along: float, noise: float, kind: torch.dtype, tole
         assert refused == ([False] * 6 if noise == 1e-3 else [True, False, True, True, True, False])
 
 
+@pytest.mark.parametrize("kind, size", [(torch.float64, 1e-6), (torch.float64, 0.1), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("name", ["norm_test", "inner_product_test", "orthogonality_test", "diversity"])
+def test_a_mean_that_inner_products_can_not_tell(name: str, kind: torch.dtype, size: float) -> None:
+    torch.manual_seed(0)
+    J = torch.randn(8, 12, dtype=torch.float64)
+    J = (J - J.mean(0) + size).to(kind)
+    A = J.double().numpy().astype(np.longdouble)
+    expected = dict(zip(("norm_test", "inner_product_test", "orthogonality_test"), exact_tests(J), strict=True)).get(
+        name, float((A * A).sum() / (A.sum(0) @ A.sum(0)))
+    )
+    net = nn.Linear(12, 1, bias=False).to(kind)
+    run = lambda q=None: persample.gradients(net, lambda o, _: o.sum(1), J, quantities=q)  # noqa: E731
+    function = getattr(statistics, name)
+    for needs in (None, ["gram", "mean"]):
+        assert float(function(run(needs))) == pytest.approx(expected, rel=1e-9 if kind is torch.float64 else 1e-2)
+    if size == 0.1:
+        assert float(function(run(["gram"]))) == pytest.approx(expected, rel=1e-9)
+    else:
+        with pytest.raises(QuantityError, match="ask for 'mean' too"):
+            function(run(["gram"]))
+    square = statistics.noise_scale(run(["gram"])).square  # which is a difference of numbers of this size
+    exact = (8 * J.double().mean(0).square().sum() - J.double().square().sum(1).mean()) / 7
+    assert float(square) == pytest.approx(float(exact), rel=1e-9 if kind is torch.float64 else 1e-5)
+
+
 def test_tests_of_tiny_gradients_do_not_underflow() -> None:
     J = 1e-12 * (1 + torch.randn(6, 4))
     for function, exact in zip(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quantities import Quantities
-from .parts import By, HasMoments, mean_square, per_group, products, several, square_total
+from .parts import By, HasMoments, divisor, per_group, products, several, square_total
 
 
 class Stiffness(NamedTuple):
@@ -25,7 +25,7 @@ def diversity(G: HasMoments, by: By = None) -> Any:
     their bound on the batch size.  Needs ``quantities=["norm", "mean"]``.
     """
     n = len(G)
-    return per_group(by, lambda squares, mean: squares / (n * n * mean), square_total(G), mean_square(G))
+    return per_group(by, lambda squares, mean: squares / (n * n * mean), square_total(G), divisor(G, by))
 
 
 def confusion(G: Quantities, by: By = None) -> Any:

@@ -22,8 +22,8 @@ from .parts import (
     cancelled,
     centred_total,
     check_positive,
+    divisor,
     mean_loss,
-    mean_square,
     per_group,
     refuse,
     several,
@@ -38,7 +38,7 @@ def norm_test(G: HasMoments, by: By = None) -> Any:
     ``quantities=["norm", "mean"]``.
     """
     n = several(G, "the norm test")
-    means = mean_square(G)
+    means = divisor(G, by)
 
     def theta(centred: Tensor, mean: Tensor) -> Tensor:
         return (centred.clamp_min(0) / (n - 1) / (n * mean)).sqrt()
@@ -54,7 +54,7 @@ def inner_product_test(G: Quantities, by: By = None) -> Any:
     it cheap.
     """
     n = several(G, "the inner-product test")
-    along, squares = along_mean(G), mean_square(G)
+    along, squares = along_mean(G), divisor(G, by)
     if not isinstance(G, Gradients):
         refuse(per_group(by, lambda a, square: cancelled(a.std(), square), along, squares), LOST)
     return per_group(by, lambda a, square: (a / square).std() / n**0.5, along, squares)
@@ -67,7 +67,7 @@ def orthogonality_test(G: Quantities, by: By = None) -> Any:
     inner-product test and this one is that of the norm test.  Needs ``quantities=["gram"]``, or rows.
     """
     n = several(G, "the orthogonality test")
-    squares = mean_square(G)
+    squares = divisor(G, by)
     across = across_mean(G, squares, by)
 
     def nu(across: Tensor, square: Tensor) -> Tensor:

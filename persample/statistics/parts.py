@@ -103,8 +103,21 @@ def mean_square(G: HasMoments) -> Part:
     """``{name: |gbar|^2}``, of the mean gradient ``gbar``."""
     if _lacks(G, "sum") and not _lacks(G, "gram"):
         assert isinstance(G, Quantities)
-        return {name: K.mean().real for name, K in G.gram(per_parameter=True).items()}
+        return {name: K.double().mean().to(K.dtype) for name, K in products(G).items()}
     return {name: energy(m).sum() for name, m in means(G).items()}
+
+
+def divisor(G: HasMoments, by: By = None) -> Part:
+    """`mean_square`, to be divided by: inner products alone know it to ``1/N`` of the rounding of a squared norm."""
+    found = mean_square(G)
+    if _lacks(G, "sum") and not _lacks(G, "gram"):
+        sizes = {name: total / len(G) ** 2 for name, total in square_total(G).items()}
+        refuse(
+            per_group(by, cancelled, found, sizes),
+            "the mean gradient is so small against the gradients of samples that inner products can't tell it in this "
+            "precision: ask for 'mean' too, quantities=[..., 'mean'], or keep the rows.",
+        )
+    return found
 
 
 def means(G: HasMoments) -> Part:

@@ -689,6 +689,11 @@ def test_natural_gradient(damping: float) -> None:
 def test_matrices_that_are_no_gram_matrices(K: Tensor, message: str) -> None:
     with pytest.raises((ArgumentError, QuantityError), match=message):
         optim.natural_weights(K, 1e-3)
+    if "real numbers" in message:
+        for function in (optim.pcgrad_weights, lambda K: optim.surgery_weights(K, optim.pcgrad_weights)):
+            for bad in (K, K.tolist()):
+                with pytest.raises(ArgumentError, match="K must be a Gram matrix"):
+                    function(bad)
 
 
 def test_rows_that_are_not_finite_make_no_step() -> None:
@@ -740,6 +745,23 @@ def test_gradient_surgery_of_groups() -> None:
         with pytest.raises(ArgumentError, match=r"groups must be a tensor \[6\], one integer per sample, got"):
             optim.GradientSurgery(net.named_parameters(), momentum=0.9).step(grads(net), bad)
     close(flat(net.parameters()), before, 0)
+
+
+@pytest.mark.parametrize("kind, size", [(torch.float64, 1e-9), (torch.float64, 1e-3), (torch.float32, 1e-4)])
+def test_means_of_groups_that_cancel(kind: torch.dtype, size: float) -> None:
+    """Two samples that are opposite up to ``size``: the direction of their mean is told, or the group refused."""
+    torch.manual_seed(2)
+    J = torch.randn(4, 5, dtype=torch.float64)
+    J[1] = -J[0] + size * J[1]
+    J[2] = J[3] - 2 * (J[0] + J[1]) / size
+    G, groups = persample.Gradients({"w": Dense(J.to(kind))}, torch.zeros(4)), torch.tensor([5, 5, 8, 8])
+    if size < 1e-3:
+        with pytest.raises(QuantityError, match="mean gradient of group 5 is so small"):
+            optim.surgery_weights(G.gram(), optim.pcgrad_weights, groups)
+        return
+    means = torch.stack([J[:2].mean(0), J[2:].mean(0)])
+    assert means[0] @ means[1] < 0
+    close(optim.surgery_weights(G.gram(), optim.pcgrad_weights, groups) @ J, pcgrad(means), 1e-9)
 
 
 def test_no_bound_and_no_noise_is_sgd() -> None:
@@ -843,6 +865,14 @@ def test_a_batch_that_overflowed_says_nothing() -> None:
     with pytest.warns(UserWarning, match="skipped"):
         assert controller.update(grads(model())) == 8
     assert controller.state_dict() == {"size": 8, "numerator": 0.0, "denominator": 0.0}
+    with pytest.raises(ArgumentError, match="no state of an AdaptiveBatchSize: it has no 'denominator'"):
+        controller.load_state_dict({"size": 16, "numerator": 0.0})
+    with pytest.raises(ArgumentError, match="G must be"):
+        controller.update(torch.ones(3, 2))  # type: ignore[arg-type]
+    for said in (1.0, torch.ones(3), (1.0, None)):
+        wrong = optim.AdaptiveBatchSize(8, lambda G, said=said: said, maximum=64)  # type: ignore[misc]
+        with pytest.raises(ArgumentError, match="a rule returns two numbers"):
+            wrong.update(grads(model()))
 
 
 def test_controller_feeds_a_loader() -> None:

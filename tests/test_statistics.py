@@ -232,6 +232,30 @@ def rows(J: Tensor) -> persample.Gradients:
     return persample.Gradients({"w": persample.factors.Dense(J)}, torch.zeros(len(J), dtype=J.dtype))
 
 
+@pytest.mark.parametrize("given", [torch.ones(3, 2), [1.0, 2.0], None])
+@pytest.mark.parametrize("name", [*FORMULAS, "importance_weights"])
+def test_what_holds_no_gradients_is_named(name: str, given: Any) -> None:
+    function = FORMULAS[name][0] if name in FORMULAS else statistics.importance_weights
+    if name != "importance_weights" or not isinstance(given, Tensor):
+        with pytest.raises(ArgumentError, match=f"G must be .* got {type(given).__name__}"):
+            function(given)
+
+
+@pytest.mark.parametrize("eps", [-1.0, torch.nan, torch.inf, "0"])
+def test_what_is_added_to_variances_is_checked(eps: Any) -> None:
+    for function in (statistics.signal_to_noise, statistics.evidence_based_stopping):
+        with pytest.raises(ArgumentError, match="eps must be a finite number, 0 or more"):
+            function(Case().G, eps=eps)  # type: ignore[operator]
+
+
+def test_noise_scale_of_numbers() -> None:
+    estimate = statistics.noise_scale_of_two(1.0, 1, 0.5, 3)
+    close([estimate.trace, estimate.square, estimate.scale], [*torch.tensor([0.75, 0.25, 3.0]).double()])
+    for bad in (("1", 1, 0.5, 3), (1.0, 1, None, 3), (1.0, "1", 0.5, 3), (1.0, 1, 0.5, torch.nan)):
+        with pytest.raises(ArgumentError, match="must be"):
+            statistics.noise_scale_of_two(*bad)  # type: ignore[arg-type]
+
+
 def test_noise_scale_of_two_batch_sizes() -> None:
     """With the mean squared norm of single samples for the small batch, it is the estimate from per-sample norms."""
     case = Case()
@@ -388,6 +412,8 @@ def test_importance_weights_at_the_edges() -> None:
         statistics.importance_weights(torch.tensor([-1.0, 1.0]))
     with pytest.raises(ValueError, match="smoothing"):
         statistics.importance_weights(torch.ones(2), 2.0)
+    with pytest.raises(ArgumentError, match="smoothing"):
+        statistics.importance_weights(torch.ones(2), "0.5")  # type: ignore[arg-type]
 
 
 @settings(max_examples=20)

@@ -266,6 +266,47 @@ def test_over_a_loader(progress: bool, capfd: pytest.CaptureFixture[str]) -> Non
     assert ("accumulate" in capfd.readouterr().err) is progress
 
 
+@pytest.mark.parametrize("error", [QuantityError, KeyboardInterrupt])
+def test_a_batch_that_one_refuses_counts_for_none(error: type[BaseException]) -> None:
+    def refuse(G: Any) -> float:
+        if len(G) == 2:
+            raise error("no")
+        return 1.0
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(DATA.x, DATA.y), batch_size=5)
+    moments, noise, average = Moments(), NoiseScale(decay=0.5), Average(refuse)
+    with pytest.raises(error, match="no"):
+        statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), loader, moments, noise, average)
+    parts = torch.arange(N).split(5)[:2]
+    close(moments.compute(), feed(Moments(), *parts).compute())
+    close(noise.compute(), feed(NoiseScale(decay=0.5), *parts).compute())
+    assert len(average.compute()) == 2
+
+
+def test_arguments_of_accumulators_are_checked() -> None:
+    accumulators: list[Accumulator[Any]] = [Moments(), Norms(), NoiseScale()]
+    for accumulator in accumulators:
+        for bad in (torch.ones(3, 2), None):
+            with pytest.raises(ArgumentError, match="G must be"):
+                accumulator.update(bad)  # type: ignore[arg-type]
+        for state in ({}, None, {"settings": {}}):
+            with pytest.raises(QuantityError, match=f"no state of a {type(accumulator).__name__}"):
+                accumulator.load_state_dict(state)  # type: ignore[arg-type]
+        assert accumulator.value is None
+    loader = [(DATA.x, DATA.y)]
+    for refused in (
+        lambda: Average("norm_test"),  # type: ignore[arg-type]
+        lambda: NoiseScale(decay="1"),  # type: ignore[arg-type]
+        lambda: statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), loader, statistics.norm_test),  # type: ignore[arg-type]
+        lambda: statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), loader, Norms(), quantities=["norm"]),
+    ):
+        with pytest.raises(ArgumentError, match=r"function of G|decay must|such as Moments|leave quantities= out"):
+            refused()
+    one = Average(statistics.confusion, needs="gram")
+    statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), loader, one)
+    close(one.compute().mean()[""], statistics.confusion(DATA.G))
+
+
 def test_over_a_loader_of_other_batches() -> None:
     loader = [{"x": DATA.x[:6], "y": DATA.y[:6]}, {"x": DATA.x[6:], "y": DATA.y[6:]}]
     counts = Histogram(EDGES)

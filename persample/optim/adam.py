@@ -12,7 +12,7 @@ from ..factors import Factors, cast, dense, dtype, fold
 from ..gradients import Gradients
 from ..quantities import Quantities
 from ..reductions import square_sum
-from ..statistics.parts import energy
+from ..statistics.parts import check_measured, energy
 from .updates import Named, adapt, parts, quantities
 
 
@@ -22,6 +22,7 @@ def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
     ``size=1`` is `Gradients.second_moment`, ``size=N`` the square of the mean.  No rows are written, groups are folded
     into the factors.  Real for complex parameters, and in no less than single precision.
     """
+    check_measured(G)
     n = len(G)
     check_size(size)
     if size == 1:

@@ -19,7 +19,7 @@ from ..errors import ArgumentError, warn
 from ..quantities import Quantities
 from ..statistics.batch_size import loss_above_zero
 from ..statistics.noise import noise_scale
-from ..statistics.parts import HasMoments, add_up, centred_total, check_positive, mean_square
+from ..statistics.parts import HasMoments, add_up, centred_total, check_measured, check_positive, mean_square
 
 Rule = Callable[[Quantities], tuple[Tensor, Tensor]]
 
@@ -99,9 +99,16 @@ class AdaptiveBatchSize:
 
     def update(self, G: Quantities) -> int:
         """The size of the next batch, given one."""
+        check_measured(G)
         if len(G) < 2:
             return self.size
-        above, below = (float(x) for x in self.rule(G))
+        said = self.rule(G)
+        try:
+            above, below = map(float, said)
+        except (TypeError, ValueError):
+            raise ArgumentError(
+                f"a rule returns two numbers, a numerator and a denominator of the size, got {said!r}."
+            ) from None
         if not (math.isfinite(above) and math.isfinite(below)):
             warn(f"a batch says {above:g} / {below:g} of the batch size: it is skipped, and the size stays.")
             return self.size
@@ -123,6 +130,8 @@ class AdaptiveBatchSize:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        if missing := {"size", "numerator", "denominator"} - {*state}:
+            raise ArgumentError(f"this is no state of an AdaptiveBatchSize: it has no {min(missing)!r}.")
         self.size, self.numerator, self.denominator = state["size"], state["numerator"], state["denominator"]
 
 

@@ -40,13 +40,18 @@ def natural_weights(K: Tensor, damping: float) -> Tensor:
             larger than ``N damping``).
     """
     check_damping(damping)
+    check_gram(K)
+    ones = torch.full((len(K), 1), 1 / len(K), dtype=torch.float64, device=K.device)
+    return influence_from_gram(K, ones, damping).squeeze(1).to(K.dtype)
+
+
+def check_gram(K: Any) -> None:
+    """Raise for what is no square matrix of real numbers."""
     if not (isinstance(K, Tensor) and K.is_floating_point() and K.ndim == 2 and len(K) == K.shape[1] > 0):
         got = f"{K.dtype} {list(K.shape)}" if isinstance(K, Tensor) else type(K).__name__
         raise ArgumentError(
             f"K must be a Gram matrix [N, N] of real numbers, got {got}: of gradients G, it is G.gram()."
         )
-    ones = torch.full((len(K), 1), 1 / len(K), dtype=torch.float64, device=K.device)
-    return influence_from_gram(K, ones, damping).squeeze(1).to(K.dtype)
 
 
 def check_damping(damping: float) -> None:
@@ -98,6 +103,7 @@ def pcgrad_weights(K: Tensor) -> Tensor:
     other row ``j`` that it conflicts with (``g_i . g_j < 0``), one after the other.  The order is that of the rows (the
     paper draws it at random), and the result is their mean (the paper's is the sum).
     """
+    check_gram(K)
     n = len(K)
     C = torch.eye(n, dtype=K.dtype, device=K.device)  # row i is C[i] @ G
     for j in range(n):
@@ -142,15 +148,25 @@ class GradientSurgery(Named):
 
 def surgery_weights(K: Tensor, weighting: Weighting, groups: Tensor | None = None) -> Tensor:
     """``[N]``: what a weighting of samples, or of groups of samples, makes of every sample's weight."""
+    check_gram(K)
     if groups is not None:
         check_groups(groups, len(K))
     with torch.autocast(K.device.type, enabled=False):
         if groups is None:
             return weighed(weighting, K)
         members, which = groups.unique(return_inverse=True)
-        A = torch.nn.functional.one_hot(which, len(members)).to(K).T
+        A = torch.nn.functional.one_hot(which, len(members)).to(K.device, torch.float64).T
         A = A / A.sum(1, keepdim=True)
-        return A.T @ weighed(weighting, A @ K @ A.T)
+        means = A @ K.double() @ A.T  # whose rounding is not that of K, which averages to less than that of a row
+        if len(
+            lost := members[means.diagonal() < torch.finfo(K.dtype).eps ** 0.5 * (A.square() @ K.diagonal().double())]
+        ):
+            raise QuantityError(
+                f"the mean gradient of group {lost[0].item()} is so small against the gradients of its samples that "
+                "inner products can't tell its direction in this precision: compute in a higher one, or leave the "
+                "group out."
+            )
+        return A.T.to(K) @ weighed(weighting, means.to(K))
 
 
 def check_groups(groups: Any, n: int) -> None:

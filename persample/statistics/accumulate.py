@@ -74,6 +74,8 @@ class Accumulator(abc.ABC, Generic[V]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another accumulator of the same class and settings was (functions go by their names)."""
+        if not isinstance(state, Mapping) or not {"settings", "value"} <= state.keys():
+            raise QuantityError(f"this is no state of a {type(self).__name__}: give what its state_dict() returned.")
         if state["settings"] != self._described():
             raise QuantityError(
                 f"this state is of settings {state['settings']}, the accumulator has {self._described()}."

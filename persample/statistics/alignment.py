@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quantities import Quantities
-from .parts import By, HasMoments, divisor, per_group, products, several, square_total
+from .parts import By, HasMoments, check_measured, divisor, per_group, products, several, square_total
 
 
 class Stiffness(NamedTuple):
@@ -24,6 +24,7 @@ def diversity(G: HasMoments, by: By = None) -> Any:
     Yin et al. 2018, "Gradient diversity: a key ingredient for scalable distributed learning", def. 1; ``N`` times it is
     their bound on the batch size.  Needs ``quantities=["norm", "mean"]``.
     """
+    check_measured(G)
     n = len(G)
     return per_group(by, lambda squares, mean: squares / (n * n * mean), square_total(G), divisor(G, by))
 

@@ -21,6 +21,7 @@ from .parts import (
     along_mean,
     cancelled,
     centred_total,
+    check_measured,
     check_positive,
     divisor,
     mean_loss,
@@ -83,6 +84,7 @@ def cabs(G: HasMoments, lr: float, by: By = None) -> Any:
     SGD with learning rate ``lr``, a loss whose infimum is 0.  Round and bound it yourself, or by
     `persample.optim.AdaptiveBatchSize`. Needs ``quantities=["norm", "mean"]``, or ``["variance"]``.
     """
+    check_measured(G)
     check_positive(lr=lr)
     loss = loss_above_zero(G)
     if not bool(loss > 0):

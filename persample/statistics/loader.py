@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..api import gradients
+from ..errors import ArgumentError
 from ..losses import LossFunction
 from ..progress import bar
 from .accumulate import Accumulator
@@ -26,8 +27,12 @@ def accumulate(
 
     ``unpack(batch)`` gives inputs and targets (and is the place to move them to a device); ``options`` go to
     `persample.gradients`.  If no accumulator needs rows, none are kept: peak memory stays that of the plain backward
-    pass.
+    pass.  A batch that is refused by one of them counts for none.
     """
+    if wrong := [a for a in accumulators if not isinstance(a, Accumulator)]:
+        raise ArgumentError(f"accumulators are objects such as Moments(), got {wrong[0]!r}.")
+    if "quantities" in options:
+        raise ArgumentError("accumulators say by themselves what they need: leave quantities= out.")
     needs = (
         None
         if any(a.needs is None for a in accumulators)
@@ -36,5 +41,11 @@ def accumulate(
     for batch in bar(loader, progress, "accumulate"):
         inputs, targets = unpack(batch)
         G = gradients(model, loss_fn, inputs, targets, quantities=needs, **options)
-        for accumulator in accumulators:
-            accumulator.update(G)
+        before = [accumulator.value for accumulator in accumulators]
+        try:
+            for accumulator in accumulators:
+                accumulator.update(G)
+        except BaseException:
+            for accumulator, value in zip(accumulators, before, strict=True):
+                accumulator.value = value  # values are never written into
+            raise

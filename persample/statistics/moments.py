@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities, check_ddof
 from .accumulate import Accumulator
-from .parts import energy, mean_loss, named
+from .parts import check_measured, energy, mean_loss, named
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,7 @@ class Moments(Accumulator[DatasetMoments]):
     kind = DatasetMoments
 
     def of(self, G: Quantities) -> DatasetMoments:
+        check_measured(G)
         n = len(G)
         return DatasetMoments(n, G.wide_mean(), {name: n * v for name, v in G.variance(0).items()}, mean_loss(G))
 
@@ -95,9 +96,11 @@ class Average(Accumulator[DatasetMoments]):
 
     kind = DatasetMoments
 
-    def __init__(self, statistic: Callable[[Quantities], Any], needs: tuple[str, ...] | None = None) -> None:
+    def __init__(self, statistic: Callable[[Quantities], Any], needs: tuple[str, ...] | str | None = None) -> None:
         super().__init__()
-        self.statistic, self.needs = statistic, needs
+        if not callable(statistic):
+            raise ArgumentError(f"statistic must be a function of G, such as norm_test, got {statistic!r}.")
+        self.statistic, self.needs = statistic, (needs,) if isinstance(needs, str) else needs
 
     def of(self, G: Quantities) -> DatasetMoments:
         values = {name: _averaged(name, v) for name, v in _by_name(self.statistic(G))}

@@ -6,16 +6,18 @@ hand, ``Sigma`` the covariance of one sample's gradient, and ``G`` its expectati
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attribution.features import number
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from .accumulate import Accumulator, check_alike
-from .parts import By, HasMoments, centred_total, energy, mean_square, means, named, per_group, several
+from .parts import By, HasMoments, centred_total, check_measured, energy, mean_square, means, named, per_group, several
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,14 +66,20 @@ def noise_scale(G: HasMoments, by: By = None) -> Any:
     return per_group(by, estimate, centred_total(G, means, by), means)
 
 
-def noise_scale_of_two(small_square: Tensor, small: int, big_square: Tensor, big: int) -> NoiseEstimate:
+def noise_scale_of_two(small_square: Tensor | float, small: int, big_square: Tensor | float, big: int) -> NoiseEstimate:
     """The same from the squared norms of the mean gradients of two batch sizes (McCandlish et al. 2018, eqs. A.2, A.3).
 
     ``|G|^2 = (big |G_big|^2 - small |G_small|^2) / (big - small)``,
     ``tr Sigma = (|G_small|^2 - |G_big|^2) / (1/small - 1/big)``.
     """
-    if not 0 < small < big:
-        raise ArgumentError(f"the batch sizes must be 0 < small < big, got {small} and {big}.")
+    if not 0 < number(small) < number(big):
+        raise ArgumentError(f"the batch sizes must be 0 < small < big, got {small!r} and {big!r}.")
+    for name, square in (("small_square", small_square), ("big_square", big_square)):
+        if not isinstance(square, Tensor) and math.isnan(number(square)):
+            raise ArgumentError(f"{name} must be a tensor or a number, got {square!r}.")
+    small_square, big_square = (
+        x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (small_square, big_square)
+    )
     trace = (small_square - big_square) / (1 / small - 1 / big)
     return NoiseEstimate(trace, (big * big_square - small * small_square) / (big - small))
 
@@ -112,11 +120,12 @@ class NoiseScale(Accumulator[NoiseSums]):
 
     def __init__(self, by: By = None, decay: float = 1.0) -> None:
         super().__init__()
-        if not 0 < decay <= 1:
-            raise ArgumentError(f"decay must be in (0, 1], got {decay}.")
+        if not 0 < number(decay) <= 1:
+            raise ArgumentError(f"decay must be in (0, 1], got {decay!r}.")
         self.by, self.decay = by, decay
 
     def of(self, G: Quantities) -> NoiseSums:
+        check_measured(G)
         n, means = len(G), mean_square(G)
         centred = (
             centred_total(G, means, self.by) if n > 1 else {name: torch.zeros_like(m) for name, m in means.items()}
@@ -151,6 +160,9 @@ def signal_to_noise(G: HasMoments, *, ddof: int = 0, eps: float = 0.0, by: By = 
     GSNR of parameters".  Population variance by default.  An entry that is zero for all samples has no signal: 0.
     Needs ``quantities=["mean", "variance"]``.
     """
+    check_measured(G)
+    if not number(eps) >= 0:
+        raise ArgumentError(f"eps must be a finite number, 0 or more, got {eps!r}.")
     average, variances = means(G), G.variance(ddof)
     ratios = {name: _ratio(energy(average[name]), variances[name] + eps) for name in average}
     if by == "element":

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from .accumulate import Accumulator, check_alike
-from .parts import By, named, per_group, squares
+from .parts import By, check_measured, named, per_group, squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ class Norms(Accumulator[Listed]):
         self.by = by
 
     def of(self, G: Quantities, ids: Tensor | None = None) -> Listed:
+        check_measured(G)
         norms = per_group(self.by, torch.sqrt, squares(G))
         if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex()):
             got = str(ids.dtype) if isinstance(ids, Tensor) else type(ids).__name__

@@ -245,8 +245,17 @@ def check_positive(**options: Any) -> None:
             raise ArgumentError(f"{name} must be a positive and finite number, got {value!r}.")
 
 
+def check_measured(G: Any) -> None:
+    """Raise for what holds nothing of the gradients of samples."""
+    if not isinstance(G, (Quantities, HasMoments)):
+        raise ArgumentError(
+            f"G must be what persample.gradients(...) returns, or moments of a data set, got {type(G).__name__}."
+        )
+
+
 def several(G: HasMoments, what: str) -> int:
     """``N``, which must be at least two."""
+    check_measured(G)
     if len(G) < 2:
         raise QuantityError(f"{what} compares samples with each other: it needs at least 2 of them, but N = {len(G)}.")
     return len(G)

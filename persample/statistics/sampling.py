@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attribution.features import number
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 
@@ -33,14 +34,16 @@ def importance_weights(G: Quantities | Tensor, smoothing: float = 0.0) -> Import
     ``[N]`` already: those of a whole data set (`Norms`), or cheaper bounds such as the last layer's.  Integers and half
     precision become float32.
     """
+    if not isinstance(G, (Quantities, Tensor)):
+        raise ArgumentError(f"G must be per-sample gradients or a tensor of norms [N], got {type(G).__name__}.")
     norm = G if isinstance(G, Tensor) else G.norm()
     if norm.ndim != 1 or not len(norm) or norm.is_complex() or not bool(((norm >= 0) & norm.isfinite()).all()):
         raise QuantityError(
             f"importance weights need norms [N], finite and not negative, of at least one sample; got shape "
             f"{list(norm.shape)}{' with others among them' if norm.ndim == 1 and len(norm) else ''}."
         )
-    if not 0 <= smoothing <= 1:
-        raise ArgumentError(f"smoothing must be between 0 and 1, got {smoothing}.")
+    if not 0 <= number(smoothing) <= 1:
+        raise ArgumentError(f"smoothing must be between 0 and 1, got {smoothing!r}.")
     n, norm = len(norm), norm.to(torch.promote_types(norm.dtype, torch.float32))
     uniform, largest = torch.full_like(norm, 1 / n), norm.max()
     share = norm / largest if bool(largest > 0) else uniform  # whose sum does not overflow

@@ -240,6 +240,34 @@ def test_states_of_other_parameters_are_refused() -> None:
     assert torch.equal(other.state[pairs[0][1]]["exp_avg"], opt.state[pairs[0][1]]["exp_avg"])
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_states_of_other_shapes_are_refused(name: str, named: bool) -> None:
+    """When they are loaded, not in the middle of a step."""
+    a, b = (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, k)).double() for k in (2, 5))
+    x, y = torch.randn(N, 4).double(), torch.zeros(N, dtype=torch.int64)
+    one, other = EVERY[name](a), EVERY[name](b)
+    other.step(persample.gradients(b, nn.CrossEntropyLoss(), x, y))
+    saved = copy.deepcopy(other.state_dict())
+    if not named:
+        for group in saved["param_groups"]:
+            del group["param_names"]
+    with pytest.raises(UnknownParameterError, match=r"parameter '1\.weight' has shape \[5, 3\] .* is \[2, 3\]"):
+        one.load_state_dict(saved)
+    assert not one.state
+    one.step(persample.gradients(a, nn.CrossEntropyLoss(), x, y))
+
+
+def test_a_state_of_older_versions_without_a_momentum() -> None:
+    net = model()
+    opt = EVERY["ClippedSGD"](net)
+    saved = opt.state_dict()
+    saved["state"] = {i: {"momentum_buffer": None} for i in range(4)}
+    opt.load_state_dict(saved)
+    opt.step(grads(net))
+    assert all(state["momentum_buffer"].isfinite().all() for state in opt.state.values())
+
+
 def test_a_hook_may_rename_what_is_loaded() -> None:
     net, pairs = square(False)
     opt = ORDERED["ClippedSGD"](pairs)

@@ -302,6 +302,9 @@ def test_arguments_of_accumulators_are_checked() -> None:
     ):
         with pytest.raises(ArgumentError, match=r"function of G|decay must|such as Moments|leave quantities= out"):
             refused()
+    for batch in (DATA.x[:2], (DATA.x, DATA.y, DATA.y), {"x": DATA.x, "y": DATA.y}):
+        with pytest.raises(ArgumentError, match=r"batch must be \(inputs, targets\), got a"):
+            statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), [batch], Norms())
     one = Average(statistics.confusion, needs="gram")
     statistics.accumulate(DATA.model, nn.CrossEntropyLoss(), loader, one)
     close(one.compute().mean()[""], statistics.confusion(DATA.G))

@@ -93,6 +93,7 @@ def by_name(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         check_options(optimizer, saved)
         names, mine = saved.get("param_names"), group["param_names"]
         if names is None or len(names) != len(mine):
+            check_shapes(state, saved, group)
             continue
         names = [name.removeprefix(COMPILED) for name in names]
         if different := set(names) ^ set(mine):
@@ -105,7 +106,19 @@ def by_name(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             )
         position = dict(zip(names, saved["params"], strict=True))
         saved.update(params=[position[name] for name in mine], param_names=list(mine))
+        check_shapes(state, saved, group)
     return {**state, "param_groups": groups}
+
+
+def check_shapes(state: Mapping[str, Any], saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Raise for a state of parameters of other shapes, in the order of the optimizer's: a step would fail halfway."""
+    for place, name, p in zip(saved["params"], group["param_names"], group["params"], strict=False):
+        for what, kept in state["state"].get(place, {}).items():
+            if isinstance(kept, Tensor) and kept.ndim and kept.shape != p.shape:
+                raise UnknownParameterError(
+                    f"{what} of parameter '{name}' has shape {list(kept.shape)} in the saved state, but the parameter "
+                    f"is {list(p.shape)}: they belong to different models."
+                )
 
 
 def check_named(optimizer: Optimizer) -> None:
@@ -222,7 +235,7 @@ def descend(optimizer: Optimizer, direction: Mapping[str, Tensor]) -> None:
     for name, (p, state, group) in slots(optimizer, direction):
         d = direction[name].to(p).add(p, alpha=group["weight_decay"])
         if group["momentum"]:
-            if "momentum_buffer" in state:
+            if state.get("momentum_buffer") is not None:  # older states of torch's hold None where there was none
                 state["momentum_buffer"].mul_(group["momentum"]).add_(d)
             else:
                 state["momentum_buffer"] = d.clone()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..api import gradients
+from ..attribution.loaders import unpacked
 from ..errors import ArgumentError
 from ..losses import LossFunction
 from ..progress import bar
@@ -39,7 +40,7 @@ def accumulate(
         else list(dict.fromkeys(q for a in accumulators for q in a.needs or ()))
     )
     for batch in bar(loader, progress, "accumulate"):
-        inputs, targets = unpack(batch)
+        inputs, targets = unpacked(batch, unpack)
         G = gradients(model, loss_fn, inputs, targets, quantities=needs, **options)
         before = [accumulator.value for accumulator in accumulators]
         try:

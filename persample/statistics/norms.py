@@ -47,7 +47,9 @@ class Norms(Accumulator[Listed]):
     def of(self, G: Quantities, ids: Tensor | None = None) -> Listed:
         check_measured(G)
         norms = per_group(self.by, torch.sqrt, squares(G))
-        if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex()):
+        if ids is not None and (
+            not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool
+        ):
             got = str(ids.dtype) if isinstance(ids, Tensor) else type(ids).__name__
             raise ArgumentError(f"ids must be a tensor of integers [{len(G)}], got {got}: torch.tensor(ids).")
         if ids is not None and ids.shape != (len(G),):

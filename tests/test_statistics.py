@@ -337,6 +337,18 @@ def test_tests_do_not_cancel(along: float, noise: float, kind: torch.dtype, tole
         assert refused == ([False] * 6 if noise == 1e-3 else [True, False, True, True, True, False])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3, 2)])
+def test_centred_rows_of_any_shape(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(persample.statistics.parts, "BLOCK", 1)
+    torch.manual_seed(0)
+    for kind in (torch.float64, torch.complex128):
+        J = 1 + 1e-9 * torch.randn(5, *shape, dtype=kind)
+        flat = (torch.view_as_real(J) if kind.is_complex else J).reshape(5, -1)
+        exact = exact_tests(flat)
+        assert float(statistics.inner_product_test(rows(J))) == pytest.approx(exact[1], rel=1e-9)
+        assert float(statistics.orthogonality_test(rows(J))) == pytest.approx(exact[2], rel=1e-9, abs=1e-15 * exact[0])
+
+
 @pytest.mark.parametrize("kind, size", [(torch.float64, 1e-6), (torch.float64, 0.1), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("name", ["norm_test", "inner_product_test", "orthogonality_test", "diversity"])
 def test_a_mean_that_inner_products_can_not_tell(name: str, kind: torch.dtype, size: float) -> None:

@@ -187,7 +187,8 @@ def along_mean(G: Quantities, from_rows: bool = False) -> Part:
         along, square = G.select([name]).dot({name: mean}).real, energy(mean).sum()
         found[name] = along - square
         if from_rows or cancelled(found[name].square().mean().sqrt(), square):
-            found[name] = torch.cat([((g - mean) * mean.conj()).real.flatten(1).sum(1) for _, g in blocks(G, name)])
+            pieces = (((g - mean) * mean.conj()).real for _, g in blocks(G, name))
+            found[name] = torch.cat([x.reshape(len(x), -1).sum(1) for x in pieces])
     return found
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import persample
 from persample import optim, statistics
 from persample.batchnorm.coupling import coupling
-from persample.errors import ArgumentError, BatchCoupledError, QuantityError, UnknownParameterError
+from persample.errors import ArgumentError, BatchCoupledError, EmptyBatchError, QuantityError, UnknownParameterError
 from persample.factors import Dense
 
 N = 6
@@ -625,6 +625,18 @@ def test_noise_of_the_model_is_no_coupling() -> None:
     G = persample.gradients(net, nn.CrossEntropyLoss(), torch.randn(5, 4).double(), torch.randint(0, 2, (5,)))
     assert G.note
     optim.ClippedSGD(net.named_parameters(), max_norm=1.0).step(G)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_steps_of_no_sample_are_refused(name: str) -> None:
+    net = model()
+    G = grads(net)
+    empty = persample.Gradients({n: Dense(G[n][:0]) for n in G.names}, torch.zeros(0))
+    opt, before = EVERY[name](net), flat(net.parameters())
+    with pytest.raises((ArgumentError, EmptyBatchError)):
+        opt.step(empty)
+    close(flat(net.parameters()), before, 0)
+    assert not opt.state
 
 
 def test_pieces_of_other_parameters() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import persample
 from persample import statistics
-from persample.errors import ArgumentError, QuantityError
+from persample.errors import ArgumentError, EmptyBatchError, QuantityError
 from persample.factors import index
 from persample.statistics import Accumulator, Average, Histogram, Moments, NoiseScale, Norms
 
@@ -346,6 +346,19 @@ def test_a_batch_that_is_refused_changes_nothing(wrong: str) -> None:
     close(b.compute(), a.compute())
     close(feed(b, second).compute(), feed(a, second).compute())
     assert a.value.weight == b.value.weight == 7.5  # type: ignore[union-attr]
+
+
+def test_empty_batches_are_refused() -> None:
+    """Which would count with a weight of -1, or make means of nothing."""
+    empty, whole = DATA.part(torch.arange(0)), torch.arange(N)
+    for make in (Moments, Norms, NoiseScale):
+        accumulator = feed(make(), whole)
+        with pytest.raises(EmptyBatchError, match="no sample in G"):
+            accumulator.update(empty)
+        close(accumulator.compute(), feed(make(), whole).compute())
+    for function in (statistics.diversity, statistics.noise_scale, lambda G: statistics.cabs(G, 0.1)):
+        with pytest.raises(EmptyBatchError, match="no sample in G"):
+            function(empty)
 
 
 def grouping(name: str) -> Callable[[str], str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, QuantityError
+from ..errors import ArgumentError, EmptyBatchError, QuantityError
 from ..factors import Factors, cast, dense, dtype, fold
 from ..gradients import Gradients
 from ..quantities import Quantities
@@ -91,7 +91,9 @@ class PerSampleAdam(Named):
 
     def step(self, G: Quantities) -> None:  # type: ignore[override]
         """Take a step along the mean gradient, scaled by the second moment of groups."""
-        mean = quantities(G).mean()
+        if not len(quantities(G)):
+            raise EmptyBatchError("a step needs the gradients of one sample at least: leave empty batches out.")
+        mean = G.mean()
         size = self.group_size or len(G)
         if size == len(G):
             adapt(self, mean)

@@ -121,7 +121,8 @@ class GradientSurgery(Named):
     ``weighting`` is any function ``[M, M] -> [M]``: `pcgrad_weights`, or a ``Weighting`` of TorchJD such as
     ``UPGradWeighting()``.  ``step(G)`` weighs samples (``M = N``); ``step(G, groups)`` with an integer ``[N]`` per
     sample weighs groups (tasks, classes), of which each counts as the mean of its rows: ``K`` is then ``A G G^T A^T``
-    with ``A`` the averages, and ``A^T w`` the weights of samples.
+    with ``A`` the averages, and ``A^T w`` the weights of samples.  A group whose mean is too small against its rows for
+    ``K`` to tell its direction is refused (`QuantityError`).
 
     Args:
         params: ``model.named_parameters()``.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attribution.called import called
 from ..attribution.features import number
-from ..errors import ArgumentError, QuantityError
+from ..errors import ArgumentError, EmptyBatchError, QuantityError
 from ..factors import dense, index
 from ..gradients import Gradients
 from ..quantities import NEEDS, Quantities
@@ -247,11 +247,13 @@ def check_positive(**options: Any) -> None:
 
 
 def check_measured(G: Any) -> None:
-    """Raise for what holds nothing of the gradients of samples."""
+    """Raise for what holds nothing of the gradients of samples, or of none."""
     if not isinstance(G, (Quantities, HasMoments)):
         raise ArgumentError(
             f"G must be what persample.gradients(...) returns, or moments of a data set, got {type(G).__name__}."
         )
+    if not len(G):
+        raise EmptyBatchError("there is no sample in G, and statistics are of one at least: leave empty batches out.")
 
 
 def several(G: HasMoments, what: str) -> int:

@@ -907,12 +907,18 @@ def test_a_batch_that_overflowed_says_nothing() -> None:
     assert controller.state_dict() == {"size": 8, "numerator": 0.0, "denominator": 0.0}
     with pytest.raises(ArgumentError, match="no state of an AdaptiveBatchSize: it has no 'denominator'"):
         controller.load_state_dict({"size": 16, "numerator": 0.0})
+    for wrong in ({"size": 8.5}, {"size": None}, {"numerator": torch.nan}, {"denominator": "1"}):
+        with pytest.raises(ArgumentError, match="a whole size and two finite averages"):
+            controller.load_state_dict({**controller.state_dict(), **wrong})
+    for saved, size in ((1, 2), (20, 20), (100, 64)):  # of other bounds: a size of 1 would say nothing for ever
+        controller.load_state_dict({"size": saved, "numerator": 1.0, "denominator": 2.0})
+        assert controller.state_dict() == {"size": size, "numerator": 1.0, "denominator": 2.0}
     with pytest.raises(ArgumentError, match="G must be"):
         controller.update(torch.ones(3, 2))  # type: ignore[arg-type]
     for said in (1.0, torch.ones(3), (1.0, None)):
-        wrong = optim.AdaptiveBatchSize(8, lambda G, said=said: said, maximum=64)  # type: ignore[misc]
+        other = optim.AdaptiveBatchSize(8, lambda G, said=said: said, maximum=64)  # type: ignore[misc]
         with pytest.raises(ArgumentError, match="a rule returns two numbers"):
-            wrong.update(grads(model()))
+            other.update(grads(model()))
 
 
 def test_controller_feeds_a_loader() -> None:

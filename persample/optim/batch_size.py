@@ -129,10 +129,16 @@ class AdaptiveBatchSize:
         return {"size": self.size, "numerator": self.numerator, "denominator": self.denominator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there, within the bounds of this controller."""
         if missing := {"size", "numerator", "denominator"} - {*state}:
             raise ArgumentError(f"this is no state of an AdaptiveBatchSize: it has no {min(missing)!r}.")
-        self.size, self.numerator, self.denominator = state["size"], state["numerator"], state["denominator"]
+        size, *averages = state["size"], state["numerator"], state["denominator"]
+        if not isinstance(size, Integral) or any(math.isnan(number(x)) for x in averages):
+            raise ArgumentError(
+                f"the state of an AdaptiveBatchSize is a whole size and two finite averages, got {state}."
+            )
+        self.size = min(max(int(size), self.minimum), self.maximum)
+        self.numerator, self.denominator = averages
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,9 @@ def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]
     problem = objective.problem
     with restored(*problem.owners):
         inputs, targets = problem.batch.inputs.whole(), problem.batch.targets.whole()
-        rows = gradients(*problem.owners, inputs, targets, params=list(problem.parameters), batch_dim=batch_dim)
+        rows = gradients(
+            problem.model, problem.loss_fn, inputs, targets, params=list(problem.parameters), batch_dim=batch_dim
+        )
     shapes = {name: p.shape for name, p in problem.parameters.items()}
 
     def apply(matrix: Tensor) -> Tensor:

@@ -631,6 +631,42 @@ def test_parameters_without_factors_are_listed_with_a_reason() -> None:
         kfac(nn.LayerNorm(3).double(), MSE, X, X, type="empirical")
 
 
+class Broadcast(nn.Module):
+    """A linear layer whose bias is of any shape that broadcasts with its outputs."""
+
+    def __init__(self, shape: tuple[int, ...], function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn((2, 3) if function is F.linear else (3, 2)))
+        self.bias = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2) if x.ndim > 2 else x  # what is contiguous goes to addmm, which takes fewer shapes
+        given = (x, self.weight, self.bias) if self.function is F.linear else (self.bias, x, self.weight)
+        return self.function(*given)
+
+
+@pytest.mark.parametrize(
+    ("shape", "function", "x"),
+    [
+        *((shape, F.linear, X) for shape in [(), (1,), (1, 1), (1, 2)]),
+        *((shape, F.linear, tensor(3, N, 4, 2, 3)) for shape in [(4, 1), (4, 2)]),
+        *((shape, torch.addmm, X) for shape in [(), (1,), (1, 1), (1, 2)]),
+    ],
+)
+@pytest.mark.parametrize("make", [kflr, lambda *args, **options: ekfac(*args, type="exact", **options)])
+@pytest.mark.parametrize("bias", ["joined", "apart"])
+def test_a_bias_that_is_no_column_has_no_factors(make: Any, shape: Any, function: Any, x: Tensor, bias: str) -> None:
+    torch.manual_seed(0)
+    model, loss_fn, y = Broadcast(shape, function).double(), nn.MSELoss(reduction="sum"), tensor(4, *x.shape[:-1], 2)
+    y = y.transpose(1, 2) if x.ndim > 2 else y
+    k = make(model, loss_fn, x, y, bias=bias)
+    assert k.names == ("weight",)
+    assert f"it has shape {shape}, not (2,)" in k.uncovered["bias"]
+    if x.ndim == 2 or make is kflr:
+        close(k.dense(), ggn(model, loss_fn, x, y, params="weight").dense())
+
+
 def test_chosen_parameters() -> None:
     model = mlp()
     part = kfac(model, CE, X, LABELS, type="empirical", params="2")

@@ -17,7 +17,7 @@ the factors that the hook engine finds (`Outer`, `Conv`), output gradients from 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -180,9 +180,13 @@ def _role(call: Call, p: Tensor, names: Mapping[int, str]) -> Layer | str:
         ):
             return f"{call.name} with these arguments is no layer on tokens"
         groups = _argument(call, 6, "groups") if weight.ndim > 2 else 1
-        return Layer(
-            names[id(weight)], weight.shape, None if bias is None else names.get(id(bias)), groups or 1, transposed
-        )
+        alone = Layer(names[id(weight)], weight.shape, None, groups or 1, transposed)
+        if bias is None:
+            return alone
+        if bias.shape != (alone.outputs,):  # linear and addmm broadcast it: over features, or one for every position
+            said = f"as the bias of {call.name} it has shape {tuple(bias.shape)}, not ({alone.outputs},)"
+            return said if bias is p else alone
+        return replace(alone, bias=names.get(id(bias)))
     return f"it is used by {call.name}, but not as its weight"
 
 

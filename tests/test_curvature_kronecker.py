@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from persample import extend
 from persample.curvature import Kronecker, ekfac, empirical_fisher, ggn, kfac, kflr, kfra
 from persample.errors import ArgumentError, BatchCoupledError, KroneckerError, LossError, VerificationError
 
@@ -491,6 +492,19 @@ def test_kfra_refuses_what_is_no_sequence() -> None:
         KroneckerError, match=r"'1\..*' does not belong to a linear or convolution module of the sequence"
     ):
         kfra(block, MSE, SEQUENCES, tensor(15, N, 16))
+
+
+@pytest.mark.parametrize("register", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize(("place", "named"), [("", "the model"), ("0", "module '0'"), ("0.1", r"module '0\.1'")])
+def test_kfra_refuses_hooks(place: str, named: str, register: str) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2)))
+    expected = kfra(model, MSE, X, VALUES).dense()
+    handle = getattr(model.get_submodule(place), f"register_{register}_hook")(lambda *_: None)
+    with pytest.raises(KroneckerError, match=rf"^{named} has a hook .* use kflr"):
+        kfra(model, MSE, X, VALUES)
+    handle.remove()
+    with extend(model):
+        close(kfra(model, MSE, X, VALUES).dense(), expected)
 
 
 # ---- EKFAC, solving -------------------------------------------------------------------------------------------------

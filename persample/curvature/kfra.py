@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import KroneckerError
+from ..hook import Hook
 from ..losses import LossFunction
 from ..problem import Selection, pose
 from ..state import restored, set_random_state
@@ -30,6 +31,8 @@ from .matrices import hessian_at, one_of
 from .objective import Objective, twice_differentiable
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def kfra(
@@ -44,7 +47,8 @@ def kfra(
     all.  The other arguments are those of `kfac`.
 
     Raises:
-        KroneckerError: for another model (use `kflr`, which propagates every sample's own Hessian).
+        KroneckerError: for another model, or hooks on its modules (use `kflr`, which propagates every sample's own
+            Hessian).
         BatchCoupledError, LossError: as `kfac`.
 
     Cost: as many backward passes through each module as its output has entries per sample.
@@ -80,18 +84,31 @@ def kfra(
     return replace(plain, title=f"KFRA ({approximation}, {reduction})", blocks=blocks)
 
 
-def _chain(model: nn.Module) -> Iterator[nn.Module]:
+def _chain(model: nn.Module, name: str = "") -> Iterator[nn.Module]:
     if type(model) is not nn.Sequential:
         raise KroneckerError(
             f"kfra needs an nn.Sequential, got {type(model).__name__}: use kflr, which works for any model."
         )
+    _check_no_hooks(model, name)
     seen: set[nn.Module] = set()
-    for module in model:
-        for part in _chain(module) if type(module) is nn.Sequential else [module]:
+    for key, module in zip(model._modules, model, strict=True):
+        for part in _chain(module, f"{name}{key}.") if type(module) is nn.Sequential else [module]:
             if part in seen and any(True for _ in part.parameters()):
                 raise KroneckerError(f"{type(part).__name__} with parameters is used twice in the sequence: use kflr.")
             seen.add(part)
+            if part is module:
+                _check_no_hooks(part, f"{name}{key}.")
             yield part
+
+
+def _check_no_hooks(module: nn.Module, name: str) -> None:
+    """Parts are run one by one: hooks of sequences wouldn't be, and those of a layer are no part of its matrix."""
+    if any(not isinstance(hook, Hook) for hooks in _HOOKS for hook in getattr(module, hooks).values()):
+        whose = f"module '{name.removesuffix('.')}'" if name else "the model"
+        raise KroneckerError(
+            f"{whose} has a hook (register_forward_hook, or one before or in the backward pass), which may change what "
+            "kfra propagates through the sequence. Remove it meanwhile; or use kflr, which runs the model as it is."
+        )
 
 
 def _only(leaves: list[object]) -> Tensor:

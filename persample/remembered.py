@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .problem import Problem
 from .rules import version
-from .state import modules_of
+from .state import modules_of, named_modules
 
 
 @dataclass
@@ -68,9 +68,49 @@ def signature(problem: Problem, engine: str) -> Any:
 PLAIN = (bool, str, int, float)
 
 
+# Hooks, and what `nn.Module` and `torch.compile` keep in a module.
+BOOKKEEPING = {*vars(nn.Module()), "_is_torch_compile", "_compile_kwargs", "_compiled_call_impl"}
+
+# What modules are and are set to, by name; ``None`` for what passes of the model change, or what isn't there.
+Settings = dict[str, str | None]
+
+
 def _settings(module: nn.Module, plain: tuple[type, ...] = PLAIN) -> tuple[Any, ...]:
     """Of every module, its type, and attributes that are numbers or words, its mode among them."""
     return tuple((type(m), *[x for x in m.__dict__.values() if type(x) in plain]) for m in modules_of(module))
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) in PLAIN or (isinstance(x, tuple) and all(map(_is_plain, x)))
+
+
+def settings(model: nn.Module) -> Settings:
+    """The same (but modes) in words that don't depend on the process, with tuples, and functions by their names."""
+    found: Settings = {}
+    for prefix, module in named_modules(model):
+        found[prefix.removesuffix(".")] = _words(type(module))
+        for name, x in module.__dict__.items():
+            if name not in BOOKKEEPING and (_is_plain(x) or isinstance(x, FunctionType | BuiltinFunctionType)):
+                found[prefix + name] = repr(x) if _is_plain(x) else _words(x)
+    return found
+
+
+def _words(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def lasting(before: Settings, after: Settings) -> Settings:
+    """Of settings before and after a pass those that it left alone: counters say nothing about what is computed."""
+    return {key: before.get(key) if before.get(key) == after.get(key) else None for key in {**before, **after}}
+
+
+def changed(before: Settings, now: Settings) -> list[str]:
+    """The names of settings that are others now."""
+    return [
+        key
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and None not in (before.get(key, ""), now.get(key, ""))
+    ]
 
 
 def _identity(x: Any, depth: int = 4) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import persample
@@ -265,6 +266,116 @@ def test_statistics_and_modes_belong_to_the_model(tmp_path: Path) -> None:
         other.append(persample.gradients(net, LOSS, *data().tensors, coupled="loss"))
     with pytest.raises(StoreError, match=r"another model .*train, eval"):
         store(tmp_path, normed().train())
+
+
+class Counted(nn.Module):
+    """A model with settings, one of them a word, and with what its passes count."""
+
+    def __init__(self, slope: Any = 0.1, how: Any = "leaky_relu", act: Any = torch.sin) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.slope, self.how, self.act = nn.Linear(3, 2).double(), slope, how, act
+        self.calls, self.mean, self.first = 0, 0.0, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.mean, self.first = self.calls + 1, float(x.mean()), False
+        self.last = tuple(x.shape)
+        slope = self.slope[0] if isinstance(self.slope, tuple) else self.slope
+        return self.act(getattr(F, self.how)(self.layer(x), slope))
+
+
+class Dying:
+    """A loader that dies after its first batch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield next(iter(loader()))
+        raise Killed
+
+
+class Derived(Counted):
+    pass
+
+
+SETTINGS: dict[str, Any] = {
+    r"'slope' was 0\.1 then, and is 0\.9 now": lambda: Counted(0.9),
+    r"'slope' was 0\.1 then, and is \(0\.1, 2\) now": lambda: Counted((0.1, 2)),
+    r"'how' was 'leaky_relu' then, and is 'elu' now": lambda: Counted(how="elu"),
+    r"'act' was \S*sin then, and is \S*cos now": lambda: Counted(act=torch.cos),
+    r"it was \S*Counted then, and is \S*Derived now": Derived,
+}
+
+
+@pytest.mark.parametrize("said", SETTINGS)
+def test_a_model_that_is_set_to_something_else_is_refused(tmp_path: Path, said: str) -> None:
+    """Its parameters and buffers are the same."""
+    store(tmp_path, Counted()).extend(LOSS, loader(6))
+    with pytest.raises(StoreError, match=rf"rows\.npy .*{said}"):
+        store(tmp_path, SETTINGS[said]())
+    cross_gram(Counted(), LOSS, loader(), loader(M), out=tmp_path / "gram")
+    with pytest.raises(StoreError, match=rf"columns-00000\.npy .*{said}"):
+        cross_gram(SETTINGS[said](), LOSS, loader(), loader(M), out=tmp_path / "gram")
+
+
+def test_a_model_that_is_set_to_something_else_while_its_store_is_open(tmp_path: Path) -> None:
+    net = Counted()
+    mine, G = store(tmp_path, net), persample.gradients(net, LOSS, *data().tensors)
+    mine.append(G)
+    net.slope = 0.5
+    for use in (lambda: mine.append(G), lambda: mine.extend(LOSS, loader(N + 1))):
+        with pytest.raises(StoreError, match=r"'slope' was 0\.1 then, and is 0\.5 now\. Set it back"):
+            use()
+    net.slope = 0.1
+    mine.append(G)
+    assert len(mine) == 2 * N
+
+
+def test_what_passes_of_a_model_change_is_no_setting(tmp_path: Path) -> None:
+    mine = store(tmp_path, Counted())
+    mine.extend(LOSS, itertools.islice(loader(), 2))
+    net = Counted()
+    net(torch.zeros(2, 3).double())
+    again = store(tmp_path, net)
+    again.extend(LOSS, itertools.islice(loader(), 3))
+    net(torch.zeros(2, 3).double())
+    again.extend(LOSS, loader())
+    close(again.rows(), flat(Counted()))
+    for block in (1, None):
+        path = tmp_path / str(block)
+        with pytest.raises(Killed):
+            cross_gram(Counted(), LOSS, Dying(), loader(M), block=block, out=path)
+        close(cross_gram(net, LOSS, loader(), loader(M), block=block, out=path), flat(net) @ flat(net, M).T)
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_counters_of_rows_that_are_appended_by_hand(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Counting(3, 2)).double()
+    mine = store(tmp_path, net)
+    for batch in itertools.islice(loader(), 2):
+        mine.append(persample.gradients(net, LOSS, *batch))
+    net(torch.zeros(2, 3).double())
+    again = store(tmp_path, net)
+    for batch in itertools.islice(loader(), 2, None):
+        again.append(persample.gradients(net, LOSS, *batch))
+    close(mine.rows(), flat(net)[:6])
+    close(again.rows(), flat(net))
+
+
+def test_stores_that_know_nothing_of_settings_are_read_only(tmp_path: Path) -> None:
+    store(tmp_path, model()).extend(LOSS, itertools.islice(loader(), 2))
+    meta = json.loads((tmp_path / "rows.json").read_text())
+    del meta["settings"]
+    (tmp_path / "rows.json").write_text(json.dumps(meta))
+    close(GradientStore(tmp_path).rows(), flat(model())[:6])
+    with pytest.raises(StoreError, match=r"earlier version.*can be read, but not gone on with"):
+        store(tmp_path, model())
 
 
 def test_a_model_in_training_mode(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# Hooks, and what `nn.Module` and `torch.compile` keep elsewhere.
-BOOKKEEPING = {*vars(nn.Module()), "_is_torch_compile", "_compile_kwargs", "_compiled_call_impl"}
+from ..remembered import BOOKKEEPING
+
 PLAIN = (str, int, float)
 Within = tuple[int, ...]  # ids of what is being described: something may hold itself
 

@@ -14,13 +14,14 @@ from ..api import gradients
 from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection
+from ..remembered import Settings, lasting, settings
 from .appendable import Appendable
 from .called import called, digest
 from .features import Features
 from .loaders import Ends, Unpack, check_ordered, missing, unpacked
 from .projection import Projection
 from .scores import grad_dot
-from .store import another, buffers_kept, describe, same
+from .store import another, buffers_kept, describe, same, same_settings
 
 
 def cross_gram(
@@ -35,12 +36,12 @@ def cross_gram(
     memory is that of ``block`` test batches and one training batch, as factors, or as projected rows ``[N, dim]``
     with ``projection``.
 
-    With ``out``, a directory, every training batch is committed as it comes: a killed run that is called again goes
-    on where it was, and refuses if the model (parameters, buffers, modes), loss function, ``coupled``, parameters,
-    projection, block or test batches are others, or the training set has another length, first sample, or last one
-    where it goes on, or its batches are others and ``coupled`` (but "eval") makes rows depend on them; so training data
-    are read once more even where all is there.  ``out/columns-00000.npy`` etc. side by side are the result, which is
-    memory-mapped if it is one block.
+    With ``out``, a directory, every training batch is committed as it comes: a killed run that is called again goes on
+    where it was, and refuses if the model (parameters, buffers, modes, settings), loss function, ``coupled``,
+    parameters, projection, block or test batches are others, or the training set has another length, first sample, or
+    last one where it goes on, or its batches are others and ``coupled`` (but "eval") makes rows depend on them; so
+    training data are read once more even where all is there. ``out/columns-00000.npy`` etc. side by side are the
+    result, which is memory-mapped if it is one block.
 
     Every batch finds the model's buffers (running statistics, power iterations) as they were given, and so are they
     afterwards: results don't depend on ``block``.
@@ -75,17 +76,17 @@ def cross_gram(
     meta: dict[str, Any] = {"block": block, "loss": called(loss_fn), "coupled": options.get("coupled")}
     if out is not None:
         meta |= describe(model, params, projection, "unscaled")
-    columns: list[Tensor] = []
+    own, columns = settings(model), list[Tensor]()
     train: dict[str, Any] = {}  # how many samples there are, and their ends
     for batches in _blocks(test_loader, block, unpack):
         parts: list[Tensor] = []
-        table = None if out is None else _opened(out, len(columns), {**meta, "test_samples": digest(batches)})
+        table = None if out is None else _opened(out, len(columns), {**meta, "test_samples": digest(batches)}, own)
         if table is not None and table.meta.get("complete"):
             if not columns and any(True for _ in left(len(table), table.meta["samples"])):
                 raise StoreError(f"{table.json} is of {len(table)} training samples, but the loader gives more.")
             mine = {"rows": len(table), **table.meta["samples"]}
         else:
-            mine = _column([features(*batch) for batch in batches], features, left, table, parts)
+            mine = _column(model, [features(*batch) for batch in batches], features, left, table, parts)
         if not mine["rows"]:
             raise StoreError("the train loader is empty, or it can be read only once and has been.")
         train = train or mine
@@ -121,7 +122,7 @@ def _check(train_loader: Iterable[Any], test_loader: Iterable[Any], block: Any, 
 
 
 def _column(
-    held: list[Features], features: Any, left: Any, table: Appendable | None, parts: list[Tensor]
+    model: nn.Module, held: list[Features], features: Any, left: Any, table: Appendable | None, parts: list[Tensor]
 ) -> dict[str, Any]:
     """Products of all training batches with the test batches that are held: into ``parts``, or committed one by one.
 
@@ -135,7 +136,8 @@ def _column(
         if table is None:
             parts.append(products)
         else:
-            table.append(products.numpy(), samples=samples)
+            own = lasting(table.meta["settings"], settings(model))  # but what the passes change
+            table.append(products.numpy(), samples=samples, settings=own)
     return {"rows": rows, **ends}
 
 
@@ -149,7 +151,7 @@ def _name(number: int) -> str:
     return f"columns-{number:05d}"
 
 
-def _opened(out: str | os.PathLike[str], number: int, meta: dict[str, Any]) -> Appendable:
+def _opened(out: str | os.PathLike[str], number: int, meta: dict[str, Any], own: Settings) -> Appendable:
     table = Appendable(out, _name(number))
     if table.json.exists():
         for key, mine in meta.items():
@@ -157,6 +159,6 @@ def _opened(out: str | os.PathLike[str], number: int, meta: dict[str, Any]) -> A
                 raise StoreError(
                     f"{table.json} is {another(key, theirs, mine)} Use another directory, or delete this one."
                 )
-    else:
-        table.commit(**meta)
+    if (mine := same_settings(table, own)) != table.meta.get("settings"):
+        table.commit(**meta, settings=mine)
     return table

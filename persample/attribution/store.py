@@ -17,6 +17,7 @@ from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection, named_parameters, select
 from ..quantities import Quantities
+from ..remembered import Settings, changed, lasting, settings
 from ..state import Buffers
 from ..statistics_run import Statistics
 from .appendable import Appendable
@@ -31,10 +32,10 @@ class GradientStore:
     """Rows ``[n, D]``, or projected ones ``[n, k]``, in ``path/rows.npy``, described by ``path/rows.json``.
 
     The JSON names the parameters and their shapes in the order of columns (``layout``), the scale of the losses, the
-    projection, a SHA-256 of the model's parameters and buffers (and of its modes), how many rows are committed, and of
-    those that `extend` added the loss function, digests of the first and the last sample, and of coupled ones the
-    sizes of their batches.  A store that is opened or gone on with by anything else refuses.  It is safe to kill the
-    process at any moment, see `persample.attribution.appendable`.
+    projection, a SHA-256 of the model's parameters and buffers (and of its modes), what its modules are set to, how
+    many rows are committed, and of those that `extend` added the loss function, digests of the first and the last
+    sample, and of coupled ones the sizes of their batches.  A store that is opened or gone on with by anything else
+    refuses.  It is safe to kill the process at any moment, see `persample.attribution.appendable`.
 
     Args:
         path: a directory; made if needed.
@@ -72,7 +73,7 @@ class GradientStore:
         self._versions = self._state()
         if self.table.json.exists():
             self._check_same(meta)
-        self.table.commit(**meta)
+        self.table.commit(**meta, settings=self._settings())
 
     def __len__(self) -> int:
         return len(self.table)
@@ -97,12 +98,13 @@ class GradientStore:
         batches = [] if first else grown(samples.get("batches", []), len(G))
         self._append(G, first, samples={**samples, "last": None, "batches": batches})
 
-    def _append(self, G: Quantities, first: int, **meta: Any) -> None:
+    def _append(self, G: Quantities, first: int, own: Settings | None = None, **meta: Any) -> None:
         self._check(G)
+        own = own or self._settings(counters=True)
         if not 0 <= first <= len(G):
             raise ArgumentError(f"first must be a sample of the batch, 0 to {len(G)}, got {first}.")
         rows = G.flat() if self.projection is None else G.project(self.projection)  # type: ignore[attr-defined]
-        self.table.append(_written(rows[first:].detach().cpu(), self.dtype).numpy(), **meta)
+        self.table.append(_written(rows[first:].detach().cpu(), self.dtype).numpy(), settings=own, **meta)
 
     def extend(
         self, loss_fn: LossFunction, loader: Iterable[Any], *, unpack: Unpack = lambda batch: batch,
@@ -141,11 +143,12 @@ class GradientStore:
         if len(self):
             self._check_same({key: mine for key, mine in asked.items() if key in self.table.meta})
         quantities = None if self.projection is None else [("project", {"projection": self.projection})]
-        done, ends = len(self), self.table.meta.get("samples", {})
+        done, ends, own = len(self), self.table.meta.get("samples", {}), self._settings()
         for first, inputs, targets, samples in missing(loader, done, ends, unpack, progress, options):
             with buffers_kept(self.model):
                 G = gradients(self.model, loss_fn, inputs, targets, params=self.names, quantities=quantities, **options)
-            self._append(G, first, samples=samples, **asked)
+            own = lasting(own, settings(self.model))
+            self._append(G, first, own, samples=samples, **asked)
 
     def _check(self, G: Quantities) -> None:
         if self.model is None:
@@ -176,6 +179,11 @@ class GradientStore:
                     "begin in another directory."
                 )
 
+    def _settings(self, counters: bool = False) -> Settings:
+        """As `same_settings`; with ``counters``, integers may differ, which may count passes made elsewhere."""
+        assert self.model is not None
+        return same_settings(self.table, settings(self.model), counters)
+
     def _state(self) -> list[tuple[int, int] | bool]:
         assert self.model is not None
         tensors = (*self.model.parameters(), *self.model.buffers())
@@ -197,6 +205,31 @@ def describe(model: nn.Module, params: Selection, projection: Projection | None,
         "projection": None if projection is None else projection.spec(),
         "model": fingerprint(model),
     }
+
+
+def same_settings(table: Appendable, now: Settings, counters: bool = False) -> Settings:
+    """The settings that rows on disk and a model agree in; they have to, but for what passes of the model change."""
+    there: Settings | None = table.meta.get("settings")
+    if not len(table):
+        return now
+    if there is None:
+        raise StoreError(
+            f"{table.json} is of an earlier version, which didn't keep what the model is set to, so that it can be "
+            "read, but not gone on with. Begin in another directory."
+        )
+    for key in changed(there, now):
+        a, b = there.get(key, "not set"), now.get(key, "not set")
+        if not (counters and _integer(a) and _integer(b)):
+            which = f"'{key}'" if key else "it"
+            raise StoreError(
+                f"the rows of {table.data} are of a model that was set to something else: {which} was {a} then, and is "
+                f"{b} now. Set it back, or begin in another directory."
+            )
+    return lasting(there, now)
+
+
+def _integer(text: str | None) -> bool:
+    return text is not None and text.lstrip("-").isdigit()
 
 
 @contextmanager

@@ -652,6 +652,9 @@ CHANGES: dict[str, Callable[..., Any]] = {
     "the mode": lambda model, *_: model.eval(),
     "mode of module '1'": lambda model, *_: model[1].eval(),
     "loss_fn: buffer 'weight'": lambda model, loss_fn, *_: loss_fn.weight.mul_(torch.tensor([1.0, 2.0, 3.0])),
+    r"model: '2\.negative_slope' changed": lambda model, *_: setattr(model[2], "negative_slope", 0.5),
+    r"model: '2' changed": lambda model, *_: model.__setitem__(2, nn.ReLU()),
+    "loss_fn: 'label_smoothing' changed": lambda model, loss_fn, *_: setattr(loss_fn, "label_smoothing", 0.5),
     "not require grad any more": lambda model, *_: model[3].requires_grad_(False),
     "'0.weight' does not require grad": lambda model, *_: model.requires_grad_(False),
 }
@@ -681,6 +684,7 @@ def test_copies_of_operators_are_of_the_same_model_and_pickles_are_refused(name:
 @pytest.mark.parametrize("name", [*OPERATORS, *ROWS])
 def test_products_refuse_another_point(name: str, what: str) -> None:
     model, x, y = seeded(normed), X.clone(), LABELS.clone()
+    model[2] = nn.LeakyReLU()
     if name in ROWS:
         model[1] = nn.LayerNorm(3).double()
     loss_fn = nn.CrossEntropyLoss(weight=torch.ones(3, dtype=torch.float64))
@@ -690,6 +694,29 @@ def test_products_refuse_another_point(name: str, what: str) -> None:
     CHANGES[what](model, loss_fn, x, y)
     with pytest.raises(InplaceError, match=what):
         op @ v
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls, self.seen = nn.Linear(2, 3), 0, (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.seen = self.calls + 1, tuple(x.shape)
+        return self.layer(x).tanh()
+
+
+@pytest.mark.parametrize("name", [*OPERATORS, *ROWS])
+def test_what_passes_change_is_no_setting(name: str) -> None:
+    model = seeded(Counts)
+    op = {**OPERATORS, **ROWS}[name](model, nn.CrossEntropyLoss(), X, LABELS)
+    model(X[:2])
+    expected = {**OPERATORS, **ROWS}[name](model, nn.CrossEntropyLoss(), X, LABELS).dense()
+    for _ in range(2):
+        model(X[:3])
+        if name != "mc":
+            close(op.dense(), expected)
+        assert torch.equal(op.dense(), op.dense())
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -14,11 +14,12 @@ from ..batch import Tree
 from ..errors import ArgumentError, LossError
 from ..losses import LossFunction
 from ..problem import Selection, pose
+from ..remembered import lasting
 from ..state import restored
 from .likelihood import Likelihood, identify, seed_of, wide
 from .objective import Objective
 from .operator import Operator, flatten, unflatten
-from .products import Middle, Tensors, gradient, hessian, loss_curvature, operator, pinned, sandwich
+from .products import Middle, Tensors, gradient, hessian, loss_curvature, operator, pinned, sandwich, set_to
 
 
 def hvp(
@@ -133,6 +134,7 @@ def empirical_fisher(
 
 def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]:
     problem = objective.problem
+    own = set_to(problem)
     with restored(*problem.owners):
         inputs, targets = problem.batch.inputs.whole(), problem.batch.targets.whole()
         rows = gradients(
@@ -147,7 +149,7 @@ def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]
             columns.append(flatten(rows.sum(weight), shapes).to(matrix.dtype))
         return torch.stack(columns, 1) if columns else matrix.clone()
 
-    return pinned(problem, apply)
+    return pinned(problem, apply, lasting(own, set_to(problem)))
 
 
 # ---- shared with the Kronecker factors ----------------------------------------------------------------------------

@@ -26,9 +26,10 @@ class Operator:
     """``[D, D]``, symmetric: ``op @ v`` for ``v [D]``, ``[D, k]``, or ``{name: [*P]}``.
 
     A product with ``k`` columns shares one forward pass.  Products are the same every time: random masks, sampled
-    targets and buffers are those of when the operator was made, and once parameters, the batch or training modes have
-    changed, they raise `InplaceError`.  Results have the operator's dtype and device; they can be differentiated with
-    respect to ``v`` (a quadratic penalty ``v @ (op @ v) / 2``), while the matrix itself is a constant.
+    targets and buffers are those of when the operator was made, and once parameters, the batch, training modes or
+    settings of modules have changed, they raise `InplaceError`.  Results have the operator's dtype and device; they can
+    be differentiated with respect to ``v`` (a quadratic penalty ``v @ (op @ v) / 2``), while the matrix itself is a
+    constant.
     """
 
     title: str

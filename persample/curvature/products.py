@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from ..errors import ArgumentError, InplaceError, VerificationError
 from ..factors import strided
 from ..problem import Problem
+from ..remembered import Settings, changed, lasting, settings
 from ..rounding import slack, tolerance
 from ..state import Buffers, restored
 from .objective import Objective
@@ -161,11 +162,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach().flatten().to(torch.promote_types(x.dtype, torch.float32))
 
 
-def pinned(problem: Problem, apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def pinned(
+    problem: Problem, apply: Callable[[Tensor], Tensor], known: Settings | None = None
+) -> Callable[[Tensor], Tensor]:
     """``apply``, always at the point where things stand now: buffers begin as they are now, as any forward pass may
-    move running statistics; after other changes, `InplaceError`.
+    move running statistics; after other changes, `InplaceError`.  ``known`` are the `set_to` to hold on to, if
+    ``apply`` doesn't run the model.
     """
-    before, buffers = _point(problem), Buffers(*problem.owners)
+    before, buffers, own = _point(problem), Buffers(*problem.owners), known or set_to(problem)
 
     def same(matrix: Tensor) -> Tensor:
         if frozen := [name for name, p in problem.parameters.items() if not p.requires_grad]:
@@ -174,15 +178,36 @@ def pinned(problem: Problem, apply: Callable[[Tensor], Tensor]) -> Callable[[Ten
                 "respect to it. Take all products before it is frozen, or requires_grad_(True) again."
             )
         if (now := _point(problem)) != before:
-            what = next((x or y)[0] for x, y in zip_longest(now, before) if x != y)
-            raise InplaceError(
-                f"{what} changed since the operator was made, so its products would belong to different points. Take "
-                "all products before the change, or make the operator again after it."
-            )
+            raise _moved(next((x or y)[0] for x, y in zip_longest(now, before) if x != y))
+        nonlocal own
+        at = set_to(problem)
         with restored(*problem.owners, begin=buffers):
-            return apply(matrix)
+            product = apply(matrix)
+        at = lasting(at, set_to(problem))  # what a pass changes by itself is no setting: counters
+        if found := changed(own, at):
+            raise _moved(found[0])
+        own = lasting(own, at)
+        return product
 
     return same
+
+
+def _moved(what: str) -> InplaceError:
+    return InplaceError(
+        f"{what} changed since the operator was made, so its products would belong to different points. Take all "
+        "products before the change, or make the operator again after it."
+    )
+
+
+def set_to(problem: Problem) -> Settings:
+    """What model and criterion are set to: numbers, words and functions among the attributes of their modules."""
+    both = (("model", problem.model), ("loss_fn", problem.loss_fn))
+    return {
+        f"{whose}: '{key}'": value
+        for whose, module in both
+        if isinstance(module, nn.Module)
+        for key, value in settings(module).items()
+    }
 
 
 def _point(problem: Problem) -> list[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
@@ -815,6 +817,108 @@ def test_backward_passes_that_cannot_be_differentiated_are_refused(make: Callabl
     v = torch.randn(op.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(VerificationError, match="not linear"):
         op @ (v * 1e4)
+
+
+def _passed_on(backward: Any) -> Any:
+    @functools.wraps(backward)
+    def run(*args: Any) -> Any:
+        return backward(*args)
+
+    return run
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return h.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].exp()
+
+
+class _Within(torch.autograd.Function):
+    @staticmethod
+    def forward(h: Tensor) -> Tensor:
+        return h.exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    @_passed_on
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0]
+
+
+def _samples(engine: str) -> Callable[..., Any]:
+    def product(model: nn.Module, *args: Any) -> Tensor:
+        v = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        return per_sample_hvp(model, *args, v, engine=engine)
+
+    return product
+
+
+PRODUCTS: dict[str, Callable[..., Any]] = {
+    **{make.__name__: lambda *args, make=make: make(*args).dense() for make in (hvp, ggn, empirical_fisher)},
+    "fisher": lambda *args: fisher(*args, type="mc").dense(),
+    **{engine: _samples(engine) for engine in ("auto", "vmap", "loop")},
+}
+
+
+def _linear(outputs: Tensor, _: Tensor) -> Tensor:
+    """Its gradient is constant, so that nothing of it requires a gradient."""
+    return outputs.sum(1)
+
+
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), _linear])
+@pytest.mark.parametrize("function", [_Once, _Within])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_functions_that_are_marked_once_differentiable_are_refused(name: str, function: Any, loss_fn: Any) -> None:
+    if name == "fisher":
+        loss_fn = nn.CrossEntropyLoss()
+    with pytest.raises(CaptureError, match=rf"Function {function.__name__} marks .*@once_differentiable.*'rows'.*kfac"):
+        PRODUCTS[name](seeded(lambda: Filter(function.apply)), loss_fn, X, LABELS)
+
+
+def test_functions_that_are_marked_once_differentiable_elsewhere_do_no_harm() -> None:
+    """Only what is between parameters and loss is differentiated twice; rows take one backward pass through it."""
+    model, plain = seeded(lambda: Filter(_Within.apply)), seeded(lambda: Filter(torch.exp))
+    plain.load_state_dict(model.state_dict())
+    last = list(model.state_dict())[-1]
+    for make in (hvp, ggn):
+        arguments = (nn.CrossEntropyLoss(), X, LABELS)
+        close(make(model, *arguments, params=[last]).dense(), make(plain, *arguments, params=[last]).dense())
+    for make in (lambda *args: empirical_fisher(*args, method="rows"), lambda *args: kfac(*args, type="exact")):
+        close(make(model, *arguments).dense(), make(plain, *arguments).dense())
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.layer = nn.EmbeddingBag(6, 3, mode="mean"), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.bag(x).tanh())
+
+
+def _ctc(outputs: Tensor, targets: Tensor) -> Tensor:
+    length = torch.full((len(targets),), 4), torch.full((len(targets),), 2)
+    return F.ctc_loss(outputs.log_softmax(-1).transpose(0, 1), targets, *length, reduction="none")
+
+
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if name not in ("auto", "vmap")])
+def test_functions_without_a_second_derivative_are_named(name: str) -> None:
+    with pytest.raises(CaptureError, match=r"embedding_bag, so that .*'rows'.*kfac") as caught:
+        PRODUCTS[name](seeded(Bag), nn.CrossEntropyLoss(), torch.randint(6, (N, 4)), LABELS)
+    assert "_embedding_bag_backward" in str(caught.value.__cause__)
+    if name != "fisher":
+        with pytest.raises(CaptureError, match=r"ctc_loss, so that .*'rows'.*kfac"):
+            PRODUCTS[name](nn.Linear(2, 3).double(), _ctc, torch.randn(N, 4, 2).double(), torch.randint(1, 3, (N, 2)))
 
 
 def test_backward_passes_that_make_nan_of_zero_are_refused() -> None:

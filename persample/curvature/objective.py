@@ -11,19 +11,21 @@ Kernels that can't be differentiated twice (fused attention, cuDNN's recurrent l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from ..batch import Tree, call_model
 from ..capture import Capture
-from ..errors import ArgumentError, LossError
+from ..errors import ArgumentError, CaptureError, LossError
 from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses
 from ..problem import Problem
 from ..state import (
@@ -125,3 +127,60 @@ class Objective:
 def twice_differentiable() -> Iterator[None]:
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
+
+
+# ---- what has a first derivative only -----------------------------------------------------------------------------
+
+
+def refuse_once_differentiable(ends: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> None:
+    """Raise where a backward pass from ``ends`` (towards the leaves ``inputs``, if there are any) meets a function
+    whose backward is marked ``@once_differentiable``: differentiated again, it is a constant, and nobody says so.
+    """
+    leaves = {id(x) for x in inputs}
+    leads: dict[Any, bool] = {}  # whether a node is on the way
+    stack = [(x.grad_fn, False) for x in ends if x.grad_fn is not None]
+    while stack:
+        node, visited = stack.pop()
+        following = [n for n, _ in node.next_functions if n is not None]
+        if visited:
+            leads[node] |= any(leads[n] for n in following)
+            if leads[node] and (name := _once_differentiable(node)):
+                raise once_only(f"the autograd.Function {name} marks its backward as @once_differentiable")
+        elif node not in leads:
+            leads[node] = not leaves or id(getattr(node, "variable", None)) in leaves
+            stack.append((node, True))
+            stack += [(n, False) for n in following]
+
+
+_ONCE = once_differentiable(lambda _: None).__code__
+
+
+def _once_differentiable(node: Any) -> str:
+    """The name of the class whose backward pass a node is, if it is so marked, also inside of other decorators."""
+    own = getattr(type(node), "_forward_cls", None)
+    for backward in (getattr(own, "backward", None), getattr(own, "vjp", None)):
+        while backward is not None:
+            if getattr(backward, "__code__", None) is _ONCE:
+                return str(getattr(own, "__qualname__", own))
+            backward = getattr(backward, "__wrapped__", None)
+    return ""
+
+
+def once_only(why: str) -> CaptureError:
+    """What to raise of a function without a second derivative."""
+    return CaptureError(
+        f"{why}, so that there is no second derivative of it. Write it with operations that can be differentiated "
+        "twice; or use what takes first derivatives only: empirical_fisher(..., method='rows'), kfac(..., "
+        "type='empirical'), and if the function is in the model, not in the loss, any kfac, kflr and ekfac."
+    )
+
+
+@contextmanager
+def named_derivatives() -> Iterator[None]:
+    """Inside, what PyTorch has no second derivative of is refused by name."""
+    try:
+        yield
+    except RuntimeError as error:
+        if found := re.search(r"derivative for '?(?:aten::)?_?(\w+)_backward\w*'? is not implemented", str(error)):
+            raise once_only(f"PyTorch doesn't differentiate the backward pass of {found[1]}") from error
+        raise

@@ -26,7 +26,7 @@ from ..remembered import remember, verified
 from ..state import drawn_since, random_state, restored
 from ..verify import check_alone
 from ..watch import Watch
-from .objective import Objective, twice_differentiable
+from .objective import Objective, named_derivatives, refuse_once_differentiable, twice_differentiable
 from .operator import flatten, unflatten
 from .products import hessian
 
@@ -89,17 +89,22 @@ def _direction(problem: Problem, v: Tensor | Mapping[str, Tensor] | None) -> Ten
 
 
 def _check_repeatable(problem: Problem) -> None:
-    """Run one sample alone: a batch draws other random numbers, and statistics over it are other ones."""
+    """Run one sample alone: a batch draws other random numbers, and statistics over it are other ones.  There is a
+    graph of it, which says what ``torch.func`` doesn't: which functions can be differentiated once only.
+    """
     alone = problem.batch.select(torch.tensor([0]))
     with Watch(), torch.enable_grad():  # some models differentiate themselves
         before = random_state(problem.model)
-        call_model(problem.model, alone.inputs.whole())
+        outputs = call_model(problem.model, alone.inputs.whole())
         drawn = drawn_since(before, problem.model)
     if drawn:
         raise RandomnessError(
             "the model draws random numbers (dropout), and a sample alone would get others than in its batch. Switch "
             "the draws off (model.eval()), or use hvp, which keeps one draw for the whole batch."
         )
+    with torch.enable_grad():
+        loss = problem.loss_fn(outputs, alone.targets.whole())
+    refuse_once_differentiable([loss], list(problem.parameters.values()))
 
 
 def _check_uncoupled(problem: Problem) -> None:
@@ -150,7 +155,7 @@ def _by_vmap(problem: Problem, direction: Tensor) -> Tensor:
         for t in (batch.inputs, batch.targets)
     ]
     samples, dims = [[x for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
-    with Watch({id(p): name for name, p in problem.parameters.items()}):
+    with Watch({id(p): name for name, p in problem.parameters.items()}), named_derivatives():
         rows = vectorise(one, in_dims=(dims,), randomness="error")(samples)
     flat = torch.cat([rows[name].reshape(batch.n, -1) for name in values], 1)
     return flat if bool(flat.isfinite().all()) else _by_loop(problem, direction)  # ignored targets: 0 / 0

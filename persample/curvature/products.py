@@ -38,7 +38,7 @@ from ..problem import Problem
 from ..remembered import Settings, changed, lasting, settings
 from ..rounding import slack, tolerance
 from ..state import Buffers, restored
-from .objective import Objective
+from .objective import Objective, named_derivatives, refuse_once_differentiable
 from .operator import Operator, unflatten
 
 Tensors = Sequence[Tensor]
@@ -247,13 +247,22 @@ def loss_curvature(objective: Objective) -> Callable[[object], tuple[Tensors, Mi
 def gradient(
     outputs: Tensors, inputs: Tensors, seeds: Iterable[Tensor] | None, *, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """``autograd.grad`` that keeps the graph, with zeros where nothing depends on an input."""
+    """``autograd.grad`` that keeps the graph, with zeros where nothing depends on an input.
+
+    Raises:
+        CaptureError: where a gradient is to be differentiated once more, and can't be.
+    """
     given = [None] * len(outputs) if seeds is None else list(seeds)
     live = [(y, s) for y, s in zip(outputs, given, strict=True) if y.requires_grad]
     if not live:
         return tuple(map(torch.zeros_like, inputs))
     ends, starts = zip(*live, strict=True)
-    found = torch.autograd.grad(ends, inputs, starts, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    if create_graph:
+        refuse_once_differentiable(ends, inputs)
+    with named_derivatives():
+        found = torch.autograd.grad(
+            ends, inputs, starts, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
     return tuple(torch.zeros_like(x) if g is None else strided(g) for x, g in zip(inputs, found, strict=True))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from persample import extend
-from persample.curvature import Kronecker, ekfac, empirical_fisher, ggn, kfac, kflr, kfra
+from persample.curvature import Kronecker, ekfac, empirical_fisher, fisher, ggn, kfac, kflr, kfra
 from persample.errors import ArgumentError, BatchCoupledError, KroneckerError, LossError, VerificationError
 
 N = 5
@@ -452,6 +452,57 @@ def test_kfra_of_one_sample_is_kflr(approximation: str, bias: str) -> None:
 @pytest.mark.parametrize("given", [(X,), [X], {"input": X}], ids=["tuple", "list", "dict"])
 def test_kfra_takes_the_one_input_however_it_is_given(given: Any) -> None:
     close(kfra(mlp(), CE, given, LABELS).dense(), kfra(mlp(), CE, X, LABELS).dense())
+
+
+@pytest.mark.parametrize("loss_fn", [nn.BCEWithLogitsLoss(), nn.MSELoss(reduction="sum")])
+@pytest.mark.parametrize("type", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("make", [kfac, ekfac, fisher, ggn, kfra])
+def test_outputs_without_an_axis_are_those_with_one(make: Any, type: str, loss_fn: nn.Module) -> None:
+    y = LABELS.double()
+    wide = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+    flat = nn.Sequential(*wide, nn.Flatten(0))
+    more = {} if make in (ggn, kfra) else {"type": type, "generator": torch.Generator().manual_seed(1)}
+    if make is fisher and type == "empirical":
+        make, more = empirical_fisher, {}
+    found = make(flat, loss_fn, X, y, **more).dense()
+    if "generator" in more:
+        more["generator"].manual_seed(1)
+    close(found, make(wide, loss_fn, X, y.unsqueeze(1), **more).dense())
+
+
+def test_kfra_through_outputs_of_one_number() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0), nn.Tanh()))
+    alike = nn.Sequential(model[0], nn.Tanh())  # type: ignore[index]
+    close(kfra(model, MSE, X, VALUES[:, 0]).dense(), kfra(alike, MSE, X, VALUES[:, :1]).dense())
+
+
+class Named(nn.Module):
+    """One output under two names."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.layer, self.names = nn.Linear(3, 2), names
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return dict.fromkeys(self.names, self.layer(x))
+
+
+@pytest.mark.parametrize("type", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("make", [kfac, ekfac, fisher, ggn, empirical_fisher])
+def test_one_output_under_two_names_is_one_output(make: Any, type: str) -> None:
+    def both(out: dict[str, Tensor], y: Tensor) -> Tensor:
+        logits = (out["logits"] + out[max(out)]) / 2
+        return F.cross_entropy(logits, y, reduction="none")
+
+    found = []
+    for names in (("logits",), ("logits", "scores")):
+        more = {"type": type, "generator": torch.Generator().manual_seed(1)}
+        if make in (ggn, empirical_fisher):
+            more = {}
+        elif make is fisher:
+            more["type"] = "mc" if type == "mc" else "exact"
+        found.append(make(seeded(lambda names=names: Named(names)), both, X, LABELS, **more).dense())
+    close(*found)
 
 
 class TwoTypes(nn.Module):

@@ -245,7 +245,7 @@ def loss_hessians(f: Tensor, hessian_at: Callable[[Tensor], Callable[[Tensor], T
     """``H_n [N, F, F]``, the Hessian of every sample's loss with respect to its ``F`` output entries."""
     product = hessian_at(f)
     units = torch.eye(f[0].numel(), dtype=wide(f).dtype, device=f.device)
-    columns = [product(e.view(f.shape[1:]).expand_as(f).contiguous()).flatten(1) for e in units]
+    columns = [product(e.view(f.shape[1:]).expand_as(f).contiguous()).reshape(len(f), -1) for e in units]
     hessians = torch.stack(columns, 2)
     check_finite(hessians)
     return hessians

@@ -146,7 +146,7 @@ def _pulled(leaf: Tensor, out: Tensor, curvature: Tensor) -> Tensor:
     for column in root(curvature).T:
         seed = column.to(out.dtype).view(out.shape[1:]).expand_as(out)
         (rows,) = torch.autograd.grad(out, leaf, seed, retain_graph=True)
-        rows = wide(rows.flatten(1))
+        rows = wide(rows.reshape(len(rows), -1))
         total.addmm_(rows.T, rows, alpha=1 / len(rows))
     return total
 

@@ -93,7 +93,7 @@ def fisher(
 
         def multiply(v: Tensors) -> Tensors:
             pushed = v[0].movedim(axis, 0)
-            along = (draws * pushed).flatten(2).sum(2) / samples
+            along = (draws * pushed).reshape(*draws.shape[:2], -1).sum(2) / samples
             return [torch.einsum("sn,sn...->n...", along, draws).movedim(0, axis)]
 
         return [end], multiply
@@ -156,9 +156,9 @@ def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]
 
 
 def single_output(objective: Objective, outputs: Any) -> tuple[Tensor, int]:
-    """The one tensor that the model returns, and its sample axis."""
+    """The one tensor that the model returns, under one name or several, and its sample axis."""
     tree = objective.problem.batch.outputs(outputs)
-    found = [(x, axis) for x, axis in tree.tensors() if x.requires_grad]
+    found = list({id(x): (x, axis) for x, axis in tree.tensors() if x.requires_grad}.values())
     if len(found) != 1 or found[0][1] is None:
         raise LossError(
             f"the model returned {len(found)} differentiable tensors, or none with a sample axis; the distribution of "

@@ -106,7 +106,7 @@ class Objective:
     def loss_at(self, outputs: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The losses as a function of the outputs alone: the outputs with a graph, their leaves, the losses ``[N]``."""
         tree = self.problem.batch.outputs(outputs)
-        ends = [x for x in tree.leaves if isinstance(x, Tensor) and x.requires_grad]
+        ends = list({id(x): x for x in tree.leaves if isinstance(x, Tensor) and x.requires_grad}.values())
         cut = {id(x): x.detach().requires_grad_() for x in ends}
         losses = self.losses(Tree([cut.get(id(x), x) for x in tree.leaves], tree.spec, tree.axes).whole())
         if losses.requires_grad:

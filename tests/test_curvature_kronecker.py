@@ -696,6 +696,52 @@ def test_parameters_without_factors_are_listed_with_a_reason() -> None:
         kfac(nn.LayerNorm(3).double(), MSE, X, X, type="empirical")
 
 
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+
+class Pyramid(nn.Module):
+    """One convolution at two resolutions, one layer of halves of the batch, and one that gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv1d(3, 3, 3), nn.Linear(3, 2)
+        self.halves, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = (self.conv(z).mean(2) for z in (x, x[:, :, ::2]))
+        h = torch.cat([self.halves(low[:3]), self.halves(low[3:])]) + high
+        return self.last(h.tanh() + _Nothing.apply(self.idle(h)))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kinds = {"dtype": torch.float64}, {"dtype": torch.complex128}
+        self.last, self.layer = nn.Linear(4, 2, **kinds[0]), nn.Linear(3, 2, **kinds[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.view_as_real(self.layer(x + 1j)).flatten(1))
+
+
+def test_reasons_are_true() -> None:
+    model = seeded(Pyramid)
+    k = kfac(model, CE, tensor(3, N, 3, 9), LABELS, type="empirical")
+    assert k.names == ("last.weight", "last.bias")
+    for name, reason in {"conv": "used 2 times, in ways", "halves": "picked out", "idle": "no loss depends"}.items():
+        assert all(reason in k.uncovered[f"{name}.{which}"] for which in ("weight", "bias")), k.uncovered
+    k = kflr(Complex(), MSE, X, VALUES)
+    assert k.names == ("last.weight", "last.bias")
+    assert all("it is complex" in k.uncovered[f"layer.{which}"] for which in ("weight", "bias"))
+
+
 class Broadcast(nn.Module):
     """A linear layer whose bias is of any shape that broadcasts with its outputs."""
 

@@ -44,7 +44,7 @@ from ..remembered import verified
 from ..state import restored
 from ..verify import run_verified
 from .kronecker import Block, Kronecker
-from .layers import Layer, find_layers
+from .layers import UNUSED, Layer, find_layers
 from .likelihood import check_finite, identify, seed_of, wide
 from .matrices import check_samples, hessian_at, one_of, single_output
 from .objective import Objective
@@ -147,8 +147,11 @@ class Run:
             layer = self.layers[name]
             tokens = layer.tokens(g)
             if tokens is None:
-                for lost in layer.shapes:
-                    self.uncovered[lost] = "no loss depends on it, or its uses have no factored form in common"
+                uses = sum(call.wants(parameters[name]) for call in calls)
+                lost = "its gradients have no factored form"
+                if uses > 1:  # another resolution, stride or padding
+                    lost = f"it is used {uses} times, in ways that have no factored form in common"
+                self.uncovered.update(dict.fromkeys(layer.shapes, lost))
                 return
             for part, inputs in _parts(layer, self.bias, tokens[0]):
                 receive(part, inputs, tokens[1])
@@ -161,7 +164,8 @@ class Run:
             collect = Collect(layers, parameters, emit, self.objective.problem.batch.n, release=False)
             try:
                 torch.autograd.grad(ends, self.found.roots, seeds, retain_graph=True, allow_unused=True)
-                collect.finish()
+                for name in collect.finish():
+                    self.uncovered.update(dict.fromkeys(self.layers[name].shapes, UNUSED))
             finally:
                 collect.detach()
 

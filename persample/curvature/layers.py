@@ -10,8 +10,9 @@ transposed convolution  the inputs that reach ``t``, each at the kernel offset t
 ======================  ===========================================================  ==================
 
 A weight shared over positions ``t`` is a linear layer on tokens, and both convolutions are such layers on unfolded
-inputs; ``K`` groups are ``K`` layers side by side.  Several uses of a weight are further positions.  Tokens come from
-the factors that the hook engine finds (`Outer`, `Conv`), output gradients from whatever is differentiated.
+inputs; ``K`` groups are ``K`` layers side by side.  Several uses of a weight are further positions,
+where they are added up in such a form: of a convolution those of one resolution, stride and padding.  Tokens come
+from the factors that the hook engine finds (`Outer`, `Conv`), output gradients from whatever is differentiated.
 """
 
 from __future__ import annotations
@@ -155,9 +156,12 @@ def find_layers(found: Reached, parameters: Mapping[str, Tensor]) -> tuple[list[
     return layers, why
 
 
+UNUSED = "no loss depends on it"
+
+
 def _reason(roles: set[Layer | str]) -> str:
     if not roles:
-        return "no loss depends on it"
+        return UNUSED
     said = [role for role in roles if isinstance(role, str)]
     return said[0] if said else "it is used in different ways, or with different biases"
 
@@ -168,16 +172,16 @@ def _role(call: Call, p: Tensor, names: Mapping[int, str]) -> Layer | str:
         return f"it is used by {call.name}"
     if not call.wants(p):
         return "it is not used itself, but something computed from it"
+    if p.is_complex():
+        return "it is complex, and what mixes real and imaginary parts is no Kronecker product of complex factors"
     transposed, *places = _FORMS[call.func]
     weight, bias = (_argument(call, *place) for place in places)
     if weight is p or bias is p:
         if weight is None or id(weight) not in names:
             return f"the weight of its layer ({call.name}) is not among the chosen parameters"
-        if (
-            weight.ndim == 1
-            or call.layout.owner is not None
-            or {call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)} != {1}
-        ):
+        if call.layout.owner is not None:
+            return f"{call.name} gets entries that were picked out of the batch (a part of it, masked or packed tokens)"
+        if weight.ndim == 1 or {call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)} != {1}:
             return f"{call.name} with these arguments is no layer on tokens"
         groups = _argument(call, 6, "groups") if weight.ndim > 2 else 1
         alone = Layer(names[id(weight)], weight.shape, None, groups or 1, transposed)

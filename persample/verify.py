@@ -56,7 +56,7 @@ class Probe:
     """
 
     def __init__(self, problem: Problem, n: int) -> None:
-        self.problem, self.n = _kept(problem), n
+        self.problem, self.n = with_own_inputs(problem), n
         self.rows: dict[str, Tensor] = {}
         self.others: dict[int, dict[str, Tensor]] = {}  # rows of other samples
         self.before, self.buffers = random_state(problem.model), Buffers(*problem.owners)
@@ -116,7 +116,7 @@ class Probe:
         return compared(rows, {name: g for name, g in named if name in rows}, n, loss.dtype)
 
 
-def _kept(problem: Problem) -> Problem:
+def with_own_inputs(problem: Problem) -> Problem:
     """The same, with inputs of its own: a forward may change those that it is given in place."""
     batch = problem.batch
     inputs = replace(batch.inputs, leaves=[x.clone() if isinstance(x, Tensor) else x for x in batch.inputs.leaves])

@@ -17,7 +17,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 from persample import coupling
-from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, hvp, kfac, per_sample_hvp
+from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, hvp, kfac, kflr, per_sample_hvp
 from persample.errors import (
     ArgumentError,
     BatchCoupledError,
@@ -666,6 +666,33 @@ OPERATORS = {
     "coupling": lambda *args: coupling(*args).ggn(),
 }
 ROWS = {"rows": lambda *args: empirical_fisher(*args, method="rows")}
+
+
+class Doubles(nn.Module):
+    """Inputs, and a tensor without samples, in place or not."""
+
+    def __init__(self, within: bool) -> None:
+        super().__init__()
+        self.layer, self.within = nn.Linear(2, 3), within
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        if self.within:
+            x, scale = x.mul_(2), scale.add_(1)
+        else:
+            x, scale = x * 2, scale + 1
+        return self.layer(x) * scale
+
+
+@pytest.mark.parametrize("make", [hvp, ggn, fisher, empirical_fisher, *ROWS.values(), kflr, ekfac])
+def test_inputs_that_the_model_changes_in_place_are_as_they_were_given(make: Callable[..., Any]) -> None:
+    x, scale, found = X.clone(), torch.tensor([2.0]).double(), []
+    for within in (True, False):
+        model = seeded(lambda within=within: Doubles(within))
+        torch.manual_seed(1)
+        found.append(make(model, nn.CrossEntropyLoss(), (x, scale), LABELS))
+    for _ in range(2):
+        close(found[0].dense(), found[1].dense())
+    assert torch.equal(x, X) and scale.item() == 2
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -42,7 +42,7 @@ from ..reductions import square_sum
 from ..refusals import check_complete, check_uncoupled
 from ..remembered import verified
 from ..state import restored
-from ..verify import run_verified
+from ..verify import run_verified, with_own_inputs
 from .kronecker import Block, Kronecker
 from .layers import UNUSED, Layer, find_layers
 from .likelihood import check_finite, identify, seed_of, wide
@@ -94,6 +94,8 @@ def kfac(
 
 def kflr(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, **options: Any) -> Kronecker:
     """`kfac` with the exact loss Hessian (Botev et al. 2017): ``type="exact"``; the other options are the same."""
+    if "type" in options:
+        raise ArgumentError(f"kflr is kfac with type='exact': leave type={options['type']!r} out, or use kfac.")
     return kfac(model, loss_fn, inputs, targets, type="exact", **options)
 
 
@@ -225,6 +227,7 @@ def _verify(problem: Problem, verify: bool | None) -> None:
     if verify not in (None, True, False):
         raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}")
     if verify or (verify is None and not verified(problem, "hooks")):
+        problem = with_own_inputs(problem)  # which a forward may change in place
         n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
         with restored(*problem.owners):
             run_verified(

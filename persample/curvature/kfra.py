@@ -22,6 +22,7 @@ from ..hook import Hook
 from ..losses import LossFunction
 from ..problem import Selection, pose
 from ..state import restored, set_random_state
+from ..verify import with_own_inputs
 from ..watch import Watch
 from .kfac import kfac, loss_hessians, root
 from .kronecker import Kronecker
@@ -44,7 +45,7 @@ def kfra(
 
     For an ``nn.Sequential`` (nested ones are flattened) of modules that take and return one tensor ``[N, ...]``, each
     used once.  Of the blocks of ``Gbar`` between positions ``t, s``, "expand" sums those with ``t = s``, "reduce"
-    all.  The other arguments are those of `kfac`.
+    all.  The other arguments are those of `kfac`; samples are in front, so there is no ``batch_dim``.
 
     Raises:
         KroneckerError: for another model, or hooks on its modules (use `kflr`, which propagates every sample's own
@@ -119,24 +120,30 @@ def _only(leaves: list[object]) -> Tensor:
 
 
 def _recursion(objective: Objective, modules: list[nn.Module]) -> Iterator[tuple[nn.Module, torch.Size, Tensor]]:
-    """Every module with the shape of its output ``[N, ...]`` and ``Gbar [F, F]`` there, the last one first."""
-    model, batch = objective.problem.model, objective.problem.batch
-    with restored(model), twice_differentiable(), torch.enable_grad(), Watch():
+    """Modules, the last one first, with the shape of their output ``[N, ...]`` and ``Gbar [F, F]`` there; down to the
+    first that has chosen parameters.
+    """
+    model = objective.problem.model
+    chosen = {id(p) for p in objective.parameters.values()}
+    first = next(i for i, module in enumerate(modules) if any(id(p) in chosen for p in module.parameters()))
+    with restored(model), twice_differentiable(), torch.enable_grad():
         set_random_state(objective.random)
-        x = _only(batch.inputs.leaves).detach()
-        steps: list[tuple[nn.Module, Tensor, Tensor]] = []
-        for module in modules:
-            leaf = x.detach().requires_grad_(x.is_floating_point())
-            x = module(leaf.clone())  # the module may change it in place
-            steps.append((module, leaf, x))
-        f = x.detach()
-        curvature = loss_hessians(f, hessian_at(objective, x)).mean(0)
-        first = next(i for i, module in enumerate(modules) if any(True for _ in module.parameters()))
-        for i, (module, leaf, out) in reversed([*enumerate(steps)]):
-            yield module, out.shape, curvature
-            if i == first:
-                return
-            curvature = _pulled(leaf, out, curvature)
+        x = _only(with_own_inputs(objective.problem).batch.inputs.leaves).detach()
+        for module in modules[:first]:  # samples may be coupled here, as nothing is propagated so far
+            x = module(x)
+        with Watch():
+            steps: list[tuple[nn.Module, Tensor, Tensor]] = []
+            for module in modules[first:]:
+                leaf = x.detach().requires_grad_(x.is_floating_point())
+                x = module(leaf.clone())
+                steps.append((module, leaf, x))
+            f = x.detach()
+            curvature = loss_hessians(f, hessian_at(objective, x)).mean(0)
+            while steps:
+                module, leaf, out = steps.pop()
+                yield module, out.shape, curvature
+                if steps:
+                    curvature = _pulled(leaf, out, curvature)
 
 
 def _pulled(leaf: Tensor, out: Tensor, curvature: Tensor) -> Tensor:

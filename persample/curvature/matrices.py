@@ -16,6 +16,7 @@ from ..losses import LossFunction
 from ..problem import Selection, pose
 from ..remembered import lasting
 from ..state import restored
+from ..verify import with_own_inputs
 from .likelihood import Likelihood, identify, seed_of, wide
 from .objective import Objective
 from .operator import Operator, flatten, unflatten
@@ -136,7 +137,7 @@ def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]
     problem = objective.problem
     own = set_to(problem)
     with restored(*problem.owners):
-        inputs, targets = problem.batch.inputs.whole(), problem.batch.targets.whole()
+        inputs, targets = with_own_inputs(problem).batch.inputs.whole(), problem.batch.targets.whole()
         rows = gradients(
             problem.model, problem.loss_fn, inputs, targets, params=list(problem.parameters), batch_dim=batch_dim
         )

@@ -37,6 +37,7 @@ from ..state import (
     restored,
     set_random_state,
 )
+from ..verify import with_own_inputs
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,9 @@ class Objective:
     @contextmanager
     def forward(self, capture: Capture | None = None) -> Iterator[Any]:
         """The outputs with their graph, to be differentiated inside the ``with`` block; ``capture`` records calls."""
-        batch = self.problem.batch
         with restored(*self.problem.owners), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
             set_random_state(self.random)
-            inputs = batch.inputs.map(lambda x, _: x.detach())
+            inputs = with_own_inputs(self.problem).batch.inputs.map(lambda x, _: x.detach())
             if capture is None:
                 yield call_model(self.problem.model, inputs)
             else:

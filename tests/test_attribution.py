@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import persample
 from persample import attribution
-from persample.errors import ArgumentError, QuantityError
+from persample.errors import ArgumentError, LossError, QuantityError
 
 N, M = 7, 4
 
@@ -367,3 +367,9 @@ def test_correlations_with_a_constant_are_nan() -> None:
     assert (constant - constant.mean(0)).any()
     assert attribution.leave_one_out_correlation(scores, constant).isnan().all()
     assert attribution.leave_one_out_correlation(constant, scores).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6,), (6, 3, 2)])
+def test_a_margin_is_over_other_classes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(LossError, match=rf"two classes or more, got shape .*{shape[-1]}\]"):
+        attribution.margin(torch.randn(shape), torch.zeros(6, dtype=torch.long))

@@ -173,6 +173,14 @@ def test_gradients_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         store(tmp_path / "new", net).extend(LOSS, DataLoader(data(), shuffle=True))
 
 
+@pytest.mark.parametrize("first", [1.5, -1, N + 1, None])
+def test_the_first_row_to_append_is_a_sample(tmp_path: Path, first: Any) -> None:
+    mine = store(tmp_path, net := model())
+    with pytest.raises(ArgumentError, match=f"first must be a sample of the batch, 0 to {N}, got {first}"):
+        mine.append(persample.gradients(net, LOSS, *data().tensors), first=first)
+    assert len(mine) == 0
+
+
 def test_another_loss_function_is_refused(tmp_path: Path) -> None:
     net = model()
     mine = store(tmp_path, net)

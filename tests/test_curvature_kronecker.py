@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -545,6 +547,19 @@ def test_kfra_refuses_what_is_no_sequence() -> None:
         kfra(block, MSE, SEQUENCES, tensor(15, N, 16))
 
 
+def test_kfra_behind_batch_norm_and_in_place_modules() -> None:
+    model: Any = seeded(
+        lambda: nn.Sequential(
+            nn.ReLU(inplace=True), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)
+        )
+    )
+    x, statistics = X.clone(), model[2].running_mean.clone()
+    k = kfra(model, CE, x, LABELS, params=r"[35]\.")
+    assert torch.equal(x, X) and torch.equal(model[2].running_mean, statistics)
+    h = copy.deepcopy(model[:3])(X.clone()).detach()
+    close(k.dense(), kfra(model[3:], CE, h, LABELS).dense())
+
+
 @pytest.mark.parametrize("register", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 @pytest.mark.parametrize(("place", "named"), [("", "the model"), ("0", "module '0'"), ("0.1", r"module '0\.1'")])
 def test_kfra_refuses_hooks(place: str, named: str, register: str) -> None:
@@ -601,6 +616,13 @@ def test_ekfac_eigenvalues_are_second_moments_in_the_eigenbasis(
     assert (k.dense() - target).norm() < (plain.dense() - target).norm()
 
 
+@pytest.mark.parametrize("damping", [-1.0, math.nan, math.inf, None, "a", torch.ones(2)])
+def test_a_damping_is_a_number(damping: Any) -> None:
+    k = kfac(mlp(), CE, X, LABELS, type="empirical")
+    with pytest.raises(ArgumentError, match="damping must be a number of 0 or more"):
+        k.solve(torch.ones(k.shape[0], dtype=torch.float64), damping)
+
+
 @pytest.mark.parametrize("bias", ["joined", "apart"])
 @pytest.mark.parametrize("make", [kfac, ekfac])
 def test_products_and_solutions_are_those_of_the_dense_matrix(make: Any, bias: str) -> None:
@@ -622,7 +644,7 @@ def test_products_and_solutions_are_those_of_the_dense_matrix(make: Any, bias: s
     solved = k.solve(named, 0.1)
     close(torch.cat([solved[name].flatten() for name in named]), k.solve(flat, 0.1))
     close(torch.as_tensor(k.to_scipy() @ v.numpy()), dense @ v)
-    with pytest.raises(ValueError, match="damping must not be negative"):
+    with pytest.raises(ValueError, match="damping must be a number of 0 or more"):
         k.solve(v, -1.0)
 
 
@@ -723,9 +745,7 @@ class Pyramid(nn.Module):
 class Complex(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        kinds = {"dtype": torch.float64}, {"dtype": torch.complex128}
-        self.last, self.layer = nn.Linear(4, 2, **kinds[0]), nn.Linear(3, 2, **kinds[1])
+        self.layer, self.last = nn.Linear(3, 2, dtype=torch.complex128), nn.Linear(4, 2, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.view_as_real(self.layer(x + 1j)).flatten(1))
@@ -878,7 +898,23 @@ def test_nothing_is_left_behind() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
 
 
+def test_a_batch_without_targets_has_no_distribution_but_matrices_of_zeros() -> None:
+    """Every target is ignored."""
+    targets = torch.full((N,), -100)
+    for make in (kfac, ekfac, fisher):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(LossError, match="every target is ignored"):
+                make(mlp(), CE, X, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for make in (kflr, ggn):
+            assert not make(mlp(), CE, X, targets).dense().any()
+
+
 def test_unknown_options_are_named() -> None:
+    with pytest.raises(ArgumentError, match=r"kflr is kfac with type='exact': leave type='mc' out"):
+        kflr(mlp(), CE, X, LABELS, type="mc")
     for option, known in {"type": "empirical", "approximation": "expand", "bias": "joined"}.items():
         with pytest.raises(ValueError, match=f"{option} must be one of '{known}'.*got 'other'"):
             kfac(mlp(), CE, X, LABELS, **{option: "other"})

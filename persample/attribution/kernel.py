@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, QuantityError
+from ..errors import ArgumentError, LossError, QuantityError
 from ..quantities import Quantities
 from .features import both, check_finite, number
 
@@ -75,7 +75,15 @@ def margin(outputs: Tensor, targets: Tensor) -> Tensor:
     """``log p/(1 - p)`` of the correct class, ``[N]``, from logits ``[N, C]``: the output that TRAK linearises.
 
     ``1 - p`` is the sigmoid of minus it.  Pass it as ``loss_fn`` to `persample.gradients`.
+
+    Raises:
+        LossError: logits of fewer than two classes, which have no ``1 - p``.
     """
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise LossError(
+            f"margin needs logits [N, C] of two classes or more, got shape {list(outputs.shape)}. For a single logit "
+            "z of a yes or no, the margin is z or -z: loss_fn=lambda z, y: z.squeeze(1) * (2 * y - 1)."
+        )
     correct = outputs.gather(1, targets[:, None])
     others = outputs.scatter(1, targets[:, None], -torch.inf)
     return correct.squeeze(1) - others.logsumexp(1)

@@ -101,8 +101,8 @@ class GradientStore:
     def _append(self, G: Quantities, first: int, own: Settings | None = None, **meta: Any) -> None:
         self._check(G)
         own = own or self._settings(counters=True)
-        if not 0 <= first <= len(G):
-            raise ArgumentError(f"first must be a sample of the batch, 0 to {len(G)}, got {first}.")
+        if not hasattr(first, "__index__") or not 0 <= first <= len(G):
+            raise ArgumentError(f"first must be a sample of the batch, 0 to {len(G)}, got {first!r}.")
         rows = G.flat() if self.projection is None else G.project(self.projection)  # type: ignore[attr-defined]
         self.table.append(_written(rows[first:].detach().cpu(), self.dtype).numpy(), settings=own, **meta)
 

@@ -127,6 +127,12 @@ def identify(outputs: Tensor, hessian_at: Callable[[Tensor], Product]) -> Likeli
             tolerance = 1e3 * torch.finfo(probe.dtype).eps * float(weight.max()) * float(probe.abs().max())
             if bool(((expected - actual).abs() <= tolerance).all()):
                 return likelihood
+    if not bool(at_zero(torch.ones_like(probe)).any() | at_zero(probe).any() | actual.any()):
+        raise LossError(
+            "the losses of this batch have no curvature in the outputs (every target is ignored, or the loss is "
+            "piecewise linear), so that no distribution of targets can be told from it. Leave such a batch out; or use "
+            "ggn or kflr, which are zero there."
+        )
     raise LossError(
         "loss_fn is not the negative log-likelihood of a categorical, Gaussian or Bernoulli distribution with the "
         "outputs as its logits or mean (cross entropy, squared error, binary cross entropy with logits), so there is "

@@ -5,6 +5,7 @@ Every message names the parameter, module, function or argument, the reason, and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -104,7 +105,10 @@ class StoreError(PersampleError, ValueError):
     """Rows on disk that are of another model, layout, scale or projection, or that can't be gone on with."""
 
 
-_OURS = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (sys.modules[__package__], torch))
+_OURS = (
+    *(os.path.dirname(str(module.__file__)) + os.sep for module in (sys.modules[__package__], torch)),
+    contextlib.__file__,  # between a with statement of ours, and what it enters
+)
 
 
 def warn(message: str) -> None:

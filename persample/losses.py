@@ -275,11 +275,12 @@ def check_not_broadcast(loss_fn: LossFunction, whole: Tensor, outputs: Tree, tar
 
 def _made_of(whole: Tensor, losses: Tensor) -> bool:
     """Whether a criterion's value is the lone losses ``[N]``, or their mean or sum."""
+    rounding = max(1e-3, 4 * max(torch.finfo(x.dtype).eps for x in (whole, losses)))  # that of half precision
     whole, losses, n = whole.detach().double(), losses.detach().double(), len(losses)
     if whole.ndim:
-        return whole.shape == losses.shape and torch.allclose(whole, losses, rtol=1e-3, atol=1e-6, equal_nan=True)
+        return whole.shape == losses.shape and torch.allclose(whole, losses, rtol=rounding, atol=1e-6, equal_nan=True)
     mean = losses.mean()
-    tolerance = 1e-3 * (mean.abs() + whole.abs()) + 1e-6
+    tolerance = rounding * (mean.abs() + whole.abs()) + 1e-6
     return not bool(((mean - whole).abs() > tolerance) & ((mean * n - whole).abs() > tolerance * n))
 
 

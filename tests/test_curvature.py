@@ -17,7 +17,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 from persample import coupling
-from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, hvp, kfac, kflr, per_sample_hvp
+from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, hvp, kfac, kflr, kfra, per_sample_hvp
 from persample.errors import (
     ArgumentError,
     BatchCoupledError,
@@ -666,6 +666,32 @@ OPERATORS = {
     "coupling": lambda *args: coupling(*args).ggn(),
 }
 ROWS = {"rows": lambda *args: empirical_fisher(*args, method="rows")}
+
+
+MATRICES: dict[str, Callable[..., Any]] = {
+    **{make.__name__: make for make in (hvp, ggn, fisher, empirical_fisher, kfac, kflr)},
+    **ROWS,
+    "kfra": kfra,
+    "unverified": lambda *args: kflr(*args, verify=False),
+    "samples": lambda model, *args: per_sample_hvp(model, *args, torch.ones(9).double()),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_criterion_that_is_no_mean_of_its_samples_is_said_once(name: str) -> None:
+    """Class weights cancel in the loss of one sample."""
+
+    def products(reduction: str) -> None:
+        weight = torch.tensor([1.0, 10.0, 2.0]).double()
+        model = seeded(lambda: nn.Sequential(nn.Linear(2, 3)))
+        found = MATRICES[name](model, nn.CrossEntropyLoss(weight, reduction=reduction), X, LABELS)
+        for _ in range(2 if isinstance(found, Operator) else 0):
+            found.dense()
+
+    with pytest.warns(UserWarning, match="mean of the samples' own losses") as caught:
+        products("mean")
+    assert [warning.filename for warning in caught] == [__file__]
+    products("sum")  # is one of theirs: no warning
 
 
 class Doubles(nn.Module):

@@ -195,7 +195,7 @@ def recorded(
     one_of("type", type, ("empirical", "mc", "exact"))
     one_of("bias", bias, ("joined", "apart"))
     check_samples(samples)
-    _verify(objective.problem, verify)
+    objective.silent[0] |= _verify(objective.problem, verify)  # which warns
     seed = seed_of(generator) if type == "mc" else None  # outside of the forward pass, which restores random states
     parameters = objective.parameters
     capture = Capture(objective.problem.model, {id(p) for p in parameters.values()})
@@ -222,17 +222,18 @@ def recorded(
             )
 
 
-def _verify(problem: Problem, verify: bool | None) -> None:
-    """Hold a row of the per-sample gradients, which have the same tokens, against that sample alone."""
+def _verify(problem: Problem, verify: bool | None) -> bool:
+    """Hold a row of the per-sample gradients, which have the same tokens, against that sample alone, if this is due."""
     if verify not in (None, True, False):
         raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}")
-    if verify or (verify is None and not verified(problem, "hooks")):
+    if due := verify or (verify is None and not verified(problem, "hooks")):
         problem = with_own_inputs(problem)  # which a forward may change in place
         n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
         with restored(*problem.owners):
             run_verified(
                 problem, "hooks", lambda *_: None, lambda emit, couplers: hooks(problem, emit, couplers=couplers), n
             )
+    return due
 
 
 def _columns(objective: Objective, outputs: Any, type: str, samples: int, seed: int | None) -> list[Column]:

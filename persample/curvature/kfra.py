@@ -69,6 +69,7 @@ def kfra(
         verify=verify,
     )
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params), reduction)
+    objective.silent[0] = True  # kfac has said it
     names = {id(p): name for name, p in objective.parameters.items()}
     factors: dict[str, Tensor] = {}
     for module, shape, curvature in _recursion(objective, modules):

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ..batch import Tree, call_model
 from ..capture import Capture
 from ..errors import ArgumentError, CaptureError, LossError
-from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses
+from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, warn_if_not_mean
 from ..problem import Problem
 from ..state import (
     AutocastState,
@@ -48,13 +48,15 @@ class Objective:
     scale: float
     random: RandomState
     autocast: AutocastState = field(default_factory=autocast_state)
+    silent: list[bool] = field(default_factory=lambda: [True])  # whether it was said what the losses aren't; once
 
     @staticmethod
     def of(problem: Problem, reduction: str) -> Objective:
         """``reduction="mean"``: scale ``1/N``; ``"sum"``: 1."""
         if reduction not in ("mean", "sum"):
             raise ArgumentError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        return Objective(problem, 1 / problem.batch.n if reduction == "mean" else 1.0, random_state(problem.model))
+        scale = 1 / problem.batch.n if reduction == "mean" else 1.0
+        return Objective(problem, scale, random_state(problem.model), silent=[False])
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -96,6 +98,9 @@ class Objective:
         losses = lone_losses(self.problem.loss_fn, tree, batch.targets, batch.n)
         bad = ignored(self.problem.loss_fn, losses, tree, batch.targets)
         if bad is None:
+            if not self.silent[0]:
+                self.silent[0] = True
+                warn_if_not_mean(whole, losses)
             return losses
         kept = (~bad).nonzero().flatten()  # 0 * NaN is NaN in a gradient: leave the ignored samples out
         if len(kept) == 0:

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_unflatten
 
 from ..batch import call_model
 from ..errors import ArgumentError, CaptureError, DirectionError, PersampleError, RandomnessError
-from ..losses import LossFunction
+from ..losses import LossFunction, is_per_sample, lone_losses, warn_if_not_mean
 from ..problem import Problem, Selection, pose
 from ..remembered import remember, verified
 from ..state import drawn_since, random_state, restored
-from ..verify import check_alone
+from ..verify import check_alone, with_own_inputs
 from ..watch import Watch
 from .objective import Objective, named_derivatives, refuse_once_differentiable, twice_differentiable
 from .operator import flatten, unflatten
@@ -114,7 +114,18 @@ def _check_uncoupled(problem: Problem) -> None:
             warnings.simplefilter("ignore")  # of ignored targets, whose rows are zero
             for n in sorted({0, problem.batch.n - 1}):
                 check_alone(problem, n)
+        _warn_if_not_mean(problem)
         remember(problem, "per_sample_hvp")
+
+
+def _warn_if_not_mean(problem: Problem) -> None:
+    """Say where the mean of the products is no product of the batch's own criterion."""
+    batch, loss_fn = problem.batch, problem.loss_fn
+    with torch.enable_grad():  # some models differentiate themselves
+        outputs = batch.outputs(call_model(problem.model, with_own_inputs(problem).batch.inputs.whole()))
+        whole = loss_fn(outputs.whole(), batch.targets.whole())
+        if not is_per_sample(whole, batch.n):
+            warn_if_not_mean(whole, lone_losses(loss_fn, outputs, batch.targets, batch.n))
 
 
 def _by_loop(problem: Problem, direction: Tensor) -> Tensor:

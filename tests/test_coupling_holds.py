@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import persample
@@ -253,3 +254,34 @@ def test_some_samples_have_their_own_losses_and_outputs(notion: str) -> None:
     some, whole = C.gradients(notion, [4, 1]), C.gradients(notion)
     for a, b in ((some.flat(), whole.flat()), (some.losses, whole.losses), (some.outputs, whole.outputs)):
         torch.testing.assert_close(a, b[[4, 1]], rtol=1e-9, atol=1e-12)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * g * ctx.saved_tensors[0].square()
+
+
+def distances(h: Tensor) -> Tensor:
+    return torch.cdist(h[:, :, None], h[:, :, None]).sum(2)
+
+
+@pytest.mark.parametrize("route", ["samples", "statistics"])
+@pytest.mark.parametrize(("function", "name"), [(Cube.apply, "Cube marks"), (distances, "cdist")])
+def test_what_has_no_second_derivative_is_refused_by_name(function: Any, name: str, route: Any) -> None:
+    """Where one is needed; nothing else is."""
+    model, x, y = net(lambda m, x: function(m.norm(m.first(x)).tanh()))
+    C = persample.coupling(model, CE, x, y, route=route)
+    torch.testing.assert_close(C.gradients("loss").flat(), true_rows(model, x, y), rtol=1e-9, atol=1e-12)
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for ask in (lambda: C.gradients("influence"), lambda: C @ v, lambda: C.loss_norms(probes=2)):
+        with pytest.raises(persample.CaptureError, match=name):
+            ask()
+    for notion in ("copy", "frozen", "eval"):
+        assert C.gradients(notion).flat().isfinite().all()

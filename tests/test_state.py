@@ -147,6 +147,7 @@ def test_a_coupling_notices_buffers_and_criteria_that_changed() -> None:
     for change, what in (
         (lambda m, c: m.scale.mul_(3), "buffer 'scale' changed"),
         (lambda m, c: c.weight.mul_(3), "buffer 'weight' of loss_fn changed"),
+        (lambda m, c: setattr(m.net[1], "eps", 0.5), r"the eps of module 'net\.1' changed"),
     ):
         model, x, y = Scaled(), torch.randn(N, 5).double(), torch.arange(N) % 3
         criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]).double(), reduction="sum")

@@ -23,7 +23,7 @@ from ..batch import Batch, Tree, call_model, detached, flatten
 from ..calls import Reached, reached
 from ..capture import Capture
 from ..collect import Collect
-from ..curvature.objective import Objective, twice_differentiable
+from ..curvature.objective import Objective, named_derivatives, refuse_once_differentiable, twice_differentiable
 from ..engines.hooks import Seeds, along, forward
 from ..errors import ArgumentError, CaptureError, InplaceError
 from ..factors import strided
@@ -172,7 +172,10 @@ class Point:
         if not live or not inputs:
             return [None] * len(inputs)
         ends, starts = zip(*live, strict=True)
-        found = torch.autograd.grad(ends, inputs, starts, retain_graph=True, create_graph=again, allow_unused=True)
+        if again:
+            refuse_once_differentiable(ends)
+        with named_derivatives():
+            found = torch.autograd.grad(ends, inputs, starts, retain_graph=True, create_graph=again, allow_unused=True)
         return [None if g is None else strided(g) for g in found]
 
 
@@ -237,6 +240,7 @@ def _state(problem: Problem) -> list[tuple[str, Any]]:
         for path, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
             dot, batchwise = f"{path}." if path else "", isinstance(module, Layer) and module.training
             found.append((f"the mode of module '{path}'{of}", module.training))
+            found.append((f"the eps of module '{path}'{of}", getattr(module, "eps", None)))
             found += [(f"parameter '{dot}{name}'{of}", _place(p)) for name, p in module.named_parameters(recurse=False)]
             for name, b in module.named_buffers(recurse=False):
                 found.append((f"buffer '{dot}{name}'{of}", None if batchwise else _place(b)))
@@ -278,5 +282,6 @@ def _pull(out: Tensor, inputs: Sequence[Tensor], at: slice) -> Grads:
             )
         except RuntimeError:  # a backward that vmap doesn't support
             pass
-    found = [torch.autograd.grad(out, inputs, seed, retain_graph=True, allow_unused=True) for seed in seeds]
+    with named_derivatives():
+        found = [torch.autograd.grad(out, inputs, seed, retain_graph=True, allow_unused=True) for seed in seeds]
     return [None if rows[0] is None else torch.stack([strided(g) for g in rows]) for rows in zip(*found, strict=True)]

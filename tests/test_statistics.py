@@ -337,6 +337,20 @@ def test_tests_do_not_cancel(along: float, noise: float, kind: torch.dtype, tole
         assert refused == ([False] * 6 if noise == 1e-3 else [True, False, True, True, True, False])
 
 
+@pytest.mark.parametrize("noise", [1.0, 1e-5])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_autocast_rounds_nothing(name: str, noise: float) -> None:
+    torch.manual_seed(0)
+    net, x = model().float(), torch.randn(1, 2, 4) + noise * torch.randn(B, 2, 4)
+    G, function = (
+        persample.gradients(net, nn.CrossEntropyLoss(), x, torch.zeros(B, dtype=torch.int64)),
+        FORMULAS[name][0],
+    )
+    expected = function(G)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(function(G), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3, 2)])
 def test_centred_rows_of_any_shape(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(persample.statistics.parts, "BLOCK", 1)

@@ -245,6 +245,8 @@ def test_averages_of_several_numbers_by_name() -> None:
     close(found.mean()["2.square"], torch.stack([e["2"].square for e in single]).mean())
     close(found.std(1)["0.trace"], torch.stack([e["0"].trace for e in single]).std())
     assert list(feed(Average(statistics.noise_scale), *parts).compute().mean()) == ["trace", "square"]
+    nested = feed(Average(lambda G: {0: {"a": 1.0}, "": {"a": 3}}), *parts).compute().mean()
+    close(nested, {"0.a": torch.tensor(1.0).double(), "a": torch.tensor(3.0).double()})
     agreement = feed(Average(statistics.stiffness), *parts).compute().mean()
     close(agreement["cosine"], torch.stack([statistics.stiffness(DATA.part(part)).cosine for part in parts]).mean())
     for bad in (None, "1", {"a": object()}):

@@ -127,7 +127,7 @@ def _by_name(found: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, found
         return
     for part, value in found.items():
-        yield from _by_name(value, f"{name}.{part}" if name else part)
+        yield from _by_name(value, f"{name}.{part}" if name != "" else part)
 
 
 def _averaged(name: str, value: Any) -> Tensor:

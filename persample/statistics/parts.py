@@ -203,7 +203,7 @@ def across_mean(G: Quantities, mean_squares: Part, by: By = None) -> Part:
 
     centred, along = centred_total(G, mean_squares, by), along_mean(G)
     within = {name: s.square().sum() * mean_squares[name] for name, s in shares(along).items()}
-    found = {name: centred[name] - 2 * (s @ along[name]) + within[name] for name, s in shares(along).items()}
+    found = {name: centred[name] - 2 * (s * along[name]).sum() + within[name] for name, s in shares(along).items()}
     if not isinstance(G, Gradients):
 
         def lost(across: Tensor, centred: Tensor, square: Tensor) -> bool:

@@ -411,6 +411,36 @@ def test_exact_uses_the_hessian_of_any_convex_loss() -> None:
         kfac(model, convex, X, VALUES, type="mc")
 
 
+def _weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A weight of a square, and one of what is not convex beyond 1, with curvature ``2 (1 - f^2) / (1 + f^2)^2``."""
+    return targets[:, 0] * outputs[:, 0].square() + targets[:, 1] * outputs[:, 0].square().log1p()
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float64, 1e13), (torch.float32, 2e3)])
+def test_a_sample_that_is_not_convex_is_not_hidden_behind_another(dtype: torch.dtype, large: float) -> None:
+    model = nn.Linear(2, 1, bias=False).to(dtype)
+    nn.init.ones_(model.weight)
+    x, y = torch.tensor([[1e-3, 0.0], [1.5, 0.0]]).to(dtype), torch.tensor([[large, 0.0], [0.0, 1.0]]).to(dtype)
+    with pytest.raises(LossError, match=r"not convex .* eigenvalue -0\.237"):
+        kflr(model, _weighted, x, y)
+    close(kflr(model, _weighted, x[:1], y[:1]).dense()[0, 0], ggn(model, _weighted, x[:1], y[:1]).dense()[0, 0], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [kflr, kfra, lambda *args: ekfac(*args, type="exact")])
+def test_classifiers_that_are_sure_are_convex(make: Any, dtype: torch.dtype) -> None:
+    """Their Hessians are nothing but rounding errors, of numbers that are much larger."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).to(dtype)
+        with torch.no_grad():
+            model[2].weight.mul_(10 ** (2 * torch.rand(())))
+        k = make(model, CE, X[seed % N :][:1].to(dtype), LABELS[:1])
+        exact = ggn(model, CE, X[seed % N :][:1].to(dtype), LABELS[:1]).dense()
+        scale = model[2].weight.square().sum().detach() + 1  # of what a curvature of 1 at the outputs gives
+        assert (k.blocks["2.weight"].dense() - exact[16:, 16:]).abs().max() < 1e2 * torch.finfo(dtype).eps * scale
+
+
 # ---- KFRA ---------------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,7 @@ from .objective import Objective
 from .products import gradient
 
 Column = list[tuple[Tensor, Tensor]]  # where the backward starts, and with which gradient
+HessianAt = Callable[[Tensor], Callable[[Tensor], Tensor]]  # f [N, ...] -> (v -> H(f) v)
 Receive = Callable[[Layer, Tensor, Tensor], None]  # gets inputs [N, K, T, I] and output gradients [N, K, T, O]
 
 
@@ -245,27 +246,49 @@ def _columns(objective: Objective, outputs: Any, type: str, samples: int, seed: 
     if seed is not None:
         drawn = identify(f, hessian_at(objective, outputs)).draws(samples, seed) / samples**0.5
     else:
-        drawn = root(loss_hessians(f, hessian_at(objective, outputs))).movedim(2, 0).to(f.dtype)
+        drawn = loss_roots(f, hessian_at(objective, outputs)).movedim(2, 0).to(f.dtype)
     return [[(end, u.view_as(f).movedim(0, axis))] for u in drawn]
 
 
-def loss_hessians(f: Tensor, hessian_at: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Tensor:
+def loss_hessians(f: Tensor, hessian_at: HessianAt) -> Tensor:
     """``H_n [N, F, F]``, the Hessian of every sample's loss with respect to its ``F`` output entries."""
     product = hessian_at(f)
     units = torch.eye(f[0].numel(), dtype=wide(f).dtype, device=f.device)
     columns = [product(e.view(f.shape[1:]).expand_as(f).contiguous()).reshape(len(f), -1) for e in units]
-    hessians = torch.stack(columns, 2)
-    check_finite(hessians)
-    return hessians
+    return torch.stack(columns, 2)
 
 
-def root(matrices: Tensor) -> Tensor:
-    """``S [..., F, r]`` with ``S S^T`` the given positive semi-definite matrices ``[..., F, F]``."""
+def loss_roots(f: Tensor, hessian_at: HessianAt, mean: bool = False) -> Tensor:
+    """``S [N, F, r]`` with ``S_n S_n^T = H_n``; or ``[F, r]``, of their ``mean``.
+
+    Where a classifier is sure, ``H_n`` is the difference of numbers much larger than it, and not positive beyond their
+    rounding.  How large they are is what the Hessian at outputs of zero tells, where nothing is saturated.
+    """
+
+    def hessians(f: Tensor) -> Tensor:
+        found = loss_hessians(f, hessian_at)
+        return found.mean(0) if mean else found
+
+    def scale() -> Tensor:
+        return hessians(torch.zeros_like(f)).nan_to_num(0, 0, 0).flatten(-2).abs().amax(-1)
+
+    matrices = hessians(f)
+    check_finite(matrices)
+    return root(matrices, scale)
+
+
+def root(matrices: Tensor, scale: Callable[[], Tensor] | None = None) -> Tensor:
+    """``S [..., F, r]`` with ``S S^T`` the given positive semi-definite matrices ``[..., F, F]``, each up to the
+    rounding of its largest eigenvalue, or of ``scale [...]``.
+    """
     values, vectors = torch.linalg.eigh(matrices)
-    largest = float(values.abs().max())
-    if float(values.min()) < -1e4 * torch.finfo(values.dtype).eps * largest:
+    least, largest = values[..., 0], values.abs().amax(-1)
+    rounding = 1e4 * torch.finfo(values.dtype).eps
+    if scale is not None and bool((least < -rounding * largest).any()):
+        largest = torch.maximum(largest, scale())
+    if bool((bad := least < -rounding * largest).any()):
         raise LossError(
-            f"the loss is not convex in the outputs (its Hessian has an eigenvalue {float(values.min()):.3g}), so "
+            f"the loss is not convex in the outputs (its Hessian has an eigenvalue {float(least[bad].min()):.3g}), so "
             "there is no square root of it to propagate: use type='empirical', or ggn as an operator."
         )
     needed = (values > 0).flatten(0, -2).any(0) if values.ndim > 1 else values > 0

@@ -24,7 +24,7 @@ from ..problem import Selection, pose
 from ..state import restored, set_random_state
 from ..verify import with_own_inputs
 from ..watch import Watch
-from .kfac import kfac, loss_hessians, root
+from .kfac import kfac, loss_roots, root
 from .kronecker import Kronecker
 from .layers import Layer
 from .likelihood import wide
@@ -138,8 +138,8 @@ def _recursion(objective: Objective, modules: list[nn.Module]) -> Iterator[tuple
                 leaf = x.detach().requires_grad_(x.is_floating_point())
                 x = module(leaf.clone())
                 steps.append((module, leaf, x))
-            f = x.detach()
-            curvature = loss_hessians(f, hessian_at(objective, x)).mean(0)
+            columns = loss_roots(x.detach(), hessian_at(objective, x), mean=True)
+            curvature = columns @ columns.mT
             while steps:
                 module, leaf, out = steps.pop()
                 yield module, out.shape, curvature

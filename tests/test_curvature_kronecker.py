@@ -441,6 +441,17 @@ def test_classifiers_that_are_sure_are_convex(make: Any, dtype: torch.dtype) -> 
         assert (k.blocks["2.weight"].dense() - exact[16:, 16:]).abs().max() < 1e2 * torch.finfo(dtype).eps * scale
 
 
+def test_hessians_of_denormal_numbers() -> None:
+    """Of many classes, in float32, where LAPACK's first choice doesn't converge."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 251)
+    with torch.no_grad():
+        model.weight.mul_(100)
+    x, y = X.float(), torch.randint(251, (N,))
+    exact = torch.vmap(torch.func.hessian(lambda f, t: F.cross_entropy(f, t)))(model(x).double().detach(), y).mean(0)
+    close(kflr(model, CE, x, y).blocks["weight"].gradients[0].double(), exact, 1e-5)
+
+
 # ---- KFRA ---------------------------------------------------------------------------------------------------------
 
 

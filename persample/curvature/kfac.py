@@ -43,7 +43,7 @@ from ..refusals import check_complete, check_uncoupled
 from ..remembered import verified
 from ..state import restored
 from ..verify import run_verified, with_own_inputs
-from .kronecker import Block, Kronecker
+from .kronecker import Block, Kronecker, eigh
 from .layers import UNUSED, Layer, find_layers
 from .likelihood import check_finite, identify, seed_of, wide
 from .matrices import check_samples, hessian_at, one_of, single_output
@@ -281,7 +281,7 @@ def root(matrices: Tensor, scale: Callable[[], Tensor] | None = None) -> Tensor:
     """``S [..., F, r]`` with ``S S^T`` the given positive semi-definite matrices ``[..., F, F]``, each up to the
     rounding of its largest eigenvalue, or of ``scale [...]``.
     """
-    values, vectors = torch.linalg.eigh(matrices)
+    values, vectors = eigh(matrices)
     least, largest = values[..., 0], values.abs().amax(-1)
     rounding = 1e4 * torch.finfo(values.dtype).eps
     if scale is not None and bool((least < -rounding * largest).any()):

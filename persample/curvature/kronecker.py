@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import pairwise
@@ -89,6 +90,18 @@ class Block:
         return torch.cat([rows[name].flatten(1) for name in shapes], 1)
 
 
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """As torch's of finite matrices, which in float32 may raise, or return NaN, where entries are denormal (classifiers
+    that are sure).
+    """
+    with suppress(RuntimeError):  # torch.linalg.LinAlgError
+        values, vectors = torch.linalg.eigh(matrices)
+        if bool(values.isfinite().all() & vectors.isfinite().all()):
+            return values, vectors
+    values, vectors = torch.linalg.eigh(matrices.double())
+    return values.to(matrices.dtype), vectors.to(matrices.dtype)
+
+
 def eigenvectors(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of ``[K, I, I]``, the latter also where eigenvalues are equal.
 
@@ -96,7 +109,7 @@ def eigenvectors(factor: Tensor) -> tuple[Tensor, Tensor]:
     leave entries apart as far as they can, as they also diagonalise the numbering of entries.  A transposed convolution
     whose stride is its kernel's size has a factor ``I (x) A'``, the same for every offset of the kernel.
     """
-    values, vectors = torch.linalg.eigh(factor)
+    values, vectors = eigh(factor)
     size = values.shape[1]
     rounding = 4 * size * torch.finfo(values.dtype).eps * values[:, -1:].abs()
     equal = (values.diff() <= rounding) & (values[:, 1:] > rounding)  # where they are zero, it makes no difference

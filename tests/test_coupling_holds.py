@@ -285,3 +285,19 @@ def test_what_has_no_second_derivative_is_refused_by_name(function: Any, name: s
             ask()
     for notion in ("copy", "frozen", "eval"):
         assert C.gradients(notion).flat().isfinite().all()
+
+
+@pytest.mark.parametrize("route", ["samples", "statistics"])
+def test_inputs_that_a_model_changes_in_place(route: Any) -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.norm(m.first(x.mul_(2))).tanh()
+
+    model, x, y = net(body)
+    expected, before = true_rows(model, x.clone(), y), x.clone()
+    C = persample.coupling(model, CE, x, y, route=route)
+    for _ in range(2):
+        torch.testing.assert_close(C.gradients("loss").flat(), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(C.gradients("copy").flat().sum(0), expected.sum(0), rtol=1e-9, atol=1e-12)
+    assert torch.equal(x, before)
+    G = persample.gradients(model, CE, x, y, coupled="loss", verify=True)
+    torch.testing.assert_close(G.flat(), expected, rtol=1e-9, atol=1e-12)

@@ -38,6 +38,7 @@ from ..state import (
     restored,
     set_random_state,
 )
+from ..verify import with_own_inputs
 from .statistics import READ, Explicit, Layer, Node, Pool, Replace, Replacement
 
 CHUNK = 1 << 21  # numbers that several vector-Jacobian products may hold together: with more, one by one is faster
@@ -98,7 +99,7 @@ class Point:
 
         ``batch``: another one; ``inputs``: whether to differentiate with respect to them too.
         """
-        problem = self.problem if batch is None else replace(self.problem, batch=batch)
+        problem = with_own_inputs(self.problem if batch is None else replace(self.problem, batch=batch))
         given = problem.batch.inputs.map(lambda x, _: x.detach().requires_grad_(inputs and x.is_floating_point()))
         tree = replace(problem.batch.inputs, leaves=flatten(given)[0])
         explicit = Explicit(pool) if pool is not None else None
@@ -121,7 +122,7 @@ class Point:
     @contextmanager
     def recorded(self, by: Replacement | None = None) -> Iterator[Recorded]:
         """A forward pass of the hook engine, coupled calls replaced by ``by`` (``None``: as they are)."""
-        problem = self.problem
+        problem = with_own_inputs(self.problem)
         capture = Capture(problem.model, {id(p) for p in problem.parameters.values()})
         if by is not None:
             mode = Replace(problem.model, capture, by)

@@ -15,6 +15,7 @@ from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
@@ -110,7 +111,8 @@ class Batch:
             )
         if n == 0:
             raise EmptyBatchError(
-                "the batch has no sample (N = 0), so there is nothing to differentiate. Skip empty batches."
+                "the batch has no sample (N = 0), so there is nothing to differentiate. Skip empty "
+                "batches; a step with noise takes them as []: opt.step([])."
             )
         _check_sizes(given, n, batch_dim)
         trees = [
@@ -122,6 +124,11 @@ class Batch:
                 f"none of the inputs has a sample axis of size N = {n}. Say where it is with batch_dim=."
                 if any(isinstance(x, Tensor) for x in trees[0].leaves)
                 else "there is no tensor among the inputs: arrays and lists aren't converted (torch.as_tensor does)."
+            )
+        if any(isinstance(x, np.ndarray) and x.shape[:1] == (n,) for tree in trees for x in tree.leaves):
+            raise SampleAxisError(
+                f"there is an array of NumPy with N = {n} entries among the inputs or targets, which isn't taken apart "
+                "by sample: make it a tensor (torch.as_tensor)."
             )
         return Batch(n, trees[0], trees[1], dims[2])
 

@@ -251,6 +251,11 @@ def behind(t: Tensor) -> tuple[list[Call], list[Tensor]]:
     return list(calls.values()), list(leaves.values())
 
 
+# Why a call couples: what it does with several samples, as seen; or what a sample alone has told.
+MIXES = "makes a sample's values depend on the other samples"
+APART = "gives a sample other values alone than within the batch"
+
+
 @dataclass(eq=False)
 class Reached:
     """What the losses depend on."""

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .calls import KEY, Call, Shared, arguments, function_name, mapped, metadata
+from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, mapped, metadata
 from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
 from .layout import Layout
@@ -142,10 +142,10 @@ class Capture(TorchFunctionMode):
         couples = (
             ""
             if self.trusts
-            else "makes a sample's values depend on the other samples"
+            else APART
             if self.ordinal in self.couplers
-            or mixes(func, args, kwargs, sampled)
-            or (totals and self.followed.meet(func, totals, sampled))
+            else MIXES
+            if mixes(func, args, kwargs, sampled) or (totals and self.followed.meet(func, totals, sampled))
             else rules.coupling(func, args, kwargs)
         )
         if func in ORDERS and not couples and ranks(func, args, kwargs, sampled):

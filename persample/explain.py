@@ -108,8 +108,9 @@ def explain(
     It runs the forward pass only (random state and buffers are restored), and asks the rules about output gradients
     of zeros.  ``kept`` is what `Gradients` would hold, ``[N, *P]`` what individual gradients would take.  A
     statistics run keeps neither, except that ``clip`` keeps the former until all norms are known.  Parameters that are
-    coupled are told as such; whatever else the run would raise is raised.  There is no ``coupled=``:
-    `persample.coupling` shows what those runs do.
+    coupled are told as such, as far as calls show it: products of all pairs of samples, and random generators of a
+    model's own, are found when rows are verified.  Whatever else the run would raise is raised.  There is no
+    ``coupled=``: `persample.coupling` shows what those runs do.
     """
     no_notion("explain", coupled)
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)

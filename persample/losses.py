@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -130,6 +130,8 @@ def check_outputs(loss_fn: Any, outputs: Any) -> None:
     if not isinstance(outputs, Tensor) and (type(loss_fn) in CRITERIA or loss_fn in CRITERIA.values()):
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         field = ".logits" if hasattr(outputs, "logits") else ""
+        if isinstance(outputs, Mapping) and outputs and not field:
+            field = f"[{next(iter(outputs))!r}]"
         raise LossError(
             f"{name} takes a tensor, but the model returns a {type(outputs).__name__}: give it the one that is meant, "
             f"loss_fn=lambda outputs, targets: criterion(outputs{field or '[0]'}, targets)."
@@ -305,8 +307,8 @@ def per_sample(loss_fn: LossFunction, outputs: Any, targets: Any = None, batch_d
     return batch_losses(loss_fn, batch.inputs, batch.targets, batch.n)
 
 
-def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
-    """``[N]``: the losses of a batch, whatever the criterion returns."""
+def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int, told: bool = False) -> Tensor:
+    """``[N]``: the losses of a batch, whatever the criterion returns; ``told``: see `warn_if_not_mean`."""
     whole = loss_fn(outputs.whole(), targets.whole())
     each = is_per_sample(whole, n)
     check_not_broadcast(loss_fn, whole, outputs, targets, n)
@@ -314,6 +316,8 @@ def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) ->
         return whole
     losses = lone_losses(loss_fn, outputs, targets, n)
     bad = ignored(loss_fn, losses, outputs, targets)
+    if told and bad is None:
+        warn_if_not_mean(whole, losses)
     return losses if bad is None else losses.masked_fill(bad, 0)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .calls import Call, Reached, arguments, leaves_of, reached
+from .calls import APART, MIXES, Call, Reached, arguments, leaves_of, reached
 from .errors import NOTIONS, BatchCoupledError, CaptureError
 from .layout import spreads
 
@@ -43,7 +43,7 @@ def check_uncoupled(found: Reached, parameters: Mapping[str, Tensor]) -> None:
         raise BatchCoupledError(
             f"parameter '{listed[0]}'{_and_more(listed)}: {call.name} {call.couples}, so every loss depends on all "
             "samples and 'the gradient of sample n' is "
-            f"not one thing. {_broadcast(call)}{NOTIONS if call.func in rules.COUPLES else _OTHER_WAY_OUT}{way}",
+            f"not one thing. {_broadcast(call)}{NOTIONS if call.func in rules.COUPLES else _other_way_out(call)}{way}",
             tuple(listed),
         )
 
@@ -55,7 +55,7 @@ def check_only(known: Collection[Any], found: Reached, parameters: Mapping[str, 
         name, call = next((name, coupled[name]) for name in parameters if name in coupled)
         raise BatchCoupledError(
             f"parameter '{name}'{_and_more([*coupled])}: {call.name} {call.couples}, so something else than BatchNorm "
-            f"couples the batch, which no notion of coupled= takes apart. {_broadcast(call)}{_OTHER_WAY_OUT}",
+            f"couples the batch, which no notion of coupled= takes apart. {_broadcast(call)}{_other_way_out(call)}",
             tuple(name for name in parameters if name in coupled),
         )
 
@@ -81,10 +81,16 @@ def _broadcast(call: Call) -> str:
     return f"It broadcasts {pair[0]} with {pair[1]} to {tuple(torch.broadcast_shapes(*pair))}: squeeze(-1) the first. "
 
 
-_OTHER_WAY_OUT = (
-    "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples are "
-    "with batch_dim=. Where what is taken from other samples is equal for all of them, engine='loop' gives the rows."
-)
+def _other_way_out(call: Call) -> str:
+    special = {
+        MIXES: " Where what is taken from other samples is equal for all of them, engine='loop' gives the rows.",
+        APART: " If it draws random numbers from a generator of its own, verify=False gives the rows within the batch.",
+    }
+    return (
+        "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples "
+        f"are with batch_dim=.{special.get(call.couples, '')} The ordinary gradient of every loss of this batch is "
+        "gradients(losses, coupled='loss') in a with-block of persample.extend."
+    )
 
 
 def parameters_of(found: Reached) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import reductions
 from .batch import call_model
+from .calls import APART
 from .dropout import NoDropout
 from .engines import ENGINES
 from .engines.hooks import told_apart
@@ -196,7 +197,7 @@ def check_alone(problem: Problem, n: int) -> None:
         before, buffers = random_state(problem.model), Buffers(*problem.owners)
         alone = one_sample(problem, n, [])[0]
         buffers.restore()
-        batch = _batch_losses(problem)[n]
+        batch = _batch_losses(problem, told=True)[n]
         if drawn_since(before, problem.model):
             return  # other random draws than dropout: nothing to compare
     if _differ(batch, alone, problem):
@@ -212,12 +213,13 @@ def _differ(a: Tensor, b: Tensor, problem: Problem) -> bool:
     return not bool((x - y).abs() <= tol * (x.abs() + y.abs()) + 1e-3 * tol)
 
 
-def _batch_losses(problem: Problem) -> Tensor:
+def _batch_losses(problem: Problem, told: bool = False) -> Tensor:
+    """``[N]``, by one forward pass; ``told``: with a warning where the criterion is something else than their mean."""
     batch = problem.batch
     tree = batch.outputs(call_model(problem.model, batch.inputs.map(lambda x, _: x.clone())))
     several = [i for i, axis in enumerate(tree.axes) if axis is not None]
     tree = told_apart(problem, tree, several) if len(several) > 1 else tree
-    return batch_losses(problem.loss_fn, tree, batch.targets, batch.n)
+    return batch_losses(problem.loss_fn, tree, batch.targets, batch.n, told)
 
 
 def _within_batch(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -232,12 +234,13 @@ class LossDiffers(BatchCoupledError):
     """A sample has another loss in the batch than alone: something couples the samples, or they are on another axis."""
 
     def __init__(self, n: int, batch: float, alone: float, call: str = "") -> None:
-        what = f": {call} makes a sample's values depend on the other samples" if call else ""
+        what = f": {call} {APART}" if call else ""
         super().__init__(
             f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone{what}. Either the model (or the "
             "loss) couples the samples, and 'the "
             "gradient of sample n' is not one thing; let it act on every sample alone. Or the samples are not where "
-            "batch_dim= says, or the model draws random numbers from a generator of its own."
+            "batch_dim= says, or the model draws random numbers from a generator of its own (then verify=False gives "
+            "the rows within the batch)."
         )
         self.n, self.batch, self.alone = n, batch, alone
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -65,6 +66,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": nn.Linear(D, 2, device="meta")}, persample.ArgumentError, "'weight'.*meta"),
     ({"loss_fn": nn.CrossEntropyLoss}, persample.LossError, r"give an instance of it: CrossEntropyLoss\(\)"),
     ({"inputs": [[1.0, 2.0]], "targets": None}, persample.SampleAxisError, r"torch\.as_tensor"),
+    ({"targets": np.zeros(N)}, persample.SampleAxisError, r"array of NumPy with N = .*torch\.as_tensor"),
     ({"loss_fn": "mse"}, persample.LossError, "loss_fn must be a function"),
     ({"engine": None}, persample.ArgumentError, "engine must be one of"),
     ({"engine": ["hooks"]}, persample.ArgumentError, "engine must be one of"),

@@ -462,3 +462,57 @@ def test_norms_of_single_parameters_are_asked_of_the_result() -> None:
         persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=[("squared_norm", {"per_parameter": True})])
     S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["squared_norm"])
     assert set(S.squared_norm(per_parameter=True)) == {"weight", "bias"}
+
+
+class Shakes(nn.Module):
+    """Noise from a generator of its own, which nobody can put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.generator = nn.Linear(D, 2), torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x)
+        return h * torch.rand(h.shape, generator=self.generator, dtype=h.dtype)
+
+
+def test_a_way_out_leads_out() -> None:
+    """Messages that name what gives the rows: it does."""
+    shakes = Shakes().double()
+    with pytest.raises(persample.BatchCoupledError, match=r"generator of its own, verify=False gives the rows"):
+        persample.gradients(shakes, square, x())
+    state = shakes.generator.get_state()
+    G = persample.gradients(shakes, square, x(), verify=False)
+    shakes.generator.set_state(state)
+    losses = square(shakes(x()))
+    for n in range(N):
+        g = torch.autograd.grad(losses[n], list(shakes.parameters()), retain_graph=True)
+        assert torch.allclose(G.flat()[n], torch.cat([p.flatten() for p in g]), atol=1e-12)
+
+    model = nn.Linear(D, 3).double()
+    contrast = lambda z: F.cross_entropy(z @ z.mT, torch.arange(len(z)), reduction="none")  # noqa: E731
+    for loss in (lambda z, _: contrast(z), lambda z, _: (z - z.roll(1, 0)).square().sum(1)):
+        with pytest.raises(persample.BatchCoupledError, match=r"gradients\(losses, coupled='loss'\) in a with-block"):
+            persample.gradients(model, loss, x())
+        with persample.extend(model) as recorder:
+            losses = loss(model(x()), None)
+            G = recorder.gradients(losses, coupled="loss")
+            for n in range(N):
+                g = torch.autograd.grad(losses[n], list(model.parameters()), retain_graph=True)
+                assert torch.allclose(G.flat()[n], torch.cat([p.flatten() for p in g]), atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "loop", "vmap"])
+def test_a_criterion_of_several_samples_is_told_by_every_engine(engine: str) -> None:
+    model = nn.Linear(D, 3).double()
+    with pytest.warns(UserWarning, match="the criterion of the whole batch is"):
+        persample.gradients(model, lambda z, _: (z @ z.mT).logsumexp(1).mean(), x(), engine=engine)
+
+
+def test_outputs_in_a_dictionary_are_named() -> None:
+    class Named(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return {"scores": super().forward(x)}
+
+    with pytest.raises(persample.LossError, match=r"criterion\(outputs\['scores'\], targets\)"):
+        persample.gradients(Named(D, 3), nn.CrossEntropyLoss(), x().float(), torch.arange(N) % 3)

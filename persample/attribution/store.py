@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,8 @@ class GradientStore:
         self.names = list(meta["layout"])
         self._versions = self._state()
         if self.table.json.exists():
-            self._check_same(meta)
+            kind = {"dtype": np.dtype(str(dtype).removeprefix("torch.")).newbyteorder("<").str}
+            self._check_same(meta | (kind if "dtype" in self.table.meta else {}))
         self.table.commit(**meta, settings=self._settings())
 
     def __len__(self) -> int:

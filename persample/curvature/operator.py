@@ -57,10 +57,12 @@ class Operator:
     def __matmul__(self, v: Vector) -> Vector:
         if isinstance(v, Mapping):
             return unflatten(self @ flatten(v, self.shapes), self.shapes)
+        if not isinstance(v, Tensor):
+            raise DirectionError(f"{self.title} multiplies tensors and {{name: [*P]}}, got {type(v).__name__}.")
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
             raise DirectionError(
                 f"{self.title} has shape {self.shape}, and can't multiply a tensor of shape {tuple(v.shape)}: give [D] "
-                "or [D, k]"
+                f"or [D, k], of its {len(self.shapes)} parameters (rows of these alone are G.select(names))."
             )
         matrix = v.to(self.device, self.dtype)
         product: Tensor = _Product.apply(matrix if v.ndim == 2 else matrix[:, None], self.apply)  # type: ignore[no-untyped-call]

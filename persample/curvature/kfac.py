@@ -64,8 +64,8 @@ def kfac(
     """``blockdiag(G (x) A)``, ``[D, D]``: one Kronecker product per layer, for the Fisher or Gauss-Newton matrix.
 
     Args:
-        type: which output gradients: "empirical", those of the losses at the given targets; "mc", those at targets drawn
-            from the model; "exact", the columns of a square root of the Hessian of the losses (`kflr`).
+        type: which output gradients: "empirical", those of the losses at the given targets; "mc", those at targets that
+            are drawn from the model; "exact", the columns of a square root of the Hessian of the losses (`kflr`).
         approximation: "expand" or "reduce": how a weight that is shared over positions is treated; without sharing they
             are the same.
         bias: "joined" as a last column of the weight's matrix, or "apart" in a block of its own.

@@ -108,9 +108,15 @@ def gradients(
     def sliced(part: Problem, emit: Emit, replay: bool) -> tuple[Pass, str]:
         return _verified(part, engine, emit, False if replay else verify)
 
+    def tried(part: Problem) -> bool:
+        if verify is False or coupled is not None:
+            return False
+        known = recall(part, engine)
+        return verify is True or known is None or known.ragged
+
     with _drawing(generator), undone_on_error(*problem.owners):
         if quantities is not None and max_bytes is not None:
-            return microbatch.statistics(problem, quantities, max_bytes, sliced)
+            return microbatch.statistics(problem, quantities, max_bytes, sliced, tried)
         sink = Sink(problem.parameters, problem.aliases, quantities)
         if engine == "hooks" and max_bytes is not None:
             sink.kept, run, note = microbatch.rows(problem, max_bytes, sliced)

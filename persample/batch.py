@@ -125,11 +125,12 @@ class Batch:
                 if any(isinstance(x, Tensor) for x in trees[0].leaves)
                 else "there is no tensor among the inputs: arrays and lists aren't converted (torch.as_tensor does)."
             )
-        if any(isinstance(x, np.ndarray) and x.shape[:1] == (n,) for tree in trees for x in tree.leaves):
-            raise SampleAxisError(
-                f"there is an array of NumPy with N = {n} entries among the inputs or targets, which isn't taken apart "
-                "by sample: make it a tensor (torch.as_tensor)."
-            )
+        for leaves, _, _, default in given:  # unless batch_dim says what they are
+            if default and any(isinstance(x, np.ndarray) and x.shape[:1] == (n,) for x in leaves):
+                raise SampleAxisError(
+                    f"there is an array of NumPy with N = {n} entries among the inputs or targets, which isn't taken "
+                    "apart by sample: make it a tensor (torch.as_tensor), or say that it is shared (batch_dim=)."
+                )
         return Batch(n, trees[0], trees[1], dims[2])
 
     def outputs(self, outputs: Any) -> Tree:

@@ -10,7 +10,8 @@ variances                              merged by the distance of the means (Chan
 Gram matrices                          block by block: rows of one slice are kept while every later slice is run again
 ====================================== ===============================================================================
 
-What is as large as the parameters is merged in place as it arrives.  All but the last cost one pass over the batch; a
+What is as large as the parameters is merged in place, as it arrives where that is final (what is verified may be tried
+again).  All but the last cost one pass over the batch; a
 Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.  Slices that are run again draw the same random numbers.  Every
 slice finds the buffers as they were before the first, and what they leave is averaged.
 
@@ -80,7 +81,10 @@ def rows(problem: Problem, max_bytes: int, run: Run) -> tuple[dict[str, Factors]
 
     def once(part: Problem, meter: Meter) -> Pass:
         nonlocal note
-        result, note = run(part, meter.paused()(lambda name, g: kept[name].append(compact(g))), False)
+        own: dict[str, Factors] = {}  # a run that is tried again emits once more
+        result, note = run(part, meter.paused()(partial(_keep, own)), False)
+        for name, g in own.items():
+            kept[name].append(g)
         passes.append(result)
         return result
 
@@ -96,8 +100,10 @@ def rows(problem: Problem, max_bytes: int, run: Run) -> tuple[dict[str, Factors]
     return factors, whole, note
 
 
-def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, run: Run) -> Statistics:
-    """The quantities of all samples, merged slice by slice."""
+def statistics(
+    problem: Problem, requests: Iterable[Request], max_bytes: int, run: Run, tried: Callable[[Problem], bool]
+) -> Statistics:
+    """The quantities of all samples, merged slice by slice; ``tried``: whether a slice's run may be tried again."""
     requests = listed(requests)
     total = Statistics(requests, problem.parameters)
     kinds = {NEEDS[name] for name in total.requests}
@@ -109,12 +115,12 @@ def statistics(problem: Problem, requests: Iterable[Request], max_bytes: int, ru
     paired = "gram" in kinds
 
     def once(part: Problem, meter: Meter) -> Pass:
-        own = Statistics(requests, problem.parameters)
+        own, final = Statistics(requests, problem.parameters), not tried(part)
 
         @meter.paused()
         def emit(name: str, g: Factors) -> None:
             own.emit(name, g)
-            if own.settled(name):
+            if final and own.settled(name):
                 take_in(total, own, name, len(g))
 
         result, note = run(part, emit, False)

@@ -36,7 +36,10 @@ ALONG: dict[Function, int] = {
     **{getattr(torch.fft, name): 2 for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
     F.normalize: 2,
 }
-NORMS = {F.layer_norm, F.rms_norm, torch.rms_norm, torch.layer_norm, F.group_norm, F.instance_norm}
+NORMS = {
+    *(F.layer_norm, torch.layer_norm, torch.native_layer_norm, F.rms_norm, torch.rms_norm),
+    *(F.group_norm, torch.group_norm, F.instance_norm, torch.instance_norm, F.local_response_norm),
+}
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 
 
@@ -167,9 +170,11 @@ def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x
 
 def _normalises(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int, a: Layout) -> bool:
     """Whether numbers of several samples are normalised together."""
-    if func is F.instance_norm:
+    if func in (F.instance_norm, torch.instance_norm):
         return a.axis > 1
-    if func is F.group_norm:
+    if func is F.local_response_norm:
+        return a.axis == 1
+    if func in (F.group_norm, torch.group_norm):
         channels = a.size // (args[1] if len(args) > 1 else kwargs["num_groups"])  # of a group
         return a.axis > 1 or (a.axis == 1 and (a.owner is not None or a.inner % channels != 0))
     shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]

@@ -8,6 +8,7 @@ from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -80,19 +81,35 @@ def _settings(module: nn.Module, plain: tuple[type, ...] = PLAIN) -> tuple[Any, 
     return tuple((type(m), *[x for x in m.__dict__.values() if type(x) in plain]) for m in modules_of(module))
 
 
-def _is_plain(x: Any) -> bool:
-    return type(x) in PLAIN or (isinstance(x, tuple) and all(map(_is_plain, x)))
-
-
 def settings(model: nn.Module) -> Settings:
-    """The same (but modes) in words that don't depend on the process, with tuples, and functions by their names."""
+    """The same (but modes) in words that don't depend on the process, with functions by their names and code, and what
+    is made of these.
+    """
     found: Settings = {}
     for prefix, module in named_modules(model):
         found[prefix.removesuffix(".")] = _words(type(module))
         for name, x in module.__dict__.items():
-            if name not in BOOKKEEPING and (_is_plain(x) or isinstance(x, FunctionType | BuiltinFunctionType)):
-                found[prefix + name] = repr(x) if _is_plain(x) else _words(x)
+            if name not in BOOKKEEPING and (told := _told(x)) is not None:
+                found[prefix + name] = told
     return found
+
+
+def _told(x: Any) -> str | None:
+    """In words, as far as it can be told; lists are mostly records of something."""
+    if isinstance(x, np.generic):
+        x = x.item()
+    if type(x) in PLAIN or isinstance(x, torch.dtype):
+        return repr(x)
+    if isinstance(x, BuiltinFunctionType):
+        return _words(x)
+    if isinstance(x, FunctionType):  # lambdas share their names
+        code = x.__code__
+        return _words(x) + (f" {code.co_code.hex()} {_told(code.co_consts)}" if code.co_name == "<lambda>" else "")
+    if isinstance(x, partial):
+        x = (x.func, x.args, x.keywords)
+    parts = [*x.items()] if isinstance(x, dict) else x if isinstance(x, tuple) else None
+    found = None if parts is None else [_told(part) for part in parts]
+    return None if found is None or None in found else f"({', '.join(map(str, found))})"
 
 
 def _words(kind: Any) -> str:
@@ -106,11 +123,7 @@ def lasting(before: Settings, after: Settings) -> Settings:
 
 def changed(before: Settings, now: Settings) -> list[str]:
     """The names of settings that are others now."""
-    return [
-        key
-        for key in {**before, **now}
-        if before.get(key) != now.get(key) and None not in (before.get(key, ""), now.get(key, ""))
-    ]
+    return [key for key in before if key in now and before[key] != now[key] and None not in (before[key], now[key])]
 
 
 def _identity(x: Any, depth: int = 4) -> Any:

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
-INNER = {torch.float32: 1e-4}  # where a part of the numbers goes through a coarser type; half precision: 0.1
+# Where a part of the numbers goes through a coarser type: a few roundings of it.
+INNER = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 _INSIDE: ContextVar[frozenset[torch.dtype]] = ContextVar("inside", default=frozenset())
 
@@ -21,7 +22,7 @@ _INSIDE: ContextVar[frozenset[torch.dtype]] = ContextVar("inside", default=froze
 def tolerance(*dtypes: torch.dtype) -> float:
     """That of the coarsest type that takes part, autocast included."""
     cast = [torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    inner = [INNER.get(d, 0.1) for d in _INSIDE.get()]
+    inner = [INNER.get(d, 1e-2) for d in _INSIDE.get()]
     return max(*inner, *(TOLERANCE.get(d.to_real(), 0.2) for d in (*dtypes, *cast)), 0.0)
 
 

@@ -103,15 +103,21 @@ class RandomState:
         return (
             isinstance(other, RandomState)
             and all(torch.equal(x, y) for (_, x), (_, y) in zip(self.torch, other.torch, strict=True))
-            and self.numpy[2:] == other.numpy[2:]
-            and bool((self.numpy[1] == other.numpy[1]).all())
+            and _alike(self.numpy, other.numpy)
             and bool(self.python == other.python)
         )
 
 
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two states of NumPy's, of whichever generator, are the same."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_alike(x, b[key]) for key, x in a.items())
+    return bool(np.array_equal(a, b))
+
+
 def random_state(model: nn.Module) -> RandomState:
     """The state of all generators that a pass of the model may draw from."""
-    return RandomState(_torch_state(model), np.random.get_state(), random.getstate())  # noqa: NPY002 (models draw from it)
+    return RandomState(_torch_state(model), np.random.get_state(legacy=False), random.getstate())  # noqa: NPY002 (models draw from it)
 
 
 def set_random_state(state: RandomState) -> None:
@@ -143,7 +149,7 @@ def drawn_since(before: RandomState, model: nn.Module) -> bool:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, all generators begin with this seed; outside, nothing was drawn."""
-    numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    numpy, python = np.random.get_state(legacy=False), random.getstate()  # noqa: NPY002
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -185,7 +191,7 @@ class Buffers:
             if isinstance(owner, nn.Module)
             for module in modules_of(owner)
             for name, b in module._buffers.items()
-            if b is not None and not is_lazy(b)
+            if b is not None and not is_lazy(b) and b.layout is torch.strided and not b.is_meta
         ]
 
     def restore(self) -> None:
@@ -193,10 +199,19 @@ class Buffers:
         with torch.no_grad():
             for module, name, buffer, value, version in self.values:
                 module._buffers[name] = buffer
-                if not torch.equal(buffer, value):  # versions don't tell: native batch norm doesn't count its writes
+                if buffer.shape != value.shape:
+                    buffer.resize_(value.shape)
+                if not _same(buffer, value):  # versions don't tell: native batch norm doesn't count its writes
                     buffer.copy_(value)
                 if not buffer.is_inference() and buffer._version != version:
                     torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """With NaN where there was NaN."""
+    return torch.equal(a, b) or (
+        a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and bool(((a == b) | a.isnan()).all())
+    )
 
 
 class Averaged:
@@ -224,7 +239,7 @@ class Averaged:
         with torch.no_grad():
             for module, name, before, total in self.totals:
                 now = getattr(module, name, None)
-                if now is not None and now.shape == total.shape and not torch.equal(now, before):
+                if now is not None and now.shape == total.shape and not _same(now, before):
                     with _unsafe_preserve_version_counter(now):  # it is the forwards that count
                         now.copy_(total / self.count)
 

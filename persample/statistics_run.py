@@ -74,6 +74,7 @@ class Statistics(Quantities):
             self._kept[name] = Kept.of(name, g)
         with doubt.collected() as flags:
             self._take(name, g)
+        self._doubtful.pop(name, None)  # of a run that is tried again
         if flags:
             self._doubtful[name] = Kept.of(name, g), flags
             if sum(nbytes(kept.factors) for kept, _ in self._doubtful.values()) > cost.costs().held:

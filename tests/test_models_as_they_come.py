@@ -582,7 +582,7 @@ class SingleInside(nn.Module):
         h = nn.functional.linear(x.float(), self.linear.weight.float()).to(x.dtype)
         if self.couples:
             h = h * (1 + 0.001 * h.detach().amax(0))
-        return (200 * h).sin()
+        return (30 * h).sin()
 
 
 @pytest.mark.parametrize("engine", ["hooks", "vmap"])
@@ -603,3 +603,55 @@ def test_single_precision_inside_a_double_model(engine: str) -> None:
     assert failed
     with pytest.raises(persample.BatchCoupledError):
         persample.gradients(SingleInside(couples=True).double(), losses_of, x, engine=engine, verify=True)
+
+
+@pytest.mark.parametrize("verify", [None, True])
+@pytest.mark.parametrize("engine", ["hooks", "vmap"])
+def test_slices_whose_verification_is_tried_again(engine: str, verify: bool | None) -> None:
+    """What the first attempt has emitted counts for nothing."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, x = SingleInside().double(), torch.randn(20, 64).double()
+        options: dict[str, Any] = {"engine": engine, "max_bytes": 200_000}
+        expected = persample.gradients(model, losses_of, x, engine=engine, verify=False)
+        asked = ["norm", "sum", "variance", "second_moment"]
+        S = persample.gradients(model, losses_of, x, quantities=asked, verify=verify, **options)
+        G = persample.gradients(model, losses_of, x, verify=verify, **options)
+        assert len(S) == len(G) == 20 and G.flat().shape == expected.flat().shape
+        for method in asked:
+            for found in (getattr(S, method)(), getattr(G, method)()):
+                torch.testing.assert_close(found, getattr(expected, method)(), rtol=1e-2, atol=1e-2)
+
+
+def test_half_precision_at_the_end_hides_no_coupling() -> None:
+    class Rounds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            return (h * (1 + 0.1 * h.detach().sigmoid().amax(0))).to(torch.bfloat16)
+
+    torch.manual_seed(0)
+    with pytest.raises(persample.PersampleError):
+        persample.gradients(Rounds().double(), lambda o, _: o.double().square().sum(1), inputs(), verify=True)
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+def test_a_loss_that_takes_an_output_out(engine: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.linear(x)
+            return {"logits": h, "features": h.detach().tanh() + self.linear(x)}
+
+    model, x, y = Named().double(), inputs(), torch.arange(N) % 3
+    G = persample.gradients(model, lambda o, t: nn.functional.cross_entropy(o.pop("logits"), t), x, y, engine=engine)
+    expected = persample.gradients(
+        model, lambda o, t: nn.functional.cross_entropy(o["logits"], t), x, y, engine="hooks"
+    )
+    torch.testing.assert_close(G.flat(), expected.flat(), rtol=1e-9, atol=1e-12)

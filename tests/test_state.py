@@ -156,3 +156,44 @@ def test_a_coupling_notices_buffers_and_criteria_that_changed() -> None:
         change(model, criterion)
         with pytest.raises(persample.InplaceError, match=what):
             C.gradients("loss")
+
+
+def test_another_generator_behind_numpy() -> None:
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        model, (x, y) = MasksSpectra("numpy").double(), batch()
+        G = persample.gradients(model, CE, x, y, max_bytes=1, quantities=["norm", "gram"])
+        torch.testing.assert_close(G.gram().diagonal(), G.norm().square(), rtol=1e-9, atol=1e-12)
+    finally:
+        np.random.set_bit_generator(before)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "loop", "vmap"])
+@pytest.mark.parametrize(
+    "buffer", [torch.eye(5).to_sparse(), torch.full((1,), torch.nan).expand(3), torch.empty(2, device="meta")]
+)
+def test_buffers_of_all_kinds(buffer: Tensor, engine: str) -> None:
+    model, x, y = nn.Linear(5, 3).double(), torch.randn(N, 5).double(), torch.arange(N) % 3
+    expected = persample.gradients(model, CE, x, y)
+    model.register_buffer("other", buffer)
+    if engine != "vmap" or buffer.layout is torch.strided:
+        G = persample.gradients(model, CE, x, y, engine=engine, verify=True)
+        torch.testing.assert_close(G.flat(), expected.flat(), rtol=1e-9, atol=1e-12)
+    assert model.other is buffer
+
+
+def test_a_forward_that_reads_what_a_norm_has_just_updated_is_refused() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.first(x))
+            return self.last(h - self.norm.running_mean)
+
+    model, x, y = Reads().double(), torch.randn(N, 5).double(), torch.arange(N) % 3
+    for notion in ("loss", "frozen", "influence"):
+        with pytest.raises(persample.BatchCoupledError, match="running statistics that this forward updates"):
+            persample.gradients(model, CE, x, y, coupled=notion, verify=True)

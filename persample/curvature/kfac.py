@@ -283,11 +283,11 @@ def root(matrices: Tensor, scale: Callable[[], Tensor] | None = None) -> Tensor:
     rounding of its largest eigenvalue, or of ``scale [...]``.
     """
     values, vectors = eigh(matrices)
-    least, largest = values[..., 0], values.abs().amax(-1)
-    rounding = 1e4 * torch.finfo(values.dtype).eps
-    if scale is not None and bool((least < -rounding * largest).any()):
-        largest = torch.maximum(largest, scale())
-    if bool((bad := least < -rounding * largest).any()):
+    least, eps = values[..., 0], torch.finfo(values.dtype).eps
+    allowed = 1e4 * eps * values.abs().amax(-1)
+    if scale is not None and bool((least < -allowed).any()):
+        allowed = torch.maximum(allowed, 64 * eps * scale())
+    if bool((bad := least < -allowed).any()):
         raise LossError(
             f"the loss is not convex in the outputs (its Hessian has an eigenvalue {float(least[bad].min()):.3g}), so "
             "there is no square root of it to propagate: use type='empirical', or ggn as an operator."

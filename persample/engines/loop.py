@@ -53,6 +53,7 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
         inputs = alone.inputs.map(lambda x, _: x.detach())
         with Watch(shared=[*problem.model.named_parameters(), *problem.model.named_buffers()]):
             output = call_model(problem.model, inputs)
+        ends = [x for x in flatten(output)[0] if isinstance(x, Tensor) and x.requires_grad]  # some losses take them out
         loss = problem.loss_fn(output, alone.targets.whole())
         if isinstance(loss, Tensor) and loss.shape == (batch.n,) and batch.n > 1:
             raise SampleAxisError(
@@ -68,7 +69,7 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
     if bad is not None or not loss.requires_grad:
         return torch.zeros_like(loss) if bad is not None else loss, detached(output), (None,) * len(leaves)
     # what all samples share (a penalty computed beforehand) is differentiated again for the next
-    ends = [] if each else [x for x in flatten(output)[0] if isinstance(x, Tensor) and x.requires_grad]
+    ends = [] if each else ends
     found = torch.autograd.grad(loss, [*leaves, *ends], allow_unused=True, retain_graph=True) if leaves else ()
     grads, of_outputs = found[: len(leaves)], found[len(leaves) :]
     if of_outputs and all(g is None for g in of_outputs):

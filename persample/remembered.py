@@ -98,7 +98,7 @@ def _told(x: Any) -> str | None:
     """In words, as far as it can be told; lists are mostly records of something."""
     if isinstance(x, np.generic):
         x = x.item()
-    if type(x) in PLAIN or isinstance(x, torch.dtype):
+    if x is None or type(x) in PLAIN or isinstance(x, torch.dtype):
         return repr(x)
     if isinstance(x, BuiltinFunctionType):
         return _words(x)

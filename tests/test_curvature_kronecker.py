@@ -411,6 +411,19 @@ def test_exact_uses_the_hessian_of_any_convex_loss() -> None:
         kfac(model, convex, X, VALUES, type="mc")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [kflr, kfra])
+def test_a_little_negative_curvature_is_no_rounding(dtype: torch.dtype, make: Any) -> None:
+    """Of far outliers under a Cauchy loss, far below the curvature of their neighbours at zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2)).to(dtype)
+    with torch.no_grad():
+        model[0].bias += 60
+    x, y = torch.randn(8, 3, dtype=dtype), torch.zeros(8, 2, dtype=dtype)
+    with pytest.raises(LossError, match=r"not convex .* eigenvalue -0\.0005"):
+        make(model, lambda o, t: (o - t).square().log1p().sum(1), x, y)
+
+
 def _weighted(outputs: Tensor, targets: Tensor) -> Tensor:
     """A weight of a square, and one of what is not convex beyond 1, with curvature ``2 (1 - f^2) / (1 + f^2)^2``."""
     return targets[:, 0] * outputs[:, 0].square() + targets[:, 1] * outputs[:, 0].square().log1p()

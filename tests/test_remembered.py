@@ -9,8 +9,10 @@ import itertools
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -420,3 +422,35 @@ def test_projections_are_not_rounded_by_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = G.project(P)
     assert torch.equal(inside, G.project(P))
+
+
+class Calls(nn.Module):
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.what = what
+
+
+SETTINGS: dict[str, tuple[Any, Any]] = {
+    "number": (0.1, 0.9),
+    "numpy": (np.float64(0.1), np.float64(0.9)),
+    "dtype": (torch.float32, torch.float64),
+    "partial": (partial(F.leaky_relu, negative_slope=0.1), partial(F.leaky_relu, negative_slope=0.9)),
+    "lambda": (lambda x: 0.1 * x, lambda x: 0.9 * x),
+    "function": (F.relu, F.silu),
+    "dictionary": ({"slope": 0.1, "how": ("a", F.relu)}, {"slope": 0.1, "how": ("a", F.silu)}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_modules_are_set_to(name: str) -> None:
+    a, b = SETTINGS[name]
+    one, two = (remembered.settings(nn.Sequential(Calls(what))) for what in (a, b))
+    assert remembered.changed(one, two) == ["0.what"] and not remembered.changed(one, one)
+    assert remembered.settings(copy.deepcopy(nn.Sequential(Calls(a)))) == one
+
+
+def test_records_and_new_attributes_are_no_settings() -> None:
+    model = nn.Sequential(Calls(0.1))
+    before = remembered.settings(model)
+    model[0].history, model[0].last_epoch = [1.0, 2.0], 3
+    assert not remembered.changed(before, remembered.settings(model))

@@ -638,7 +638,7 @@ def test_half_precision_at_the_end_hides_no_coupling() -> None:
         persample.gradients(Rounds().double(), lambda o, _: o.double().square().sum(1), inputs(), verify=True)
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_loss_that_takes_an_output_out(engine: str) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

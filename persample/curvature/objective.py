@@ -89,9 +89,9 @@ class Objective:
 
     def losses(self, outputs: Any) -> Tensor:
         """``[N]``: the loss of every sample, unscaled, with its graph."""
-        batch = self.problem.batch
-        whole = self.problem.loss_fn(outputs, batch.targets.whole())
-        each, tree = is_per_sample(whole, batch.n), batch.outputs(outputs)
+        batch, tree = self.problem.batch, self.problem.batch.outputs(outputs)
+        whole = self.problem.loss_fn(tree.whole(), batch.targets.whole())
+        each = is_per_sample(whole, batch.n)
         check_not_broadcast(self.problem.loss_fn, whole, tree, batch.targets, batch.n)
         if each:
             return whole

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..batch import Tree, call_model, detached, flatten, suspended
+from ..batch import Tree, call_model, detached, flatten, suspended, unflatten
 from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect
@@ -95,8 +95,9 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                 with torch._C.DisableTorchFunction():  # losses are in the order of outputs: nobody has to follow
                     if isinstance(outputs, Tensor) and followed.is_sampled(outputs):
                         ordered = whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
-            if whole is None:
-                whole = problem.loss_fn(outputs, targets)
+            if whole is None:  # containers of its own, which it may take things out of
+                own = outputs if isinstance(outputs, Tensor) else unflatten(*flatten(outputs))
+                whole = problem.loss_fn(own, targets)
         # outside of the mode, to which every attribute of a tensor is a call
         if each := is_per_sample(whole, batch.n):
             followed.check_order(whole if ordered is None else outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -213,7 +214,8 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
     set_random_state(before)
     if (run.totals or run.hidden) and not couplers and (moved := moved_by_others(problem)) is not None:
         return _coupled(problem, engine, chosen, moved)
-    ordinary = _summed(problem)
+    ordinary, of_criterion = _summed(problem)
+    note = "; ".join(filter(None, [note, of_criterion]))
     total = torch.stack([g.double().norm() for g in ordinary.values()]).norm()
     rows = []
     for name, g in ordinary.items():
@@ -266,20 +268,23 @@ def served_text(served: Iterable[tuple[Any, str]]) -> str:
     return ", ".join(f"{name} ({how}{f', {k}x' if k > 1 else ''})" for (name, how), k in counts.items()) or "-"
 
 
-def _summed(problem: Problem) -> dict[str, Tensor]:
-    """Ordinary autograd: the gradient of the summed losses."""
+def _summed(problem: Problem) -> tuple[dict[str, Tensor], str]:
+    """Ordinary autograd: the gradient of the summed losses; and what there is to say of the criterion."""
     capture = Capture(problem.model, set())
-    with torch.enable_grad():
+    with torch.enable_grad(), warnings.catch_warnings(record=True) as said:  # the run has said it already
+        warnings.simplefilter("always")
         _, _, seeds, criterion = forward(problem, capture)
+        other = next((text for w in said if (text := str(w.message)).startswith("the criterion of the whole")), "")
+        note = f"rows are of the samples' own losses: {other.partition('. ')[0]}" if other else ""
         tensors, grads = [t for t, *_ in seeds], [g for _, g, _ in seeds]
         if criterion is not None and criterion.requires_grad:
             tensors, grads = [*tensors, criterion], [*grads, torch.ones_like(criterion)]
     if not tensors:
-        return {name: torch.zeros_like(p) for name, p in problem.parameters.items()}
+        return {name: torch.zeros_like(p) for name, p in problem.parameters.items()}, note
     found = torch.autograd.grad(
         tensors, list(problem.parameters.values()), grads, materialize_grads=True, allow_unused=True
     )
-    return dict(zip(problem.parameters, map(strided, found), strict=True))
+    return dict(zip(problem.parameters, map(strided, found), strict=True)), note
 
 
 __all__ = ["CheckReport", "Checked", "check"]

@@ -502,6 +502,14 @@ def test_a_way_out_leads_out() -> None:
                 assert torch.allclose(G.flat()[n], torch.cat([p.flatten() for p in g]), atol=1e-12)
 
 
+def test_a_report_tells_of_a_criterion_of_several_samples() -> None:
+    model = nn.Linear(D, 3).double()
+    with pytest.warns(UserWarning, match="the criterion of the whole batch is") as said:
+        report = persample.check(model, lambda z, _: (z @ z.mT).logsumexp(1).mean(), x())
+    assert len(said) == 1 and "rows are of the samples' own losses: the criterion of the whole batch is" in str(report)
+    assert "criterion" not in str(persample.check(model, lambda z, _: z.square().sum(1).mean(), x()))
+
+
 @pytest.mark.parametrize("engine", ["hooks", "loop", "vmap"])
 def test_a_criterion_of_several_samples_is_told_by_every_engine(engine: str) -> None:
     model = nn.Linear(D, 3).double()

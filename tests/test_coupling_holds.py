@@ -301,3 +301,23 @@ def test_inputs_that_a_model_changes_in_place(route: Any) -> None:
     assert torch.equal(x, before)
     G = persample.gradients(model, CE, x, y, coupled="loss", verify=True)
     torch.testing.assert_close(G.flat(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_forward_that_switches_modes() -> None:
+    """One of two norms is frozen by the forward itself, whatever mode the model was put into."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        first, frozen = m.norm
+        return frozen.eval()(first(m.first(x)).tanh())
+
+    model, x, y = net(body, nn.ModuleList(nn.BatchNorm1d(5) for _ in range(2)))
+    for notion in NOTIONS:
+        G = persample.gradients(model.train(), CE, x, y, coupled=notion)
+        assert G.flat().isfinite().all()
+        if notion == "loss":
+            torch.testing.assert_close(G.flat(), true_rows(model, x, y), rtol=1e-9, atol=1e-12)
+    C = persample.coupling(model.train(), CE, x, y)
+    C.gradients("loss")
+    model.norm[1].train()
+    with pytest.raises(persample.InplaceError, match=r"the mode of module 'norm\.1' changed"):
+        C.gradients("copy")

@@ -151,6 +151,7 @@ class Point:
                     "a BatchNorm inside torch.utils.checkpoint is run again by the backward pass, where its statistics "
                     "can't be made explicit. Turn checkpointing off for the analysis."
                 ) from error
+        self.state[:] = _state(self.problem)  # some forwards switch modes
 
     def rows(self, out: Tensor, inputs: Sequence[Tensor], step: int) -> Iterator[tuple[slice, Grads]]:
         """``d out / d inputs`` for ``out [R]``, ``step`` rows at a time: which rows, and ``[r, *shape]`` for each

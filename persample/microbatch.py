@@ -11,9 +11,9 @@ Gram matrices                          block by block: rows of one slice are kep
 ====================================== ===============================================================================
 
 What is as large as the parameters is merged in place, as it arrives where that is final (what is verified may be tried
-again).  All but the last cost one pass over the batch; a
-Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.  Slices that are run again draw the same random numbers.  Every
-slice finds the buffers as they were before the first, and what they leave is averaged.
+again).  All but the last cost one pass over the batch; a Gram matrix in ``S`` slices costs about ``(S + 3) / 2``.
+Slices that are run again draw the same random numbers.  Every slice finds the buffers as they were before the first,
+and what they leave is averaged.
 
 What a sample takes is measured on a first slice of two samples: the most that tensors hold at a time during its pass.
 Where that one was verified, and not all others would fit at once, it is measured on a second slice.

@@ -62,7 +62,7 @@ def mixes(
         return sort_axis(func, args, kwargs) == a.axis
     if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x) == a.axis:
         return True
-    if func in NORMS and a is not None and a.n > 1 and x is args[0] and x.requires_grad:
+    if func in NORMS and a is not None and a.n > 1 and x is _given(0, "input", args, kwargs) and x.requires_grad:
         return _normalises(func, args, kwargs, x.ndim, a)
     if func is torch.einsum and a is not None and a.n > 1:
         letters = _letters(args, sampled) or []
@@ -175,10 +175,14 @@ def _normalises(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], n
     if func is F.local_response_norm:
         return a.axis == 1
     if func in (F.group_norm, torch.group_norm):
-        channels = a.size // (args[1] if len(args) > 1 else kwargs["num_groups"])  # of a group
+        channels = a.size // _given(1, "num_groups", args, kwargs)  # of a group
         return a.axis > 1 or (a.axis == 1 and (a.owner is not None or a.inner % channels != 0))
-    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    shape = _given(1, "normalized_shape", args, kwargs)
     return a.axis >= ndim - (len(shape) if isinstance(shape, (tuple, list)) else 1)
+
+
+def _given(place: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[place] if len(args) > place else kwargs[name]
 
 
 def sample_letters(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout | None]]) -> dict[str, Layout] | None:

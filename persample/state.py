@@ -147,18 +147,25 @@ def drawn_since(before: RandomState, model: nn.Module) -> bool:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, all generators begin with this seed; outside, nothing was drawn."""
+def random_kept(devices: list[int] | None = None) -> Iterator[None]:
+    """Whatever is drawn inside, on the CPU and these devices (``None``: all), afterwards nothing was."""
     numpy, python = np.random.get_state(legacy=False), random.getstate()  # noqa: NPY002
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
             np.random.set_state(numpy)  # noqa: NPY002
             random.setstate(python)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, all generators begin with this seed; outside, nothing was drawn."""
+    with random_kept():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        yield
 
 
 AutocastState = list[tuple[str, bool, torch.dtype]]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import persample
+from persample import rounding
 from persample import verify as verification
 
 N, D = 4, 5
@@ -623,19 +624,42 @@ def test_slices_whose_verification_is_tried_again(engine: str, verify: bool | No
                 torch.testing.assert_close(found, getattr(expected, method)(), rtol=1e-2, atol=1e-2)
 
 
+class Unseen(torch.autograd.Function):
+    """Scales by a little more where the largest of the batch is large, where no recorded call shows it."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.factor = 1 + 0.1 * h.amax(0).tanh()
+        return h * ctx.factor
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.factor
+
+
 def test_half_precision_at_the_end_hides_no_coupling() -> None:
+    """Hooks see that it couples without a gradient, and say so; the loop has only the losses to go by."""
+
     class Rounds(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, coupled: bool) -> None:
             super().__init__()
-            self.linear = nn.Linear(D, 3)
+            self.linear, self.coupled = nn.Linear(D, 3), coupled
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.linear(x)
-            return (h * (1 + 0.1 * h.detach().sigmoid().amax(0))).to(torch.bfloat16)
+            return (Unseen.apply(h) if self.coupled else h).to(torch.bfloat16)
 
-    torch.manual_seed(0)
-    with pytest.raises(persample.PersampleError):
-        persample.gradients(Rounds().double(), lambda o, _: o.double().square().sum(1), inputs(), verify=True)
+    def run(coupled: bool, engine: str = "loop") -> persample.Gradients:
+        torch.manual_seed(0)
+        model = Rounds(coupled).double()
+        return persample.gradients(model, lambda o, _: o.double().square().sum(1), inputs(), engine=engine, verify=True)
+
+    assert run(coupled=False).flat().any() and "batch-coupled" in repr(run(coupled=True, engine="hooks"))
+    with pytest.raises(persample.BatchCoupledError):
+        run(coupled=True)
+    with pytest.MonkeyPatch.context() as patch:  # it is the tolerance that decides
+        patch.setitem(rounding.INNER, torch.bfloat16, 0.2)
+        run(coupled=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -9,14 +9,11 @@ on the batch that they were in, so of those the sizes of all batches are remembe
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -31,6 +28,7 @@ from torch.utils.data import (
 from ..batch import Batch
 from ..errors import ArgumentError, StoreError
 from ..progress import bar
+from ..state import random_kept
 from .called import digest, update
 
 Unpack = Callable[[Any], tuple[Any, Any]]
@@ -156,7 +154,7 @@ def _inner(x: Any) -> Any:
 
 def _repeats(sampler: Iterable[Any]) -> bool:
     """Whether a sampler gives the same twice; it costs no data, and random generators stay as they were."""
-    with _random_state_kept():
+    with random_kept([]):
         first, second = ([_plain(index) for index in islice(sampler, LOOKED_AT)] for _ in range(2))
     return first == second
 
@@ -165,17 +163,6 @@ def _plain(index: Any) -> Any:
     if isinstance(index, (list, tuple)):
         return [_plain(x) for x in index]
     return index.tolist() if isinstance(index, (Tensor, np.ndarray)) else index
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (it is others who draw from it)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 # ---- digests ----------------------------------------------------------------------------------------------------

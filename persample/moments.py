@@ -78,7 +78,7 @@ def moments(g: Factors) -> tuple[Tensor, Tensor]:
             return total, across.squares(g, total, centred=True)
         case _:
             mean, square = _accumulated(g, _merge, 2)
-            return mean.mul_(len(g)), square
+            return mean * len(g), square
 
 
 @kernel
@@ -141,9 +141,9 @@ def _together(n: int, *totals: Tensor) -> tuple[Tensor, ...]:
         if own := n // lanes + (lane < n % lanes):
             gap = other.sub_(mean)
             mean.add_(gap, alpha=own / (done + own))
-            square.add_(more).addcmul_(gap, gap, value=done * own / (done + own))
+            square = square.add(more).addcmul_(gap, gap, value=done * own / (done + own))  # lives on; lanes don't
             done += own
-    return (mean.clone(), square.clone()) if lanes > 1 else (mean, square)  # those live on, and the lanes don't
+    return mean, square
 
 
 def _dealt(rows: Tensor, before: int, lanes: int) -> Iterator[tuple[slice, Tensor, int]]:

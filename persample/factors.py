@@ -404,7 +404,7 @@ def dense(g: Factors, out: Tensor | None = None) -> Tensor:
             convolution.write_products(left, right, out)
             return out
         case Rows(index, value, shape):
-            out = value.new_zeros(len(value), *shape) if out is None else out.zero_()
+            out = (fresh(value, len(value), *shape) if out is None else out).zero_()
             return out.scatter_add_(1, index.long().unsqueeze(-1).expand_as(value), value.to(out.dtype))
         case Conv(input, grad):
             return convolution.dense(input, grad, g.geometry, g.shape, out)

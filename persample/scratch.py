@@ -2,7 +2,7 @@
 
 Fresh memory costs more than arithmetic: writing into pages that the system has to hand out first runs at a tenth of the
 speed of writing into pages in use.  `borrow` hands out parts of buffers that the calling thread keeps for next time;
-`fresh` asks for large pages, of which there are few, for results that the caller keeps.
+`fresh` is for results that the caller keeps: it hands out the memory of those that were dropped.
 Other devices than the CPU have allocators of their own, aware of streams.
 """
 
@@ -11,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from math import prod
 from typing import ParamSpec, TypeVar
@@ -22,6 +23,7 @@ from torch import Tensor
 
 KEPT = 1 << 26  # bytes: what is larger goes back to the system
 LARGE = 1 << 22  # bytes, from which on a result has whole large pages (2 MB, most often)
+SPARE = 1 << 30  # bytes of results, at most, that nobody holds any more
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +34,7 @@ class _Pool(threading.local):
 
     def __init__(self) -> None:
         self.free: dict[torch.dtype, list[Tensor]] = {}
+        self.idle: list[Tensor] = []  # of results that were dropped, the longest idle first
 
 
 _pool = _Pool()
@@ -64,16 +67,51 @@ def borrow(like: Tensor, *shape: int) -> Iterator[Tensor]:
 
 def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor of the given shape, with the device of ``like`` and, unless given, its dtype, that lives
-    on: in large pages where a system has them for those who ask (Linux), which takes a quarter of the time.
+    on.
+
+    If large, it lies in the memory of an earlier one that nobody holds any more, or else in large pages, where a system
+    has them for those who ask (Linux): a tenth and a quarter of the time of ordinary pages.
     """
-    t = like.new_empty(shape, dtype=dtype)
-    size = t.numel() * t.element_size()
-    if _ADVISE is None or size < LARGE or t.device.type != "cpu":
-        return t
-    with suppress(RuntimeError):  # inside a transform of torch.func or a trace, it has no memory yet
-        begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        _ADVISE(begin, t.data_ptr() + size - begin, mmap.MADV_HUGEPAGE)  # a wish, which may be refused
-    return t
+    kind = like.dtype if dtype is None else dtype
+    size = prod(shape) * kind.itemsize
+    if _ADVISE is None or size < LARGE or like.device.type != "cpu" or not _has_memory(like):
+        return like.new_empty(shape, dtype=dtype)
+    idle = _pool.idle
+    block = _taken(idle, size)
+    if block is None:
+        with torch.inference_mode(False):
+            block = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _advise(block, mmap.MADV_HUGEPAGE)
+    memory = block.numpy()[:]  # lives as long as what is made of it, and no longer
+    weakref.finalize(memory, _give_back, block, idle).atexit = False
+    out = torch.empty(0, dtype=kind, device="cpu")
+    out.data = torch.frombuffer(memory, dtype=kind).view(shape)  # without being a view, as a new tensor
+    return out
+
+
+def _has_memory(like: Tensor) -> bool:
+    """Not inside a transform of torch.func or a trace."""
+    try:
+        return like.new_empty(1).data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def _taken(idle: list[Tensor], size: int) -> Tensor | None:
+    """A block of this size; if there is none, as much goes back to the system as will be taken from it."""
+    for i in reversed(range(len(idle))):
+        if idle[i].nbytes == size:
+            return idle.pop(i)
+    while idle and size > 0:
+        size -= idle.pop(0).nbytes
+    return None
+
+
+def _give_back(block: Tensor, idle: list[Tensor]) -> None:
+    """Called when a result is dropped, which may be by any thread, in the middle of anything: so it only appends."""
+    if block.nbytes + sum(other.nbytes for other in idle.copy()) <= SPARE:
+        _advise(block, mmap.MADV_FREE)  # if the system is short of memory, it may have it
+        idle.append(block)
 
 
 def _advice() -> Callable[[int, int, int], int] | None:
@@ -85,6 +123,14 @@ def _advice() -> Callable[[int, int, int], int] | None:
 
 
 _ADVISE = _advice()
+
+
+def _advise(block: Tensor, how: int) -> None:
+    """Wish something for the whole pages inside, which the system may refuse."""
+    begin = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (block.data_ptr() + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _ADVISE is not None and end > begin:
+        _ADVISE(begin, end - begin, how)
 
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:

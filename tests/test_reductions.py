@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -443,39 +440,6 @@ def test_scratch_in_use_is_not_handed_out_again() -> None:
         assert float(a.sum()) == 10
     with scratch.borrow(like, 10) as c:
         assert c.data_ptr() in (a.data_ptr(), b.data_ptr())
-
-
-@pytest.mark.parametrize("system", ["asks for large pages", "has none"])
-def test_individual_gradients_lie_in_large_pages(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(scratch, "LARGE", 1 << 16)
-    monkeypatch.setattr(scratch, "_ADVISE", None if system == "has none" else lambda *args: asked.append(args[:2]))
-    g, n = Outer(randn(0, 8, 1, 2, 64), randn(1, 8, 1, 2, 64), torch.Size([64, 64])), 8 * 64 * 64 * 8
-    found = factors.dense(g)
-    close(found, torch.einsum("nkto,nkti->noi", g.left, g.right))
-    factors.dense(g, out=found)
-    factors.dense(Outer(g.left[:1], g.right[:1], g.shape))
-    if system == "has none":
-        return
-    ((begin, size),) = asked  # once, for whole pages of what was returned: not for `out`, nor for what is small
-    assert begin % mmap.PAGESIZE == 0
-    assert begin + size == found.data_ptr() + n
-    assert 0 <= begin - found.data_ptr() < mmap.PAGESIZE
-
-
-@pytest.mark.skipif(scratch._ADVISE is None, reason="this system has no large pages for those who ask")
-def test_the_system_hears_the_wish_for_large_pages() -> None:
-    rows = scratch.fresh(torch.zeros(0), 1 << 23, dtype=torch.float32)
-    span: tuple[int, int] = (0, 0)
-    flags = None
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            span = (int(found[1], 16), int(found[2], 16))
-        elif line.startswith("VmFlags:") and span[0] <= rows.data_ptr() + rows.nbytes // 2 < span[1]:
-            flags = line.split()[1:]
-    if flags is None:
-        pytest.skip("this system does not tell what it was asked for")
-    assert "hg" in flags
 
 
 @same

@@ -285,6 +285,3 @@ def _summed(problem: Problem) -> tuple[dict[str, Tensor], str]:
         tensors, list(problem.parameters.values()), grads, materialize_grads=True, allow_unused=True
     )
     return dict(zip(problem.parameters, map(strided, found), strict=True)), note
-
-
-__all__ = ["CheckReport", "Checked", "check"]

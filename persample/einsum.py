@@ -355,7 +355,7 @@ def _lengths(parsed: Expression, shapes: tuple[Size, ...], sizes: Mapping[str, i
             else:
                 groups.append((axis, size, where))
     while groups:
-        ready = [g for g in groups if len(set(g[0]) - found.keys()) == 0 or _one_open(g[0], found)]
+        ready = [g for g in groups if sum(letter not in found for letter in g[0]) <= 1]
         if not ready:
             letters = sorted(set("".join(g[0] for g in groups)) - found.keys())
             raise EinsumError(
@@ -373,11 +373,6 @@ def _lengths(parsed: Expression, shapes: tuple[Size, ...], sizes: Mapping[str, i
                 f"{where} of {expression!r}: the axis ({axis}) has {size} entries, which does not fit {shown or 1}"
             )
     return {letter: size for letter, (size, _) in found.items()}
-
-
-def _one_open(axis: Axis, found: Mapping[str, tuple[int, str]]) -> bool:
-    open_letters = [letter for letter in axis if letter not in found]
-    return len(open_letters) == 1
 
 
 def _agree(found: dict[str, tuple[int, str]], letter: str, size: int, where: str, expression: str) -> None:

@@ -199,6 +199,3 @@ def _explain_coupled(name: str, p: Tensor, n: int, call: Call) -> Explained:
 def _explained(name: str, p: Tensor, n: int, served: str, form: str, kept: int | None, why: str) -> Explained:
     full = n * p.numel() * p.element_size()
     return Explained(name, tuple(p.shape), served, form, full if kept is None else kept, full, why)
-
-
-__all__ = ["Explained", "Explanation", "explain"]

@@ -319,19 +319,3 @@ def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int, to
     if told and bad is None:
         warn_if_not_mean(whole, losses)
     return losses if bad is None else losses.masked_fill(bad, 0)
-
-
-__all__ = [
-    "CRITERIA",
-    "LossFunction",
-    "check_not_broadcast",
-    "ignored",
-    "is_per_sample",
-    "lone_losses",
-    "per_sample",
-    "reduced",
-    "unreduced",
-    "unrelated",
-    "warn_if_not_mean",
-    "ways_out",
-]

@@ -62,11 +62,6 @@ class Objective:
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.problem.parameters
 
-    @property
-    def size(self) -> int:
-        """``D``: entries of all chosen parameters."""
-        return sum(p.numel() for p in self.parameters.values())
-
     @contextmanager
     def forward(self, capture: Capture | None = None) -> Iterator[Any]:
         """The outputs with their graph, to be differentiated inside the ``with`` block; ``capture`` records calls."""

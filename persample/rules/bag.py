@@ -76,7 +76,6 @@ class _Bags:
     used: Tensor  # [M] where they are in the flat list
     keep: Tensor  # [M] 0 for padding, otherwise 1
     number: int
-    padding: int | None
 
     @staticmethod
     def of(
@@ -94,9 +93,8 @@ class _Bags:
 
     @staticmethod
     def _kept(index: Tensor, bag: Tensor, places: Tensor, number: int, padding: int | None, size: int) -> _Bags:
-        if padding is None:
-            return _Bags(index, bag, places, torch.ones_like(index), number, None)
-        return _Bags(index, bag, places, (index != padding % size).long(), number, padding)
+        keep = torch.ones_like(index) if padding is None else (index != padding % size).long()
+        return _Bags(index, bag, places, keep, number)
 
     def counts(self) -> Tensor:
         """``[B]``: how many entries each bag has."""

@@ -9,7 +9,7 @@ in the shape of (a prefix of) that argument, as for ``torch.vmap``'s ``in_dims``
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
@@ -40,6 +40,15 @@ class Tree:
     def tensors(self) -> list[tuple[Tensor, Axis]]:
         return [(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True) if isinstance(x, Tensor)]
 
+    def sampled(self) -> list[tuple[Tensor, int]]:
+        """The tensors that have samples, each with its sample axis."""
+        return [(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True) if axis is not None]
+
+    def one(self, pieces: Iterable[Tensor]) -> Any:
+        """A batch of one, given what of `sampled` is that sample's, without its sample axis."""
+        it, pairs = iter(pieces), zip(self.leaves, self.axes, strict=True)
+        return unflatten([x if axis is None else next(it).unsqueeze(axis) for x, axis in pairs], self.spec)
+
     def map(self, f: Callable[[Tensor, int], Tensor]) -> Any:
         """The structure with ``f(tensor, axis)`` for every tensor that has samples."""
         return unflatten(
@@ -67,6 +76,12 @@ class Tree:
     def _cut(self, cut: Callable[[Tensor, int], Tensor]) -> Tree:
         pairs = zip(self.leaves, self.axes, strict=True)
         return Tree([x if axis is None else _cut(cut, x, axis) for x, axis in pairs], self.spec, self.axes)
+
+
+def taken_apart(*trees: Tree) -> tuple[list[list[Tensor]], list[list[int]]]:
+    """The tensors of each that have samples, and their sample axes: arguments of ``vmap``, and its ``in_dims``."""
+    pairs = [tree.sampled() for tree in trees]
+    return [[x for x, _ in own] for own in pairs], [[axis for _, axis in own] for own in pairs]
 
 
 def _cut(cut: Callable[[Tensor, int], Tensor], x: Tensor, axis: int) -> Tensor:

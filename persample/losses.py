@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from .batch import Batch, Tree, unflatten
+from .batch import Batch, Tree, taken_apart
 from .errors import LossError, warn
 from .layout import spreads
 
@@ -149,31 +149,17 @@ def unrelated() -> LossError:
 
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
     """``[N]``: a scalar criterion of every sample alone."""
-    if not any(axis is not None for axis in outputs.axes):
+    if not outputs.sampled():
         raise reduced([tuple(x.shape) for x in outputs.leaves if isinstance(x, Tensor)], n)
     if sparse := [x.layout for x in outputs.leaves if isinstance(x, Tensor) and x.layout is not torch.strided]:
         raise LossError(
             f"the model returned outputs of layout {sparse[0]}, of which loss_fn can't be given one sample alone: "
             "return outputs.to_dense(), or let loss_fn return [N] losses."
         )
-    trees = (outputs, targets)
-    samples = [[x for x, axis in zip(t.leaves, t.axes, strict=True) if axis is not None] for t in trees]
-    dims = [[axis for axis in t.axes if axis is not None] for t in trees]
+    samples, dims = taken_apart(outputs, targets)
 
     def one(pieces: list[list[Tensor]]) -> Tensor:
-        alone = []
-        for tree, given in zip(trees, pieces, strict=True):
-            it = iter(given)
-            alone.append(
-                unflatten(
-                    [
-                        x if axis is None else next(it).unsqueeze(axis)
-                        for x, axis in zip(tree.leaves, tree.axes, strict=True)
-                    ],
-                    tree.spec,
-                )
-            )
-        return _scalar(loss_fn(*alone))
+        return _scalar(loss_fn(outputs.one(pieces[0]), targets.one(pieces[1])))
 
     try:
         with _slow_in_silence():
@@ -230,11 +216,10 @@ def ignored(loss_fn: LossFunction, losses: Tensor, outputs: Tree, targets: Tree,
     if not bool(bad.any()):
         return None
     n = len(losses)
-    sampled = [(x, axis) for x, axis in zip(targets.leaves, targets.axes, strict=True) if axis is not None]
-    if not any(not x.is_floating_point() for x, _ in sampled):
+    if all(x.is_floating_point() for x, _ in targets.sampled()):
         return None
-    for x, axis in zip(outputs.leaves, outputs.axes, strict=True):
-        if axis is not None and x.is_floating_point():
+    for x, axis in outputs.sampled():
+        if x.is_floating_point():
             bad = bad & x.detach().movedim(axis, 0).reshape(n, -1).isfinite().all(1)
     for value in (0.0, 1.0, -1.0) if bool(bad.any()) else ():
         pairs = zip(outputs.leaves, outputs.axes, strict=True)
@@ -254,7 +239,7 @@ def check_not_broadcast(loss_fn: LossFunction, whole: Tensor, outputs: Tree, tar
     """Raise where the criterion has compared samples with each other by broadcasting outputs ``[N, 1]`` with targets
     ``[N]``: ``whole`` is not made of the lone losses, and would be if both had the same shape.
     """
-    given = [[x.shape for x, axis in tree.tensors() if axis is not None] for tree in (outputs, targets)]
+    given = [[x.shape for x, _ in tree.sampled()] for tree in (outputs, targets)]
     for x, y in ((x, y) for x in given[0] for y in given[1] if spreads(x, y)):
         shape = max(x, y, key=len)
         with torch.no_grad(), warnings.catch_warnings():

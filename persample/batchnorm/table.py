@@ -186,8 +186,8 @@ def output_input_squares(network: Network, probes: int | None, generator: torch.
         check_samples(probes, "probes", "directions")
         generator = _of_its_own(network, generator)
     with network.point.forward(inputs=True) as run:
-        leaves = network.problem.batch.outputs(run.outputs).tensors()
-        outs = [x.movedim(axis, 0).reshape(network.n, -1) for x, axis in leaves if axis is not None and x.requires_grad]
+        leaves = network.problem.batch.outputs(run.outputs).sampled()
+        outs = [x.movedim(axis, 0).reshape(network.n, -1) for x, axis in leaves if x.requires_grad]
         if not outs:
             raise BatchNormError("no output with a sample axis depends on the inputs. Say where it is with batch_dim=.")
         f = torch.cat([x.to(run.losses.dtype) for x in outs], 1)  # [N, O]
@@ -199,7 +199,7 @@ def output_input_squares(network: Network, probes: int | None, generator: torch.
 
 def _input_squares(network: Network, inputs: Tree, out: Tensor) -> Tensor:
     """``[R, N]``: squared norms of ``d out_r / dx_m``."""
-    leaves = [(x, axis) for x, axis in inputs.tensors() if axis is not None and x.requires_grad]
+    leaves = [(x, axis) for x, axis in inputs.sampled() if x.requires_grad]
     if not leaves:
         raise BatchNormError("no input with a sample axis is of floating type: there is no derivative to take.")
     squares = out.detach().new_zeros(len(out), network.n)

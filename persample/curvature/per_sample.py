@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.func import vmap as vectorise
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import tree_unflatten
 
-from ..batch import call_model
+from ..batch import call_model, taken_apart
 from ..errors import ArgumentError, CaptureError, DirectionError, PersampleError, RandomnessError
 from ..losses import LossFunction, is_per_sample, lone_losses, warn_if_not_mean
 from ..problem import Problem, Selection, pose
@@ -144,12 +143,7 @@ def _by_vmap(problem: Problem, direction: Tensor) -> Tensor:
     along = unflatten(direction, {name: p.shape for name, p in values.items()})
 
     def one(pieces: list[list[Tensor]]) -> dict[str, Tensor]:
-        inputs, targets = (
-            tree_unflatten(
-                [x if a is None else next(it).unsqueeze(a) for x, a in zip(t.leaves, t.axes, strict=True)], t.spec
-            )
-            for t, it in zip((batch.inputs, batch.targets), map(iter, pieces), strict=True)
-        )
+        inputs, targets = batch.inputs.one(pieces[0]), batch.targets.one(pieces[1])
 
         def loss(values: dict[str, Tensor]) -> Tensor:
             with _reparametrize_module(model, {**fixed, **values}, tie_weights=True, stack_weights=True):
@@ -161,11 +155,8 @@ def _by_vmap(problem: Problem, direction: Tensor) -> Tensor:
         products: dict[str, Tensor] = grad(slope)(values)
         return products
 
-    trees = [
-        [(x.detach(), a) for x, a in zip(t.leaves, t.axes, strict=True) if a is not None]
-        for t in (batch.inputs, batch.targets)
-    ]
-    samples, dims = [[x for x, _ in tree] for tree in trees], [[a for _, a in tree] for tree in trees]
+    samples, dims = taken_apart(batch.inputs, batch.targets)
+    samples = [[x.detach() for x in own] for own in samples]
     with Watch({id(p): name for name, p in problem.parameters.items()}), named_derivatives():
         rows = vectorise(one, in_dims=(dims,), randomness="error")(samples)
     flat = torch.cat([rows[name].reshape(batch.n, -1) for name in values], 1)

@@ -19,7 +19,7 @@ from torch.func import vmap as vectorise
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map
 
-from ..batch import Batch, apply, flatten, suspended, unflatten
+from ..batch import Batch, apply, flatten, suspended, taken_apart, unflatten
 from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
 from ..losses import LossFunction, ignored, is_per_sample
@@ -61,14 +61,12 @@ def vectorised(problem: Problem, emit: Emit, max_bytes: int | None, run: Run) ->
     row = sum(p.numel() * p.element_size() for p in values.values())
     chunks = -(-batch.n // max(1, (max_bytes or ROW_BYTES) // max(1, row)))
     size = -(-batch.n // chunks)  # all but the last are of one size
-    trees = batch.inputs, batch.targets
-    dims = [[axis for axis in tree.axes if axis is not None] for tree in trees]
     found: list[Found] = []
     spec: list[Any] = []
     for start in range(0, batch.n, size):
         part = min(size, batch.n - start)
-        pieces = (tree.narrow(start, part) for tree in trees)
-        samples = [[x.detach() for x, axis in piece.tensors() if axis is not None] for piece in pieces]
+        samples, dims = taken_apart(*(tree.narrow(start, part) for tree in (batch.inputs, batch.targets)))
+        samples = [[x.detach() for x in own] for own in samples]
         spec = []
         with suspended(model):
             found.append(run(problem, Pieces(batch, values, fixed, buffers, samples, dims), spec))
@@ -118,7 +116,7 @@ def alone(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss and the outputs of one sample, whose tensors come without their sample axis."""
     batch = pieces.batch
-    inputs, targets = (_batch_of_one(*both) for both in zip((batch.inputs, batch.targets), pieces.samples, strict=True))
+    inputs, targets = batch.inputs.one(pieces.samples[0]), batch.targets.one(pieces.samples[1])
     own = {name: b.clone() for name, b in pieces.buffers.items()}  # the model's are left alone
     swapped = {**pieces.fixed, **own, **pieces.values}
     with _reparametrize_module(model, swapped, tie_weights=True, stack_weights=True):  # around loss_fn too (penalties)
@@ -148,14 +146,6 @@ def _unused(problem: Problem, rows: dict[str, Tensor]) -> tuple[str, ...]:
         return ()
     grads = one_sample(problem, 0, [problem.parameters[name] for name in zero])[2]
     return tuple(name for name, g in zip(zero, grads, strict=True) if g is None)
-
-
-def _batch_of_one(tree: Any, given: list[Tensor]) -> Any:
-    """One sample as a batch of one."""
-    it = iter(given)
-    return unflatten(
-        [x if a is None else next(it).unsqueeze(a) for x, a in zip(tree.leaves, tree.axes, strict=True)], tree.spec
-    )
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

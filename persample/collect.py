@@ -20,7 +20,7 @@ from torch import Tensor
 from . import cost, rules
 from .calls import Call, Derivation, Reached, Shared, arguments, function_name, leaves_of, reached
 from .errors import CaptureError, InplaceError, PersampleError, SampleAxisError
-from .factors import INDICES, Dense, Factors, Outer, Pulled, add, cast, dense, strided, tensors
+from .factors import INDICES, Dense, Factors, Outer, Pulled, add, cast, dense, nothing, strided, tensors
 from .problem import Emit
 from .rules.apart import Diagonal, Lone, Rowlike, plain
 from .rules.derived import pulled
@@ -174,7 +174,7 @@ class Collect:
                     self._emit(name, total(parts))
                 elif name not in self.emitted:
                     unused.append(name)
-                    self._emit(name, Dense(p.detach().new_zeros(()).expand(self.n, *p.shape)))
+                    self._emit(name, nothing(p, self.n))
         return tuple(unused)
 
     def served_by(self) -> dict[str, list[Served]]:

@@ -197,6 +197,11 @@ def tensors(g: Factors) -> tuple[Tensor, ...]:
             return tensors(rows)
 
 
+def nothing(p: Tensor, n: int) -> Dense:
+    """``n`` rows of zeros for a parameter that no loss depends on, in the memory of one number."""
+    return Dense(p.detach().new_zeros(()).expand(n, *p.shape))
+
+
 def strided(x: Tensor) -> Tensor:
     """``x``, with all its entries: autograd gives sparse gradients of ``Embedding(sparse=True)``."""
     return x if x.layout is torch.strided else x.to_dense()

@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 from . import reductions
 from .batch import Batch, cat, flatten, unflatten
 from .errors import BatchCoupledError, RandomnessError
-from .factors import Dense, Factors, Pulled, compact, dense, dtype, same_back, tensors
+from .factors import Dense, Factors, Pulled, compact, dense, dtype, nothing, same_back, tensors
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
 from .rounding import tolerance
@@ -93,10 +93,7 @@ def rows(problem: Problem, max_bytes: int, run: Run) -> tuple[dict[str, Factors]
     factors: dict[str, Factors] = {}
     for name, p in problem.parameters.items():
         parts = kept.pop(name)
-        if name in whole.unused:
-            factors[name] = Dense(p.detach().new_zeros(()).expand(problem.batch.n, *p.shape))
-        else:
-            factors[name] = concatenated(parts)
+        factors[name] = nothing(p, problem.batch.n) if name in whole.unused else concatenated(parts)
     return factors, whole, note
 
 

@@ -27,8 +27,9 @@ from .calls import Reached, reached
 from .capture import Capture
 from .collect import Collect
 from .engines.hooks import eager
+from .engines.loop import emit_stacked
 from .errors import ArgumentError, CaptureError, InplaceError, LossError
-from .factors import Dense, Factors, strided
+from .factors import Factors, strided
 from .gradients import Result, Sink
 from .hook import Hook
 from .listener import Listener, Reduction
@@ -361,15 +362,12 @@ class Recorder:
 
     def _by_losses(self, losses: Tensor, quantities: list[Request] | None) -> Result:
         """``N`` ordinary gradients."""
-        sink, names = Sink(self._parameters, self._aliases, quantities), list(self._parameters)
+        sink = Sink(self._parameters, self._aliases, quantities)
         parameters = list(self._parameters.values())
         with suspended(self.model), _told_of_changes():
             found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
-        columns = dict(zip(names, zip(*found, strict=True), strict=True))
-        for name, p in self._parameters.items():
-            rows = [torch.zeros_like(p) if g is None else strided(g) for g in columns[name]]
-            sink.emit(name, Dense(torch.stack(rows)))
-        unused = tuple(name for name in names if all(g is None for g in columns[name]))
+        columns = map(list, zip(*found, strict=True))
+        unused = emit_stacked(self._parameters, dict(zip(self._parameters, columns, strict=True)), sink.emit)
         return sink.result(Pass(losses.detach(), self._outputs, unused), "coupled='loss'")
 
     def _reduced(self, losses: Tensor, found: Reached, quantities: list[Request] | None, notion: str | None) -> Result:

@@ -1,12 +1,13 @@
 """The loop engine: the definition.  One sample at a time, as a batch of one, with plain autograd.
 
 It costs N forward and backward passes.  Every sample finds the buffers as they were before the first, and what they
-leave is averaged.  Random draws
-(dropout) belong to each sample's own pass, whose losses and outputs are the ones reported.
+leave is averaged.  Random draws (dropout) belong to each sample's own pass, whose losses and outputs are the ones
+reported.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..batch import Batch, call_model, cat, detached, flatten, unflatten
 from ..errors import LossError, SampleAxisError
-from ..factors import Dense, strided
+from ..factors import Dense, nothing, strided
 from ..losses import ignored, is_per_sample, unrelated
 from ..problem import Emit, Pass, Problem
 from ..state import Averaged, Buffers
@@ -23,8 +24,8 @@ from ..watch import Watch
 
 def loop(problem: Problem, emit: Emit) -> Pass:
     """N separate backward passes of batches of one."""
-    names, leaves = list(problem.parameters), list(problem.parameters.values())
-    rows: dict[str, list[Tensor | None]] = {name: [] for name in names}
+    leaves = list(problem.parameters.values())
+    rows: dict[str, list[Tensor | None]] = {name: [] for name in problem.parameters}
     losses, outputs, buffers = [], [], Buffers(*problem.owners)
     averaged = Averaged(buffers)
     for n in range(problem.batch.n):
@@ -33,16 +34,24 @@ def loop(problem: Problem, emit: Emit) -> Pass:
         averaged.take(1)
         losses.append(loss)
         outputs.append(output)
-        for name, g in zip(names, grads, strict=True):
-            rows[name].append(g)
+        for column, g in zip(rows.values(), grads, strict=True):
+            column.append(g)
     averaged.leave()
-    unused = tuple(name for name in names if all(g is None for g in rows[name]))
-    for name, p in problem.parameters.items():
-        if name in unused:
-            emit(name, Dense(p.detach().new_zeros(()).expand(problem.batch.n, *p.shape)))
-        else:
-            emit(name, Dense(torch.stack([torch.zeros_like(p) if g is None else g for g in rows.pop(name)])))
+    unused = emit_stacked(problem.parameters, rows, emit)
     return Pass(torch.stack(losses), _joined(problem.batch, outputs), unused)
+
+
+def emit_stacked(parameters: Mapping[str, Tensor], rows: dict[str, list[Tensor | None]], emit: Emit) -> tuple[str, ...]:
+    """Emit the rows that single losses have given (``None``: none), and drop them; the names of unused parameters."""
+    unused = []
+    for name, p in parameters.items():
+        given = rows.pop(name)
+        if all(g is None for g in given):
+            unused.append(name)
+            emit(name, nothing(p, len(given)))
+        else:
+            emit(name, Dense(torch.stack([torch.zeros_like(p) if g is None else strided(g) for g in given])))
+    return tuple(unused)
 
 
 def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any, tuple[Tensor | None, ...]]:

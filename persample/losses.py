@@ -300,7 +300,12 @@ def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int, to
     if each:
         return whole
     losses = lone_losses(loss_fn, outputs, targets, n)
-    bad = ignored(loss_fn, losses, outputs, targets)
-    if told and bad is None:
-        warn_if_not_mean(whole, losses)
-    return losses if bad is None else losses.masked_fill(bad, 0)
+    if (bad := ignored(loss_fn, losses, outputs, targets)) is None:
+        if told:
+            warn_if_not_mean(whole, losses)
+        return losses
+    kept, losses = (~bad).nonzero().flatten(), losses.detach().masked_fill(bad, 0)
+    if not len(kept):
+        return losses
+    alone = lone_losses(loss_fn, outputs.select(kept), targets.select(kept), len(kept))
+    return losses.index_copy(0, kept, alone)  # in a gradient, 0 * NaN of the ignored samples would be NaN

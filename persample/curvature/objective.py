@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ..batch import Tree, call_model
 from ..capture import Capture
 from ..errors import ArgumentError, CaptureError, LossError
-from ..losses import check_not_broadcast, ignored, is_per_sample, lone_losses, warn_if_not_mean
+from ..losses import batch_losses
 from ..problem import Problem
 from ..state import (
     AutocastState,
@@ -84,24 +84,8 @@ class Objective:
 
     def losses(self, outputs: Any) -> Tensor:
         """``[N]``: the loss of every sample, unscaled, with its graph."""
-        batch, tree = self.problem.batch, self.problem.batch.outputs(outputs)
-        whole = self.problem.loss_fn(tree.whole(), batch.targets.whole())
-        each = is_per_sample(whole, batch.n)
-        check_not_broadcast(self.problem.loss_fn, whole, tree, batch.targets, batch.n)
-        if each:
-            return whole
-        losses = lone_losses(self.problem.loss_fn, tree, batch.targets, batch.n)
-        bad = ignored(self.problem.loss_fn, losses, tree, batch.targets)
-        if bad is None:
-            if not self.silent[0]:
-                self.silent[0] = True
-                warn_if_not_mean(whole, losses)
-            return losses
-        kept = (~bad).nonzero().flatten()  # 0 * NaN is NaN in a gradient: leave the ignored samples out
-        if len(kept) == 0:
-            return losses.detach().masked_fill(bad, 0)
-        alone = lone_losses(self.problem.loss_fn, tree.select(kept), batch.targets.select(kept), len(kept))
-        return losses.detach().masked_fill(bad, 0).index_copy(0, kept, alone)
+        batch, (told, self.silent[0]) = self.problem.batch, (not self.silent[0], True)
+        return batch_losses(self.problem.loss_fn, batch.outputs(outputs), batch.targets, batch.n, told)
 
     def loss_at(self, outputs: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The losses as a function of the outputs alone: the outputs with a graph, their leaves, the losses ``[N]``."""

@@ -9,12 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .rules import spellings
-
-_DROPS = {
-    *spellings("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_dropout"),
-    *(getattr(nn.functional, f"dropout{d}d") for d in (1, 2, 3)),
-}
+from .rules import DROPS
 
 
 class NoDropout(TorchFunctionMode):
@@ -24,7 +19,7 @@ class NoDropout(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _DROPS:
+        if func in DROPS:
             return args[0] if args else kwargs["input"]
         if (place := _DROPOUT_ARGUMENT.get(func)) is not None:
             args = args if len(args) <= place else (*args[:place], 0.0, *args[place + 1 :])

@@ -194,22 +194,19 @@ READS: set[Function] = {
     *(getattr(Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "index", "contains", "array")),
 }
 
+# What drops entries at random.
+DROPS: set[Function] = {
+    *spellings("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_dropout"),
+    *spellings("dropout1d", "dropout2d", "dropout3d"),
+}
+
 # What passes no gradient on.
 INERT: set[Function] = {
     *FRESH,
     *SHAPED,
     *COMPARES,
     *spellings("result_type", "is_same_size"),
-    *spellings(
-        "isnan",
-        "isinf",
-        "isfinite",
-        "argmax",
-        "argmin",
-        "argsort",
-        "sign",
-        "detach",
-    ),
+    *spellings("isnan", "isinf", "isfinite", "argmax", "argmin", "argsort", "sign", "detach"),
 }
 
 # What takes only type or shape from arguments other than the first.

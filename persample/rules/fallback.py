@@ -18,22 +18,10 @@ from ..calls import Call, arguments, tensors_in
 from ..errors import CaptureError, InplaceError, RandomnessError
 from ..factors import Dense, strided
 from ..layout import Layout, samples_first
-from . import mutates, spellings
+from . import DROPS, mutates, spellings
 from .apart import Lone
 
-_DRAWS = {
-    *spellings(
-        "dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "rrelu",
-        "bernoulli",
-        "gumbel_softmax",
-    )
-}
+_DRAWS = DROPS.union(spellings("rrelu", "bernoulli", "gumbel_softmax"))
 
 
 def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> Iterator[tuple[Tensor, Dense]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -54,9 +53,3 @@ def check_finite(**given: Tensor) -> None:
                 f"{what} holds numbers that are infinite or NaN: features that overflowed (take a higher precision), "
                 "or gradients of losses that are."
             )
-
-
-def number(x: Any) -> float:
-    """A finite number as such; NaN for anything else, which compares with nothing."""
-    x = x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
-    return float(x) if isinstance(x, Real) and math.isfinite(x) else math.nan

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import check_at_least
 from ..errors import ArgumentError, LossError, QuantityError
 from ..quantities import Quantities
-from .features import both, check_finite, number
+from .features import both, check_finite
 
 Several = Tensor | Sequence[Tensor]
 
@@ -47,8 +48,7 @@ def trak(train: Several, test: Several, residual: Several, *, damping: float = 0
     >>> trak(G.project(R), G.project(R), torch.sigmoid(-G.losses)).shape  # losses are the margins: 1 - p
     torch.Size([20, 20])
     """
-    if not number(damping) >= 0:
-        raise ArgumentError(f"damping must be a finite number, 0 or more, got {damping!r}.")
+    check_at_least(0, damping=damping)
     lists = [[x] if isinstance(x, (Tensor, Quantities)) else list(x) for x in (train, test, residual)]
     kinds = {isinstance(x, (Tensor, Quantities)) for x in (train, test, residual)}
     if len(kinds) > 1 or not lists[0] or len({len(x) for x in lists}) > 1:

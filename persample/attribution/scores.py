@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import number
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
-from .features import Features, both, check_finite, number, unit, wide
+from .features import Features, both, check_finite, unit, wide
 
 # ---- inner products ---------------------------------------------------------------------------------------------
 

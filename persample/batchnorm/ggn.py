@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_samples
 from ..curvature.likelihood import seed_of
-from ..curvature.matrices import check_samples, likelihood_of, single_output
+from ..curvature.matrices import likelihood_of, single_output
 from ..curvature.objective import Objective
 from ..curvature.operator import Operator, unflatten
 from ..curvature.products import loss_curvature, operator, sandwich

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import reductions
+from ..arguments import check_samples
 from ..batch import Tree
 from ..curvature.likelihood import seed_of
-from ..curvature.matrices import check_samples
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
 from ..scratch import kernel

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from ..arguments import check_samples, one_of
 from ..calls import Reached, reached
 from ..capture import Capture
 from ..collect import Collect
@@ -46,7 +47,7 @@ from ..verify import run_verified, with_own_inputs
 from .kronecker import Block, Kronecker, eigh
 from .layers import UNUSED, Layer, find_layers
 from .likelihood import check_finite, identify, seed_of, wide
-from .matrices import check_samples, hessian_at, one_of, single_output
+from .matrices import hessian_at, single_output
 from .objective import Objective
 from .products import gradient
 

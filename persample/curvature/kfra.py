@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import one_of
 from ..errors import KroneckerError
 from ..hook import Hook
 from ..losses import LossFunction
@@ -28,7 +29,7 @@ from .kfac import kfac, loss_roots, root
 from .kronecker import Kronecker
 from .layers import Layer
 from .likelihood import wide
-from .matrices import hessian_at, one_of
+from .matrices import hessian_at
 from .objective import Objective, twice_differentiable
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -10,18 +10,17 @@ or, with ``U_G`` and ``U_A`` the eigenvectors of ``G`` and ``A``, any matrix tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import pairwise
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Size, Tensor
 
+from ..arguments import number
 from ..errors import ArgumentError, KroneckerError
 from ..scratch import kernel
 from .layers import Layer
@@ -161,8 +160,7 @@ class Kronecker:
 
     def solve(self, v: Vector, damping: float) -> Vector:
         """``(K + damping I)^{-1} v``, exact: the damping is added to every eigenvalue of every block."""
-        value = damping.item() if isinstance(damping, Tensor) and damping.numel() == 1 else damping
-        if not (isinstance(value, Real) and 0 <= value < math.inf):
+        if not number(damping) >= 0:
             raise ArgumentError(f"damping must be a number of 0 or more, and finite, got {damping!r}")
         for name, block in self.blocks.items():
             if damping == 0 and block.is_singular():

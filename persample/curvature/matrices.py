@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..api import gradients
+from ..arguments import check_samples, one_of
 from ..batch import Tree
-from ..errors import ArgumentError, LossError
+from ..errors import LossError
 from ..losses import LossFunction
 from ..problem import Selection, pose
 from ..remembered import lasting
@@ -200,15 +200,3 @@ def likelihood_of(objective: Objective) -> Likelihood:
         objective.loss_at(outputs)  # refuses penalties
         end, axis = single_output(objective, outputs)
         return identify(end.detach().movedim(axis, 0), hessian_at(objective, outputs))
-
-
-def check_samples(samples: int, name: str = "samples", of: str = "targets") -> None:
-    """Refuse a number of draws that is none."""
-    if not isinstance(samples, Integral) or isinstance(samples, bool) or samples < 1:
-        raise ArgumentError(f"{name} must be a positive integer (how many {of} are drawn), got {samples!r}")
-
-
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse an option that is none of the known ones."""
-    if value not in known:
-        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

@@ -17,8 +17,9 @@ from torch.func import grad
 from torch.func import vmap as vectorise
 from torch.nn.utils.stateless import _reparametrize_module
 
+from ..arguments import one_of
 from ..batch import call_model, taken_apart
-from ..errors import ArgumentError, CaptureError, DirectionError, PersampleError, RandomnessError
+from ..errors import CaptureError, DirectionError, PersampleError, RandomnessError
 from ..losses import LossFunction, is_per_sample, lone_losses, warn_if_not_mean
 from ..problem import Problem, Selection, pose
 from ..remembered import remember, verified
@@ -56,8 +57,7 @@ def per_sample_hvp(
     Cost: a double backward of the batch as ``torch.func.vmap`` runs it (convolutions are slow there), and the memory of
     ``[N, D]``.
     """
-    if engine not in ENGINES:
-        raise ArgumentError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    one_of("engine", engine, ENGINES)
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     direction = _direction(problem, v)
     with restored(model), twice_differentiable():

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attribution.features import number
+from ..arguments import check_positive, number
 from ..errors import ArgumentError, warn
 from ..quantities import Quantities
 from ..statistics.batch_size import loss_above_zero
 from ..statistics.noise import noise_scale
-from ..statistics.parts import HasMoments, add_up, centred_total, check_measured, check_positive, mean_square
+from ..statistics.parts import HasMoments, add_up, centred_total, check_measured, mean_square
 
 Rule = Callable[[Quantities], tuple[Tensor, Tensor]]
 

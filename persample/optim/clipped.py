@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..attribution.features import number
+from ..arguments import check_at_least, check_positive, number
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import Quantities
-from .updates import Named, adapt, check_at_least, check_same, descend, named, parts, quantities
+from .updates import Named, adapt, check_same, descend, named, parts, quantities
 
 Batches = Quantities | Sequence[Quantities]
 
@@ -53,10 +53,8 @@ class Clipping:
                 f"max_norm must be finite with noise, of standard deviation noise_multiplier * max_norm: got "
                 f"noise_multiplier={self.noise_multiplier} and max_norm=inf. Bound the norms, or leave the noise out."
             )
-        if self.expected_batch_size is not None and not number(self.expected_batch_size) > 0:
-            raise ArgumentError(
-                f"expected_batch_size must be a positive and finite number, got {self.expected_batch_size!r}."
-            )
+        if self.expected_batch_size is not None:
+            check_positive(expected_batch_size=self.expected_batch_size)
 
     def gradient(self, G: Batches, optimizer: Optimizer) -> dict[str, Tensor]:
         """``{name: [*P]}``: the clipped sum over a batch (in pieces), noised once, per expected sample."""

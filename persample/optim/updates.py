@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..attribution.features import number
+from ..arguments import check_at_least, number
 from ..errors import ArgumentError, UnknownParameterError
 from ..quantities import Quantities
 
@@ -164,13 +164,6 @@ def check_betas(betas: Any) -> None:
     """Raise for decay rates of averages that don't decay."""
     if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= number(b) < 1 for b in betas):
         raise ArgumentError(f"betas must be two numbers, 0 or more and below 1, got {betas}.")
-
-
-def check_at_least(minimum: float, **options: Any) -> None:
-    """Raise for an option that is no finite number, or below its minimum."""
-    for name, value in options.items():
-        if not number(value) >= minimum:
-            raise ArgumentError(f"{name} must be a finite number, at least {minimum:g}, got {value!r}.")
 
 
 def quantities(G: Any) -> Quantities:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution.features import number
+from ..arguments import check_positive
 from ..attribution.scores import influence_from_gram
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
@@ -39,7 +39,6 @@ def natural_weights(K: Tensor, damping: float) -> Tensor:
         QuantityError: ``K`` has numbers that aren't finite, or is no Gram matrix (or one whose rounding errors are
             larger than ``N damping``).
     """
-    check_damping(damping)
     check_gram(K)
     ones = torch.full((len(K), 1), 1 / len(K), dtype=torch.float64, device=K.device)
     return influence_from_gram(K, ones, damping).squeeze(1).to(K.dtype)
@@ -52,12 +51,6 @@ def check_gram(K: Any) -> None:
         raise ArgumentError(
             f"K must be a Gram matrix [N, N] of real numbers, got {got}: of gradients G, it is G.gram()."
         )
-
-
-def check_damping(damping: float) -> None:
-    """Raise for a damping that is no positive number."""
-    if not number(damping) > 0:
-        raise ArgumentError(f"damping must be positive, and a finite number, got {damping!r}.")
 
 
 class NaturalGradient(Named):
@@ -83,7 +76,7 @@ class NaturalGradient(Named):
         self, params: Any, lr: float = 1e-1, *, damping: float = 1e-1, momentum: float = 0.0, nesterov: bool = False,
         weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
-        check_damping(damping)
+        check_positive(damping=damping)
         self.damping = damping
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import check_positive
 from ..errors import QuantityError
 from ..gradients import Gradients
 from ..quantities import Quantities
@@ -22,7 +23,6 @@ from .parts import (
     cancelled,
     centred_total,
     check_measured,
-    check_positive,
     divisor,
     mean_loss,
     per_group,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution.features import number
+from ..arguments import check_at_least, number
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from .accumulate import Accumulator, check_alike
@@ -161,8 +161,7 @@ def signal_to_noise(G: HasMoments, *, ddof: int = 0, eps: float = 0.0, by: By = 
     Needs ``quantities=["mean", "variance"]``.
     """
     check_measured(G)
-    if not number(eps) >= 0:
-        raise ArgumentError(f"eps must be a finite number, 0 or more, got {eps!r}.")
+    check_at_least(0, eps=eps)
     average, variances = means(G), G.variance(ddof)
     ratios = {name: _ratio(energy(average[name]), variances[name] + eps) for name in average}
     if by == "element":

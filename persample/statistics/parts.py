@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..attribution.called import called
-from ..attribution.features import number
 from ..errors import ArgumentError, EmptyBatchError, QuantityError
 from ..factors import dense, index
 from ..gradients import Gradients
@@ -237,13 +236,6 @@ def mean_loss(G: HasMoments) -> Tensor:
     if losses is None:
         return torch.tensor(torch.nan)
     return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
-
-
-def check_positive(**options: Any) -> None:
-    """Raise for an argument that is no positive number."""
-    for name, value in options.items():
-        if not number(value) > 0:
-            raise ArgumentError(f"{name} must be a positive and finite number, got {value!r}.")
 
 
 def check_measured(G: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attribution.features import number
+from ..arguments import number
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 

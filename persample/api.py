@@ -15,14 +15,14 @@ from torch import nn
 from . import microbatch
 from .engines import ENGINES, check_engine, compiled, hooks
 from .engines import vmap as vmap_engine
-from .errors import ArgumentError, RandomnessError, warn
+from .errors import ArgumentError, warn
 from .gradients import Sink
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
 from .remembered import recall, remember
-from .state import restored, seeded, taking_turns, undone_on_error
+from .state import restored, seed_of, seeded, taking_turns, undone_on_error
 from .statistics_run import Request
-from .verify import check_alone, run_verified
+from .verify import check_alone, chosen, run_verified
 
 
 @taking_turns
@@ -161,9 +161,9 @@ def _verified(
             result = replace(result, coupled=result.coupled or result.totals)
         elif engine == "hooks" and known is not None and (acts or result.called not in known.called):
             with restored(*problem.owners):
-                run_verified(problem, engine, lambda *_: None, run, _chosen(problem))
+                run_verified(problem, engine, lambda *_: None, run, chosen(problem.batch.n))
         return result, "verify=False" if verify is False else ""
-    n = _chosen(problem, known.calls if known is not None and due else 0)
+    n = chosen(problem.batch.n, known.calls if known is not None and due else 0)
     if engine != "hooks":
         check_alone(problem, n)
     if engine == "loop":  # the definition
@@ -172,22 +172,11 @@ def _verified(
     return run_verified(problem, engine, emit, run, n)
 
 
-def _chosen(problem: Problem, call: int = 0) -> int:
-    """The sample that is verified: always the same of so many at the first call, another at later ones; not the first
-    of several then, on which those before it can't act.
-    """
-    count, seed = problem.batch.n, problem.batch.n + 7919 * call
-    drawn = int(torch.randint(count, (), generator=torch.Generator().manual_seed(seed)))
-    return drawn if call else max(drawn, min(1, count - 1))
-
-
 @contextmanager
 def _drawing(generator: torch.Generator | None) -> Iterator[None]:
     """Random draws inside come from the generator's next draw; outside, nothing was drawn."""
     if generator is None:
         yield
         return
-    if not isinstance(generator, torch.Generator):
-        raise RandomnessError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
-    with seeded(int(torch.randint(2**31, (), generator=generator, device=generator.device))):
+    with seeded(seed_of(generator, 2**31)):
         yield

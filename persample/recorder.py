@@ -38,7 +38,7 @@ from .problem import Pass, Selection, check_model, check_no_hooks, named_paramet
 from .refusals import check_complete, check_uncoupled
 from .state import modules_of
 from .statistics_run import Request, Statistics, listed
-from .verify import compared, raise_if_wrong, row_of
+from .verify import chosen, compared, raise_if_wrong, row_of
 
 
 def extend(
@@ -378,7 +378,7 @@ class Recorder:
         kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
         verifies = notion is None and (kind not in held if self.verify is None else self.verify)
-        n = int(torch.randint(len(losses), (), generator=torch.Generator().manual_seed(len(losses))))
+        n = chosen(len(losses))
         rows: dict[str, Tensor] = {}
 
         def emit(name: str, g: Factors) -> None:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 
+from .errors import RandomnessError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -166,6 +168,18 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
         yield
+
+
+def seed_of(generator: torch.Generator | None, below: int = 2**63 - 1) -> int:
+    """The next draw of a generator (``None``: the global one), as the seed of another.
+
+    So what is drawn has a stream of its own: from the global state itself, targets would be made of the same random
+    numbers as the dropout masks of the forward pass, which begin there too.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise RandomnessError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(below, (), generator=generator, device=device))
 
 
 AutocastState = list[tuple[str, bool, torch.dtype]]

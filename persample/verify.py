@@ -117,6 +117,14 @@ class Probe:
         return compared(rows, {name: g for name, g in named if name in rows}, n, loss.dtype)
 
 
+def chosen(count: int, call: int = 0) -> int:
+    """The sample that is verified: always the same of so many at the first call, another at later ones; not the first
+    of several then, on which those before it can't act.
+    """
+    drawn = int(torch.randint(count, (), generator=torch.Generator().manual_seed(count + 7919 * call)))
+    return drawn if call else max(drawn, min(1, count - 1))
+
+
 def with_own_inputs(problem: Problem) -> Problem:
     """The same, with inputs of its own: a forward may change those that it is given in place."""
     batch = problem.batch

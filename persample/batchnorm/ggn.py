@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_samples
-from ..curvature.likelihood import seed_of
 from ..curvature.matrices import likelihood_of, single_output
 from ..curvature.objective import Objective
 from ..curvature.operator import Operator, unflatten
 from ..curvature.products import loss_curvature, operator, sandwich
 from ..errors import ArgumentError
+from ..state import seed_of
 from .network import Network
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from .. import reductions
 from ..arguments import check_samples
 from ..batch import Tree
-from ..curvature.likelihood import seed_of
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
 from ..scratch import kernel
+from ..state import seed_of
 from .network import Network, cheaper
 from .passes import Forward, Recorded
 from .statistics import constant, live

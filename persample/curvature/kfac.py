@@ -42,11 +42,11 @@ from ..problem import Problem, Selection, pose
 from ..reductions import square_sum
 from ..refusals import check_complete, check_uncoupled
 from ..remembered import verified
-from ..state import restored
-from ..verify import run_verified, with_own_inputs
+from ..state import restored, seed_of
+from ..verify import chosen, run_verified, with_own_inputs
 from .kronecker import Block, Kronecker, eigh
 from .layers import UNUSED, Layer, find_layers
-from .likelihood import check_finite, identify, seed_of, wide
+from .likelihood import check_finite, identify, wide
 from .matrices import hessian_at, single_output
 from .objective import Objective
 from .products import gradient
@@ -231,11 +231,9 @@ def _verify(problem: Problem, verify: bool | None) -> bool:
         raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}")
     if due := verify or (verify is None and not verified(problem, "hooks")):
         problem = with_own_inputs(problem)  # which a forward may change in place
-        n = int(torch.randint(problem.batch.n, (), generator=torch.Generator().manual_seed(problem.batch.n)))
         with restored(*problem.owners):
-            run_verified(
-                problem, "hooks", lambda *_: None, lambda emit, couplers: hooks(problem, emit, couplers=couplers), n
-            )
+            run = lambda emit, couplers: hooks(problem, emit, couplers=couplers)  # noqa: E731
+            run_verified(problem, "hooks", lambda *_: None, run, chosen(problem.batch.n))
     return due
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import LossError, RandomnessError
+from ..errors import LossError
 
 Product = Callable[[Tensor], Tensor]  # [N, ...] -> [N, ...]
 
@@ -70,18 +70,6 @@ class Likelihood:
         if self.family == "categorical":
             return f.softmax(self.axis)
         return f if self.family == "gaussian" else f.sigmoid()
-
-
-def seed_of(generator: torch.Generator | None) -> int:
-    """The next draw of a generator (``None``: the global one), as the seed of another.
-
-    So targets have a stream of their own: drawn from the global state itself, they would be made of the same random
-    numbers as the dropout masks of the forward pass, which begin there too.
-    """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise RandomnessError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
 def wide(x: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from ..errors import LossError
 from ..losses import LossFunction
 from ..problem import Selection, pose
 from ..remembered import lasting
-from ..state import restored
+from ..state import restored, seed_of
 from ..verify import with_own_inputs
-from .likelihood import Likelihood, identify, seed_of, wide
+from .likelihood import Likelihood, identify, wide
 from .objective import Objective
 from .operator import Operator, flatten, unflatten
 from .products import Middle, Tensors, gradient, hessian, loss_curvature, operator, pinned, sandwich, set_to

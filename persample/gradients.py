@@ -91,9 +91,7 @@ class Gradients(Quantities):
 
     def _cross(self, other: Quantities) -> Parts:
         if not isinstance(other, Gradients):
-            raise QuantityError(
-                "the inner products with another batch need the rows of both: compute gradients without quantities=."
-            )
+            return super()._cross(other)  # which raises
         if self.shapes != other.shapes:
             raise QuantityError(
                 f"the two have different parameters: {_difference(self.shapes, other.shapes)}. Use select() on both."

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..curvature.operator import Operator
 from ..errors import ArgumentError, UnknownParameterError
-from ..factors import Dense, Factors, compact, dense, index
-from ..gradients import Gradients
+from ..factors import Dense, Factors, dense, index
+from ..gradients import Gradients, Sink
 from ..losses import LossFunction
 from ..problem import Emit, Pass, Selection, pose
 from ..scratch import kernel
@@ -187,17 +187,12 @@ class Coupling:
         return self._collect(note, lambda emit: notions.through(self.network, layers, emit))
 
     def _collect(self, note: str, run: Callable[[Emit], Pass]) -> Gradients:
-        kept: dict[str, Factors] = {}
-        done = run(lambda name, g: kept.__setitem__(name, compact(g)))
-        return self._gradients(kept, note, done)
+        sink = Sink(self.network.problem.parameters, self.network.problem.aliases, None)
+        return sink.result(run(sink.emit), note)  # type: ignore[return-value]
 
-    def _gradients(self, factors: Mapping[str, Factors], note: str, done: Pass | None = None) -> Gradients:
-        problem, done = self.network.problem, done or Pass(self.losses, None)
-        assert done.losses is not None
-        return Gradients(
-            {name: factors[name] for name in self.names}, done.losses, done.outputs, unused=done.unused,
-            aliases=problem.aliases, parameters=problem.parameters, note=note,
-        )  # fmt: skip
+    def _gradients(self, factors: Mapping[str, Factors], note: str) -> Gradients:
+        problem, own = self.network.problem, {name: factors[name] for name in self.names}
+        return Gradients(own, self.losses, aliases=problem.aliases, parameters=problem.parameters, note=note)
 
     # ---- the table ----------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -48,12 +49,9 @@ Middle = Callable[[Tensors], Tensors]
 def operator(title: str, objective: Objective, apply: Callable[[Tensor], Tensor]) -> Operator:
     """An `Operator` over the objective's parameters."""
     parameters = objective.parameters
-    kinds, places = {p.dtype for p in parameters.values()}, {p.device for p in parameters.values()}
-    kind = next(iter(kinds))
-    for other in kinds:
-        kind = torch.promote_types(kind, other)
-    shapes = {name: p.shape for name, p in parameters.items()}
-    return Operator(title, shapes, kind, next(iter(places)), Products(title, apply))
+    kind = reduce(torch.promote_types, (p.dtype for p in parameters.values()))
+    shapes, device = {name: p.shape for name, p in parameters.items()}, next(iter(parameters.values())).device
+    return Operator(title, shapes, kind, device, Products(title, apply))
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,20 @@ def pyplot() -> Any:
     return plt
 
 
+def axes(ax: Axes | None = None, size: tuple[float, float] | None = None) -> Axes:
+    """``ax``, or that of a new figure of this size."""
+    return ax if ax is not None else pyplot().subplots(figsize=size, layout="constrained")[1]
+
+
+def heat_map(norms: Tensor, ax: Axes | None, diagonal: bool, label: str, **words: str) -> Axes:
+    """``[N, N]`` as colours, with a bar of this label; the diagonal, unless asked for, would hide the rest."""
+    ax, norms = axes(ax), norms.detach().double().cpu()
+    image = ax.imshow((norms if diagonal else norms.fill_diagonal_(float("nan"))).numpy(), vmin=0)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    ax.set(**words)
+    return ax
+
+
 def gradients_html(G: Gradients, limit: int = 40) -> str:
     """One line per parameter: shape, form, memory, and the median gradient norm with a bar."""
     from .factors import nbytes
@@ -60,7 +74,7 @@ def _parameters_html(Q: Gradients | Statistics, header: list[str], cells: dict[s
 
 def plot_norms(Q: Quantities, ax: Axes | None = None) -> Axes:
     """Histogram of the gradient norms of the samples; on logarithmic bins where they differ by more than a decade."""
-    ax = ax if ax is not None else pyplot().subplots(layout="constrained")[1]
+    ax = axes(ax)
     norm: Tensor = Q.norm().double().cpu()
     positive = norm[norm > 0]
     logarithmic = False
@@ -88,7 +102,7 @@ def plot_norms(Q: Quantities, ax: Axes | None = None) -> Axes:
 def plot_sizes(report: Explanation, ax: Axes | None, limit: int) -> Axes:
     """Bytes of factors against bytes of individual gradients, a pair of bars for each of the largest parameters."""
     largest = sorted(report.rows, key=lambda row: row.dense, reverse=True)[:limit]
-    ax = ax if ax is not None else _tall([row.name for row in largest], 0.45)
+    ax = axes(ax, _tall([row.name for row in largest], 0.45))
     for shift, colour, what, name in (
         (-0.2, ORANGE, "dense", "individual gradients [N, *P]"),
         (0.2, BLUE, "kept", "factors"),
@@ -108,7 +122,7 @@ def plot_sizes(report: Explanation, ax: Axes | None, limit: int) -> Axes:
 def plot_errors(report: CheckReport, ax: Axes | None) -> Axes:
     """Relative errors of rows and of their sum for every parameter; a verdict in words where it isn't "exact"."""
     rows = report.rows
-    ax = ax if ax is not None else _tall([row.name for row in rows], 0.25)
+    ax = axes(ax, _tall([row.name for row in rows], 0.25))
     floor = 1e-17  # an error of exactly 0 has no place on a logarithmic axis
     for colour, marker, what, name in (
         (BLUE, "o", "error", "single rows, against samples run alone"),
@@ -133,8 +147,6 @@ def plot_errors(report: CheckReport, ax: Axes | None) -> Axes:
     return ax
 
 
-def _tall(names: list[str], height: float) -> Axes:
-    """Axes with room for a line for each of these names, beside them."""
-    size = (max(6.4, 4.4 + 0.08 * max(map(len, names), default=0)), 1.6 + height * len(names))
-    ax: Axes = pyplot().subplots(figsize=size, layout="constrained")[1]
-    return ax
+def _tall(names: list[str], height: float) -> tuple[float, float]:
+    """The size of a figure with room for a line for each of these names, beside them."""
+    return max(6.4, 4.4 + 0.08 * max(map(len, names), default=0)), 1.6 + height * len(names)

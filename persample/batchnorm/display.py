@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..display import pyplot
+from ..display import heat_map
 from ..report import html_table
 
 if TYPE_CHECKING:
@@ -50,12 +48,5 @@ def html(J: BatchNormJacobian, limit: int = 8) -> str:
 
 
 def plot(J: BatchNormJacobian, ax: Axes | None, diagonal: bool) -> Axes:
-    norms = J.block_norms()
-    if not diagonal:
-        norms.fill_diagonal_(torch.nan)
-    if ax is None:
-        ax = pyplot().subplots(layout="constrained")[1]
-    image = ax.imshow(norms.cpu().numpy(), vmin=0)
-    ax.figure.colorbar(image, ax=ax, label=r"$\|\partial y_n / \partial x_m\|_F$")
-    ax.set(xlabel="input of sample m", ylabel="output of sample n", title="BatchNorm coupling")
-    return ax
+    words = {"xlabel": "input of sample m", "ylabel": "output of sample n", "title": "BatchNorm coupling"}
+    return heat_map(J.block_norms(), ax, diagonal, r"$\|\partial y_n / \partial x_m\|_F$", **words)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..display import PALETTE, pyplot
+from ..display import PALETTE, axes, heat_map
 from ..report import html_table
 from ..scratch import kernel
 from .notions import NOTIONS
@@ -55,18 +55,15 @@ def html(coupling: Coupling) -> str:
     return html_table(header, rows, f"Coupling({facts})", [*(x / (max(pull) or 1.0) for x in pull), 0.0])
 
 
-def heat_map(norms: Tensor, ax: Axes | None) -> Axes:
-    """``[N, N]`` as colours, without the diagonal, which would hide the rest."""
-    ax = ax or _axes()
-    image = ax.imshow(norms.detach().cpu().double().fill_diagonal_(float("nan")).numpy(), vmin=0)
-    ax.figure.colorbar(image, ax=ax, label=r"$\|\partial \ell_n / \partial \theta^{(m)}\|$")
-    ax.set(xlabel="parameters as used by sample m", ylabel="loss n", title="coupling by BatchNorm, n ≠ m")
-    return ax
+def plot(norms: Tensor, ax: Axes | None) -> Axes:
+    """The norms of the table, ``[N, N]``, without the diagonal."""
+    words = {"xlabel": "parameters as used by sample m", "ylabel": "loss n", "title": "coupling by BatchNorm, n ≠ m"}
+    return heat_map(norms, ax, False, r"$\|\partial \ell_n / \partial \theta^{(m)}\|$", **words)
 
 
 def plot_layers(coupling: Coupling, ax: Axes | None = None) -> Axes:
     """Coupling by layer and channel: the Frobenius norm of ``T`` from one channel's statistics alone, sorted."""
-    ax = ax or _axes()
+    ax = axes(ax)
     start = 0
     for i, (name, adjoint, deviation) in enumerate(_by_layer(coupling)):
         strength = channel_strength(adjoint, deviation).sort(descending=True).values
@@ -88,7 +85,7 @@ def channel_strength(adjoint: Tensor, deviation: Tensor) -> Tensor:
 
 def plot_spectrum(coupling: Coupling, ax: Axes | None = None) -> Axes:
     """Singular values of the statistic-influence matrix ``T`` (rank at most ``K``), and of every layer's part of it."""
-    ax = ax or _axes()
+    ax = axes(ax)
     with torch.autocast(coupling.losses.device.type, enabled=False):
         parts = {name: adjoint @ deviation.mT for name, adjoint, deviation in _by_layer(coupling)}
     for i, (name, matrix) in enumerate({"all layers": coupling.statistic_influence(), **parts}.items()):
@@ -102,7 +99,7 @@ def plot_spectrum(coupling: Coupling, ax: Axes | None = None) -> Axes:
 
 def plot_notions(coupling: Coupling, notions: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Norms of the per-sample gradients by each notion (all five by default), side by side; samples by their losses."""
-    ax = ax or _axes()
+    ax = axes(ax)
     order = coupling.losses.argsort().cpu()
     for i, notion in enumerate(NOTIONS if notions is None else notions):
         norms = coupling.gradients(notion).norm().cpu()[order]
@@ -116,7 +113,7 @@ def plot_decay(couplings: Iterable[Coupling], ax: Axes | None = None) -> Axes:
 
     The mean of ``|dl_n/dx_m|`` over other samples, and the share of ``dl_n/dtheta`` that flows through the statistics.
     """
-    ax = ax or _axes()
+    ax = axes(ax)
     sizes, data, theta = [], [], []
     for coupling in couplings:
         n = len(coupling)
@@ -141,9 +138,4 @@ def _by_layer(coupling: Coupling) -> Iterator[tuple[str, Tensor, Tensor]]:
 def _legend(ax: Axes) -> Axes:
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize="small")
-    return ax
-
-
-def _axes() -> Axes:
-    ax: Axes = pyplot().subplots(layout="constrained")[1]
     return ax

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..curvature.operator import unflatten
 from ..gradients import Gradients
 
 
@@ -22,6 +23,4 @@ def backward(G: Gradients, weighting: Callable[[Tensor], Tensor]) -> Tensor:
 
 def aggregate(G: Gradients, aggregator: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """``A(G)``, ``{name: [*P]}``: what a TorchJD ``Aggregator`` makes of the rows ``[N, D]`` (which are written)."""
-    flat = aggregator(G.flat())
-    pieces = flat.split_with_sizes([shape.numel() for shape in G.shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(G.shapes.items(), pieces, strict=True)}
+    return unflatten(aggregator(G.flat()), G.shapes)

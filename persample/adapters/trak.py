@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import api
+from ..attribution import kernel
 from ..errors import ArgumentError
 from . import needed
 
@@ -21,14 +21,8 @@ OutputFunction = Callable[[Any, Tensor], Tensor]
 
 
 def margin(outputs: Any, targets: Tensor) -> Tensor:
-    """``log p_y - log(1 - p_y)``, ``[N]``: the logit of the correct class against all others (Park et al. 2023, eq.
-    9).
-    """
-    logits = getattr(outputs, "logits", outputs)
-    right = logits.gather(1, targets[:, None]).squeeze(1)
-    others = logits.scatter(1, targets[:, None], -torch.inf).logsumexp(1)
-    value: Tensor = right - others
-    return value
+    """`persample.attribution.margin`, also of outputs that have ``.logits``."""
+    return kernel.margin(getattr(outputs, "logits", outputs), targets)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import reductions
 from ..arguments import check_samples
 from ..batch import Tree
+from ..curvature.operator import unflatten
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
 from ..scratch import kernel
@@ -127,8 +128,7 @@ def _by_name(network: Network, v: Tensor) -> Direction:
     size = sum(shape.numel() for shape in shapes.values())
     if v.shape != (size,):
         raise DirectionError(f"a flat direction must have shape [{size}] for these parameters, got {list(v.shape)}.")
-    pieces = v.split([shape.numel() for shape in shapes.values()])
-    return {name: x.reshape(shape) for (name, shape), x in zip(shapes.items(), pieces, strict=True)}
+    return unflatten(v, shapes)
 
 
 def _pushed(network: Network, run: Forward, directions: Iterable[Direction]) -> Iterator[Tensor]:

@@ -209,13 +209,13 @@ def unfolded(input: Tensor, grad: Tensor, geo: Geometry) -> Iterator[tuple[Tenso
         left, rights = shifted(input, grad, geo)
         yield left, rights[0]
         return
-    windows = _windows(input, tuple(grad.shape[2:]), geo)
-    with borrow(input, *windows.shape) as out:
-        out.copy_(windows)
+    given = windows(input, tuple(grad.shape[2:]), geo)
+    with borrow(input, *given.shape) as out:
+        out.copy_(given)
         yield _split(grad.flatten(2), geo.groups), out.flatten(2, 2 + len(geo.kernel)).flatten(3).mT
 
 
-def _windows(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> Tensor:
+def windows(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> Tensor:
     """What every position reads, ``[N, K, I, *kernel, *positions]``: a view of the padded input."""
     input = _read(input, positions, geo)
     n, k, channels = len(input), geo.groups, input.shape[1] // geo.groups

@@ -28,7 +28,7 @@ from torch import Size, Tensor
 from torch.nn import functional as F
 
 from ..calls import Call, Reached
-from ..convolution import Geometry
+from ..convolution import Geometry, windows
 from ..factors import Conv, Factors, Outer
 from ..refusals import parameters_of
 
@@ -87,11 +87,10 @@ class Layer:
             case Outer(left, right) if left.shape[1] == self.groups:
                 inputs, grads = (left, right) if self.transposed else (right, left)
             case Conv(input, grad):
-                unfold = reaching if self.transposed else patches
-                x, d = (grad, input) if self.transposed else (input, grad)
-                x = unfold(x, g.geometry, tuple(d.shape[2:]))  # [N, K I, kernel, T]
-                inputs = x.reshape(len(x), self.groups, -1, x.shape[-1]).mT
-                grads = d.reshape(len(d), self.groups, -1, x.shape[-1]).mT
+                unfold, x, d = (reaching, grad, input) if self.transposed else (windows, input, grad)
+                positions = tuple(d.shape[2:])
+                sides = (unfold(x, positions, g.geometry), d)  # [N, K I, kernel, T], or more dims of each
+                inputs, grads = (y.reshape(len(y), self.groups, -1, prod(positions)).mT for y in sides)
             case _:
                 return None
         return inputs if self.bias is None else torch.cat([inputs, torch.ones_like(inputs[..., :1])], 3), grads
@@ -100,37 +99,17 @@ class Layer:
 # ---- unfolded inputs ----------------------------------------------------------------------------------------------
 
 
-def patches(x: Tensor, geo: Geometry, positions: Sequence[int]) -> Tensor:
-    """``[N, C, kernel, T]``: what each output position of a convolution reads, zero outside of ``x [N, C, *S]``."""
-    reach = geo.reach(tuple(positions))
-    pad = [(low, max(0, r - low - s)) for low, r, s in zip(geo.padding, reach, x.shape[2:], strict=True)]
-    x = F.pad(x, [p for pair in reversed(pad) for p in pair])
-    return torch.stack([x[at].flatten(2) for at in _strided(geo, positions)], 2)
-
-
-def reaching(x: Tensor, geo: Geometry, positions: Sequence[int]) -> Tensor:
+def reaching(x: Tensor, positions: Sequence[int], geo: Geometry) -> Tensor:
     """``[N, C, kernel, T]``: what of ``x [N, C, *S]`` reaches each output position of a transposed convolution."""
     inner = tuple(slice(low, low + length) for low, length in zip(geo.padding, positions, strict=True))
     size = [max(r, i.stop) for r, i in zip(geo.reach(tuple(x.shape[2:])), inner, strict=True)]
-    found = []
-    for at in _strided(geo, x.shape[2:]):
+    every, found = (slice(None), slice(None)), []
+    for offset in product(*map(range, geo.kernel)):
+        sides = zip(offset, geo.dilation, geo.stride, x.shape[2:], strict=True)
         spread = x.new_zeros(*x.shape[:2], *size)
-        spread[at] = x
-        found.append(spread[(slice(None), slice(None), *inner)].flatten(2))
+        spread[(*every, *(slice(a * e, a * e + (p - 1) * s + 1, s) for a, e, s, p in sides))] = x
+        found.append(spread[(*every, *inner)].flatten(2))
     return torch.stack(found, 2)
-
-
-def _strided(geo: Geometry, positions: Sequence[int]) -> list[tuple[slice, ...]]:
-    """Per kernel offset, an index into ``[N, C, *S]``: the places ``p stride + offset dilation`` of positions ``p``."""
-    every = (slice(None), slice(None))
-    sides = list(zip(geo.dilation, geo.stride, positions, strict=True))
-    return [
-        (
-            *every,
-            *(slice(a * e, a * e + (length - 1) * s + 1, s) for a, (e, s, length) in zip(offset, sides, strict=True)),
-        )
-        for offset in product(*map(range, geo.kernel))
-    ]
 
 
 # ---- which parameters are layers ----------------------------------------------------------------------------------

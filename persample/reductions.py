@@ -170,7 +170,7 @@ def _norms(g: Factors) -> Tensor:
         return _streamed_norms(g)
     if not isinstance(g, Conv):
         return _piece_norms(g)
-    return _pixel_norms(g) if _prefers_pixels(g) else _streamed_norms(g)
+    return _checked(g, *_pixel_products(g)) if _prefers_pixels(g) else _streamed_norms(g)
 
 
 def _piece_norms(g: Piece) -> Tensor:
@@ -215,10 +215,6 @@ def _across_norms(g: Pulled) -> tuple[Tensor, Tensor]:
 
 def _prefers_pixels(g: Conv) -> bool:
     return bool(g.grad.numel() and g.input.numel()) and cost.conv_norm(g.grad, sizes_of(g)) == "pixels"
-
-
-def _pixel_norms(g: Conv) -> Tensor:
-    return _checked(g, *_pixel_products(g))
 
 
 def _pixel_products(g: Conv) -> tuple[Tensor, ...]:

@@ -47,14 +47,9 @@ def embedding_bag(
         return rows * scale.unsqueeze(1)
 
     if not call.sampled(weight):
-        yield weight, lambda: Rows(_tokens(bags.index, here), _tokens(values(), here), weight.shape)
+        yield weight, lambda: Rows(samples_first(bags.index, here), samples_first(values(), here), weight.shape)
     if per_sample_weights is not None and not call.sampled(per_sample_weights):
         yield per_sample_weights, lambda: _weights(call, g, weight, per_sample_weights, bags, here)
-
-
-def _tokens(x: Tensor, at: Layout) -> Tensor:
-    """``[N, T, *rest]``."""
-    return samples_first(x, at)
 
 
 def _weights(call: Call, g: Tensor, weight: Tensor, given: Tensor, bags: _Bags, here: Layout):  # type: ignore[no-untyped-def]

@@ -28,7 +28,7 @@ def scaled(d: Derivation, g: Rowlike, input: Any, other: Any, **kwargs: Any) -> 
     for p, factor in ((input, other), (other, input)):
         if isinstance(p, Tensor) and p.requires_grad:
             if isinstance(factor, Tensor):
-                yield p, partial(_shares, g, p, factor)
+                yield p, partial(_product, g, factor.detach(), p)
             elif p.shape == d.shape:
                 yield p, partial(scale, g, factor)
 
@@ -43,8 +43,9 @@ def divided(d: Derivation, g: Rowlike, input: Any, other: Any, *, rounding_mode:
     if not isinstance(other, Tensor):
         yield input, lambda: scale(g, 1 / other)
         return
-    yield input, lambda: _shares(g, input, other, lambda x: x.reciprocal())
-    yield other, lambda: _shares(g, other, input, lambda x: -(x / other.detach()) / other.detach())
+    x, y = input.detach(), other.detach()
+    yield input, lambda: _product(g, y.reciprocal(), input)
+    yield other, lambda: _product(g, -(x / y) / y, other)
 
 
 def _is_a_product(d: Derivation, number: Tensor) -> bool:
@@ -63,12 +64,8 @@ def _meet(d: Derivation) -> bool:
     return len({*found}) < len(found)
 
 
-def _shares(g: Factors, p: Tensor, factor: Tensor, of: Any = lambda x: x) -> Factors:
-    """Rows times ``of(factor)``, summed to the shape that ``p`` was broadcast from."""
-    return _product(g, of(factor.detach()), p)
-
-
 def _product(g: Factors, factor: Tensor, p: Tensor) -> Factors:
+    """Rows times ``factor``, summed to the shape that ``p`` was broadcast from."""
     if p.shape == g.shape:
         return scale(g, factor) if factor.ndim == 0 else times(g, factor)
     if p.numel() == 1:

@@ -83,7 +83,7 @@ def unreduced(loss_fn: Any, outputs: Any, targets: Any, n: int) -> Tensor | None
         return None
     ignore: int | None
     if type(loss_fn) in CRITERIA and all(b is None for b in loss_fn._buffers.values()):
-        if any(getattr(loss_fn, hooks) for hooks in _HOOKS):
+        if any(getattr(loss_fn, hooks) for hooks in HOOKS):
             return None
         each, reduction, ignore = _not_reducing(loss_fn), loss_fn.reduction, getattr(loss_fn, "ignore_index", None)
     elif any(loss_fn is f for f in CRITERIA.values()):
@@ -105,7 +105,7 @@ def unreduced(loss_fn: Any, outputs: Any, targets: Any, n: int) -> Tensor | None
     return losses
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _not_reducing(criterion: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
@@ -209,7 +209,7 @@ class Quantities(abc.ABC):
     def squared_norm(self, per_parameter: bool = False) -> Any:
         """``diag(G G^T)``, ``[N]``: the squared L2 norm of every sample's gradient; ``{name: [N]}`` per parameter."""
         parts = self._parts("squares")
-        return dict(parts) if per_parameter else _total(parts)
+        return dict(parts) if per_parameter else add_up(parts.values())
 
     def norm(self, per_parameter: bool = False) -> Any:
         """``[N]``: the L2 norm of every sample's gradient, over all parameters; ``{name: [N]}`` per parameter."""
@@ -221,7 +221,7 @@ class Quantities(abc.ABC):
         complex entries, those of their real and imaginary parts (the real part of ``G H^*``).
         """
         parts = self._parts("gram") if other is None or other is self else self._cross(other)
-        return dict(parts) if per_parameter else _total(parts)
+        return dict(parts) if per_parameter else add_up(parts.values())
 
     def _cross(self, other: Quantities) -> Parts:
         raise QuantityError(
@@ -242,13 +242,13 @@ class Quantities(abc.ABC):
         """``G v``, ``[N]``: the derivative of every sample's loss along ``direction``, ``{name: [*P]}`` or flat
         ``[D]``.
         """
-        return _total(self._parts("dot", direction))
+        return add_up(self._parts("dot", direction).values())
 
     def project(self, projection: Mapping[str, Tensor] | Tensor | Projects) -> Tensor:
         """``G R``, ``[N, k]``: rows times ``{name: [*P, k]}``, a flat ``[D, k]``, or a
         `persample.attribution.Projection`.
         """
-        return _total(self._parts("project", projection))
+        return add_up(self._parts("project", projection).values())
 
     # ---- parameter space: parameters stay apart -----------------------------------------------------------------
 
@@ -388,9 +388,7 @@ def check_ddof(ddof: Any) -> None:
 CHECKS: dict[str, Callable[[Any], None]] = {"clip": check_max_norm, "variance": check_ddof, "std": check_ddof}
 
 
-def _total(parts: Parts) -> Tensor:
-    total, *rest = parts.values()
-    for part in rest:
-        total = total + part
-    assert isinstance(total, Tensor)
-    return total
+def add_up(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors of one shape."""
+    first, *rest = tensors
+    return sum(rest, first)

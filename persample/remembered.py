@@ -87,7 +87,7 @@ def settings(model: nn.Module) -> Settings:
     """
     found: Settings = {}
     for prefix, module in named_modules(model):
-        found[prefix.removesuffix(".")] = _words(type(module))
+        found[prefix.removesuffix(".")] = words(type(module))
         for name, x in module.__dict__.items():
             if name not in BOOKKEEPING and (told := _told(x)) is not None:
                 found[prefix + name] = told
@@ -101,10 +101,10 @@ def _told(x: Any) -> str | None:
     if x is None or type(x) in PLAIN or isinstance(x, torch.dtype):
         return repr(x)
     if isinstance(x, BuiltinFunctionType):
-        return _words(x)
+        return words(x)
     if isinstance(x, FunctionType):  # lambdas share their names
         code = x.__code__
-        return _words(x) + (f" {code.co_code.hex()} {_told(code.co_consts)}" if code.co_name == "<lambda>" else "")
+        return words(x) + (f" {code.co_code.hex()} {_told(code.co_consts)}" if code.co_name == "<lambda>" else "")
     if isinstance(x, partial):
         x = (x.func, x.args, x.keywords)
     parts = [*x.items()] if isinstance(x, dict) else x if isinstance(x, tuple) else None
@@ -112,7 +112,8 @@ def _told(x: Any) -> str | None:
     return None if found is None or None in found else f"({', '.join(map(str, found))})"
 
 
-def _words(kind: Any) -> str:
+def words(kind: Any) -> str:
+    """What a class or function is called."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -144,7 +145,7 @@ def _identity(x: Any, depth: int = 4) -> Any:
     if isinstance(x, MethodType):
         return inner(x.__func__), inner(x.__self__)
     if isinstance(x, FunctionType):
-        cells = tuple(_content(cell) for cell in x.__closure__ or ())
+        cells = tuple(content(cell) for cell in x.__closure__ or ())
         names = tuple(x.__globals__.get(name) for name in x.__code__.co_names)
         return (
             x.__code__,
@@ -155,7 +156,8 @@ def _identity(x: Any, depth: int = 4) -> Any:
     return type(x), getattr(x, "__qualname__", ""), inner(getattr(x, "__dict__", {}))
 
 
-def _content(cell: CellType) -> Any:
+def content(cell: CellType) -> Any:
+    """What a function has closed over."""
     try:
         return cell.cell_contents
     except ValueError:  # a name that has no value yet

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..remembered import BOOKKEEPING
+from ..remembered import BOOKKEEPING, content, words
 
 PLAIN = (str, int, float)
 Within = tuple[int, ...]  # ids of what is being described: something may hold itself
@@ -69,38 +69,27 @@ def _called(x: Any, within: Within) -> str:
         return f"{_called(x.func, within)}({', '.join([*given, *_settings(x.keywords, within)])})"
     if isinstance(x, nn.Module):
         settings, state = ", ".join(_attributes(x, within)), digest([*x.parameters(), *x.buffers()])[:16]
-        return f"{_name(type(x))}({settings}; {state})"
+        return f"{words(type(x))}({settings}; {state})"
     if isinstance(x, types.MethodType):
-        return f"{_name(x.__func__)} of {_value(x.__self__, within, inside=True)}"
+        return f"{words(x.__func__)} of {_value(x.__self__, within, inside=True)}"
     if isinstance(x, types.FunctionType):
         own = str(x.__module__).split(".")[0] != "torch"
         settings = ", ".join(_of_function(x, within)) if own else ""
     elif hasattr(x, "__qualname__"):  # a class, or a function of C
-        return _name(x)
+        return words(x)
     else:
         settings = ", ".join(_settings(_held(x), within))
         x = type(x)
-    return f"{_name(x)}({settings})" if settings else _name(x)
-
-
-def _name(kind: Any) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{words(x)}({settings})" if settings else words(x)
 
 
 def _of_function(f: types.FunctionType, within: Within) -> Iterable[str]:
     """Its defaults, what it closed over, and its attributes."""
     defaults = {f"default {i}": value for i, value in enumerate(f.__defaults__ or ())}
     cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
-    closed = {name: _content(cell) for name, cell in cells}
+    closed = {name: content(cell) for name, cell in cells}
     given = {name: value for name, value in vars(f).items() if name[:2] != "__"}
     return _settings({**defaults, **(f.__kwdefaults__ or {}), **closed, **given}, within)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing is in it yet
-        return None
 
 
 def _attributes(module: nn.Module, within: Within) -> list[str]:
@@ -133,7 +122,7 @@ def _value(x: Any, within: Within, inside: bool = False) -> str:
     if x is None or isinstance(x, (*PLAIN, complex, bytes, torch.dtype, torch.device, np.generic)):
         return repr(x)
     if isinstance(x, enum.Enum):
-        return f"{_name(type(x))}.{x.name}"
+        return f"{words(type(x))}.{x.name}"
     if isinstance(x, Tensor):
         return f"{type(x).__name__} {digest(x)[:16]}"
     if isinstance(x, np.ndarray) and not x.dtype.hasobject:
@@ -153,5 +142,5 @@ def _value(x: Any, within: Within, inside: bool = False) -> str:
         return _called(x, within)
     known = (types.SimpleNamespace, argparse.Namespace)
     if inside or isinstance(x, known) or is_dataclass(x):
-        return f"{_name(type(x))}({', '.join(_settings(_held(x), deeper))})"
-    return _name(type(x))
+        return f"{words(type(x))}({', '.join(_settings(_held(x), deeper))})"
+    return words(type(x))

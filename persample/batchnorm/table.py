@@ -20,6 +20,7 @@ from ..batch import Tree
 from ..curvature.operator import unflatten
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
+from ..quantities import add_up
 from ..scratch import kernel
 from ..state import seed_of
 from .network import Network, cheaper
@@ -156,7 +157,7 @@ def loss_squares(network: Network, probes: int, generator: torch.Generator | Non
     check_samples(probes, "probes", "directions")
     generator = _of_its_own(network, generator)
     with network.point.forward(live) as run:
-        return _mean(x.square() for x in _pushed(network, run, (direction() for _ in range(probes))))
+        return add_up(x.square() for x in _pushed(network, run, (direction() for _ in range(probes)))) / probes
 
 
 def outgoing_squares(network: Network, probes: int, generator: torch.Generator | None) -> Tensor:
@@ -165,7 +166,7 @@ def outgoing_squares(network: Network, probes: int, generator: torch.Generator |
     generator = _of_its_own(network, generator)
     with network.point.recorded() as run:
         signs = (_signs(run.losses, generator) for _ in range(probes))
-        return _mean(_sum(_reduced(run, w, lambda _, g: reductions.row_dot(g, g))) for w in signs)
+        return add_up(_sum(_reduced(run, w, lambda _, g: reductions.row_dot(g, g))) for w in signs) / probes
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def output_input_squares(network: Network, probes: int | None, generator: torch.
         if probes is None:
             return _input_squares(network, run.inputs, f.reshape(-1)).view(*f.shape, network.n).sum(1)
         signed = ((f * _signs(f, generator)).sum(1) for _ in range(probes))
-        return _mean(_input_squares(network, run.inputs, y) for y in signed)
+        return add_up(_input_squares(network, run.inputs, y) for y in signed) / probes
 
 
 def _input_squares(network: Network, inputs: Tree, out: Tensor) -> Tensor:
@@ -232,10 +233,3 @@ def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _sum(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(parts.values())).sum(0)
-
-
-def _mean(values: Iterable[Tensor]) -> Tensor:
-    first, *rest = values
-    for value in rest:
-        first = first + value
-    return first / (1 + len(rest))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..arguments import one_of
 from ..errors import KroneckerError
 from ..hook import Hook
-from ..losses import LossFunction
+from ..losses import HOOKS, LossFunction
 from ..problem import Selection, pose
 from ..state import restored, set_random_state
 from ..verify import with_own_inputs
@@ -33,8 +33,6 @@ from .matrices import hessian_at
 from .objective import Objective, twice_differentiable
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def kfra(
@@ -106,7 +104,7 @@ def _chain(model: nn.Module, name: str = "") -> Iterator[nn.Module]:
 
 def _check_no_hooks(module: nn.Module, name: str) -> None:
     """Parts are run one by one: hooks of sequences wouldn't be, and those of a layer are no part of its matrix."""
-    if any(not isinstance(hook, Hook) for hooks in _HOOKS for hook in getattr(module, hooks).values()):
+    if any(not isinstance(hook, Hook) for hooks in HOOKS for hook in getattr(module, hooks).values()):
         whose = f"module '{name.removesuffix('.')}'" if name else "the model"
         raise KroneckerError(
             f"{whose} has a hook (register_forward_hook, or one before or in the backward pass), which may change what "

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..arguments import check_positive, number
 from ..errors import ArgumentError, warn
-from ..quantities import Quantities
+from ..quantities import Quantities, add_up
 from ..statistics.batch_size import loss_above_zero
 from ..statistics.noise import noise_scale
-from ..statistics.parts import HasMoments, add_up, centred_total, check_measured, mean_square
+from ..statistics.parts import HasMoments, centred_total, check_measured, mean_square
 
 Rule = Callable[[Quantities], tuple[Tensor, Tensor]]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError, QuantityError
 from ..gradients import Gradients
-from ..quantities import Quantities
+from ..quantities import Quantities, add_up
 from .accumulate import Accumulator, check_alike
-from .parts import By, add_up, blocks, group_of, named
+from .parts import By, blocks, group_of, named
 
 
 def histogram(

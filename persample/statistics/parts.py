@@ -10,7 +10,7 @@ for; a Gram matrix serves for norms and for the norm of the mean), and, but for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +20,7 @@ from ..attribution.called import called
 from ..errors import ArgumentError, EmptyBatchError, QuantityError
 from ..factors import dense, index
 from ..gradients import Gradients
-from ..quantities import NEEDS, Quantities
+from ..quantities import NEEDS, Quantities, add_up
 from ..statistics_run import Statistics
 
 BLOCK = 1 << 21  # entries of G at a time
@@ -65,12 +65,6 @@ def group_of(name: str, by: By) -> str:
     if by == "layer":
         return name.rpartition(".")[0] or name
     raise ArgumentError(f"by must be None, 'layer', 'parameter' or a function of the parameter's name, got {by!r}.")
-
-
-def add_up(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of tensors of one shape."""
-    first, *rest = tensors
-    return sum(rest, first)
 
 
 def named(function: Callable[..., Any] | str | None) -> str | None:

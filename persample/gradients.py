@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from . import display, doubt, reductions
 from .errors import QuantityError, UnknownParameterError
 from .factors import Dense, Factors, compact, dense, dtype, nbytes, tensors
+from .kept import Checked, Kept
 from .problem import Pass, Selection, select
-from .quantities import PARTS, Checked, Kept, Parts, Quantities
+from .quantities import PARTS, Parts, Quantities
 from .report import bytes_text
 from .scratch import fresh
 from .statistics_run import Request, Statistics

@@ -25,7 +25,6 @@ Slices of a batch whose samples are coupled are other functions of these samples
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -34,13 +33,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from . import reductions
 from .batch import Batch, cat, flatten, unflatten
 from .errors import BatchCoupledError, RandomnessError
 from .factors import Dense, Factors, Pulled, compact, dense, dtype, nothing, same_back, tensors
+from .meter import Meter
 from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
 from .rounding import tolerance
@@ -294,49 +292,3 @@ def concatenated(parts: Sequence[Factors]) -> Factors:
 
 def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a[k].shape[1:] == x.shape[1:] if isinstance(x, Tensor) else a[k] == x for k, x in b.items())
-
-
-# ---- memory -------------------------------------------------------------------------------------------
-
-
-class Meter(TorchDispatchMode):
-    """While it is active, ``most`` is the most bytes that what is computed has taken at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.known: dict[int, weakref.ref[Any]] = {}  # storages
-        self.now = self.most = 0
-        self.resting = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.resting:
-            return func(*args, **(kwargs or {}))
-        for t in tree_leaves((args, kwargs)):
-            self._see(t, computed=False)
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            self._see(t, computed=True)
-        return out
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Without counting what is computed inside, or by a function decorated with it."""
-        self.resting = True
-        try:
-            yield
-        finally:
-            self.resting = False
-
-    def _see(self, t: Any, computed: bool) -> None:
-        if not isinstance(t, Tensor) or t.layout is not torch.strided:
-            return
-        storage = t.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if computed else 0
-        if key not in self.known:
-            self.known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-            self.now += size
-            self.most = max(self.most, self.now)
-
-    def _forget(self, key: int, size: int) -> None:
-        del self.known[key]
-        self.now -= size

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from . import cost, display, doubt
 from .errors import InplaceError, QuantityError
 from .factors import Factors, compact, dtype, nbytes
+from .kept import Kept
 from .problem import Pass
-from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, READERS, Kept, Parts, Quantities
+from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, READERS, Parts, Quantities
 from .streaming import formed, shared_split
 
 Request = str | tuple[str, dict[str, Any]]

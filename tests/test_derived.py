@@ -203,7 +203,7 @@ def test_nothing_is_led_back_for_sums() -> None:
 
 def test_parametrized_layers_are_led_back_in_slices() -> None:
     """``[N, *P]`` never exists: the most that a run of norms takes is far below it."""
-    from persample.microbatch import Meter
+    from persample.meter import Meter
 
     layer = parametrizations.orthogonal(nn.Linear(64, 64), orthogonal_map="cayley")
     x = torch.randn(400, 64)

@@ -61,4 +61,4 @@ def diagonal(
 def _objective(network: Network, reduction: str) -> Objective:
     """The same point: parameters, batch, random masks."""
     scale = Objective.of(network.problem, reduction).scale
-    return Objective(network.problem, scale, network.point.random, network.point.autocast)
+    return Objective(network.problem, scale, network.point.start)

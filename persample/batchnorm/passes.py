@@ -23,21 +23,14 @@ from ..batch import Batch, Tree, call_model, detached, flatten
 from ..calls import Reached, reached
 from ..capture import Capture
 from ..collect import Collect
-from ..curvature.objective import Objective, named_derivatives, refuse_once_differentiable, twice_differentiable
+from ..curvature.objective import Start, named_derivatives, refuse_once_differentiable
 from ..engines.hooks import Seeds, along, forward
 from ..errors import ArgumentError, CaptureError, InplaceError
 from ..factors import strided
+from ..losses import batch_losses
 from ..problem import Emit, Problem
 from ..refusals import check_complete, check_only
-from ..state import (
-    AutocastState,
-    RandomState,
-    autocast_as,
-    autocast_state,
-    random_state,
-    restored,
-    set_random_state,
-)
+from ..state import RandomState, random_state
 from ..verify import with_own_inputs
 from .statistics import READ, Explicit, Layer, Node, Pool, Replace, Replacement
 
@@ -72,20 +65,19 @@ class Point:
     """A model, a criterion and a batch, with the random state in which every forward pass begins."""
 
     problem: Problem
-    random: RandomState
+    start: Start
     state: list[tuple[str, Any]]  # what must not change between passes
     passes: Passes = field(default_factory=Passes)
-    autocast: AutocastState = field(default_factory=autocast_state)
 
     @staticmethod
     def of(problem: Problem) -> Point:
         if lazy := [name for name, p in problem.parameters.items() if is_lazy(p)]:
             raise ArgumentError(f"parameter '{lazy[0]}' has no values yet (a lazy module): run the model once.")
-        return Point(problem, random_state(problem.model), _state(problem))
+        return Point(problem, Start.now(problem.model), _state(problem))
 
     def __reduce__(self) -> Any:
         same = [now == before for now, before in zip(_state(self.problem), self.state, strict=False)]
-        return _copied, (self.problem, self.random, same, self.passes, self.autocast)
+        return _copied, (self.problem, self.start, same, self.passes)
 
     @property
     def n(self) -> int:
@@ -113,7 +105,8 @@ class Point:
                 outputs = call_model(problem.model, given)
             finally:
                 capture.stop()
-            losses = Objective(problem, 1.0, self.random).losses(outputs)
+            batch = problem.batch
+            losses = batch_losses(problem.loss_fn, batch.outputs(outputs), batch.targets, batch.n)
             modes.close()
             self.passes.drawn = random_state(problem.model)
             check_only(READ, reached([losses.grad_fn], capture), problem.parameters)
@@ -141,8 +134,7 @@ class Point:
                     f"{what} changed since the coupling was set up, so its results would belong to different points. "
                     "Ask for what you need before the change, or call persample.coupling again after it."
                 )
-        with restored(*self.problem.owners), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
-            set_random_state(self.random)
+        with self.start.again(self.problem):
             self.passes.forward += 1
             try:
                 yield
@@ -226,10 +218,10 @@ def _towards(ends: list[Tensor], starts: list[Tensor], found: Reached, wrt: Sequ
     return list(torch.autograd.grad(ends, targets, starts, allow_unused=True, retain_graph=True)[: len(wrt)])
 
 
-def _copied(problem: Problem, random: RandomState, same: list[bool], passes: Passes, autocast: AutocastState) -> Point:
+def _copied(problem: Problem, start: Start, same: list[bool], passes: Passes) -> Point:
     """A point whose tensors lie elsewhere, and count changes anew; what had changed before remains changed."""
     state = [(what, now if kept else None) for (what, now), kept in zip(_state(problem), same, strict=False)]
-    return Point(problem, random, state, passes, autocast)
+    return Point(problem, start, state, passes)
 
 
 def _state(problem: Problem) -> list[tuple[str, Any]]:

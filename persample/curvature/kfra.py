@@ -22,7 +22,6 @@ from ..errors import KroneckerError
 from ..hook import Hook
 from ..losses import HOOKS, LossFunction
 from ..problem import Selection, pose
-from ..state import restored, set_random_state
 from ..verify import with_own_inputs
 from ..watch import Watch
 from .kfac import kfac, loss_roots, root
@@ -30,7 +29,7 @@ from .kronecker import Kronecker
 from .layers import Layer
 from .likelihood import wide
 from .matrices import hessian_at
-from .objective import Objective, twice_differentiable
+from .objective import Objective
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -123,11 +122,9 @@ def _recursion(objective: Objective, modules: list[nn.Module]) -> Iterator[tuple
     """Modules, the last one first, with the shape of their output ``[N, ...]`` and ``Gbar [F, F]`` there; down to the
     first that has chosen parameters.
     """
-    model = objective.problem.model
     chosen = {id(p) for p in objective.parameters.values()}
     first = next(i for i, module in enumerate(modules) if any(id(p) in chosen for p in module.parameters()))
-    with restored(model), twice_differentiable(), torch.enable_grad():
-        set_random_state(objective.random)
+    with objective.start.again(objective.problem):
         x = _only(with_own_inputs(objective.problem).batch.inputs.leaves).detach()
         for module in modules[:first]:  # samples may be coupled here, as nothing is propagated so far
             x = module(x)

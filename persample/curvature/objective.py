@@ -28,16 +28,27 @@ from ..capture import Capture
 from ..errors import ArgumentError, CaptureError, LossError
 from ..losses import batch_losses
 from ..problem import Problem
-from ..state import (
-    AutocastState,
-    RandomState,
-    autocast_as,
-    autocast_state,
-    random_state,
-    restored,
-    set_random_state,
-)
+from ..state import AutocastState, RandomState, autocast_as, autocast_state, random_state, restored, set_random_state
 from ..verify import with_own_inputs
+
+
+@dataclass(frozen=True)
+class Start:
+    """The random state in which every pass begins, and its autocast region: those of the moment when it was made."""
+
+    random: RandomState
+    autocast: AutocastState = field(default_factory=autocast_state)
+
+    @staticmethod
+    def now(model: nn.Module) -> Start:
+        return Start(random_state(model))
+
+    @contextmanager
+    def again(self, problem: Problem) -> Iterator[None]:
+        """Inside, a pass begins there and can be differentiated twice; afterwards, it has left no trace."""
+        with restored(*problem.owners), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
+            set_random_state(self.random)
+            yield
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,7 @@ class Objective:
 
     problem: Problem
     scale: float
-    random: RandomState
-    autocast: AutocastState = field(default_factory=autocast_state)
+    start: Start
     silent: list[bool] = field(default_factory=lambda: [True])  # whether it was said what the losses aren't; once
 
     @staticmethod
@@ -56,7 +66,7 @@ class Objective:
         if reduction not in ("mean", "sum"):
             raise ArgumentError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         scale = 1 / problem.batch.n if reduction == "mean" else 1.0
-        return Objective(problem, scale, random_state(problem.model), silent=[False])
+        return Objective(problem, scale, Start.now(problem.model), silent=[False])
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -65,8 +75,7 @@ class Objective:
     @contextmanager
     def forward(self, capture: Capture | None = None) -> Iterator[Any]:
         """The outputs with their graph, to be differentiated inside the ``with`` block; ``capture`` records calls."""
-        with restored(*self.problem.owners), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
-            set_random_state(self.random)
+        with self.start.again(self.problem):
             inputs = with_own_inputs(self.problem).batch.inputs.map(lambda x, _: x.detach())
             if capture is None:
                 yield call_model(self.problem.model, inputs)

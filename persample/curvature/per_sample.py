@@ -26,7 +26,7 @@ from ..remembered import remember, verified
 from ..state import drawn_since, random_state, restored
 from ..verify import check_alone, with_own_inputs
 from ..watch import Watch
-from .objective import Objective, named_derivatives, refuse_once_differentiable, twice_differentiable
+from .objective import Objective, Start, named_derivatives, refuse_once_differentiable, twice_differentiable
 from .operator import flatten, unflatten
 from .products import hessian
 
@@ -131,7 +131,7 @@ def _by_loop(problem: Problem, direction: Tensor) -> Tensor:
     rows = []
     for n in range(problem.batch.n):
         alone = replace(problem, batch=problem.batch.select(torch.tensor([n])))
-        objective = Objective(alone, 1.0, random_state(problem.model))
+        objective = Objective(alone, 1.0, Start.now(problem.model))
         rows.append(hessian(objective)(direction[:, None]).squeeze(1))
     return torch.stack(rows)
 

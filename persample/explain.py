@@ -123,8 +123,8 @@ def explain(
             _explained(name, p, n, f"engine='{engine}'", "Dense", None, why) for name, p in problem.parameters.items()
         ]
         return Explanation(engine, n, tuple(rows))
-    capture = Capture(model, {id(p) for p in problem.parameters.values()})
-    with restored(model), torch.enable_grad():
+    capture = Capture(problem.model, {id(p) for p in problem.parameters.values()})
+    with restored(*problem.owners), torch.enable_grad():
         _, _, seeds, _ = forward(problem, capture)
         found = reached(t.grad_fn for t, *_ in seeds)
         check_complete(found, problem.parameters)

@@ -129,6 +129,14 @@ def select(
     return [name for name in available if name in chosen]
 
 
+def asked_for(model: nn.Module, params: Selection) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """The parameters that a selection means, by their first name, and the further names of these."""
+    found, aliases = named_parameters(model)
+    frozen = (name for name, p in model.named_parameters() if not p.requires_grad)
+    chosen = {name: found[name] for name in select(found, aliases, params, frozen)}
+    return chosen, {alias: name for alias, name in aliases.items() if name in chosen}
+
+
 def _meant(pattern: str, names: Iterable[str]) -> str:
     """A hint at the regular expression for what a shell pattern (``*.weight``) or a part of a name must have meant."""
     glob = re.sub(r"([*?])", r".\1", pattern.replace(".", r"\.")).replace(".?", ".")
@@ -249,18 +257,13 @@ def pose(
             f"{name} compares outputs with targets, and there are none: persample.gradients(model, loss_fn, inputs, "
             "targets)."
         )
-    found, aliases = named_parameters(model)
-    frozen = (name for name, p in model.named_parameters() if not p.requires_grad)
-    names = select(found, aliases, params, frozen)
-    if not names:
+    chosen, aliases = asked_for(model, params)
+    if not chosen:
         swapped = isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in parameters_of(loss_fn))
         raise UnknownParameterError(
             "the model has no parameter that requires grad, so there is no gradient to take."
             + (" Are model and loss_fn swapped? The order is (model, loss_fn, inputs, targets)." if swapped else "")
         )
-    chosen = {name: found[name] for name in names}
     _check_apart(inputs, "an input", chosen)
     _check_apart(targets, "a target", chosen)
-    return Problem(
-        model, loss_fn, Batch.of(inputs, targets, batch_dim), chosen, {a: n for a, n in aliases.items() if n in chosen}
-    )
+    return Problem(model, loss_fn, Batch.of(inputs, targets, batch_dim), chosen, aliases)

@@ -34,7 +34,7 @@ from .gradients import Result, Sink
 from .hook import Hook
 from .listener import Listener, Reduction
 from .losses import ways_out
-from .problem import Pass, Selection, check_model, check_no_hooks, named_parameters, select
+from .problem import Pass, Selection, asked_for, check_model, check_no_hooks
 from .refusals import check_complete, check_uncoupled
 from .state import modules_of
 from .statistics_run import Request, Statistics, listed
@@ -127,9 +127,8 @@ class Recorder:
             else Listener(on_backward, reduction, self.quantities, self, lambda: self._asleep or self._differentiates)
         )
         self.batch_dim, self.verify = batch_dim, verify
-        found, aliases = named_parameters(model)
-        self.names = select(found, aliases, params)
-        self._params = params
+        found, _ = asked_for(model, params)
+        self.names, self._params = list(found), params
         self._capture: Capture | None = None
         self._modes = contextlib.ExitStack()  # that stay on for a forward, or a whole with-block
         self._entered = False  # the mode is on for a whole with-block
@@ -144,7 +143,7 @@ class Recorder:
             model.register_forward_hook(Hook(self, "_after"), with_kwargs=True, always_call=True),
         ]
         if self.quantities is not None:
-            Statistics(self.quantities, {name: found[name] for name in self.names})  # complain now, not in a backward
+            Statistics(self.quantities, found)  # complain now, not in a backward
 
     def __repr__(self) -> str:
         how = "" if self._listener is None else f", reports every backward (reduction={self._listener.reduction!r})"
@@ -195,13 +194,11 @@ class Recorder:
             self._leave_forward()
 
     def _new_capture(self) -> Capture:
-        found, aliases = named_parameters(self.model)  # requires_grad may have changed
-        self._aliases = aliases
-        self._parameters = {name: found[name] for name in select(found, aliases, self._params)}
+        self._parameters, self._aliases = asked_for(self.model, self._params)  # requires_grad may have changed
         wanted = {id(p) for p in self._parameters.values()}
         if (listener := self._listener) is None:
             return Capture(self.model, wanted, owner=self)
-        listener.parameters, listener.aliases = self._parameters, aliases
+        listener.parameters, listener.aliases = self._parameters, self._aliases
         return Capture(self.model, wanted, listener.listen, owner=self, begun=listener.begun)
 
     def _take(self, depth: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..api import gradients
 from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
-from ..problem import Selection, named_parameters, select
+from ..problem import Selection, asked_for, named_parameters
 from ..quantities import Quantities
 from ..remembered import Settings, changed, lasting, settings
 from ..state import Buffers
@@ -200,9 +200,8 @@ def describe(model: nn.Module, params: Selection, projection: Projection | None,
     """What has to agree between rows that are compared: layout, scale, projection, model."""
     if projection is not None and not isinstance(projection, Projection):
         raise ArgumentError(f"projection must be a persample.attribution.Projection, got {type(projection).__name__}.")
-    found, aliases = named_parameters(model)
     return {
-        "layout": {name: list(found[name].shape) for name in select(found, aliases, params)},
+        "layout": {name: list(p.shape) for name, p in asked_for(model, params)[0].items()},
         "scale": scale,
         "projection": None if projection is None else projection.spec(),
         "model": fingerprint(model),

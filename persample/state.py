@@ -201,8 +201,8 @@ def autocast_as(state: AutocastState) -> Iterator[None]:
 
 
 class Buffers:
-    """Buffers of a model (and a criterion) as they are now, to be put back: those that a forward changes, and those
-    that it replaces.
+    """Buffers of a model (and a criterion) as they are now, to be put back, or at the end of a with-block: those that a
+    forward changes, and those that it replaces.
     """
 
     def __init__(self, *owners: Any) -> None:
@@ -214,6 +214,12 @@ class Buffers:
             for name, b in module._buffers.items()
             if b is not None and not is_lazy(b) and b.layout is torch.strided and not b.is_meta
         ]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
 
     def restore(self) -> None:
         """As they were, also for graphs of the user's that have saved them."""

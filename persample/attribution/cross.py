@@ -15,13 +15,14 @@ from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection
 from ..remembered import Settings, lasting, settings
+from ..state import Buffers
 from .appendable import Appendable
 from .called import called, digest
 from .features import Features
 from .loaders import Ends, Unpack, check_ordered, missing, unpacked
 from .projection import Projection
 from .scores import grad_dot
-from .store import another, buffers_kept, describe, same, same_settings
+from .store import another, describe, same, same_settings
 
 
 def cross_gram(
@@ -67,7 +68,7 @@ def cross_gram(
         return missing(train_loader, done, ends, unpack, progress, options)
 
     def features(inputs: Any, targets: Any) -> Any:
-        with buffers_kept(model):
+        with Buffers(model):
             if projection is None:
                 return gradients(model, loss_fn, inputs, targets, params=params, **options)
             asked = [("project", {"projection": projection})]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
@@ -147,7 +146,7 @@ class GradientStore:
         quantities = None if self.projection is None else [("project", {"projection": self.projection})]
         done, ends, own = len(self), self.table.meta.get("samples", {}), self._settings()
         for first, inputs, targets, samples in missing(loader, done, ends, unpack, progress, options):
-            with buffers_kept(self.model):
+            with Buffers(self.model):
                 G = gradients(self.model, loss_fn, inputs, targets, params=self.names, quantities=quantities, **options)
             own = lasting(own, settings(self.model))
             self._append(G, first, own, samples=samples, **asked)
@@ -231,16 +230,6 @@ def same_settings(table: Appendable, now: Settings, counters: bool = False) -> S
 
 def _integer(text: str | None) -> bool:
     return text is not None and text.lstrip("-").isdigit()
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards, the model's buffers are what they are now; random numbers that were drawn stay so."""
-    buffers = Buffers(model)
-    try:
-        yield
-    finally:
-        buffers.restore()
 
 
 def same(a: Any, b: Any) -> bool:

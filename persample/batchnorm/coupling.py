@@ -345,7 +345,7 @@ class Coupling:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Heat map of `norms` without its diagonal.  Needs matplotlib; more pictures in `persample.batchnorm`."""
-        return plots.plot(self.norms(), ax)
+        return plots.of_table(self.norms(), ax)
 
     def __repr__(self) -> str:
         what = ", ".join(f"{name}: {value}" for name, value in plots.summary(self).items())

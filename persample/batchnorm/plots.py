@@ -55,7 +55,7 @@ def html(coupling: Coupling) -> str:
     return html_table(header, rows, f"Coupling({facts})", [*(x / (max(pull) or 1.0) for x in pull), 0.0])
 
 
-def plot(norms: Tensor, ax: Axes | None) -> Axes:
+def of_table(norms: Tensor, ax: Axes | None) -> Axes:
     """The norms of the table, ``[N, N]``, without the diagonal."""
     words = {"xlabel": "parameters as used by sample m", "ylabel": "loss n", "title": "coupling by BatchNorm, n ≠ m"}
     return heat_map(norms, ax, False, r"$\|\partial \ell_n / \partial \theta^{(m)}\|$", **words)

@@ -62,7 +62,6 @@ class Capture(TorchFunctionMode):
                         self.roots.append(t)
                         self.names[id(t)] = prefix + name
         self.couplers = couplers
-        self.coupled = False  # by a call that nobody differentiates through (a frozen backbone)
         self.ordinal = 0  # of the call that is running
         self.differentiates = False  # a backward runs, between `start` and `stop`
         self.trusts = False  # the call that runs is taken apart: what numbers of the batch do in it is known
@@ -83,8 +82,8 @@ class Capture(TorchFunctionMode):
     @property
     def path(self) -> frozenset[Any]:
         """What tells a pass from others: the functions that were called, and what Python read of the whole batch."""
-        read = self.followed.read
-        return frozenset({*self.called, tuple(read)} if read else self.called)
+        read = self.followed.acts.read
+        return frozenset({*self.called, read} if read else self.called)
 
     # ---- one call -----------------------------------------------------------------------------------------------
 
@@ -149,9 +148,9 @@ class Capture(TorchFunctionMode):
             else rules.coupling(func, args, kwargs)
         )
         if func in ORDERS and not couples and ranks(func, args, kwargs, sampled):
-            self.followed.hidden = True
+            self.followed.acts.hidden = True
         if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
-            self.coupled |= bool(couples) and not is_wrapped(tensors)
+            self.followed.acts.coupled |= bool(couples) and not is_wrapped(tensors)
             out = func(*args, **kwargs)
             self.followed.follow(func, args, kwargs, tensors, sampled, totals, out)
             return out
@@ -211,7 +210,7 @@ class Capture(TorchFunctionMode):
         given = () if mutates or "out" in kwargs else [*map(id, tensors)]  # handed through, from other calls
         made = results_of(args, kwargs, out, mutates)
         outputs = [t for t in made if id(t) not in given and t.requires_grad and t.grad_fn is not None]
-        self.coupled |= bool(couples) and not outputs
+        self.followed.acts.coupled |= bool(couples) and not outputs
         for t in outputs:
             kind = self.followed.kind(t)
             if t.is_nested:

@@ -41,6 +41,19 @@ class SharedTensor:
     version: int = -1  # of the tensor: what is changed through a view of it is another tensor
 
 
+@dataclass(slots=True)
+class Acts:
+    """How samples act on each other, as far as that was seen; and where what was seen may be otherwise in the next
+    batch.
+    """
+
+    coupled: bool = False  # by a call that nobody differentiates through (a frozen backbone)
+    totals: bool = False  # numbers of the whole batch act on single samples, with or without a gradient
+    hidden: bool = False  # they may act where it isn't seen: read by Python, or as ranks and running counts
+    read: tuple[int, ...] = ()  # numbers that decide what the model does: counts and tests of the batch, or of buffers
+    ragged: bool = False  # some samples lie where they do by the values of this batch
+
+
 class Followed:
     """The tensors between `begin` and `forget`."""
 
@@ -50,12 +63,7 @@ class Followed:
         self.known: dict[int, tuple[weakref.ref[Tensor], SampledTensor | SharedTensor]] = {}
         self.n = 0
         self.derived = 0  # how many tensors were
-        self.totals = False  # numbers of the whole batch act on single samples, with or without a gradient
-        self.hidden = False  # they may act where it isn't seen: read by Python, or as ranks and running counts
-        self.read: list[
-            int
-        ] = []  # numbers that decide what the model does: counts and tests of the batch, or of buffers
-        self.ragged = False  # some samples lie where they do by the values of this batch
+        self.acts = Acts()
 
     def begin(self, n: int, shared: Iterable[Tensor], inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         """These tensors are shared, and these the inputs, each with its sample axis (``None``: shared)."""
@@ -68,6 +76,11 @@ class Followed:
                 self.mark(t, root)
             else:
                 self.mark(t, SampledTensor(lone_sample(t) if n == 1 else Layout(n, axis % max(1, t.ndim))))
+
+    @property
+    def couples(self) -> bool:
+        """Whether samples act on each other in what was seen, other than through recorded calls."""
+        return self.acts.coupled or self.acts.totals
 
     def forget(self) -> None:
         self.known.clear()
@@ -146,21 +159,21 @@ class Followed:
             return False
         if func in SHIFTS and self._level(totals) == 2:
             return False
-        self.totals = True
+        self.acts.totals = True
         return func not in rules.INERT and any(t.requires_grad for t in totals)
 
     def reads(self, sampled: Sequence[tuple[Tensor, Layout | None]], totals: Sequence[Tensor], value: Any) -> None:
         """Python got a number, or several, which may decide what the model does."""
         if self._level(totals) > 1:
-            self.hidden = True
+            self.acts.hidden = True
         elif sampled and all(at is not None and (at.n == 1 or only(at) is not None) for _, at in sampled):
             pass  # of one sample
         elif type(value) is bool or (type(value) is int and sampled):
-            self.read.append(value)
+            self.acts.read = (*self.acts.read, value)
         elif any(t.is_floating_point() or t.is_complex() for t, _ in sampled):
-            self.hidden = True
+            self.acts.hidden = True
         else:
-            self.ragged |= bool(sampled)  # all their lengths, or routes
+            self.acts.ragged |= bool(sampled)  # all their lengths, or routes
 
     def _level(self, totals: Sequence[Tensor]) -> int:
         return max((kind.total for t in totals if isinstance(kind := self.kind(t), SampledTensor)), default=0)
@@ -207,7 +220,7 @@ class Followed:
         layout: Layout | None,
         total: int,
     ) -> SampledTensor:
-        self.ragged |= layout is not None and layout.owner is not None
+        self.acts.ragged |= layout is not None and layout.owner is not None
         lost = "" if layout is not None else self.lost_in(sampled) or f"{function_name(func)} (output {_shape(out)})"
         return SampledTensor(layout, lost, total)
 

@@ -275,14 +275,14 @@ class Recorder:
             self._listener.outputs = self._outputs
         if self._entered:  # the loss may use parameters too: go on listening
             if self._listener is not None and output is not None:
-                self._listener.check(output, capture.coupled or capture.followed.totals)
+                self._listener.check(output, capture.followed.couples)
             return
         capture.stop()
         capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._modes.close()
         self._capture = None
         if self._listener is not None and output is not None:
-            self._listener.forward_ends(output, capture.recorded, capture.coupled or capture.followed.totals)
+            self._listener.forward_ends(output, capture.recorded, capture.followed.couples)
 
     def samples(self, *inputs: Any) -> None:
         """Say which tensors hold the samples, before other methods of the model than its forward are called with them
@@ -397,9 +397,7 @@ class Recorder:
             self._hold(losses, n, rows)
             held.add(kind)
         capture = self._capture
-        coupled = any(call.couples for call in found.calls) or (
-            capture is not None and (capture.coupled or capture.followed.totals)
-        )
+        coupled = any(call.couples for call in found.calls) or (capture is not None and capture.followed.couples)
         run = Pass(losses.detach(), self._outputs, unused, coupled and notion is None)
         note = "" if notion is None else f"coupled={notion!r}"
         return sink.result(run, note or ("verify=False" if self.verify is False else ""))

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from math import prod
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 KEPT = 1 << 26  # bytes: what is larger goes back to the system
 LARGE = 1 << 22  # bytes, from which on a result has whole large pages (2 MB, most often)
-SPARE = 1 << 30  # bytes of results, at most, that nobody holds any more
+SPARE = 1 << 30  # bytes of results, at most, that nobody holds any more; of each thread
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +34,7 @@ class _Pool(threading.local):
 
     def __init__(self) -> None:
         self.free: dict[torch.dtype, list[Tensor]] = {}
-        self.idle: list[Tensor] = []  # of results that were dropped, the longest idle first
+        self.idle: list[_Block] = []  # of results that were dropped, the longest idle first
 
 
 _pool = _Pool()
@@ -74,43 +74,61 @@ def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     """
     kind = like.dtype if dtype is None else dtype
     size = prod(shape) * kind.itemsize
-    if _ADVISE is None or size < LARGE or like.device.type != "cpu" or not _has_memory(like):
+    if _ADVISE is None or size < LARGE or like.device.type != "cpu" or not _plain(like):
         return like.new_empty(shape, dtype=dtype)
-    idle = _pool.idle
-    block = _taken(idle, size)
-    if block is None:
-        with torch.inference_mode(False):
-            block = torch.empty(size, dtype=torch.uint8, device="cpu")
-        _advise(block, mmap.MADV_HUGEPAGE)
-    memory = block.numpy()[:]  # lives as long as what is made of it, and no longer
-    weakref.finalize(memory, _give_back, block, idle).atexit = False
+    block = _taken(_pool.idle, size) or _Block.new(size)
+    memory = block.bytes.numpy()[:]  # lives as long as what is made of it, and no longer
+    weakref.finalize(memory, _give_back, block, _pool.idle).atexit = False
     out = torch.empty(0, dtype=kind, device="cpu")
     out.data = torch.frombuffer(memory, dtype=kind).view(shape)  # without being a view, as a new tensor
     return out
 
 
-def _has_memory(like: Tensor) -> bool:
-    """Not inside a transform of torch.func or a trace."""
-    try:
-        return like.new_empty(1).data_ptr() != 0
-    except RuntimeError:
+def _plain(like: Tensor) -> bool:
+    """Not inside a transform or a trace, which would have to know of the memory."""
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
         return False
+    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def _taken(idle: list[Tensor], size: int) -> Tensor | None:
+class _Block(NamedTuple):
+    """Memory, and its whole pages: as numbers, as nothing may be asked of tensors when a result is dropped."""
+
+    bytes: Tensor
+    size: int
+    pages: tuple[int, int]  # where they begin, and how many bytes they are
+
+    @classmethod
+    def new(cls, size: int) -> _Block:
+        """Of large pages, where the system has them."""
+        with torch.inference_mode(False):
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        begin = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (memory.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        block = cls(memory, size, (begin, max(0, end - begin)))
+        block.advise(mmap.MADV_HUGEPAGE)
+        return block
+
+    def advise(self, how: int) -> None:
+        """A wish, which may be refused."""
+        if _ADVISE is not None:
+            _ADVISE(*self.pages, how)
+
+
+def _taken(idle: list[_Block], size: int) -> _Block | None:
     """A block of this size; if there is none, as much goes back to the system as will be taken from it."""
     for i in reversed(range(len(idle))):
-        if idle[i].nbytes == size:
+        if idle[i].size == size:
             return idle.pop(i)
     while idle and size > 0:
-        size -= idle.pop(0).nbytes
+        size -= idle.pop(0).size
     return None
 
 
-def _give_back(block: Tensor, idle: list[Tensor]) -> None:
+def _give_back(block: _Block, idle: list[_Block]) -> None:
     """Called when a result is dropped, which may be by any thread, in the middle of anything: so it only appends."""
-    if block.nbytes + sum(other.nbytes for other in idle.copy()) <= SPARE:
-        _advise(block, mmap.MADV_FREE)  # if the system is short of memory, it may have it
+    if block.size + sum(other.size for other in idle.copy()) <= SPARE:
+        block.advise(mmap.MADV_FREE)  # if the system is short of memory, it may have it
         idle.append(block)
 
 
@@ -123,14 +141,6 @@ def _advice() -> Callable[[int, int, int], int] | None:
 
 
 _ADVISE = _advice()
-
-
-def _advise(block: Tensor, how: int) -> None:
-    """Wish something for the whole pages inside, which the system may refuse."""
-    begin = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (block.data_ptr() + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if _ADVISE is not None and end > begin:
-        _ADVISE(begin, end - begin, how)
 
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:

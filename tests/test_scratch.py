@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 import persample
 from persample import factors, scratch
@@ -60,22 +63,22 @@ def test_what_anybody_holds_is_not(part):
     assert a_result().data_ptr() != where
     del held
     gc.collect()
-    assert where in [block.data_ptr() for block in scratch._pool.idle]
+    assert where in [block.bytes.data_ptr() for block in scratch._pool.idle]
 
 
 def test_other_sizes_replace_what_is_idle():
     several = [a_result(n, *SHAPE) for n in (1, 2, 4)]
     del several
-    assert sum(block.nbytes for block in scratch._pool.idle) == 7 * 4 * SHAPE[0] * SHAPE[1]
+    assert sum(block.size for block in scratch._pool.idle) == 7 * 4 * SHAPE[0] * SHAPE[1]
     kept = a_result(3, *SHAPE)
-    assert sum(block.nbytes for block in scratch._pool.idle) + kept.nbytes <= 7 * 4 * SHAPE[0] * SHAPE[1]
+    assert sum(block.size for block in scratch._pool.idle) + kept.nbytes <= 7 * 4 * SHAPE[0] * SHAPE[1]
 
 
 def test_no_more_is_kept_than_is_told(monkeypatch):
     monkeypatch.setattr(scratch, "SPARE", 3 * scratch.LARGE)
     several = [a_result(scratch.LARGE // 4) for _ in range(5)]
     del several
-    assert 0 < sum(block.nbytes for block in scratch._pool.idle) <= 3 * scratch.LARGE
+    assert 0 < sum(block.size for block in scratch._pool.idle) <= 3 * scratch.LARGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.bool])
@@ -103,6 +106,38 @@ def test_inside_a_transform():
         return scratch.fresh(x, *SHAPE).zero_() + x
 
     assert torch.equal(torch.func.vmap(inner)(torch.ones(2, 1)), torch.ones(2, *SHAPE))
+
+
+G, X = torch.ones(SHAPE[0], 1), torch.ones(SHAPE[0], 1000)
+
+
+def some_rows(g=G, x=X):
+    """What the rows of a layer are made with, of `SHAPE`."""
+    return factors.dense(Outer(g[:, None, None], x[:, None, None], torch.Size([1, 1000])))
+
+
+def test_where_results_are_traced():
+    def twice(factor):
+        return some_rows() * factor
+
+    expected = twice(torch.tensor(2.0))
+    assert torch.equal(torch.compile(twice, backend="eager")(torch.tensor(2.0)), expected)
+    assert torch.equal(make_fx(twice)(torch.tensor(3.0))(torch.tensor(2.0)), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert some_rows(torch.ones(SHAPE[0], 1), torch.ones(SHAPE[0], 1000)).shape == expected.shape
+
+
+def test_a_mode_does_not_see_results_go():
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    calls: list = []
+    held = [a_result(), a_result()]
+    with Seen():
+        held.clear()
+    assert not calls and len(scratch._pool.idle) == 2
 
 
 def test_saved_and_shared(tmp_path):

@@ -304,3 +304,37 @@ def test_a_report_looks_at_more_samples_where_numbers_of_the_batch_act(name: str
         assert report.ok == torch.allclose(together, apart)
         told += not report.ok
     assert told
+
+
+def of_all(v: Tensor) -> Tensor:
+    return (v - v.mean()) / v.std()
+
+
+@pytest.mark.filterwarnings("ignore:the criterion of the whole batch")
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda o, y: (of_all(o) * of_all(y)).mean(),
+        lambda o, y: ((o - y) / y.norm()).square().sum(),
+        lambda o, y: (o / o.detach().abs().max().item() - y).square().mean(),
+        lambda o, y: F.mse_loss(o, y) if bool((o.sum() > 0) | (o.sum() <= 0)) else o.sum(),
+    ],
+    ids=["correlation", "relative", "read", "decided"],
+)
+def test_numbers_of_a_criterion_that_sees_one_sample_are_no_coupling(criterion: Any, x: Tensor) -> None:
+    """What it makes of the whole batch is not used."""
+    x, model, y, forwards = x.double(), Between(torch.tanh).double(), torch.rand(N, 3).double(), list[int]()
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    for verify in (None, False):
+        g = persample.gradients(model, criterion, x, y, verify=verify)
+        assert "coupled" not in repr(g)
+        for n in range(N):
+            grads = torch.autograd.grad(criterion(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters()))
+            for row, expected in zip(g, grads, strict=True):
+                torch.testing.assert_close(g[row][n], expected, rtol=1e-9, atol=1e-12)
+    norms = persample.gradients(model, criterion, x, y, quantities=["norm"], max_bytes=1, verify=False).norm()
+    torch.testing.assert_close(norms, g.norm(), rtol=1e-9, atol=1e-12)
+    persample.optim.ClippedSGD(model.named_parameters(), max_norm=1.0).step(g)
+    forwards.clear()
+    persample.gradients(model, criterion, x, y)
+    assert len(forwards) == 1

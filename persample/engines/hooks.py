@@ -10,6 +10,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,16 +59,17 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         unused = collect.finish()
     finally:
         collect.detach()
+    acts = capture.followed.acts
     return Pass(
         losses.detach(),
         detached(outputs),
         unused,
-        capture.coupled or any(call.couples for call in found.calls),
+        acts.coupled or any(call.couples for call in found.calls),
         capture.path,
-        capture.followed.totals,
-        capture.followed.hidden,
-        bool(capture.followed.read),
-        capture.followed.ragged,
+        acts.totals,
+        acts.hidden,
+        bool(acts.read),
+        acts.ragged,
         collect.served_by(),
     )
 
@@ -91,6 +93,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
             check_outputs(problem.loss_fn, outputs)
             targets = batch.targets.whole()
             ordered = whole = None
+            acts = replace(followed.acts)
             if batch.targets.axes == [0] and isinstance(batch.output_dim, int) and batch.output_dim == 0:
                 with torch._C.DisableTorchFunction():  # losses are in the order of outputs: nobody has to follow
                     if isinstance(outputs, Tensor) and followed.is_sampled(outputs):
@@ -107,6 +110,8 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
         ends = {i: x for i, x in reach.items() if followed.is_sampled(x)}  # the others are parameters of the criterion
     finally:
         capture.stop()
+    if not each:
+        followed.acts = acts  # samples meet in the criterion's number only, which is thrown away
     if shared and not each:
         tree = told_apart(problem, tree, shared)
     if ordered is None:

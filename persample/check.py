@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from .report import html_table, text_table
 from .rounding import computing_in, slack, tolerance
 from .state import Buffers, random_state, restored, set_random_state, taking_turns
 from .trace import find_coupling
-from .verify import LossDiffers, Probe, check_alone, inner_types, moved_by_others
+from .verify import LossDiffers, Probe, check_alone, inner_types, moved_by_others, thawed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -216,17 +217,34 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
         return _coupled(problem, engine, chosen, moved)
     ordinary, of_criterion = _summed(problem)
     note = "; ".join(filter(None, [note, of_criterion]))
-    total = torch.stack([g.double().norm() for g in ordinary.values()]).norm()
+    offs = {name: (sums[name].double() - g.double()).norm() for name, g in ordinary.items()}
+    lost = _beyond_rounding(offs, ordinary, ordinary)
+    if lost:  # of parameters that are asked for alone, there may be nothing but rounding
+        buffers.restore()
+        set_random_state(before)
+        with contextlib.suppress(Exception), thawed(problem) as whole:  # as in `Probe`
+            lost = _beyond_rounding(offs, ordinary, _summed(whole)[0])
     rows = []
     for name, g in ordinary.items():
-        off, size = (sums[name].double() - g.double()).norm(), g.double().norm()
-        summed_wrong = bool(off > tolerance(g.dtype) * (size + slack(g.dtype) * total))
+        off, size, summed_wrong = offs[name], g.double().norm(), name in lost
         verdict = "wrong" if name in bad or summed_wrong else "unused" if name in run.unused else "exact"
         error, sum_error = max(errors[name]), float(off / size) if size > 0 else float(off)
         if not bool(g.isfinite().all()):  # NaN agrees with nothing, not even itself
             verdict, error, sum_error, summed_wrong = "not finite", float("nan"), float("nan"), False
         rows.append(_row(name, run, error, sum_error, verdict, summed_wrong))
     return CheckReport(engine, problem.batch.n, tuple(chosen), tuple(rows), note)
+
+
+def _beyond_rounding(
+    offs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], every: Mapping[str, Tensor]
+) -> set[str]:
+    """The parameters whose rows are off by more than rounding may do where gradients are as large as ``every``."""
+    total = torch.stack([g.double().norm() for g in every.values()]).norm()
+    return {
+        name
+        for name, g in gradients.items()
+        if offs[name] > tolerance(g.dtype) * (g.double().norm() + slack(g.dtype) * total)
+    }
 
 
 def _coupled(problem: Problem, engine: str, chosen: list[int], differs: LossDiffers) -> CheckReport:

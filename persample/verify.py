@@ -10,13 +10,14 @@ more passes of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reductions
 from .batch import call_model
@@ -36,6 +37,9 @@ from .trace import find_coupling, influence
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Grads = tuple[Tensor | None, ...]
+Definition = Callable[[Problem, int], tuple[Tensor, Grads]]
 
 # Where a sample alone draws other random numbers than within the batch (dropout aside, which can be switched off).
 WITHIN = "verified within the batch (same random draws)"
@@ -91,30 +95,43 @@ class Probe:
             silent = ENGINES[engine](self.problem, again.keep)
             if not drawn_since(again.before, model):
                 return again._compare(silent), "verified with dropout off"
-        with restored(*self.problem.owners, begin=self.buffers):
-            set_random_state(self.before)
-            loss, grads = _within_batch(self.problem, self.n)
         assert run.losses is not None
+        loss, grads = self._held_against(_within_batch, self.problem, self.n)
         if _differ(run.losses[self.n], loss, self.problem):
             return [], "not verified: a sample alone draws other random numbers"
-        return self._compared(self.rows, self.n, loss, grads), WITHIN
+        return self._compared(self.rows, self.n, _within_batch, loss, grads), WITHIN
 
     def _compare(self, run: Pass) -> list[Verdict]:
         assert run.losses is not None
         verdicts = []
+        how = _within_batch if run.coupled else _alone
         for n, rows in [(self.n, self.rows), *[*self.others.items()][:FEW]]:
-            with restored(*self.problem.owners, begin=self.buffers):
-                loss, grads = (_within_batch if run.coupled else _alone)(self.problem, n)
+            loss, grads = self._held_against(how, self.problem, n)
             if _differ(run.losses[n], loss, self.problem):
                 raise LossDiffers(n, float(run.losses[n]), float(loss))
-            verdicts += self._compared(rows, n, loss, grads)
+            verdicts += self._compared(rows, n, how, loss, grads)
         return verdicts
 
+    def _held_against(self, how: Definition, problem: Problem, n: int) -> tuple[Tensor, Grads]:
+        """From the buffers and random numbers that the run began with."""
+        with restored(*problem.owners, begin=self.buffers):
+            set_random_state(self.before)
+            return how(problem, n)
+
     def _compared(
-        self, rows: Mapping[str, Tensor], n: int, loss: Tensor, grads: tuple[Tensor | None, ...]
+        self, rows: Mapping[str, Tensor], n: int, how: Definition, loss: Tensor, grads: Grads
     ) -> list[Verdict]:
         named = zip(self.problem.parameters, grads, strict=True)
-        return compared(rows, {name: g for name, g in named if name in rows}, n, loss.dtype)
+        wanted = {name: g for name, g in named if name in rows}
+        verdicts = compared(rows, wanted, n, loss.dtype)
+        if all(v.ok for v in verdicts):
+            return verdicts
+        try:
+            with thawed(self.problem) as whole:  # of a bias before a normalisation, say, there is nothing but rounding
+                _, every = self._held_against(how, whole, n)
+        except Exception:  # what is frozen may be changed in place, or have no derivative
+            return verdicts
+        return compared(rows, wanted, n, loss.dtype, every)
 
 
 def chosen(count: int, call: int = 0) -> int:
@@ -138,12 +155,19 @@ def row_of(g: Factors, n: int) -> Tensor:
 
 
 def compared(
-    rows: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], n: int, precision: torch.dtype
+    rows: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor | None],
+    n: int,
+    precision: torch.dtype,
+    others: Iterable[Tensor | None] = (),
 ) -> list[Verdict]:
-    """Row ``n`` of every parameter against what it should be (``None``: zeros)."""
+    """Row ``n`` of every parameter against what it should be (``None``: zeros); rounding is relative to all of them,
+    and to the gradients by ``others``.
+    """
     wanted = {name: torch.zeros_like(rows[name]) if g is None else g for name, g in grads.items()}
     sizes = torch.stack([_double(g).norm() for g in wanted.values()])
-    scale = sizes[sizes.isfinite()].norm()
+    every = torch.stack([*sizes, *(_double(g).norm() for g in others if g is not None)])
+    scale = every[every.isfinite()].norm()
     tol = tolerance(precision, *(g.dtype for g in wanted.values()))
     verdicts = []
     for (name, g), size in zip(wanted.items(), sizes, strict=True):
@@ -154,7 +178,23 @@ def compared(
     return verdicts
 
 
-def _alone(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+@contextmanager
+def thawed(problem: Problem) -> Iterator[Problem]:
+    """By all parameters, those that are frozen or not asked for included."""
+    modules = [owner for owner in problem.owners if isinstance(owner, nn.Module)]
+    named = {f"{i}.{name}": p for i, m in enumerate(modules) for name, p in m.named_parameters()}
+    able = {name: p for name, p in named.items() if p.is_floating_point() or p.is_complex()}
+    frozen = [p for p in able.values() if not p.requires_grad and not p.is_inference()]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield replace(problem, parameters={name: p for name, p in able.items() if p.requires_grad})
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def _alone(problem: Problem, n: int) -> tuple[Tensor, Grads]:
     """The definition: the loss and gradients of sample ``n`` as a batch of one."""
     try:
         loss, _, grads = one_sample(problem, n, list(problem.parameters.values()))
@@ -230,7 +270,7 @@ def _batch_losses(problem: Problem, told: bool = False) -> Tensor:
     return batch_losses(problem.loss_fn, tree, batch.targets, batch.n, told)
 
 
-def _within_batch(problem: Problem, n: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _within_batch(problem: Problem, n: int) -> tuple[Tensor, Grads]:
     """The definition where other parameters are coupled: the ordinary gradient of loss ``n`` of this batch."""
     with torch.enable_grad():
         losses = _batch_losses(problem)

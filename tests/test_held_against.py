@@ -503,3 +503,57 @@ def test_methods_other_than_the_forward() -> None:
     assert close(G.flat(), rows_of(agent, losses)) and G.outputs is None
     with pytest.raises(persample.CaptureError, match="with-block"):
         recorder.samples(inputs)
+
+
+class Normalised(nn.Module):
+    """Its first bias is taken out again: its gradient is zero but for rounding."""
+
+    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 4, 3), norm, nn.Linear(64, 3)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.conv(x)).flatten(1))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(4), nn.GroupNorm(4, 4)], ids=["instance", "group"])
+@pytest.mark.parametrize("engine", ["hooks", "vmap"])
+def test_rows_that_are_nothing_but_rounding(engine: Any, norm: nn.Module, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x, y = Normalised(norm, dtype), torch.randn(6, 2, 6, 6, dtype=dtype), torch.arange(6) % 3
+    size = float(persample.gradients(model, F.cross_entropy, x, y, engine=engine).norm().max())
+    alone = persample.gradients(model, F.cross_entropy, x, y, engine=engine, params=["conv.bias"])
+    assert float(alone.norm().max()) < 1e4 * torch.finfo(dtype).eps * size
+    assert persample.check(model, F.cross_entropy, x, y, engine=engine, params=["conv.bias"]).ok
+    model.requires_grad_(False).conv.bias.requires_grad_(True)
+    persample.gradients(model, F.cross_entropy, x, y, engine=engine)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["conv.bias"]
+
+
+def test_wrong_rows_are_not_taken_for_rounding() -> None:
+    """Of a parameter that is asked for alone, and small."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            return g * (2 if len(g) > 1 else 1)
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Doubled.apply(1e-3 * self.first(x)))  # type: ignore[no-any-return, no-untyped-call]
+
+    torch.manual_seed(0)
+    model, x = Small().double(), torch.randn(6, 3).double()
+    with pytest.raises(persample.VerificationError, match=r"first\.(weight|bias)"):
+        persample.gradients(model, F.cross_entropy, x, torch.arange(6) % 3, params=r"first")

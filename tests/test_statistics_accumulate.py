@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -438,3 +440,18 @@ def overwrite(tree: Any) -> None:
             overwrite(value)
         elif isinstance(value, Tensor):
             value.fill_(7)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_threads_may_share_one(name: str) -> None:
+    g, shared, alone = DATA.part(torch.arange(5)), MAKE[name](), MAKE[name]()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: shared.update(g), range(40)))
+    finally:
+        sys.setswitchinterval(interval)
+    for _ in range(40):
+        alone.update(g)
+    close(shared.compute(), alone.compute())

@@ -5,13 +5,14 @@ accumulator, and addition is associative and commutative: any order of the batch
 same result up to rounding (but for a ``decay``, and the order of norms).  Where a value belongs to the rows and not to
 their batch (moments, norms, histograms), any batching does.  Means and scatters add by Chan's formula, which subtracts
 nothing but means, so variances don't cancel.  ``state_dict()`` is made of tensors and numbers; an accumulator that
-loads it goes on exactly where it was.
+loads it goes on exactly where it was.  Threads may share one.
 """
 
 from __future__ import annotations
 
 import abc
 import copy
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from types import FunctionType
@@ -21,6 +22,8 @@ from ..errors import QuantityError
 from ..quantities import Quantities
 
 V = TypeVar("V")
+
+adding = threading.Lock()  # of all accumulators, as it is short; one of their own would be in the way of copies
 
 
 def check_alike(mine: Iterable[str], others: Iterable[str]) -> None:
@@ -90,7 +93,8 @@ class Accumulator(abc.ABC, Generic[V]):
         return {}
 
     def _add(self, value: V) -> None:
-        self.value = value if self.value is None else self.value + value  # type: ignore[operator]
+        with adding:
+            self.value = value if self.value is None else self.value + value  # type: ignore[operator]
 
     def _seen(self) -> V:
         if self.value is None:

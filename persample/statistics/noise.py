@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arguments import check_at_least, number
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
-from .accumulate import Accumulator, check_alike
+from .accumulate import Accumulator, adding, check_alike
 from .parts import By, HasMoments, centred_total, check_measured, energy, mean_square, means, named, per_group, several
 
 
@@ -138,7 +138,8 @@ class NoiseScale(Accumulator[NoiseSums]):
     def update(self, G: Quantities) -> None:
         """Let older batches fade by ``decay``, and add one; a batch that is refused leaves everything as it was."""
         new = self.of(G)
-        self.value = new if self.value is None else self.value.times(self.decay) + new
+        with adding:
+            self.value = new if self.value is None else self.value.times(self.decay) + new
 
     def compute(self) -> Any:
         """A `NoiseEstimate`, or ``{group: NoiseEstimate}``."""

@@ -10,7 +10,7 @@ import random
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.stateless import _reparametrize_module
 
 from .errors import RandomnessError
 
@@ -299,3 +300,18 @@ def restored(model: nn.Module, loss_fn: Any = None, *, begin: Buffers | None = N
     finally:
         set_random_state(drawn)
         buffers.restore()
+
+
+@contextmanager
+def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model has other parameters and buffers; afterwards its own, also if Ctrl-C comes while these are put
+    back.
+    """
+    own = [(held, dict(held)) for m in modules_of(model) for held in (m._parameters, m._buffers)]
+    try:
+        with _reparametrize_module(model, dict(tensors), tie_weights=True, stack_weights=True):
+            yield
+    finally:
+        for held, before in own:
+            if any(held.get(name) is not t for name, t in before.items()):
+                held.update(before)  # type: ignore[arg-type]

@@ -4,7 +4,9 @@ criterion, and graphs of the user's that have saved them.
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -196,3 +198,31 @@ def test_a_forward_that_reads_what_a_norm_has_just_updated_is_refused() -> None:
     for notion in ("loss", "frozen", "influence"):
         with pytest.raises(persample.BatchCoupledError, match="running statistics that this forward updates"):
             persample.gradients(model, CE, x, y, coupled=notion, verify=True)
+
+
+@pytest.mark.parametrize("at", range(100, 470, 10))
+def test_an_interrupt_leaves_the_model_its_own_parameters(at: int) -> None:
+    """Whichever line of torch's swapping it comes in."""
+    model, x, y = (
+        nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval(),
+        torch.randn(4, 3),
+        torch.tensor([0, 1, 1, 0]),
+    )
+    before, lines = {**dict(model.named_parameters()), **dict(model.named_buffers())}, 0
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal lines
+        if "stateless" not in frame.f_code.co_filename and "named_member_accessor" not in frame.f_code.co_filename:
+            return trace if frame.f_back is not None and event == "call" else None
+        lines += event == "line"
+        if lines == at + 1 and event == "line":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    with contextlib.suppress(KeyboardInterrupt):
+        persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="vmap", verify=False)
+    sys.settrace(None)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        assert before[name] is t

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 from torch.func import vmap as vectorise
-from torch.nn.utils.stateless import _reparametrize_module
 
 from ..arguments import one_of
 from ..batch import call_model, taken_apart
@@ -23,7 +22,7 @@ from ..errors import CaptureError, DirectionError, PersampleError, RandomnessErr
 from ..losses import LossFunction, is_per_sample, lone_losses, warn_if_not_mean
 from ..problem import Problem, Selection, pose
 from ..remembered import remember, verified
-from ..state import drawn_since, random_state, restored
+from ..state import drawn_since, random_state, restored, swapped
 from ..verify import check_alone, with_own_inputs
 from ..watch import Watch
 from .objective import Objective, Start, named_derivatives, refuse_once_differentiable, twice_differentiable
@@ -146,7 +145,7 @@ def _by_vmap(problem: Problem, direction: Tensor) -> Tensor:
         inputs, targets = batch.inputs.one(pieces[0]), batch.targets.one(pieces[1])
 
         def loss(values: dict[str, Tensor]) -> Tensor:
-            with _reparametrize_module(model, {**fixed, **values}, tie_weights=True, stack_weights=True):
+            with swapped(model, {**fixed, **values}):
                 return problem.loss_fn(call_model(model, inputs), targets).reshape(())
 
         def slope(values: dict[str, Tensor]) -> Tensor:

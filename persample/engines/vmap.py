@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value
 from torch.func import vmap as vectorise
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map
 
 from ..batch import Batch, apply, flatten, suspended, taken_apart, unflatten
@@ -24,6 +23,7 @@ from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
 from ..losses import LossFunction, ignored, is_per_sample
 from ..problem import Emit, Pass, Problem, check_no_hooks
+from ..state import swapped
 from ..watch import Watch
 from .loop import one_sample
 
@@ -118,10 +118,10 @@ def alone(
     batch = pieces.batch
     inputs, targets = batch.inputs.one(pieces.samples[0]), batch.targets.one(pieces.samples[1])
     own = {name: b.clone() for name, b in pieces.buffers.items()}  # the model's are left alone
-    swapped = {**pieces.fixed, **own, **pieces.values}
-    with _reparametrize_module(model, swapped, tie_weights=True, stack_weights=True):  # around loss_fn too (penalties)
+    tensors = {**pieces.fixed, **own, **pieces.values}
+    with swapped(model, tensors):  # around loss_fn too (penalties)
         if watch is not None:
-            watch.share(swapped.items())
+            watch.share(tensors.items())
         outputs = apply(model, inputs)
         loss = loss_fn(outputs, targets)
     each = is_per_sample(loss, 1)

@@ -239,8 +239,8 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
         averaged.take(at.stop - at.start)
         if result.coupled and at.stop - at.start < n:
             raise BatchCoupledError(
-                f"max_bytes={max_bytes} would run the batch in slices, but its samples depend on each other, and a "
-                "slice would be another function of its samples. Leave max_bytes out."
+                "max_bytes= would run the batch in slices, but its samples depend on each other, and a slice would be "
+                "another function of its samples. Leave max_bytes out."
             )
         yield part
         if measured:

@@ -212,7 +212,7 @@ def test_coupled_batches_are_refused() -> None:
     with pytest.raises(persample.BatchCoupledError):
         persample.gradients(*args, max_bytes=1)
     for options in ({}, {"quantities": ["norm"]}):
-        with pytest.raises(persample.BatchCoupledError, match="max_bytes=1 would run the batch in slices"):
+        with pytest.raises(persample.BatchCoupledError, match="max_bytes= would run the batch in slices"):
             persample.gradients(*args, max_bytes=1, params=r"2\.", verify=False, **options)
     with pytest.raises(ValueError, match="whole batch"):
         persample.gradients(*args, max_bytes=1, coupled="eval")

@@ -124,9 +124,11 @@ def alone(
             watch.share(tensors.items())
         outputs = apply(model, inputs)
         loss = loss_fn(outputs, targets)
-    each = is_per_sample(loss, 1)
-    if not each and loss.ndim:
-        raise LossError(f"loss_fn returned shape {tuple(loss.shape)} for one sample alone.")
+    try:
+        each = is_per_sample(loss, 1)
+    except LossError as error:
+        other = "If engine='hooks' takes it, a function of the model has another shape under torch.func.vmap."
+        raise LossError(f"{error} {other}") from None
     leaves, structure = flatten(outputs)
     axes = replace(batch, n=1).outputs(outputs).axes
     spec[:] = [structure, axes, [None if isinstance(x, Tensor) else (x,) for x in leaves], each]

@@ -99,6 +99,7 @@ class Call:
     )  # gradients of some outputs, in a backward that goes on
     task: int = -1  # that backward
     owner: Any = None  # who had it recorded: several may watch one model
+    asked: Any = None  # the parameters that this one asked for, when the forward began (`persample.asked`)
     hooks: list[RemovableHandle] = field(default_factory=list)  # that tell it the gradients of its outputs
 
     @property

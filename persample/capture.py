@@ -38,21 +38,32 @@ class Capture(TorchFunctionMode):
         couplers: Collection[int] = (),
         once: bool = False,
         owner: Any = None,
+        asked: Any = None,
         begun: Callable[[int], None] | None = None,
     ) -> None:
         """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start;
         ``couplers``: which calls, counted from the start, are known to couple the batch although their function
         needn't; ``once``: the graph will be differentiated just once, with respect to recorded calls only; ``owner``:
-        of the calls, see `reached`; ``begun``: told of every backward that comes to a call, by its number.
+        of the calls, see `reached`; ``asked``: what they carry, see `Call.asked`; ``begun``: told of every backward
+        that comes to a call, by its number.
         """
         super().__init__()
         self.once = once
-        self.owner, self.begun = self if owner is None else owner, begun
+        self.owner, self.asked, self.begun = self if owner is None else owner, asked, begun
         self.recorded: list[weakref.ref[Call]] = []
         self.active = False
-        self.wanted = wanted
         self.followed = Followed(wanted)
         self.listener = listener
+        self.want(model, wanted)
+        self.couplers = couplers
+        self.ordinal = 0  # of the call that is running
+        self.differentiates = False  # a backward runs, between `start` and `stop`
+        self.trusts = False  # the call that runs is taken apart: what numbers of the batch do in it is known
+        self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
+
+    def want(self, model: nn.Module, wanted: set[int]) -> None:
+        """From now on, record calls for these parameters of the model, as it is now."""
+        self.wanted = self.followed.wanted = wanted
         self.roots: list[Tensor] = []
         self.names: dict[int, str] = {}
         for prefix, module in named_modules(model):
@@ -61,11 +72,9 @@ class Capture(TorchFunctionMode):
                     if t is not None and id(t) not in self.names:
                         self.roots.append(t)
                         self.names[id(t)] = prefix + name
-        self.couplers = couplers
-        self.ordinal = 0  # of the call that is running
-        self.differentiates = False  # a backward runs, between `start` and `stop`
-        self.trusts = False  # the call that runs is taken apart: what numbers of the batch do in it is known
-        self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
+        known = self.followed.known  # tensors derived before remember the parameters that were wanted then
+        for key in [key for key, (_, kind) in known.items() if isinstance(kind, SharedTensor)]:
+            del known[key]
 
     def start(self, n: int, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         """Begin with these inputs, each with its sample axis (``None``: shared)."""
@@ -243,7 +252,7 @@ class Capture(TorchFunctionMode):
                 call.hooks.append(end.register_hook(hook))
             else:  # whoever calls backward() executes the node, after all hooks that change its gradient
                 end.grad_fn.register_prehook(lambda gs, hook=hook, number=end.output_nr: hook(gs[number]))
-        call.owner, call.begun = self.owner, self.begun
+        call.owner, call.asked, call.begun = self.owner, self.asked, self.begun
         self.recorded.append(weakref.ref(call))
 
     def _refuse_higher_order(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

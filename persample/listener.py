@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from .asked import Asked
 from .batch import flatten
 from .calls import Call, Reached, behind, reached
 from .collect import Collect
@@ -39,34 +40,36 @@ class Listener:
         reduction: Reduction,
         quantities: list[Request] | None,
         owner: Any,
+        asked: Asked,
         asleep: Callable[[], bool],
     ) -> None:
-        """``asleep``: whether this thread makes passes that are not the user's."""
+        """``asked``: the parameters; ``asleep``: whether this thread makes passes that are not the user's."""
         if not callable(on_backward):
             raise ArgumentError(f"on_backward must be a function of the result, got {on_backward!r}.")
         if not callable(reduction) and reduction not in ("sum", "mean"):
             _number(reduction)
         self.on_backward, self.reduction, self.quantities = on_backward, reduction, quantities
         self.owner, self.asleep = owner, asleep
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.aliases: dict[str, str] = {}
+        self.asked = asked  # in the last forward
         self.outputs: Any = None  # of the last forward
         self._outside: list[str] = []  # parameters that act outside of the forward
         self._coupled = False  # a forward since the last report, though not for these parameters
         self._lock = threading.Lock()
         self._calls: list[weakref.ref[Call]] = []
+        self.running: list[weakref.ref[Call]] = []  # those of a forward, or a with-block, that goes on
         self._collect: Collect | None = None
         self._displaced: set[int] = set()  # backwards in the middle of which another began
         self._task = -1  # the backward that it collects
+        self._of = asked  # in the forward that it is of
         self._ends = -1  # the backward whose end is awaited
         self._arrived: list[Call] = []
         self._from: tuple[int, list[Any]] = -1, []  # a backward, and the outputs of forwards that it came through
         self._creates = False  # that backward is recorded for differentiation
 
-    def forward_ends(self, output: Any, recorded: Sequence[weakref.ref[Call]], coupled: bool) -> None:
+    def forward_ends(self, output: Any, coupled: bool) -> None:
         """The backward to come may be of what this forward has computed."""
         self.check(output, coupled)
-        self._calls = [ref for ref in [*self._calls, *recorded] if ref() is not None]
+        self._calls, self.running = alive([*self._calls, *self.running]), []
         for call in self._live():
             call.expected = 0  # which outputs a loss will depend on is not known here
 
@@ -82,10 +85,11 @@ class Listener:
             if isinstance(t, Tensor) and t.grad_fn is not None:
                 nodes.add(t.grad_fn)
         found = reached(nodes, self.owner)
-        check_complete(found, self.parameters)
-        coupling = couplers(found, self.parameters)
-        if coupling and all(couplers(reached([node], self.owner), self.parameters) for node in nodes):
-            check_uncoupled(found, self.parameters)  # or else the backward tells, by where it goes
+        parameters = self.asked.parameters
+        check_complete(found, parameters)
+        coupling = couplers(found, parameters)
+        if coupling and all(couplers(reached([node], self.owner), parameters) for node in nodes):
+            check_uncoupled(found, parameters)  # or else the backward tells, by where it goes
         self._coupled = self._coupled or coupled
         for node in nodes:
             node.register_prehook(self._passes)
@@ -93,7 +97,7 @@ class Listener:
     def _check_sampled(self, t: Tensor) -> None:
         """Raise for an output that is computed from parameters only."""
         calls, leaves = ([], [t]) if t.grad_fn is None else behind(t)
-        name = next((name for name, p in self.parameters.items() if any(p is leaf for leaf in leaves)), "")
+        name = next((name for name, p in self.asked.parameters.items() if any(p is leaf for leaf in leaves)), "")
         if name and not calls:
             raise CaptureError(
                 f"an output of shape {tuple(t.shape)} is computed from parameter '{name}' and from no sample, so what "
@@ -113,10 +117,10 @@ class Listener:
         """Listen to nothing any more."""
         for call in self._live():
             call.listener = None
-        self._calls, self.outputs, self._collect, self._from = [], None, None, (-1, [])
+        self._calls, self.running, self.outputs, self._collect, self._from = [], [], None, None, (-1, [])
 
     def _live(self) -> list[Call]:
-        return [call for ref in self._calls if (call := ref()) is not None]
+        return [call for ref in [*self._calls, *self.running] if (call := ref()) is not None]
 
     def begun(self, task: int) -> None:
         """A backward has come to a recorded call: be there when it ends."""
@@ -129,7 +133,7 @@ class Listener:
         if self.asleep():
             return
         if call.couples:  # in the loss, or what leads to one of several outputs
-            check_uncoupled(Reached([call]), self.parameters)
+            check_uncoupled(Reached([call]), call.asked.parameters)
             self._coupled = True
         task = torch._C._current_graph_task_id()
         task = self._ends if task == -1 else task  # at the end of that backward
@@ -140,6 +144,11 @@ class Listener:
             raise SampleAxisError(
                 f"this backward is of losses of {collect.n} and of {call.layout.n} samples, so its rows are not "
                 "those of one batch: call backward() for each of them."
+            )
+        if not call.asked.same(self._of):
+            raise CaptureError(
+                "this backward is of two forwards between which parameters of the model were replaced, added, frozen "
+                "or thawed, so there are no rows that are of both: call backward() for each of them."
             )
         collect.arrive(call, grads)
 
@@ -159,11 +168,18 @@ class Listener:
             for c in calls:
                 c.parts = c.parts if c.task == task else {}
             recorded = {id(p) for p in parameters_of(Reached(calls))}
-            others = self.parameters.items() if calls else ()  # in a with-block, the loss is recorded too
+            self._of = call.asked
+            others = self._of.parameters.items() if calls else ()  # in a with-block, the loss is recorded too
             self._outside = [name for name, p in others if id(p) not in recorded and _gets_gradient(p)]
-            self._sink = Sink(self.parameters, self.aliases, self.quantities)
+            self._sink = Sink(self._of.parameters, self._of.aliases, self.quantities)
             self._collect = Collect(
-                Reached(calls), self.parameters, self._sink.emit, n, release=False, scale=self._scale(n), listen=False
+                Reached(calls),
+                self._of.parameters,
+                self._sink.emit,
+                n,
+                release=False,
+                scale=self._scale(n),
+                listen=False,
             )
         return self._collect
 
@@ -212,6 +228,11 @@ class Listener:
         for call in found.calls:
             call.expected = 0
         return next((c for c in found.calls if c.shared and c not in arrived and c.task != task), None)
+
+
+def alive(calls: Iterable[weakref.ref[Call]]) -> list[weakref.ref[Call]]:
+    """Those whose graph still is."""
+    return [ref for ref in calls if ref() is not None]
 
 
 def _gets_gradient(p: Tensor) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .asked import Asked, Asking, asked_in, check_unchanged
 from .batch import Batch, detached, suspended
 from .calls import Reached, reached
 from .capture import Capture
@@ -32,9 +33,9 @@ from .errors import ArgumentError, CaptureError, InplaceError, LossError
 from .factors import Factors, strided
 from .gradients import Result, Sink
 from .hook import Hook
-from .listener import Listener, Reduction
+from .listener import Listener, Reduction, alive
 from .losses import ways_out
-from .problem import Pass, Selection, asked_for, check_model, check_no_hooks
+from .problem import Pass, Selection, check_model, check_no_hooks
 from .refusals import check_complete, check_uncoupled
 from .state import modules_of
 from .statistics_run import Request, Statistics, listed
@@ -121,14 +122,16 @@ class Recorder:
             )
         self.model = model
         self.quantities = None if quantities is None else listed(quantities)
+        self._asking = Asking(model, params)
+        asked = self._asking.last
         self._listener = (
             None
             if on_backward is None
-            else Listener(on_backward, reduction, self.quantities, self, lambda: self._asleep or self._differentiates)
+            else Listener(
+                on_backward, reduction, self.quantities, self, asked, lambda: self._asleep or self._differentiates
+            )
         )
         self.batch_dim, self.verify = batch_dim, verify
-        found, _ = asked_for(model, params)
-        self.names, self._params = list(found), params
         self._capture: Capture | None = None
         self._modes = contextlib.ExitStack()  # that stay on for a forward, or a whole with-block
         self._entered = False  # the mode is on for a whole with-block
@@ -143,7 +146,12 @@ class Recorder:
             model.register_forward_hook(Hook(self, "_after"), with_kwargs=True, always_call=True),
         ]
         if self.quantities is not None:
-            Statistics(self.quantities, found)  # complain now, not in a backward
+            Statistics(self.quantities, asked.parameters)  # complain now, not in a backward
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that are asked for, in the model as it was last seen."""
+        return list(self._asking.last.parameters)
 
     def __repr__(self) -> str:
         how = "" if self._listener is None else f", reports every backward (reduction={self._listener.reduction!r})"
@@ -194,12 +202,25 @@ class Recorder:
             self._leave_forward()
 
     def _new_capture(self) -> Capture:
-        self._parameters, self._aliases = asked_for(self.model, self._params)  # requires_grad may have changed
-        wanted = {id(p) for p in self._parameters.values()}
+        asked = self._asking.now()
         if (listener := self._listener) is None:
-            return Capture(self.model, wanted, owner=self)
-        listener.parameters, listener.aliases = self._parameters, self._aliases
-        return Capture(self.model, wanted, listener.listen, owner=self, begun=listener.begun)
+            return Capture(self.model, asked.wanted, owner=self, asked=asked)
+        listener.asked = asked
+        capture = Capture(self.model, asked.wanted, listener.listen, owner=self, asked=asked, begun=listener.begun)
+        listener.running = capture.recorded
+        return capture
+
+    def _begin(self, batch: Batch) -> None:
+        """Record for the parameters of the model as it is now: it may have got others, or frozen some."""
+        capture = self._capture
+        assert capture is not None
+        if (asked := self._asking.now()) is not capture.asked:
+            capture.asked = asked
+            capture.want(self.model, asked.wanted)
+            if self._listener is not None:
+                self._listener.asked = asked
+        capture.recorded[:] = alive(capture.recorded)  # or a with-block around all of a training would keep them
+        capture.start(batch.n, batch.inputs.tensors())
 
     def _take(self, depth: int) -> None:
         """This thread records; one at a time."""
@@ -233,8 +254,7 @@ class Recorder:
             self._modes.enter_context(eager())
             self._capture = self._new_capture()
             self._capture.__enter__()  # type: ignore[no-untyped-call]
-        assert self._capture is not None
-        self._capture.start(batch.n, batch.inputs.tensors())
+        self._begin(batch)
 
     def _recover(self) -> None:
         """Forget a forward that was interrupted from outside (Ctrl-C): nobody says so, but its frame has gone."""
@@ -282,7 +302,7 @@ class Recorder:
         self._modes.close()
         self._capture = None
         if self._listener is not None and output is not None:
-            self._listener.forward_ends(output, capture.recorded, capture.followed.couples)
+            self._listener.forward_ends(output, capture.followed.couples)
 
     def samples(self, *inputs: Any) -> None:
         """Say which tensors hold the samples, before other methods of the model than its forward are called with them
@@ -290,8 +310,7 @@ class Recorder:
         """
         if self._capture is None or not self._entered:
             raise CaptureError("samples() belongs inside a with-block: `with persample.extend(model) as recorder:`.")
-        batch = Batch.of(inputs, None, self.batch_dim)
-        self._capture.start(batch.n, batch.inputs.tensors())
+        self._begin(Batch.of(inputs, None, self.batch_dim))
 
     # ---- losses given -------------------------------------------------------------------------------------------
 
@@ -327,17 +346,20 @@ class Recorder:
             active, capture.active = capture.active, False
         try:
             found = reached([losses.grad_fn], self)
-            if not found.calls and not any(id(p) in found.leaves for p in self._known_parameters().values()):
+            now = self._asking.now()
+            asked = asked_in(found, now)
+            if not found.calls and not any(id(p) in found.leaves for p in asked.parameters.values()):
                 raise CaptureError(
                     "no recorded forward of the model leads to these losses. Run the model inside the with-block (or "
                     "after extend()), with gradients enabled, and don't detach its outputs; where other methods are "
                     "called than model(...), say recorder.samples(x) before."
                 )
+            check_unchanged(asked, now, losses)
             if coupled != "loss":
-                check_no_hooks(self._parameters)
-                check_complete(found, self._parameters)
+                check_no_hooks(asked.parameters)
+                check_complete(found, asked.parameters)
             if coupled is None:
-                check_uncoupled(found, self._parameters)
+                check_uncoupled(found, asked.parameters)
             if capture is not None:
                 capture.followed.check_order(losses)
             sizes = {call.layout.n for call in found.calls if call.shared}
@@ -346,33 +368,30 @@ class Recorder:
                     f"gradients() needs [N] losses, one for each of N = {n} samples, got {tuple(losses.shape)}.{out}"
                 )
             if coupled == "loss":
-                return self._by_losses(losses, wanted)
-            return self._reduced(losses, found, wanted, coupled)
+                return self._by_losses(losses, asked, wanted)
+            return self._reduced(losses, found, asked, wanted, coupled)
         finally:
             if capture is not None and active:
                 capture.active = self._entered  # later uses of the same forward may follow
 
-    def _known_parameters(self) -> dict[str, nn.Parameter]:
-        if not hasattr(self, "_parameters"):
-            self._new_capture()
-        return self._parameters
-
-    def _by_losses(self, losses: Tensor, quantities: list[Request] | None) -> Result:
+    def _by_losses(self, losses: Tensor, asked: Asked, quantities: list[Request] | None) -> Result:
         """``N`` ordinary gradients."""
-        sink = Sink(self._parameters, self._aliases, quantities)
-        parameters = list(self._parameters.values())
+        sink = Sink(asked.parameters, asked.aliases, quantities)
+        parameters = list(asked.parameters.values())
         with suspended(self.model), _told_of_changes():
             found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
         columns = map(list, zip(*found, strict=True))
-        unused = emit_stacked(self._parameters, dict(zip(self._parameters, columns, strict=True)), sink.emit)
+        unused = emit_stacked(asked.parameters, dict(zip(asked.parameters, columns, strict=True)), sink.emit)
         return sink.result(Pass(losses.detach(), self._outputs, unused), "coupled='loss'")
 
-    def _reduced(self, losses: Tensor, found: Reached, quantities: list[Request] | None, notion: str | None) -> Result:
-        sink = Sink(self._parameters, self._aliases, quantities)
+    def _reduced(
+        self, losses: Tensor, found: Reached, asked: Asked, quantities: list[Request] | None, notion: str | None
+    ) -> Result:
+        sink = Sink(asked.parameters, asked.aliases, quantities)
         modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.followed.samples_of(losses)
         called = frozenset[Any]() if self._capture is None else self._capture.path
-        kind = (len(losses), losses.dtype, modes, tuple(self._parameters), seen, called)
+        kind = (len(losses), losses.dtype, modes, tuple(asked.parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
         verifies = notion is None and (kind not in held if self.verify is None else self.verify)
         n = chosen(len(losses))
@@ -383,7 +402,7 @@ class Recorder:
                 rows[name] = row_of(g, n)
             sink.emit(name, g)
 
-        collect = Collect(found, self._parameters, emit, len(losses), release=False)
+        collect = Collect(found, asked.parameters, emit, len(losses), release=False)
         try:
             with _told_of_changes():
                 if found.roots:
@@ -394,7 +413,7 @@ class Recorder:
         finally:
             collect.detach()
         if verifies:
-            self._hold(losses, n, rows)
+            self._hold(losses, asked, n, rows)
             held.add(kind)
         capture = self._capture
         coupled = any(call.couples for call in found.calls) or (capture is not None and capture.followed.couples)
@@ -402,15 +421,15 @@ class Recorder:
         note = "" if notion is None else f"coupled={notion!r}"
         return sink.result(run, note or ("verify=False" if self.verify is False else ""))
 
-    def _hold(self, losses: Tensor, n: int, rows: dict[str, Tensor]) -> None:
+    def _hold(self, losses: Tensor, asked: Asked, n: int, rows: dict[str, Tensor]) -> None:
         """Row ``n`` against the ordinary gradient of loss ``n``, on the same graph: with the same random draws."""
         if not losses.requires_grad:
             return
         with suspended(self.model):
             found = torch.autograd.grad(
-                losses[n], list(self._parameters.values()), retain_graph=True, allow_unused=True
+                losses[n], list(asked.parameters.values()), retain_graph=True, allow_unused=True
             )
-        wanted = {name: None if g is None else strided(g) for name, g in zip(self._parameters, found, strict=True)}
+        wanted = {name: None if g is None else strided(g) for name, g in zip(asked.parameters, found, strict=True)}
         raise_if_wrong(compared(rows, wanted, n, losses.dtype), None)
 
 

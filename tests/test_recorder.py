@@ -587,3 +587,34 @@ def test_a_handle_judges_by_the_outputs_that_a_backward_comes_from() -> None:
     assert len(got) > before and close(got[-1].flat(), got[0].flat())
     handle.remove()
     assert no_hooks(model)
+
+
+class Gated(nn.Module):
+    """A weight that is computed from parameters, a function with several outputs, a parameter for the loss alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.scale = nn.LSTM(3, 4, batch_first=True), nn.Parameter(torch.rand(5, 4))
+        self.head, self.log_std = nn.Linear(4, 5), nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.rnn(x.view(-1, 2, 3))[0].chunk(2, 1)[0]
+        return F.linear(hidden[:, 0], self.head.weight * self.scale, self.head.bias)
+
+
+def test_a_listener_in_a_with_block_knows_the_calls_of_the_loss_too() -> None:
+    torch.manual_seed(0)
+    model, (x, y), got = Gated().double(), batch(), list[persample.Gradients]()
+
+    def losses() -> Tensor:
+        return F.cross_entropy(model(x) / model.log_std.exp(), y, reduction="none")
+
+    expected = [torch.autograd.grad(losses()[n], [*model.parameters()]) for n in range(N)]
+    with persample.extend(model, on_backward=got.append, reduction="mean") as recorder:
+        for _ in range(3):
+            losses().mean().backward()
+        assert recorder._capture is not None
+        assert len(recorder._capture.recorded) < 20  # those of earlier steps are gone
+    assert len(got) == 3 and not got[2].unused
+    for n in range(N):
+        assert close(got[2].flat()[n], torch.cat([g.flatten() for g in expected[n]]))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from . import rules
 from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, mapped, metadata
@@ -87,6 +87,17 @@ class Capture(TorchFunctionMode):
     def stop(self) -> None:
         self.active = False
         self.followed.forget()
+
+    def leave(self) -> None:
+        """Take this mode off, wherever it is: with-blocks of several tasks (asyncio) end in any order, and what is
+        interrupted leaves modes of others behind.
+        """
+        above: list[TorchFunctionMode] = []
+        if any(mode is self for mode in _get_current_function_mode_stack()):
+            while (mode := _pop_mode()) is not self:
+                above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
 
     @property
     def path(self) -> frozenset[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -58,13 +60,42 @@ class Hook:
                 capture.active = active
 
     def _leave(self, module: nn.Module) -> None:
-        """A copy's hook takes itself off at the first call."""
-        hooks = module._forward_pre_hooks if self.method == "_before" else module._forward_hooks
-        for key in [k for k, hook in hooks.items() if hook is self]:
-            del hooks[key]
+        """A copy's hooks take themselves off at the first call."""
+        for hooks in _kept_by(module):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, Hook) and hook.recorder is None]:
+                for kept in _kept_by(module):
+                    kept.pop(key, None)
+
+    @staticmethod
+    def attach(recorder: Recorder, module: nn.Module) -> list[RemovableHandle]:
+        """Before and after every forward."""
+        handles = [
+            module.register_forward_pre_hook(Hook(recorder, "_before"), prepend=True, with_kwargs=True),
+            module.register_forward_hook(Hook(recorder, "_after"), with_kwargs=True, always_call=True),
+        ]
+        for (
+            handle
+        ) in handles:  # torch counts from 0 in every process: a hook that the user gives to a pickled copy there
+            number, handle.id = handle.id, secrets.randbits(62)  # would get the number, and the flags, of one of these
+            for kept in _kept_by(module):
+                if number in kept:
+                    kept[handle.id] = kept.pop(number)
+        module._forward_pre_hooks.move_to_end(handles[0].id, last=False)  # type: ignore[attr-defined]
+        return handles
 
     def __deepcopy__(self, memo: Any) -> Hook:
         return Hook(None, self.method)
 
     def __reduce__(self) -> Any:
         return (Hook, (None, self.method))
+
+
+def _kept_by(module: nn.Module) -> list[dict[int, Any]]:
+    """Where a module keeps forward hooks, and how they are to be called."""
+    return [
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    ]

@@ -141,10 +141,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._sleeps = threading.local()
         self._outputs: Any = None
-        self._handles = [
-            model.register_forward_pre_hook(Hook(self, "_before"), prepend=True, with_kwargs=True),
-            model.register_forward_hook(Hook(self, "_after"), with_kwargs=True, always_call=True),
-        ]
+        self._handles = Hook.attach(self, model)
         if self.quantities is not None:
             Statistics(self.quantities, asked.parameters)  # complain now, not in a backward
 
@@ -176,9 +173,15 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._take(0)
-        self._modes.enter_context(eager())
-        self._capture = self._new_capture()
-        self._capture.__enter__()  # type: ignore[no-untyped-call]
+        if self._entered:
+            raise CaptureError(
+                "this recorder is in a with-block already. Leave that one first, or extend the model once more: "
+                "`with persample.extend(model) as other:`."
+            )
+        self._leave_forward()  # that was interrupted from outside
+        self._record()
+        if not self._handles:  # it was in a with-block before
+            self._handles = Hook.attach(self, self.model)
         self._entered = True
         return self
 
@@ -187,7 +190,7 @@ class Recorder:
         self.remove()
         if capture is not None:
             capture.stop()
-            capture.__exit__(*exc)  # type: ignore[no-untyped-call]
+            capture.leave()
         self._modes.close()
 
     def remove(self) -> None:
@@ -209,6 +212,13 @@ class Recorder:
         capture = Capture(self.model, asked.wanted, listener.listen, owner=self, asked=asked, begun=listener.begun)
         listener.running = capture.recorded
         return capture
+
+    def _record(self) -> None:
+        """From now on, see the calls of this thread."""
+        capture = self._new_capture()  # which may raise
+        self._modes.enter_context(eager())
+        self._capture = capture
+        capture.__enter__()  # type: ignore[no-untyped-call]
 
     def _begin(self, batch: Batch) -> None:
         """Record for the parameters of the model as it is now: it may have got others, or frozen some."""
@@ -251,9 +261,7 @@ class Recorder:
         dims = (0, self.batch_dim) if isinstance(self.batch_dim, dict) else self.batch_dim
         batch = Batch.of([list(args), kwargs], None, [dims[0], dims[1]] if isinstance(dims, tuple) else dims)
         if not self._entered:
-            self._modes.enter_context(eager())
-            self._capture = self._new_capture()
-            self._capture.__enter__()  # type: ignore[no-untyped-call]
+            self._record()
         self._begin(batch)
 
     def _recover(self) -> None:
@@ -277,8 +285,7 @@ class Recorder:
             return
         capture.stop()
         self._capture = None
-        if (modes := torch.overrides._get_current_function_mode_stack()) and modes[-1] is capture:
-            capture.__exit__(None, None, None)
+        capture.leave()
         self._modes.close()
 
     def _after(self, output: Any) -> None:
@@ -297,10 +304,7 @@ class Recorder:
             if self._listener is not None and output is not None:
                 self._listener.check(output, capture.followed.couples)
             return
-        capture.stop()
-        capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._modes.close()
-        self._capture = None
+        self._leave_forward()
         if self._listener is not None and output is not None:
             self._listener.forward_ends(output, capture.followed.couples)
 

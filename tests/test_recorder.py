@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
+from persample.engines.hooks import _STANCES
 
 N = 4
 
@@ -618,3 +623,75 @@ def test_a_listener_in_a_with_block_knows_the_calls_of_the_loss_too() -> None:
     assert len(got) == 3 and not got[2].unused
     for n in range(N):
         assert close(got[2].flat()[n], torch.cat([g.flatten() for g in expected[n]]))
+
+
+PICKLED = """
+import sys, torch
+from torch.utils.hooks import RemovableHandle
+model, seen = torch.load(sys.argv[1], weights_only=False), []
+assert RemovableHandle.next_id == 0
+def before(module, args): seen.append("before")
+def after(module, args, output): seen.append("after")
+def register(): model.register_forward_pre_hook(before), model.register_forward_hook(after)
+x = torch.randn(4, 6, dtype=torch.float64)
+if sys.argv[2] == "before":
+    register()
+model(x)
+assert len(model._forward_hooks) == len(model._forward_pre_hooks) == len(seen) // 2
+assert not (model._forward_pre_hooks_with_kwargs or model._forward_hooks_with_kwargs)
+assert not model._forward_hooks_always_called
+if sys.argv[2] == "after":
+    register()
+    model(x)
+assert seen == ["before", "after"]
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_the_users_on_a_copy_in_another_process(when: str, tmp_path: Path) -> None:
+    """Where torch numbers hooks from 0 again, and calls them as it would have called those of these numbers."""
+    model = net()
+    handle = persample.extend(model, on_backward=lambda G: None, reduction="mean")
+    torch.save(model, tmp_path / "model.pt")
+    handle.remove()
+    assert no_hooks(model) and not (model._forward_hooks_with_kwargs or model._forward_hooks_always_called)
+    subprocess.run([sys.executable, "-c", PICKLED, str(tmp_path / "model.pt"), when], check=True, env=os.environ)
+
+
+def test_a_recorder_may_be_entered_again_but_not_twice() -> None:
+    model, (x, y) = net(), batch()
+    expected = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine="loop").flat()
+    recorder = persample.extend(model)
+    for _ in range(2):
+        with recorder:
+            with pytest.raises(persample.CaptureError, match="in a with-block already"):
+                recorder.__enter__()
+            assert close(recorder.gradients(losses_of(model, x, y)).flat(), expected)
+        assert no_hooks(model) and not torch.overrides._get_current_function_mode_stack()
+
+
+def test_with_blocks_that_are_left_in_another_order() -> None:
+    """As tasks of asyncio do."""
+    models, (x, y) = [net(), net(), net()], batch()
+    expected = persample.gradients(models[0], nn.CrossEntropyLoss(), x, y, engine="loop").flat()
+    recorders = [persample.extend(model) for model in models]
+    for recorder in recorders:
+        recorder.__enter__()
+    for i in (1, 0, 2):
+        assert close(recorders[i].gradients(losses_of(models[i], x, y)).flat(), expected)
+        recorders[i].__exit__(None, None, None)
+    assert not torch.overrides._get_current_function_mode_stack() and all(map(no_hooks, models))
+
+
+def test_what_cannot_be_recorded_leaves_no_mode_behind() -> None:
+    model, (x, y) = net(), batch()
+    for recorder in (persample.extend(model, params=["0.weight"]), persample.extend(model, params="0")):
+        model[0].requires_grad_(False)
+        with pytest.raises(persample.UnknownParameterError):
+            model(x)
+        with pytest.raises(persample.UnknownParameterError):
+            recorder.__enter__()
+        assert not torch.overrides._get_current_function_mode_stack() and not _STANCES
+        model[0].requires_grad_(True)
+        assert recorder.gradients(losses_of(model, x, y)).names[0] == "0.weight"
+        recorder.remove()

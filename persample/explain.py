@@ -152,9 +152,7 @@ def _uses(found: Reached, problem: Problem, coupled: Mapping[str, Call]) -> dict
         factors: dict[int, tuple[str, Factors | None]] = {id(s.tensor): ("fallback", None) for s in call.shared}
         if call.func in RULES:
             zeros = (
-                [torch.zeros((), dtype=call.shared[0].tensor.dtype).expand(shape) for shape, _ in call.outputs]
-                if call.shared
-                else []
+                [call.shared[0].tensor.new_zeros(()).expand(shape) for shape, _ in call.outputs] if call.shared else []
             )
             with torch.no_grad():
                 for shared, rows, how in factors_of(call, zeros):

@@ -95,7 +95,7 @@ def one_by_one(
         dim = _joins_at(func, args, kwargs, parts, out)
         new = out.ndim > parts[0].ndim  # the axis, with one entry for each
         known = [(only(layouts[id(p)]), 1 if new else p.shape[dim]) for p in parts if id(p) in layouts]
-        owners = [torch.full((count,), k, dtype=torch.long) for k, count in known if k is not None]
+        owners = [torch.full((count,), k, dtype=torch.long, device="cpu") for k, count in known if k is not None]
         if len(owners) == len(parts):
             return owned(n, dim, torch.cat(owners))
         samples = {k for k, _ in known}
@@ -107,7 +107,8 @@ def one_by_one(
         if owner is None:
             return None
         # the first of several, most likely: each brings its own number
-        return next(iter(candidates(out, n, 0, torch.tensor([i % len(out)]), torch.tensor([owner]), seen)), None)
+        place, sample = torch.tensor([[i % len(out)], [owner]], device="cpu")
+        return next(iter(candidates(out, n, 0, place, sample, seen)), None)
     first = sampled[0][1]
     if not all(same(at, first) for _, at in sampled):
         return None

@@ -49,8 +49,8 @@ class Layout:
         if self.owner is not None:
             return self.owner
         if self.alone is not None:
-            return torch.tensor([self.alone])
-        return torch.arange(self.n).repeat_interleave(self.inner).repeat(self.outer)
+            return torch.tensor([self.alone], device="cpu")
+        return torch.arange(self.n, device="cpu").repeat_interleave(self.inner).repeat(self.outer)
 
 
 Sampled = Sequence[tuple[Tensor, Layout]]  # the tensors that have samples, among the arguments of a call

@@ -50,7 +50,7 @@ def find_coupling(problem: Problem, n: int, certain: bool = False) -> tuple[str,
     axis of their own; ``("", 0)`` if there is none.
     """
     logs = []
-    for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n))):
+    for batch in (problem.batch, problem.batch.select(torch.full((problem.batch.n,), n, device="cpu"))):
         trace = _Trace(problem.model, n)
         with restored(*problem.owners), NoDropout(), contextlib.suppress(Exception), torch.enable_grad():
             forward(Problem(*problem.owners, batch, problem.parameters), trace)

@@ -61,7 +61,7 @@ def mislabel_auc(scores: Tensor, wrong: Tensor) -> float:
         QuantityError: shapes that don't fit, ``wrong`` that aren't bools (or 0 and 1) or all the same, scores that
             aren't finite.
     """
-    scores, wrong = torch.as_tensor(scores), torch.as_tensor(wrong)
+    scores, wrong = (x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu") for x in (scores, wrong))
     if scores.ndim != 1 or scores.shape != wrong.shape:
         raise QuantityError(f"scores and wrong must both be [n], got {list(scores.shape)} and {list(wrong.shape)}.")
     _check(scores=scores)

@@ -86,7 +86,7 @@ class Projection:
     def matrix(self, name: str, shape: torch.Size) -> Tensor:
         """``R [*P, dim]`` of one parameter, as a matrix in float64: the definition."""
         p, q = _matrix(shape)
-        like = torch.empty(0, dtype=torch.float64)
+        like = torch.empty(0, dtype=torch.float64, device="cpu")
         left, right = self.signs(name, "left", p, like), self.signs(name, "right", q, like)
         return torch.einsum("jxa,jyb->abjxy", left, right).reshape(*shape, self.dim) / math.sqrt(self.dim)
 

@@ -232,7 +232,9 @@ class Network:
                 before, losses = float(run.losses[n].detach()), run.losses.detach()
             with self.point.forward() as run:
                 plain = run.losses.detach()
-            alike = self.problem.batch.select(torch.full((self.n,), n))  # all others replaced by copies of sample n
+            alike = self.problem.batch.select(
+                torch.full((self.n,), n, device="cpu")
+            )  # all others replaced by copies of sample n
             with self.point.forward(given(nodes), alike) as run:
                 after = float(run.losses[n].detach())
         tol = tolerance(dtype)

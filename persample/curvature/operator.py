@@ -84,9 +84,9 @@ class Operator:
             raise ImportError("to_scipy() needs scipy: pip install persample[scipy]") from error
 
         def product(v: Any) -> Any:
-            return (self @ torch.as_tensor(v).to(self.device, self.dtype)).cpu().numpy()
+            return (self @ torch.as_tensor(v, device="cpu").to(self.device, self.dtype)).cpu().numpy()
 
-        kind = torch.empty(0, dtype=self.dtype).numpy().dtype
+        kind = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=kind)
 
     def _check_real(self, what: str) -> None:

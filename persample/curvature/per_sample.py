@@ -90,7 +90,7 @@ def _check_repeatable(problem: Problem) -> None:
     """Run one sample alone: a batch draws other random numbers, and statistics over it are other ones.  There is a
     graph of it, which says what ``torch.func`` doesn't: which functions can be differentiated once only.
     """
-    alone = problem.batch.select(torch.tensor([0]))
+    alone = problem.batch.select(torch.tensor([0], device="cpu"))
     with Watch(), torch.enable_grad():  # some models differentiate themselves
         before = random_state(problem.model)
         outputs = call_model(problem.model, alone.inputs.whole())
@@ -129,7 +129,7 @@ def _warn_if_not_mean(problem: Problem) -> None:
 def _by_loop(problem: Problem, direction: Tensor) -> Tensor:
     rows = []
     for n in range(problem.batch.n):
-        alone = replace(problem, batch=problem.batch.select(torch.tensor([n])))
+        alone = replace(problem, batch=problem.batch.select(torch.tensor([n], device="cpu")))
         objective = Objective(alone, 1.0, Start.now(problem.model))
         rows.append(hessian(objective)(direction[:, None]).squeeze(1))
     return torch.stack(rows)

@@ -146,7 +146,7 @@ def told_apart(problem: Problem, tree: Tree, doubtful: list[int]) -> Tree:
     chance (class centres): where it is of this size for another number of samples too.
     """
     batch, axes = problem.batch, list(tree.axes)
-    others = batch.select(torch.zeros(2 if batch.n == 1 else 1, dtype=torch.long))
+    others = batch.select(torch.zeros(2 if batch.n == 1 else 1, dtype=torch.long, device="cpu"))
     with suspended(problem.model), restored(*problem.owners), torch.enable_grad():  # the model may hook its gradients
         leaves = flatten(call_model(problem.model, others.inputs.map(lambda x, _: x.detach())))[0]
     for i in doubtful if len(leaves) == len(axes) else ():

@@ -57,7 +57,7 @@ def emit_stacked(parameters: Mapping[str, Tensor], rows: dict[str, list[Tensor |
 def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any, tuple[Tensor | None, ...]]:
     """Loss, outputs and gradients of sample ``n`` alone."""
     batch = problem.batch
-    alone = batch.select(torch.tensor([n]))
+    alone = batch.select(torch.tensor([n], device="cpu"))
     with torch.enable_grad():
         inputs = alone.inputs.map(lambda x, _: x.detach())
         with Watch(shared=[*problem.model.named_parameters(), *problem.model.named_buffers()]):
@@ -90,7 +90,7 @@ def _joined(batch: Batch, outputs: list[Any]) -> Any:
     """The outputs of single samples put together along their sample axes; what all samples share stays as it is."""
     flat = [flatten(output)[0] for output in outputs]
     spec = flatten(outputs[0])[1]
-    axes = batch.select(torch.tensor([0])).outputs(outputs[0]).axes
+    axes = batch.select(torch.tensor([0], device="cpu")).outputs(outputs[0]).axes
     joined = []
     for column, axis in zip(zip(*flat, strict=True), axes, strict=True):
         shared = (

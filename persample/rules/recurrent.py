@@ -270,7 +270,9 @@ def replayed(call: Call, input: Tensor, *args: Any) -> Any:
         out = call.func(input, *args)
     inputs = [x.detach() if call.wants(x) else x for x in (input, *_states(hx))]
     call.replay = Replay([x.requires_grad for x in inputs])
-    anchor = torch.empty(0, requires_grad=True)  # there is a gradient, also where none of the inputs has one
+    anchor = torch.empty(
+        0, device="cpu", requires_grad=True
+    )  # there is a gradient, also where none of the inputs has one
     outputs = _Node.apply(call, [out] if isinstance(out, Tensor) else list(out), anchor, *inputs)  # type: ignore[no-untyped-call]
     return outputs[0] if isinstance(out, Tensor) else outputs
 

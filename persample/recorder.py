@@ -29,7 +29,7 @@ from .capture import Capture
 from .collect import Collect
 from .engines.hooks import eager
 from .engines.loop import emit_stacked
-from .errors import ArgumentError, CaptureError, InplaceError, LossError
+from .errors import ArgumentError, CaptureError, InplaceError, LossError, warn
 from .factors import Factors, strided
 from .gradients import Result, Sink
 from .hook import Hook
@@ -122,6 +122,12 @@ class Recorder:
             )
         self.model = model
         self.quantities = None if quantities is None else listed(quantities)
+        if on_backward is not None and "_is_torch_compile" in vars(model):  # torch.compile says it to the original
+            warn(
+                f"torch.compile was given this {type(model).__name__}, and what it has compiled before doesn't notice "
+                "persample.extend, so that nothing would be reported. Extend what torch.compile returned (which then "
+                "runs as it was written), or extend the model before it is compiled."
+            )
         self._asking = Asking(model, params)
         asked = self._asking.last
         self._listener = (

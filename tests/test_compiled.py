@@ -237,3 +237,19 @@ def test_a_compiled_step_may_ask_for_gradients(engine: str) -> None:
     scale = torch.ones((), dtype=torch.float64)
     expected = 2 * rows(model, x, y, engine="loop").norm(dim=1).sin()
     assert_close(torch.compile(step, backend="aot_eager")(scale), expected, rtol=0, atol=1e-12)
+
+
+def test_a_handle_on_what_was_compiled_before() -> None:
+    model, (x, y), got = net(), batch(), list[persample.Gradients]()
+    expected = rows(model, x, y, engine="loop")
+    compiled_model = torch.compile(model, backend="eager")
+    compiled_model(x)
+    with pytest.warns(UserWarning, match=r"torch\.compile was given this.*Extend what torch\.compile returned") as seen:
+        persample.extend(model, on_backward=got.append, reduction="mean").remove()
+    assert {w.filename for w in seen} == {__file__}
+    handle = persample.extend(compiled_model, on_backward=got.append, reduction="mean")
+    criterion(compiled_model(x), y).backward()
+    handle.remove()
+    with persample.extend(model) as recorder:
+        got.append(recorder.gradients(nn.functional.cross_entropy(compiled_model(x), y, reduction="none")))
+    assert len(got) == 2 and all(assert_close(G.flat(), expected, rtol=0, atol=1e-12) is None for G in got)

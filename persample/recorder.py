@@ -192,23 +192,19 @@ class Recorder:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        capture, self._capture, self._entered = self._capture, None, False
+        self._entered = False
         self.remove()
-        if capture is not None:
-            capture.stop()
-            capture.leave()
-        self._modes.close()
 
     def remove(self) -> None:
         """Take the hooks off the model, and forget what was recorded."""
+        if not self._entered:  # a with-block ends, or a forward was interrupted from outside
+            self._leave_forward()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._outputs = None
         if self._listener is not None:
             self._listener.forget()
-        if not self._entered:  # a forward was interrupted from outside
-            self._leave_forward()
 
     def _new_capture(self) -> Capture:
         asked = self._asking.now()
@@ -290,9 +286,9 @@ class Recorder:
         if (capture := self._capture) is None:
             return
         capture.stop()
-        self._capture = None
         capture.leave()
         self._modes.close()
+        self._capture = None  # last: what is interrupted here (Ctrl-C) is done again by whoever comes next
 
     def _after(self, output: Any) -> None:
         if self._thread != threading.get_ident():  # it was refused

@@ -197,10 +197,12 @@ class Recorder:
 
     def remove(self) -> None:
         """Take the hooks off the model, and forget what was recorded."""
-        if not self._entered:  # a with-block ends, or a forward was interrupted from outside
-            self._leave_forward()
-        for handle in self._handles:
-            handle.remove()
+        try:
+            if not self._entered:  # a with-block ends, or a forward was interrupted from outside
+                self._leave_forward()
+        finally:
+            for handle in self._handles:
+                handle.remove()
         self._handles = []
         self._outputs = None
         if self._listener is not None:

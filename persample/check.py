@@ -139,7 +139,7 @@ def check(
     if not isinstance(samples, int) or samples < 0:
         raise ArgumentError(f"samples must be how many samples to run alone, 0 or more, got {samples!r}.")
     chosen = (
-        torch.randperm(problem.batch.n, generator=generator or torch.Generator().manual_seed(0))[:samples]
+        torch.randperm(problem.batch.n, generator=generator or torch.Generator().manual_seed(0), device="cpu")[:samples]
         .sort()
         .values.tolist()
     )

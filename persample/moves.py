@@ -56,7 +56,9 @@ def _viewed(
         return kept(layout, x.ndim, out.shape)
     size = max(2, x.shape[layout.axis])  # strides say nothing about an axis of length one
     shape = [size if a == layout.axis else s for a, s in enumerate(x.shape)]
-    shadow = torch.empty(size, dtype=torch.uint8).as_strided(shape, [int(a == layout.axis) for a in range(x.ndim)])
+    shadow = torch.empty(size, dtype=torch.uint8, device="cpu").as_strided(
+        shape, [int(a == layout.axis) for a in range(x.ndim)]
+    )
     view = _one_of(func(shadow, *args[1:], **kwargs), lambda: func(*args, **kwargs), out)
     places = [a for a in range(view.ndim) if view.stride(a)]  # new axes of size one may have a stride, too
     places = [a for a in places if view.shape[a] > 1] or places
@@ -68,7 +70,7 @@ def _viewed(
     if view.shape[axis] == size and view.stride(axis) == 1:
         return replace(layout, axis=axis)
     some: Tensor = (
-        torch.arange(view.shape[axis]).mul(view.stride(axis)).add(view.storage_offset())
+        torch.arange(view.shape[axis], device="cpu").mul(view.stride(axis)).add(view.storage_offset())
     )  # a part of the samples
     return owned(layout.n, axis, layout.owners()[some.clamp(max=layout.size - 1)])
 

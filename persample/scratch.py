@@ -56,7 +56,7 @@ def borrow(like: Tensor, *shape: int) -> Iterator[Tensor]:
         if free:  # grow instead of keeping every size
             del free[0]
         with torch.inference_mode(False):  # or the next one could not write into it
-            buffer = torch.empty(size, dtype=like.dtype)
+            buffer = torch.empty(size, dtype=like.dtype, device=like.device)
     try:
         yield buffer[:size].view(shape)
     finally:

@@ -138,7 +138,7 @@ def chosen(count: int, call: int = 0) -> int:
     """The sample that is verified: always the same of so many at the first call, another at later ones; not the first
     of several then, on which those before it can't act.
     """
-    drawn = int(torch.randint(count, (), generator=torch.Generator().manual_seed(count + 7919 * call)))
+    drawn = int(torch.randint(count, (), generator=torch.Generator().manual_seed(count + 7919 * call), device="cpu"))
     return drawn if call else max(drawn, min(1, count - 1))
 
 
@@ -337,7 +337,7 @@ def moved_by_others(problem: Problem) -> LossDiffers | None:
         before, buffers = random_state(problem.model), Buffers(*problem.owners)
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2)):
             buffers.restore()
-            some = torch.arange(batch.n)[part]
+            some = torch.arange(batch.n, device="cpu")[part]
             losses.append(_batch_losses(replace(problem, batch=batch.select(some))).detach())
         if drawn_since(before, problem.model):
             return None

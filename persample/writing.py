@@ -109,7 +109,7 @@ def agree(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, seen: 
 def candidates(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, seen: Seen) -> list[Layout]:
     """What `agree` chooses from."""
     size, places, owners = out.shape[axis], places.reshape(-1).cpu(), owners.cpu()
-    owner = torch.full((size,), -1)
+    owner = torch.full((size,), -1, device="cpu")
     owner[places] = owners
     if not size or not torch.equal(owner[places], owners):
         return []  # several samples in one entry

@@ -72,7 +72,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 KINDS = ["dense", "convolution", "recurrent", "transposed", "by samples"]
 
 
-@pytest.mark.parametrize("verify", [False])
+@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind: str, verify: bool) -> None:
     model, x, y = model_and_batch(kind)
@@ -94,7 +94,7 @@ def test_gradients(kind: str, verify: bool) -> None:
         assert close(torch.cat([m.flatten() for m in S.mean().values()]), expected.mean(0))
 
 
-@pytest.mark.parametrize("verify", [False])
+@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_recorders(kind: str, verify: bool) -> None:
     model, x, y = model_and_batch(kind)

@@ -528,6 +528,8 @@ def test_rows_that_are_nothing_but_rounding(engine: Any, norm: nn.Module, dtype:
     alone = persample.gradients(model, F.cross_entropy, x, y, engine=engine, params=["conv.bias"])
     assert float(alone.norm().max()) < 1e4 * torch.finfo(dtype).eps * size
     assert persample.check(model, F.cross_entropy, x, y, engine=engine, params=["conv.bias"]).ok
+    with persample.extend(model, params=["conv.bias"]) as recorder:
+        recorder.gradients(F.cross_entropy(model(x), y, reduction="none"))
     model.requires_grad_(False).conv.bias.requires_grad_(True)
     persample.gradients(model, F.cross_entropy, x, y, engine=engine)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["conv.bias"]

@@ -88,7 +88,7 @@ class Histogram(Accumulator[Counts]):
 
 def _counts(G: Gradients, name: str, edges: Tensor, parameter: Tensor | None, beside: Tensor | None) -> Tensor:
     width = 1 if beside is None else len(beside) + 1
-    total = torch.zeros((len(edges) + 1) * width, dtype=torch.int64)
+    total = torch.zeros((len(edges) + 1) * width, dtype=torch.int64, device="cpu")
     for _, rows in blocks(G, name):
         _check_ordered(f"rows of parameter '{name}'", rows)
         bins = _bins(rows, edges) * width

@@ -133,7 +133,7 @@ def _by_name(found: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _averaged(name: str, value: Any) -> Tensor:
     """A copy, for the run keeps its own, in a type that averages don't round."""
     try:
-        x = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        x = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value), device="cpu")
     except (TypeError, ValueError, RuntimeError):
         of = f" for {name!r}" if name else ""
         raise QuantityError(

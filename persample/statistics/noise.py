@@ -78,7 +78,8 @@ def noise_scale_of_two(small_square: Tensor | float, small: int, big_square: Ten
         if not isinstance(square, Tensor) and math.isnan(number(square)):
             raise ArgumentError(f"{name} must be a tensor or a number, got {square!r}.")
     small_square, big_square = (
-        x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (small_square, big_square)
+        x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
+        for x in (small_square, big_square)
     )
     trace = (small_square - big_square) / (1 / small - 1 / big)
     return NoiseEstimate(trace, (big * big_square - small * small_square) / (big - small))

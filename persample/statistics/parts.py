@@ -228,7 +228,7 @@ def mean_loss(G: HasMoments) -> Tensor:
     """The mean of the losses, in no less than single precision; NaN where somebody else owns them."""
     losses: Tensor | None = getattr(G, "losses", None)
     if losses is None:
-        return torch.tensor(torch.nan)
+        return torch.tensor(torch.nan, device="cpu")
     return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
 
 

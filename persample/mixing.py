@@ -26,8 +26,6 @@ EXTREMES = dict.fromkeys(named("amax", "amin", "aminmax", "max", "min"), 1)
 TESTS = named("any", "all", "count_nonzero")
 # Functions that don't care how numbers are shifted against each other by one for all.
 SHIFTS = named("add", "sub", "subtract", "rsub", "add_", "sub_", "__iadd__", "__isub__", "__radd__", "__rsub__")
-# Functions that leave every entry what it is, and put it beside others.
-FILLS = GATHERS.keys() | named("masked_scatter", "masked_scatter_")
 PRODUCTS = named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
 # Functions that give as many entries as they take, each from all along one axis; which argument says so.
 ALONG: dict[Function, int] = {
@@ -78,7 +76,7 @@ def mixes(
     if func is F.embedding_bag:  # offsets say which entries are a sample's; those of others may be none
         return False
     slices = {sample for x, at in sampled if x.requires_grad and (sample := only(at)) is not None}
-    if func not in FILLS and any(at is not None and only(at) != sample for sample in slices for _, at in sampled):
+    if func not in GATHERS and any(at is not None and only(at) != sample for sample in slices for _, at in sampled):
         return True  # one sample's values act on others
     behind = x.ndim - 2 if func in PRODUCTS and a.axis < x.ndim - 2 else 0  # batches of matrices
     alike = [b for y, b in others if b is not None and b.axis == a.axis and _alike(x, y, a, b, behind)]

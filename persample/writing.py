@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ _ADDS = "index_add index_reduce scatter_add scatter_reduce"
 _PUTS = f"index_copy index_fill index_put scatter {_ADDS}"
 ADDS = named(*_ADDS.split(), *(f"{name}_" for name in _ADDS.split()))
 WRITES = {Tensor.__setitem__} | named(*(f"{name}_" for name in _PUTS.split()))
-COPIES = named(*_PUTS.split())
+SCATTERS = named("masked_scatter", "masked_scatter_")
+PLACES = named("put", "put_", "select_scatter", "slice_scatter", "diagonal_scatter")
+WRITES |= {f for f in SCATTERS | PLACES if f.__name__.endswith("_")}
+COPIES = named(*_PUTS.split()) | SCATTERS | PLACES
 
 
 Seen = Callable[[], Iterable[Layout]]  # the layouts of what was computed so far
@@ -27,13 +31,18 @@ def written(
 ) -> Layout | None:
     """What becomes of a constant into which samples are written."""
     value, layout = sampled[-1]
+    if func in PLACES:
+        if _written_by(func, args, kwargs)[0] is not value:
+            return None
+        nobody, numbers = torch.full_like(args[0], -1, dtype=torch.long), numbered(layout, value)
+        return filled(out, layout.n, _replaced(func, nobody, numbers, args, kwargs), seen)
     if func is Tensor.__setitem__ or "put" in func.__name__:
         index, given = bind(args[1:], kwargs, "indices", "values")
         index = tuple(index) if isinstance(index, tuple) or func is not Tensor.__setitem__ else (index,)
         if value is not given:
             if len(index) == 1 and value is index[0] and value.ndim == 1 and value.dtype is not torch.bool:
                 return agree(out, layout.n, 0, value, layout.owners(), seen)  # constants, at places of the samples
-            return kept(layout, value.ndim, out.shape, True) if func is Tensor.__setitem__ else None
+            return _marked(index, sampled, out, seen)
         return _placed(index, layout, value, out, seen) or _assigned(index, layout, value, out)
     dim, index, source = bind(args[1:], kwargs, "dim", "index", "source")
     source = kwargs.get("src", source)
@@ -41,6 +50,8 @@ def written(
         rows = index.reshape(len(index), -1) if index.ndim < 2 else index.movedim(dim, 0).flatten(1)
         owners = layout.owners()[: len(rows)].repeat_interleave(rows.shape[1])
         return agree(out, layout.n, layout.axis, rows.flatten(), owners, seen)
+    if value.ndim == out.ndim:  # of another size than the whole, maybe, along the axis of the samples
+        return layout if layout.fits(out.shape, layout.axis) else None
     return kept(layout, value.ndim, out.shape)
 
 
@@ -57,8 +68,13 @@ def rewritten(
     """
     layouts = {id(t): at for t, at in sampled}
     target, layout, adds = args[0], layouts[id(args[0])], func in ADDS
+    if func in SCATTERS and layout is not None and layout.n > 1:
+        known = [(t, at) for t, at in sampled if at is not None and at.alone is None]
+        return scattered(args, kwargs, known, target, list) if len(known) == len(sampled) else None
     if func is Tensor.__setitem__:
         index, value = args[1:3]
+    elif func in PLACES:
+        value, adds = _written_by(func, args, kwargs)
     elif "put" in func.__name__:
         index, value, adds = bind(args[1:], kwargs, "indices", "values", "accumulate")
     else:
@@ -78,6 +94,8 @@ def rewritten(
             if func is Tensor.__setitem__:
                 after = mine.clone()
                 after[index] = theirs
+            elif func in PLACES:
+                after = _replaced(func, mine, theirs, args, kwargs)
             elif "put" in func.__name__:
                 after = mine.index_put(index, theirs)
             else:
@@ -87,6 +105,70 @@ def rewritten(
         if torch.equal(mine, after):
             return layout
         return None if adds else read(layout, after, target)
+
+
+def _written_by(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """What is put into a tensor by a function that says where, and whether it is added to what is there."""
+    if "put" not in func.__name__:
+        return (args[1] if len(args) > 1 else kwargs["src"]), False
+    source, adds = bind(args[1:], kwargs, "index", "source", "accumulate")[1:]
+    return source, bool(adds)
+
+
+def _replaced(func: Function, target: Tensor, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The same function of other tensors."""
+    if "put" in func.__name__:
+        found: Tensor = target.put(args[1] if len(args) > 1 else kwargs["index"], source)
+    else:
+        found = func(target, source, *args[2:], **{name: x for name, x in kwargs.items() if name != "src"})
+    return found
+
+
+def scattered(
+    args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor, seen: Seen
+) -> Layout | None:
+    """``masked_scatter``: the samples are where the target and the mask have them; the values have to be those of the
+    samples to whose entries they go.
+    """
+    layouts, target = {id(t): at for t, at in sampled}, args[0] if args else kwargs["input"]
+    mask, values = bind(args[1:], kwargs, "mask", "source")
+    whole = [
+        replace(at, axis=at.axis + out.ndim - t.ndim) for t in (target, mask) if (at := layouts.get(id(t))) is not None
+    ]
+    if any(at.axis != whole[0].axis or not same(at, whole[0]) for at in whole):
+        return None
+    by = layouts.get(id(values))
+    if by is None:
+        return whole[0] if whole else None
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        if not whole:
+            nobody = torch.full_like(out, -1, dtype=torch.long)
+            return filled(out, by.n, nobody.masked_scatter(mask, numbered(by, values)), seen)
+        return whole[0] if _confirms(whole[0], mask.expand(out.shape), by, values) else None
+
+
+def _confirms(whole: Layout, mask: Tensor, by: Layout, values: Tensor) -> bool:
+    """Whether values, one after the other, belong to the samples of the entries at which a mask is true."""
+    block, behind = 1, prod(values.shape[by.axis + 1 :])
+    owners, theirs = whole.owners().to(mask.device), by.owners().to(mask.device)
+    while mask.ndim - 1 > whole.axis and (mask.stride(-1) == 0 or mask.shape[-1] == 1):
+        block, mask = block * mask.shape[-1], mask[..., 0]  # blocks of entries go together
+    mine = owners[mask.nonzero()[:, whole.axis]]
+    if behind % max(1, block):
+        mine, block = mine.repeat_interleave(block), 1
+    return torch.equal(mine, theirs[torch.arange(len(mine), device=mine.device) * block // max(1, behind) % by.size])
+
+
+def filled(out: Tensor, n: int, numbers: Tensor, seen: Seen, axes: Iterable[int] | None = None) -> Layout | None:
+    """The layout of a constant into which entries of samples were put: ``numbers`` says of which, -1 of none."""
+    found: list[Layout] = []
+    for axis in range(out.ndim) if axes is None else axes:
+        line = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
+        owner = line.amax(1)
+        if torch.equal(line.masked_fill(line < 0, n).amin(1).clamp(max=n - 1)[owner >= 0], owner[owner >= 0]):
+            places = (owner >= 0).nonzero().squeeze(1)
+            found += candidates(out, n, axis, places, owner[places], seen)
+    return found[0] if len(found) == 1 else None
 
 
 def _spares(index: Any, axis: int) -> bool:
@@ -135,6 +217,22 @@ def _placed(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor, 
     if value.ndim != out.ndim - used + 1 or any(i.ndim != 1 or i.dtype is torch.bool for i in (first, *index[1:])):
         return None
     return agree(out, layout.n, 0, first, layout.owners(), seen)
+
+
+def _marked(index: tuple[Any, ...], sampled: Sampled, out: Tensor, seen: Seen) -> Layout | None:
+    """``out[index] = constant``, at places that the samples say."""
+    layouts = {id(t): at for t, at in sampled}
+    value, layout = sampled[-1]
+    place = next((j for j, i in enumerate(index) if i is value), None)
+    if place is None or not all(isinstance(i, Tensor) or i == slice(None) for i in index):
+        return None
+    if value.dtype is torch.bool and all(not isinstance(i, Tensor) for i in index[:place]):
+        axis = place + layout.axis
+        return replace(layout, axis=axis) if layout.fits(out.shape, axis) else None
+    numbers = torch.full_like(out, -1, dtype=torch.long)
+    numbers[index] = numbered(layout, value)[(..., *[None] * (out.ndim - len(index)))]
+    others = [j for j, i in enumerate(index) if isinstance(i, Tensor) and id(i) not in layouts]
+    return filled(out, layout.n, numbers, seen, others) or filled(out, layout.n, numbers, seen)
 
 
 def _assigned(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:

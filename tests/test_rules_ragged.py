@@ -225,3 +225,74 @@ def test_some_tokens_only(name: str, back: str) -> None:
     G = persample.gradients(model, losses, x)
     for n in reference.names:
         torch.testing.assert_close(G[n], reference[n], rtol=1e-11, atol=1e-11)
+
+
+# ---- as many rows as another axis is long ---------------------------------------------------------------------------
+
+
+def in_place(out: Tensor, index: Any, value: Any) -> Tensor:
+    out = out.clone()
+    out[index] = value
+    return out
+
+
+# (model, mask [N, T], all rows h [N, T, D], those picked, zeros [N, T, D])
+PUT_BACK: dict[str, Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "zeros": lambda m, mask, h, k, z: z.masked_scatter(mask[..., None], k),
+    "a parameter": lambda m, mask, h, k, z: m.token.expand(z.shape).masked_scatter(mask[..., None], k),
+    "expanded mask": lambda m, mask, h, k, z: z.masked_scatter(mask[..., None].expand(z.shape), k),
+    "in place": lambda m, mask, h, k, z: z.clone().masked_scatter_(mask[..., None], k),
+    "into samples": lambda m, mask, h, k, z: (h * 2).masked_scatter_(mask[..., None], k),
+    "tokens first": lambda m, mask, h, k, z: (
+        z.transpose(0, 1).masked_scatter(mask.t()[..., None], h.transpose(0, 1)[mask.t()]).transpose(0, 1)
+    ),
+    "rows of a parameter": lambda m, mask, h, k, z: h.masked_scatter(mask[..., None], m.token.expand(len(k), D)),
+    "constant mask": lambda m, mask, h, k, z: z.masked_scatter(torch.arange(z.shape[1])[:, None] < 1, h[:, 0]),
+    "numbers by a mask": lambda m, mask, h, k, z: in_place(z, mask, 1.5),
+    "parameters by a mask": lambda m, mask, h, k, z: in_place(z, mask, m.token),
+    "one hot": lambda m, mask, h, k, z: in_place(z, (torch.arange(len(z)), mask.long().argmax(1)), 1.0) * h,
+    "select_scatter": lambda m, mask, h, k, z: z.select_scatter(h[:, 0], 1, 0),
+    "select_scatter of features": lambda m, mask, h, k, z: z.select_scatter(h[..., 1], 2, 0),
+    "slice_scatter": lambda m, mask, h, k, z: h.slice_scatter(h[:, 1:2], 1, 0, 1),
+    "put": lambda m, mask, h, k, z: (h * 2).put_(mask.flatten().nonzero() * D + torch.arange(D), k),
+}
+
+
+class PutsBack(nn.Module):
+    def __init__(self, put: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D, bias=False)
+        self.token, self.put = nn.Parameter(torch.randn(D)), put
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        out: Tensor = self.last(self.put(self, mask, h, h[mask], torch.zeros(x.shape)))
+        return out
+
+
+def some(n: int, t: int, k: int) -> Tensor:
+    mask = torch.zeros(n * t, dtype=torch.bool)
+    mask[torch.randperm(n * t)[:k]] = True
+    return mask.view(n, t)
+
+
+@pytest.mark.parametrize(("n", "t", "k"), [(2, D, D), (D, D, D), (3, 5, 5), (D, 3, D), (3, 5, 3), (2, 5, 3)])
+@pytest.mark.parametrize("name", PUT_BACK)
+def test_as_many_rows_as_another_axis_is_long(name: str, n: int, t: int, k: int) -> None:
+    model = PutsBack(PUT_BACK[name])
+    for _ in range(3):
+        given = torch.randn(n, t, D), some(n, t, k)
+        reference = persample.gradients(model, losses, given, engine="loop")
+        with persample.extend(model, verify=False) as recorder:
+            recorded = recorder.gradients(losses(model(*given), None))
+        sliced = persample.gradients(model, losses, given, verify=False, max_bytes=2**14)
+        for G in (persample.gradients(model, losses, given), recorded, sliced):
+            for name in reference.names:
+                torch.testing.assert_close(G[name], reference[name], rtol=1e-9, atol=1e-11)
+
+
+def test_rows_that_go_to_other_samples_are_refused() -> None:
+    model = PutsBack(lambda m, mask, h, k, z: z.masked_scatter(mask[..., None], k.flip(0)))
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    with pytest.raises(persample.SampleAxisError, match=r"lost in torch.Tensor.masked_scatter"):
+        persample.gradients(model, losses, (torch.randn(2, 4, D), mask), verify=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from . import rules
+from . import aten, rules
 from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, mapped, metadata
 from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
@@ -115,6 +115,9 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         self.ordinal += 1
         self.called.add(func)
+        if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
+            with self:  # all that is known of functions is known by this spelling
+                return aten.call(function, args, kwargs)
         if func in _DIFFERENTIATES:
             self._refuse_higher_order(func, args, kwargs)
             self.differentiates = True

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from . import aten
 from .rules import DROPS
 
 
@@ -19,8 +20,13 @@ class NoDropout(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
+            with self:
+                return aten.call(function, args, kwargs)
         if func in DROPS:
             return args[0] if args else kwargs["input"]
+        if func is torch.native_dropout:
+            return args[0], torch.ones_like(args[0], dtype=torch.bool)
         if (place := _DROPOUT_ARGUMENT.get(func)) is not None:
             args = args if len(args) <= place else (*args[:place], 0.0, *args[place + 1 :])
             kwargs.update({"dropout_p": 0.0} if len(args) <= place else {})

@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from . import rules
+from .aten import UNKNOWN
 from .calls import Derivation, Shared, behind, function_name, tensors_in
 from .errors import SampleAxisError
 from .layout import Layout, only
 from .mixing import SHIFTS, extent
 from .moves import RESHAPED
-from .propagate import found_again, lone_sample, propagate
+from .probing import Source, note, places_in, probed, upstream
+from .propagate import lone_sample, propagate
 from .writing import rewritten, writes_into
 
 
@@ -129,8 +131,8 @@ class Followed:
         """
         calls, leaves = behind(t)
         if calls:
-            layout = next((layout for call in calls for _, layout in call.outputs if layout is not None), None)
-            layout = None if layout is None else found_again(layout, t)
+            layout = self._found_again(t)
+            note(t, layout)
             lost = "" if layout is not None else f"a call that could not be seen (output {tuple(t.shape)})"
             kind: SampledTensor | SharedTensor = SampledTensor(layout, lost)
         else:
@@ -140,6 +142,25 @@ class Followed:
             kind = SharedTensor(made if sources else None, t._version)
         self.mark(t, kind)
         return kind
+
+    def _found_again(self, t: Tensor) -> Layout | None:
+        """Where the samples are in what an unseen function has made."""
+        if self.n == 1:
+            return lone_sample(t)
+        begin, sources = upstream(t)
+        at = sources[0] if len(sources) == 1 and sources[0].shape == t.shape else None
+        if (
+            at is not None and at.edge.node is begin.node and at.edge.output_nr == begin.output_nr
+        ):  # handed on by a hook
+            return at.layout
+        places, ahead = places_in(t, sources), {node for node, _ in begin.node.next_functions}
+        sure = len(places) == 1 and all(source.layout is not None and source.edge.node in ahead for source in sources)
+        if sure and (places[0].owner is None or at is not None):
+            return places[0]
+        try:
+            return probed(t, begin, sources, places)
+        except Exception:  # a backward that can't be run like this
+            return None
 
     def lost_in(self, sampled: Sequence[tuple[Tensor, Layout | None]]) -> str:
         """The call in which the samples of one of these were lost."""
@@ -205,12 +226,24 @@ class Followed:
                 continue  # handed through, without samples
             lost = len(known) < len(sampled)
             layout = propagate(func, args, kwargs, known, tensors, t, lost, self._seen) if known else None
+            if layout is None and func in UNKNOWN and not lost and not mutates:
+                layout = self._probed(t, known)
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
                 continue  # a constant
             total = level or (extent(func, args, kwargs, sampled) if layout is None else 0)
             self.mark(t, self._found(func, sampled, t, layout, total))
             if mutates and t._base is not None and not isinstance(self.kind(t._base), SampledTensor):
                 self.mark(t._base, self._found(func, sampled, t._base, None, 0))
+
+    def _probed(self, t: Tensor, known: Sequence[tuple[Tensor, Layout]]) -> Layout | None:
+        """Where the samples are in what an operation has made of which nothing is known."""
+        if t.grad_fn is None or is_wrapped([t]):
+            return None
+        sources = [Source(get_gradient_edge(x), x.shape, layout) for x, layout in known if x.requires_grad]
+        try:
+            return probed(t, get_gradient_edge(t), sources, places_in(t, sources))
+        except Exception:  # a backward that can't be run like this
+            return None
 
     def _found(
         self,

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .aten import UNKNOWN
 from .joining import GATHERS, JOINS, STACKS, bagged, joined, one_by_one, stacked
 from .layout import Layout, Sampled, kept, of_one, only, same
 from .mixing import PRODUCTS, sample_letters, sums_up
 from .moves import MOVED, Function, bind, indexed, named, nonzero_of
-from .writing import COPIES, WRITES, Seen, agree, rewritten, written
+from .writing import COPIES, SCATTERS, WRITES, Seen, agree, rewritten, scattered, written
 
 
 def propagate(
@@ -56,7 +57,7 @@ def propagate(
     )  # most often, it is the first of more axes
     if inner and func in PRODUCTS and not lost and sums_up(func, args, kwargs, sampled):
         return None
-    if func not in _SPECIAL and _stays(func, args, sampled, out):
+    if func not in _SPECIAL and not (UNKNOWN and func in UNKNOWN) and _stays(func, args, sampled, out):
         return layout
     found: Layout | None = None
     try:
@@ -131,6 +132,8 @@ def _followed(
         return bagged(args, kwargs, sampled, out)
     if func is F.embedding and (table := bind(args, kwargs, "input", "weight")[1]) is sampled[-1][0]:
         return indexed(Tensor.__getitem__, (table, args[0] if args else kwargs["input"]), {}, sampled[-1][1], out)
+    if func in SCATTERS:
+        return None if lost else scattered(args, kwargs, sampled, out, seen)
     if (func in WRITES and args and out is args[0] and out is not first) or (func in COPIES and args[0] is not first):
         return written(func, args, kwargs, sampled, out, seen)
     if func in COPIES and len(sampled) > 1:
@@ -153,21 +156,27 @@ def _followed(
             return replace(layout, axis=axis)
         axes = _grown(layout, func, args, kwargs, sampled, out)
         return replace(layout, axis=axes[0]) if len(axes) == 1 else None
+    if func in UNKNOWN:
+        return _told_by_size(func, args, kwargs, sampled, out)
     broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
     found: Layout | None = None
     for x, candidate in sorted(sampled, key=lambda pair: -pair[0].numel()):
         place: Layout | None = None
         aside = x.shape != out.shape or any(y.shape == x.shape and at.axis != candidate.axis for y, at in sampled)
-        if aside and sum(size == candidate.size for size in out.shape) > 1:
+        several = aside and sum(size == candidate.size for size in out.shape) > 1
+        picked = candidate.owner is not None and x.ndim != out.ndim  # as many as another axis is long, by chance
+        if several or (picked and candidate.size in out.shape):
             axes = _grown(candidate, func, args, kwargs, sampled, out)
             if len(axes) > 1:
                 return None  # products of samples with samples
+            if picked and not axes:
+                continue
             place = replace(candidate, axis=axes[0]) if axes else None
         place = place or kept(candidate, x.ndim, out.shape, broadcast)
         if place is not None and found is None:
             found = place
-        elif place is not None and found is not None and place.axis == found.axis and not same(place, found):
-            return None  # entries of different samples meet
+        elif place is not None and found is not None and not (place.axis == found.axis and same(place, found)):
+            return None  # entries of different samples meet, or sizes coincide
     return found
 
 
@@ -181,17 +190,27 @@ def _axis_behind(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return None if axis in gone else axis if keep else axis - sum(d < axis for d in gone)
 
 
-def found_again(layout: Layout, out: Tensor) -> Layout | None:
-    """The layout of something that an unseen function has computed from a tensor with this one."""
-    return lone_sample(out) if layout.n == 1 else kept(layout, out.ndim, out.shape)
-
-
 def _is_choice(func: Function, args: tuple[Any, ...]) -> bool:
     """``where(condition, this, that)``, not ``where(condition)``."""
     return func in _WHERE and len(args) > 1
 
 
 # ---- anything else: where the size is found again ---------------------------------------------------------------
+
+
+def _told_by_size(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
+) -> Layout | None:
+    """Of an operation that isn't known: nothing is guessed where several axes fit."""
+    found: Layout | None = None
+    for x, at in sampled:
+        axes = [axis for axis in range(out.ndim) if at.fits(out.shape, axis)]
+        if len(axes) > 1 or (axes and at.owner is not None and x.shape != out.shape):
+            axes = _grown(at, func, args, kwargs, sampled, out) or axes
+        if len(axes) > 1 or (axes and found is not None and not (found.axis == axes[0] and same(found, at))):
+            return None
+        found = replace(at, axis=axes[0]) if axes else found
+    return found
 
 
 def _grown(

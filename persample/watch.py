@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import rules
+from . import aten, rules
 from .calls import arguments, behind, function_name, tensors_in
 from .errors import NOTIONS, BatchCoupledError, CaptureError
 from .followed import is_wrapped
@@ -48,6 +48,9 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
+            with self:
+                return aten.call(function, args, kwargs)
         names = [self._name(t) for t in arguments(args, kwargs)] if self.shared else []
         shared = bool(names) and None not in names
         if (reason := rules.coupling(func, args, kwargs)) and not shared:

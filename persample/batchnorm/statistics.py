@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .. import rules
+from .. import aten, rules
 from ..calls import function_name
 from ..capture import Capture
 from ..errors import BatchCoupledError, BatchNormError
@@ -233,6 +233,9 @@ class Replace(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
+            with self:
+                return aten.call(function, args, kwargs)
         reason = rules.coupling(func, args, kwargs)
         if func in READ:
             call = READ[func](*args, **kwargs)

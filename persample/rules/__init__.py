@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..aten import OPERATIONS, writes
+
 if TYPE_CHECKING:
     from .apart import Rowlike
 
@@ -101,6 +103,8 @@ def coupling(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
 @lru_cache(maxsize=4096)
 def mutates(func: Function) -> bool:
     """Whether the function changes its first argument: ``add_``, ``__iadd__``, ``__setitem__``."""
+    if type(func) in OPERATIONS:
+        return writes(func)
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         return (name.startswith("__i") and name not in _NOT_INPLACE) or name == "__setitem__"
@@ -159,6 +163,24 @@ def _grid(*tensors: Any, indexing: str | None = None) -> Any:
 OPEN[torch.broadcast_tensors] = _broadcast
 OPEN[torch.meshgrid] = _grid
 OPEN.update({f: _each(f) for f in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)})
+
+
+def _with_grad(enabled: bool, body: Function, *args: Any) -> Any:
+    """What an exported program runs inside ``torch.no_grad()``."""
+    with torch.set_grad_enabled(enabled):
+        return body(*args)
+
+
+def _with_autocast(
+    device: str, dtype: Any, enabled: bool, cache_enabled: Any, body: Function, *args: Any, **kwargs: Any
+) -> Any:
+    with torch.autocast(device, dtype, enabled, cache_enabled):
+        return body(*args, **kwargs)
+
+
+OPEN[torch.ops.higher_order.wrap_with_set_grad_enabled] = _with_grad
+OPEN[torch.ops.higher_order.wrap_with_autocast] = _with_autocast
+OPEN[torch.ops.higher_order.cond] = lambda pred, true, false, args=(): (true if pred else false)(*args)
 
 # Whose outputs are computed from each other: copied, so that the gradient of one doesn't come through another.
 NESTED: set[Function] = {torch.lstm_cell}

@@ -1,0 +1,299 @@
+"""Exported and traced graphs, operations called by their names in aten, scripted functions: against the definition, at
+batch sizes that other axes have, too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import persample
+
+T = 4  # tokens, and features
+
+
+class Swaps(nn.Module):
+    """Works on the tokens with the samples behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(T, T), nn.Linear(T, T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.b(self.a(x).transpose(0, 1))).transpose(0, 1).mean(1)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.last = nn.Embedding(10, 8), nn.Linear(8, 3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = 1 + (x == 0)[..., None]
+        out: Tensor = self.last(self.layer(self.embed(x) * scale).mean(1))
+        return out
+
+
+class Recurs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(3, T, batch_first=True, bidirectional=True), nn.GRU(2 * T, T, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.gru(self.lstm(x)[0])[0][:, -1]
+        return out
+
+
+class Picks(nn.Module):
+    """Writes and reads parts, beside parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.token = nn.Linear(T, T), nn.LayerNorm(T), nn.Parameter(torch.randn(T))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.a(x))
+        shifted = torch.zeros_like(h)
+        shifted[:, 1:] = h[:, :-1]
+        mixed = torch.softmax(h @ h.transpose(1, 2), -1) @ torch.where(x > 0, self.token, h + shifted)
+        return torch.cat([mixed, h.flip(1)], -1).permute(2, 0, 1).flatten(2).permute(1, 0, 2).sum(1)
+
+
+def images(*first: nn.Module) -> nn.Module:
+    layers = [nn.ReLU(), nn.MaxPool2d(2), nn.GroupNorm(2, 4), nn.ConvTranspose2d(4, 4, 2), nn.AvgPool2d(2, 1)]
+    return nn.Sequential(nn.Conv2d(1, 4, 3), *first, *layers, nn.Flatten(), nn.Linear(36, 3))
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(T, T), nn.GELU(), nn.Linear(T, T), nn.RMSNorm(T), nn.Linear(T, 3))
+
+
+def tokens(n: int) -> Tensor:
+    return torch.randn(n, T, T)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "mlp": (plain, lambda n: torch.randn(n, T)),
+    "swaps": (Swaps, tokens),
+    "attends": (Attends, lambda n: torch.randint(0, 10, (n, T))),
+    "recurs": (Recurs, lambda n: torch.randn(n, T, 3)),
+    "picks": (Picks, tokens),
+    "images": (images, lambda n: torch.randn(n, 1, 8, 8)),
+    "batch norm": (lambda: images(nn.BatchNorm2d(4)), lambda n: torch.randn(n, 1, 8, 8)),
+}
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Compilers count what they have compiled, and give up after some."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def losses(out: Tensor, _: Any = None) -> Tensor:
+    return out.square().flatten(1).sum(1) + out.flatten(1).sin().sum(1)
+
+
+def exported(model: nn.Module, x: Tensor, decomposed: bool = False) -> nn.Module:
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    return (program.run_decompositions() if decomposed else program).module()
+
+
+def alone(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    rows = [
+        torch.autograd.grad(losses(model(x[n : n + 1])).sum(), list(named.values()), materialize_grads=True)
+        for n in range(len(x))
+    ]
+    return dict(zip(named, map(torch.stack, zip(*rows, strict=True)), strict=True))
+
+
+def by_handle(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    got: list[dict[str, Tensor]] = []
+    handle = persample.extend(model, on_backward=lambda G: got.append(G.dense()), reduction="sum")
+    losses(model(x)).sum().backward()
+    handle.remove()
+    return got[0]
+
+
+def exact(model: nn.Module, x: Tensor) -> None:
+    want = alone(model, x)
+    for rows in (
+        persample.gradients(model, losses, x).dense(),
+        persample.gradients(model, losses, x, verify=False).dense(),
+        by_handle(model, x),
+    ):
+        for name, row in want.items():
+            torch.testing.assert_close(rows[name], row, rtol=1e-9, atol=1e-10)
+    S = persample.gradients(model, losses, x, quantities=["norm", "second_moment"], verify=False)
+    flat = torch.cat([row.flatten(1) for row in want.values()], 1)
+    torch.testing.assert_close(S.norm(), flat.norm(dim=1), rtol=1e-9, atol=1e-10)
+    for name, row in want.items():
+        torch.testing.assert_close(S.second_moment()[name], row.square().mean(0), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("name", "decomposed"),
+    [(name, how) for name in MODELS for how in (False, True) if (name, how) != ("picks", True)],  # has no derivative
+)
+def test_exported_programs(compiler: None, name: str, decomposed: bool, training: bool) -> None:
+    make, batch = MODELS[name]
+    original = make().train(training)
+    model = exported(original, batch(6), decomposed)
+    for n in (6, T):
+        x = batch(n)
+        if name != "batch norm" or not training:
+            exact(model, x)
+            continue
+        with pytest.raises(persample.BatchCoupledError, match=r"'0.weight'.*batch_norm.*training mode"):
+            persample.gradients(model, losses, x, verify=False)
+        if decomposed:  # its own backward says that running statistics were changed in place
+            return
+        for notion in ("loss", "copy", "frozen", "eval"):
+            rows = persample.gradients(model, losses, x, coupled=notion).dense()
+            want = persample.gradients(original, losses, x, coupled=notion).dense()
+            for key, row in want.items():
+                torch.testing.assert_close(rows[key], row, rtol=1e-9, atol=1e-10)
+
+
+def test_dropout_of_an_exported_program_is_switched_off_where_samples_are_compared(compiler: None) -> None:
+    model = exported(nn.Sequential(nn.Linear(T, T), nn.Dropout(), nn.Linear(T, 2)), torch.randn(6, T), True)
+    G = persample.gradients(model, losses, torch.randn(T, T))
+    assert "dropout off" in str(G.note)
+
+
+aten = torch.ops.aten
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "overload": lambda h: aten.transpose.int(h, 0, 1),
+    "packet": lambda h: aten.transpose(h, 0, 1),
+    "by names": lambda h: aten.transpose.int(self=h, dim0=0, dim1=1),
+    "copy": lambda h: aten.permute_copy.default(h, [1, 0, 2]),  # of which nothing is known
+    "matrices": lambda h: aten.bmm.default(h.transpose(0, 1), torch.eye(T).expand(T, T, T)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operations_by_their_names_in_aten(name: str) -> None:
+    class Model(Swaps):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.b(CALLS[name](self.a(x)))).transpose(0, 1).mean(1)
+
+    exact(Model(), tokens(T))
+
+
+# ---- what can't be seen, or isn't known ---------------------------------------------------------------------------
+
+
+@torch.jit.script
+def swap(x: Tensor) -> Tensor:
+    return torch.tanh(x.transpose(0, 1))
+
+
+class Swap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():  # as an extension in another language would do it
+            return x.transpose(0, 1).clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.transpose(0, 1)
+
+
+class Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        with torch._C.DisableTorchFunction():  # as an extension in another language would do it
+            return x.clamp(min=-0.1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (ctx.saved_tensors[0] > -0.1)
+
+
+class Stuck(torch.autograd.Function):
+    """Tells nothing by its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():  # as an extension in another language would do it
+            return x.transpose(0, 1).clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.transpose(0, 1) * 0
+
+
+UNSEEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "scripted": lambda m, x: swap(m.b(swap(m.a(x)))),
+    "custom": lambda m, x: Swap.apply(m.b(Swap.apply(m.a(x)))),
+    "entry by entry": lambda m, x: Gate.apply(m.b(Gate.apply(m.a(x)))),
+    "behind a move": lambda m, x: m.b(Gate.apply(m.a(x).transpose(0, 1))).transpose(0, 1),
+    "behind functions": lambda m, x: m.b(Gate.apply(Gate.apply(torch.tanh(m.a(x)).sin()).cos())),
+    "two": lambda m, x: m.b(Gate.apply(m.a(x) * Gate.apply(m.a(x).sin()))),
+}
+
+
+@pytest.mark.parametrize("n", [T, T + 2])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_functions_that_nobody_sees_move_samples(name: str, n: int) -> None:
+    class Model(Swaps):
+        def forward(self, x: Tensor) -> Tensor:
+            return UNSEEN[name](self, x).mean(1)
+
+    exact(Model(), tokens(n))
+
+
+def test_samples_in_an_order_of_their_own_before_a_function_that_nobody_sees() -> None:
+    class Model(Swaps):
+        def forward(self, x: Tensor) -> Tensor:
+            order = torch.tensor([2, 0, 3, 1, 4, 5])[: len(x)] if len(x) > 1 else torch.tensor([0])
+            h = self.b(Gate.apply(self.a(x)[order].sin()))
+            return h[order.argsort()].mean(1)
+
+    with pytest.raises(persample.SampleAxisError, match="could not be seen"):
+        persample.gradients(Model(), losses, tokens(6), verify=False)
+
+
+def test_hooks_of_modules_are_handed_through() -> None:
+    model, seen = nn.Sequential(nn.Linear(T, T), nn.ReLU(), nn.Linear(T, T), nn.Tanh(), nn.Linear(T, 2)), []
+    for module in model:
+        module.register_full_backward_hook(lambda *_: seen.append(1))
+    x = torch.randn(T, T)
+    want = alone(model, x)
+    seen.clear()
+    with persample.extend(model, verify=False) as recorder:
+        out = losses(model(x))
+        assert not seen  # looking for the samples is no backward pass of the user
+        rows = recorder.gradients(out).dense()
+    for name, row in want.items():
+        torch.testing.assert_close(rows[name], row, rtol=1e-9, atol=1e-10)
+
+
+def test_what_tells_nothing_is_refused() -> None:
+    class Model(Swaps):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(Stuck.apply(self.a(x))).transpose(0, 1).mean(1)
+
+    with pytest.raises(persample.SampleAxisError, match="could not be seen"):
+        persample.gradients(Model(), losses, tokens(T), verify=False)

@@ -989,3 +989,23 @@ def test_corrected_eigenvalues_are_determined_where_those_of_a_factor_are_equal(
     assert (found(x * (1 + 1e-13 * torch.randn_like(x))) - exact).norm() < 1e-10 * exact.norm()
     if bias == "apart":  # joined, some eigenvalues differ by less than single precision can tell
         assert (found(x.float()) - exact).norm() < 1e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("net", ["tokens", "pixels"])
+def test_corrected_eigenvalues_do_not_depend_on_the_order_of_samples(net: str, kind: str, approximation: str) -> None:
+    """Also where the factor of the inputs has zeros among its eigenvalues, with fewer samples than inputs."""
+    if net == "tokens":
+        x, model = tensor(4, N, 6, 7), seeded(lambda: nn.Sequential(nn.Linear(7, 3), nn.Flatten(), nn.Linear(18, 2)))
+    else:
+        x = tensor(4, N, 4, 5, 5)
+        model = seeded(lambda: nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.Flatten(), nn.Linear(75, 2)))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    found, again = (
+        ekfac(model, CE, x[at], LABELS[at], type=kind, approximation=approximation, params=["0.weight", "0.bias"])
+        for at in (torch.arange(N), order)
+    )
+    close(found.dense(), again.dense())
+    v = tensor(5, found.shape[0])
+    close(found.solve(v, 1e-4), again.solve(v, 1e-4), 1e-6)

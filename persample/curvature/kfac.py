@@ -113,7 +113,7 @@ def ekfac(
     The eigenvalue of ``u_G (x) u_A`` is ``c sum_nj (u_G^T g_nj u_A)^2``, with ``g_nj = sum_t delta_ntj a_nt^T`` the
     gradient of sample ``n`` for column ``j``: of all matrices with these eigenvectors the nearest to the block
     (Frobenius norm).  Where a factor has equal eigenvalues (transposed convolutions whose stride is the size of their
-    kernel), the eigenvectors are those that keep its entries apart.
+    kernel; zeros, if there are fewer samples than inputs), the eigenvectors are those that keep its entries apart.
 
     Arguments and errors as in `kfac`; costs a second backward pass per column, and the eigenvectors of all factors.
     """

@@ -106,12 +106,13 @@ def eigenvectors(factor: Tensor) -> tuple[Tensor, Tensor]:
 
     Any vectors of their space would do there, and corrected eigenvalues depend on which they are: those are taken that
     leave entries apart as far as they can, as they also diagonalise the numbering of entries.  A transposed convolution
-    whose stride is its kernel's size has a factor ``I (x) A'``, the same for every offset of the kernel.
+    whose stride is its kernel's size has a factor ``I (x) A'``, the same for every offset of the kernel; the factor of
+    fewer samples than inputs has many zeros.
     """
     values, vectors = eigh(factor)
     size = values.shape[1]
     rounding = 4 * size * torch.finfo(values.dtype).eps * values[:, -1:].abs()
-    equal = (values.diff() <= rounding) & (values[:, 1:] > rounding)  # where they are zero, it makes no difference
+    equal = values.diff() <= rounding  # zeros too: tokens that average out over a sample have moments there
     number = torch.arange(size, dtype=values.dtype, device=values.device).unsqueeze(1)
     for block in equal.any(1).nonzero().flatten().tolist():
         steps = torch.cat([equal.new_zeros(1), equal[block]]).logical_not().nonzero().flatten().tolist()

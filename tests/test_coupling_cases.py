@@ -674,3 +674,57 @@ def test_numbers_of_draws(probes: Any) -> None:
             ask(probes=probes)
     with pytest.raises(persample.ArgumentError, match="draws must be a positive integer"):
         C.ggn_diagonal(draws=probes)
+
+
+class Scaled(nn.Module):
+    """An attribute that the forward reads, and one that it counts with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn, self.out = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.act, self.drop, self.scale, self.calls = nn.LeakyReLU(0.1), nn.Dropout(0.3), 1.0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.out(self.drop(self.act(self.bn(self.fc(x)) * self.scale)))
+        return out
+
+
+SETTINGS: dict[str, Callable[[Any, Any], None]] = {
+    "slope": lambda model, _: setattr(model.act, "negative_slope", 0.5),
+    "dropout": lambda model, _: setattr(model.drop, "p", 0.6),
+    "criterion": lambda _, criterion: setattr(criterion, "label_smoothing", 0.4),
+    "module": lambda model, _: setattr(model, "act", nn.Tanh()),
+    "attribute": lambda model, _: setattr(model, "scale", 2.0),
+}
+
+
+@pytest.mark.parametrize("route", ["samples", "statistics"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_belong_to_the_point(setting: str, route: Any) -> None:
+    torch.manual_seed(0)
+    model, criterion = Scaled().double(), nn.CrossEntropyLoss()
+    C = persample.coupling(model, criterion, *data(6, 5), route=route)
+    before = C.gradients("copy").flat()
+    model(data(6, 5)[0])
+    assert torch.equal(C.gradients("copy").flat(), before)
+    SETTINGS[setting](model, criterion)
+    with pytest.raises(persample.InplaceError, match="changed since the coupling was set up"):
+        C.gradients("frozen")
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_running_statistics_belong_to_the_point(passes: int) -> None:
+    """Another batch moves them, and stays; the rows are those of before."""
+    torch.manual_seed(0)
+    model = Scaled().double().train()
+    x, y = data(6, 5)
+    for _ in range(passes):
+        model(x)
+    C = persample.coupling(model, CE, x, y)
+    first = C.gradients("eval").flat()
+    model(3 * x + 2)
+    moved = model.bn.running_mean.clone()
+    assert torch.equal(C.gradients("eval").flat(), first)
+    assert torch.equal(model.bn.running_mean, moved)
+    assert not torch.allclose(persample.coupling(model, CE, x, y).gradients("eval").flat(), first)

@@ -24,13 +24,15 @@ from ..calls import Reached, reached
 from ..capture import Capture
 from ..collect import Collect
 from ..curvature.objective import Start, named_derivatives, refuse_once_differentiable
+from ..curvature.products import set_to
 from ..engines.hooks import Seeds, along, forward
 from ..errors import ArgumentError, CaptureError, InplaceError
 from ..factors import strided
 from ..losses import batch_losses
 from ..problem import Emit, Problem
 from ..refusals import check_complete, check_only
-from ..state import RandomState, random_state
+from ..remembered import Settings, changed, lasting
+from ..state import Buffers, RandomState, random_state
 from ..verify import with_own_inputs
 from .statistics import READ, Explicit, Layer, Node, Pool, Replace, Replacement
 
@@ -66,18 +68,21 @@ class Point:
 
     problem: Problem
     start: Start
+    buffers: Buffers  # in which every forward pass begins, too: "eval" is of these running statistics
     state: list[tuple[str, Any]]  # what must not change between passes
+    settings: Settings  # nor these
     passes: Passes = field(default_factory=Passes)
 
     @staticmethod
     def of(problem: Problem) -> Point:
         if lazy := [name for name, p in problem.parameters.items() if is_lazy(p)]:
             raise ArgumentError(f"parameter '{lazy[0]}' has no values yet (a lazy module): run the model once.")
-        return Point(problem, Start.now(problem.model), _state(problem))
+        start, buffers = Start.now(problem.model), Buffers(*problem.owners)
+        return Point(problem, start, buffers, _state(problem), set_to(problem))
 
     def __reduce__(self) -> Any:
         same = [now == before for now, before in zip(_state(self.problem), self.state, strict=False)]
-        return _copied, (self.problem, self.start, same, self.passes)
+        return _copied, (self.problem, self.start, self.buffers, same, self.settings, self.passes)
 
     @property
     def n(self) -> int:
@@ -130,11 +135,11 @@ class Point:
         """Once more from the same state, and back to the one before."""
         for (what, now), (_, before) in zip(_state(self.problem), self.state, strict=False):
             if now != before:
-                raise InplaceError(
-                    f"{what} changed since the coupling was set up, so its results would belong to different points. "
-                    "Ask for what you need before the change, or call persample.coupling again after it."
-                )
+                raise _moved(what)
+        if found := changed(self.settings, at := set_to(self.problem)):
+            raise _moved(found[0])
         with self.start.again(self.problem):
+            self.buffers.restore()  # again() puts back those of now
             self.passes.forward += 1
             try:
                 yield
@@ -144,6 +149,7 @@ class Point:
                     "can't be made explicit. Turn checkpointing off for the analysis."
                 ) from error
         self.state[:] = _state(self.problem)  # some forwards switch modes
+        self.settings.update(lasting(at, set_to(self.problem)))  # or count themselves, which is no setting
 
     def rows(self, out: Tensor, inputs: Sequence[Tensor], step: int) -> Iterator[tuple[slice, Grads]]:
         """``d out / d inputs`` for ``out [R]``, ``step`` rows at a time: which rows, and ``[r, *shape]`` for each
@@ -218,10 +224,19 @@ def _towards(ends: list[Tensor], starts: list[Tensor], found: Reached, wrt: Sequ
     return list(torch.autograd.grad(ends, targets, starts, allow_unused=True, retain_graph=True)[: len(wrt)])
 
 
-def _copied(problem: Problem, start: Start, same: list[bool], passes: Passes) -> Point:
+def _moved(what: str) -> InplaceError:
+    return InplaceError(
+        f"{what} changed since the coupling was set up, so its results would belong to different points. Ask for what "
+        "you need before the change, or call persample.coupling again after it."
+    )
+
+
+def _copied(
+    problem: Problem, start: Start, buffers: Buffers, same: list[bool], settings: Settings, passes: Passes
+) -> Point:
     """A point whose tensors lie elsewhere, and count changes anew; what had changed before remains changed."""
     state = [(what, now if kept else None) for (what, now), kept in zip(_state(problem), same, strict=False)]
-    return Point(problem, start, state, passes)
+    return Point(problem, start, buffers, state, settings, passes)
 
 
 def _state(problem: Problem) -> list[tuple[str, Any]]:

@@ -32,8 +32,9 @@ def wide(features: Any, what: str, project: bool = False) -> Tensor:
         hint = "; of gradients G: G.project(Projection(k))" if project else ""
         raise QuantityError(f"{what} must be features [n, k], a tensor, got {type(features).__name__}{hint}.")
     if features.ndim != 2 or not features.shape[1] or not features.dtype.is_floating_point:
+        real = " Of complex rows, give torch.view_as_real(rows).flatten(1)." if features.is_complex() else ""
         raise QuantityError(
-            f"{what} must be real features [n, k], got {features.dtype} of shape {list(features.shape)}."
+            f"{what} must be real features [n, k], got {features.dtype} of shape {list(features.shape)}.{real}"
         )
     return features.to(torch.promote_types(features.dtype, torch.float32))
 

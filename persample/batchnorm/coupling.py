@@ -53,7 +53,8 @@ def coupling(
 
     Running statistics, ``num_batches_tracked``, ``.grad`` and the random state stay as they are.  Random masks
     (dropout) are those that a forward pass would draw now, and the same in everything the result computes.  It runs
-    passes when something is asked for, and raises `InplaceError` if parameters, batch or modes have changed since.
+    passes when something is asked for, and raises `InplaceError` if parameters, batch, modes or other settings of
+    modules have changed since; running statistics are those of now, whatever moves them later.
 
     Raises:
         BatchCoupledError: something else than BatchNorm couples the batch.

@@ -118,8 +118,9 @@ def identify(outputs: Tensor, hessian_at: Callable[[Tensor], Product]) -> Likeli
     if not bool(at_zero(torch.ones_like(probe)).any() | at_zero(probe).any() | actual.any()):
         raise LossError(
             "the losses of this batch have no curvature in the outputs (every target is ignored, or the loss is "
-            "piecewise linear), so that no distribution of targets can be told from it. Leave such a batch out; or use "
-            "ggn or kflr, which are zero there."
+            "piecewise linear in them, as NLLLoss is behind a log-softmax in the model), so that no distribution of "
+            "targets can be told from it. Let the model return logits for CrossEntropyLoss; leave such a batch out; or "
+            "use ggn or kflr, which are zero there."
         )
     raise LossError(
         "loss_fn is not the negative log-likelihood of a categorical, Gaussian or Bernoulli distribution with the "

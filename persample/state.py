@@ -307,11 +307,13 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, the model has other parameters and buffers; afterwards its own, also if Ctrl-C comes while these are put
     back.
     """
-    own = [(held, dict(held)) for m in modules_of(model) for held in (m._parameters, m._buffers)]
+    pairs = [(m._parameters, m._buffers) for m in modules_of(model)]
+    held: list[dict[str, Any]] = [own for pair in pairs for own in pair if isinstance(own, dict)]  # not of scripts
+    before = [dict(own) for own in held]
     try:
         with _reparametrize_module(model, dict(tensors), tie_weights=True, stack_weights=True):
             yield
     finally:
-        for held, before in own:
-            if any(held.get(name) is not t for name, t in before.items()):
-                held.update(before)  # type: ignore[arg-type]
+        for now, then in zip(held, before, strict=True):
+            if any(now.get(name) is not t for name, t in then.items()):
+                now.update(then)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Reached
-from .errors import CaptureError
+from .errors import CaptureError, UnknownParameterError
 from .problem import Selection, asked_for
 from .state import named_modules, parameters_of
 
@@ -46,7 +46,7 @@ class Asking:
         self.model = model
         self.params = list(params) if isinstance(params, Iterable) and not isinstance(params, str) else params
         self._seen: list[tuple[str, int, bool]] = []
-        self.last = Asked(*asked_for(model, self.params))  # when somebody asked
+        self.last = self._named = Asked(*asked_for(model, self.params))  # when somebody asked; if not all were frozen
 
     def now(self) -> Asked:
         """The parameters of the model as it is: the same object as before where nothing has changed."""
@@ -61,7 +61,12 @@ class Asking:
                 return self.last  # which holds its parameters, so that nobody else has their ids
             if any(map(_stands_in, parameters_of(self.model))):
                 return self.last
-            asked = Asked(*asked_for(self.model, self.params))
+            try:
+                asked = self._named = Asked(*asked_for(self.model, self.params))
+            except UnknownParameterError:
+                if any(p.requires_grad for p in self._named.parameters.values()):
+                    raise
+                asked = Asked({}, {})  # a model that is frozen for a while (the discriminator of a GAN)
             if seen != self._seen or not asked.same(self.last):
                 self._seen, self.last = seen, asked
             return self.last

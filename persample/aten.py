@@ -29,9 +29,12 @@ _SPACES = (
 @lru_cache(maxsize=4096)
 def spelled(operation: Any) -> Function | None:
     """The same as a function of torch, or one that calls these; ``None`` where there is none."""
-    packet = isinstance(operation, torch._ops.OpOverloadPacket)
-    namespace, _, name = str(operation._qualified_op_name if packet else operation._schema.name).partition("::")
     found = None
+    if isinstance(operation, torch._ops.OpOverload) and not operation._overloadname.startswith("prim_"):
+        # (of several overloads under one name, it isn't said which; those of TorchScript take numbers for types)
+        namespace, _, name = operation._schema.name.partition("::")
+    else:
+        namespace, name = "", ""
     if namespace == "aten":
         found = SPELLED.get(name) or next((f for space in _SPACES if (f := _generated(space, name))), None)
     if found is None:
@@ -45,11 +48,20 @@ def _generated(space: Any, name: str) -> Function | None:
     return found if isinstance(found, (BuiltinFunctionType, MethodDescriptorType)) else None
 
 
-def call(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call what `spelled` has found as the operation was called."""
-    if "self" in kwargs:  # has no name in torch
-        args, kwargs = (kwargs["self"], *args), {name: x for name, x in kwargs.items() if name != "self"}
-    return function(*args, **kwargs)
+def call(operation: Any, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call what `spelled` has found as the operation was called.
+
+    Its schema says what the names of arguments are in torch's order, and what is left out: torch's own functions take
+    a ``reduction`` that is left out for another one.
+    """
+    schema = operation._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+    if function in BY_NAME:
+        return function(given.pop("self"), **given)
+    inner = [a for a in schema if not a.kwarg_only]
+    last = max((i for i, a in enumerate(inner) if a.name in given or a.name == "reduction"), default=-1)
+    positions = [given.get(a.name, a.default_value) for a in inner[: last + 1]]
+    return function(*positions, **{a.name: given[a.name] for a in schema if a.kwarg_only and a.name in given})
 
 
 def writes(operation: Any) -> bool:
@@ -65,19 +77,33 @@ def _index(input: Tensor, indices: Any) -> Any:
 
 
 def _indices(indices: Any) -> tuple[Any, ...]:
-    return tuple(slice(None) if i is None else i for i in indices)
+    """Numbers in tensors are broadcast; in brackets, they would be taken before the others."""
+    several = any(i is not None and i.ndim for i in indices)
+    return tuple(slice(None) if i is None else i.reshape(1) if several and not i.ndim else i for i in indices)
 
 
 def _index_put_(input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
     if accumulate:
-        return input.index_put_(tuple(indices), values, True)
+        return input.index_put_(_filled(input, indices), values, True)
     input[_indices(indices)] = values
     return input
 
 
+def _filled(input: Tensor, indices: Any) -> tuple[Tensor, ...]:
+    """With all numbers of an axis for ``None``, which stands before the indices, and their dims after it."""
+    if None not in indices:
+        return tuple(indices)
+    ahead = next(i for i, index in enumerate(indices) if index is not None)
+    if None in indices[ahead:] or any(index.dtype is torch.bool for index in indices[ahead:]):
+        raise NotImplementedError("aten.index_put(accumulate=True) with None behind indices, or masks")
+    inner = max(index.ndim for index in indices[ahead:])
+    numbers = (torch.arange(input.shape[d], device=input.device) for d in range(ahead))
+    return *(x.view(-1, *[1] * (ahead - 1 - d + inner)) for d, x in enumerate(numbers)), *indices[ahead:]
+
+
 def _index_put(input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
     if accumulate or all(isinstance(i, Tensor) for i in indices):
-        return input.index_put(tuple(indices), values, accumulate)
+        return input.index_put(_filled(input, indices), values, accumulate)
     return _index_put_(input.clone(), indices, values)
 
 
@@ -108,6 +134,15 @@ def _embedding_bag(
     out = F.embedding_bag(indices, weight, offsets, None, 2.0, scale, name, sparse, weights, last, padding)
     given = (weight, indices, offsets, scale, mode, sparse, weights, last, padding)
     return out, *_beside(torch._C._VariableFunctions.embedding_bag, *given)
+
+
+def _bare_embedding_bag(
+    weight: Tensor, indices: Tensor, offsets: Tensor, scale: bool = False, mode: int = 0, sparse: bool = False,
+    weights: Tensor | None = None, last: bool = False, padding: int = -1,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """That has -1 for none."""
+    padded = None if padding < 0 else padding
+    return _embedding_bag(weight, indices, offsets, scale, mode, sparse, weights, last, padded)
 
 
 def _convolution(
@@ -183,16 +218,20 @@ def _batch_norm_no_training(
     return _native_batch_norm(input, weight, bias, mean, var, False, momentum, eps)
 
 
-def _to(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    found: Tensor = input.to(*args, **{name: x for name, x in kwargs.items() if x is not None and name in _TO})
+def _to(input: Tensor, **given: Any) -> Tensor:
+    other = [given["other"]] if "other" in given else []  # has no name in torch
+    found: Tensor = input.to(*other, **{name: x for name, x in given.items() if x is not None and name in _TO})
     return found
 
 
-_TO = {"dtype", "device", "other", "non_blocking", "copy", "memory_format"}
+_TO = {"dtype", "device", "non_blocking", "copy", "memory_format"}
 
 
-def _to_copy(input: Tensor, **kwargs: Any) -> Tensor:
-    return _to(input, **kwargs, copy=True)
+def _to_copy(input: Tensor, **given: Any) -> Tensor:
+    return _to(input, **given, copy=True)
+
+
+BY_NAME = {_to, _to_copy}  # overloads have other orders
 
 
 def _softmax(input: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
@@ -211,8 +250,6 @@ SPELLED: dict[str, Function] = {
     "_unsafe_index_put": _index_put,
     "slice": _slice,
     "split": lambda input, size, dim=0: torch.split(input, size, dim),
-    "unsafe_split": lambda input, size, dim=0: torch.split(input, size, dim),
-    "unsafe_chunk": lambda input, chunks, dim=0: torch.chunk(input, chunks, dim),
     "alias": lambda input: input.view_as(input),
     "_unsafe_view": lambda input, size: input.reshape(size),
     "_reshape_alias": lambda input, size, stride: input.reshape(size),
@@ -227,7 +264,7 @@ SPELLED: dict[str, Function] = {
     "norm": lambda input, p=2, *args, **kwargs: torch.norm(input, 2 if p is None else p, *args, **kwargs),
     "embedding": _embedding,
     "embedding_bag": _embedding_bag,
-    "_embedding_bag": _embedding_bag,
+    "_embedding_bag": _bare_embedding_bag,
     "convolution": _convolution,
     "_convolution": _convolution,
     "layer_norm": _layer_norm,

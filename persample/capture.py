@@ -93,11 +93,13 @@ class Capture(TorchFunctionMode):
         interrupted leaves modes of others behind.
         """
         above: list[TorchFunctionMode] = []
-        if any(mode is self for mode in _get_current_function_mode_stack()):
-            while (mode := _pop_mode()) is not self:
-                above.append(mode)
-        for mode in reversed(above):
-            _push_mode(mode)
+        try:
+            if any(mode is self for mode in _get_current_function_mode_stack()):
+                while (mode := _pop_mode()) is not self:
+                    above.append(mode)
+        finally:
+            for mode in reversed(above):
+                _push_mode(mode)
 
     @property
     def path(self) -> frozenset[Any]:
@@ -117,7 +119,7 @@ class Capture(TorchFunctionMode):
         self.called.add(func)
         if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
             with self:  # all that is known of functions is known by this spelling
-                return aten.call(function, args, kwargs)
+                return aten.call(func, function, args, kwargs)
         if func in _DIFFERENTIATES:
             self._refuse_higher_order(func, args, kwargs)
             self.differentiates = True

@@ -22,7 +22,7 @@ class NoDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
             with self:
-                return aten.call(function, args, kwargs)
+                return aten.call(func, function, args, kwargs)
         if func in DROPS:
             return args[0] if args else kwargs["input"]
         if func is torch.native_dropout:

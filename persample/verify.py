@@ -185,9 +185,9 @@ def thawed(problem: Problem) -> Iterator[Problem]:
     named = {f"{i}.{name}": p for i, m in enumerate(modules) for name, p in m.named_parameters()}
     able = {name: p for name, p in named.items() if p.is_floating_point() or p.is_complex()}
     frozen = [p for p in able.values() if not p.requires_grad and not p.is_inference()]
-    for p in frozen:
-        p.requires_grad_(True)
     try:
+        for p in frozen:
+            p.requires_grad_(True)
         yield replace(problem, parameters={name: p for name, p in able.items() if p.requires_grad})
     finally:
         for p in frozen:

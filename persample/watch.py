@@ -50,7 +50,7 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
             with self:
-                return aten.call(function, args, kwargs)
+                return aten.call(func, function, args, kwargs)
         names = [self._name(t) for t in arguments(args, kwargs)] if self.shared else []
         shared = bool(names) and None not in names
         if (reason := rules.coupling(func, args, kwargs)) and not shared:

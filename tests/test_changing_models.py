@@ -291,3 +291,18 @@ def test_nothing_is_selected_anew_where_nothing_changed(monkeypatch: pytest.Monk
         freeze(model)
         recorder.gradients(losses_of(model))
     assert before <= 2 and len(times) == before + 1
+
+
+@pytest.mark.parametrize("params", [None, ["0.weight"], r"0\.", lambda name, _: name.startswith("0")])
+def test_a_model_that_is_frozen_for_a_while(params: Any) -> None:
+    """As the discriminator of a GAN, in the step of the generator."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double(), torch.randn(5, 3).double()
+    with persample.extend(model, params=params) as recorder:
+        first = recorder.gradients(model(x).square().flatten())
+        model.requires_grad_(False)
+        fake = torch.randn(5, 3).double().requires_grad_()
+        model(fake).sum().backward()
+        model.requires_grad_(True)
+        again = recorder.gradients(model(x).square().flatten())
+    assert torch.equal(first.flat(), again.flat()) and list(first) == list(again)

@@ -1009,3 +1009,15 @@ def test_corrected_eigenvalues_do_not_depend_on_the_order_of_samples(net: str, k
     close(found.dense(), again.dense())
     v = tensor(5, found.shape[0])
     close(found.solve(v, 1e-4), again.solve(v, 1e-4), 1e-6)
+
+
+def test_corrected_eigenvalues_in_single_precision() -> None:
+    """Eigenvalues that are close, but others, keep their own vectors."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 64) * torch.logspace(0, -2, 64) @ torch.linalg.qr(torch.randn(64, 64))[0] + 1
+    single, y = nn.Linear(64, 3), torch.randint(3, (512,))
+    double, v = copy.deepcopy(single).double(), torch.randn(65 * 3)
+    for damping in (1e-2, 1e-3, 1e-4):
+        found = ekfac(single, CE, x, y, type="exact").solve(v, damping).double()
+        expected = ekfac(double, CE, x.double(), y, type="exact").solve(v.double(), damping)
+        assert float((found - expected).norm() / expected.norm()) < 0.05

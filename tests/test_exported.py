@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import persample
+from persample.aten import call, spelled
 
 T = 4  # tokens, and features
 
@@ -297,3 +299,79 @@ def test_what_tells_nothing_is_refused() -> None:
 
     with pytest.raises(persample.SampleAxisError, match="could not be seen"):
         persample.gradients(Model(), losses, tokens(T), verify=False)
+
+
+A, B = torch.rand(3, 4, 5), torch.rand(3, 4, 5)
+INDEX, TABLE, WORDS = torch.tensor([2, 0, 2]), torch.rand(6, 3), torch.tensor([5, 1, 0, 5, 2])
+OPS = torch.ops.aten
+CALLED: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+    "mse": (OPS.mse_loss.default, (A, B), {}),
+    "mse, named": (OPS.mse_loss.default, (A,), {"target": B}),
+    "mse, summed": (OPS.mse_loss.default, (A, B, 2), {}),
+    "l1": (OPS.l1_loss.default, (A, B), {}),
+    "smooth l1": (OPS.smooth_l1_loss.default, (A, B), {}),
+    "huber": (OPS.huber_loss.default, (A, B), {}),
+    "nll": (OPS.nll_loss.default, (A[0], INDEX[[0, 1, 2, 0]]), {}),
+    "cross entropy": (OPS.cross_entropy_loss.default, (A[0], INDEX[[0, 1, 2, 0]]), {}),
+    "cross entropy, smoothed": (OPS.cross_entropy_loss.default, (A[0], INDEX[[0, 1, 2, 0]]), {"label_smoothing": 0.1}),
+    "binary": (OPS.binary_cross_entropy.default, (A, B), {}),
+    "binary, logits": (OPS.binary_cross_entropy_with_logits.default, (A, B), {}),
+    "kl": (OPS.kl_div.default, (A, B), {}),
+    "soft margin": (OPS.soft_margin_loss.default, (A, B.sign()), {}),
+    "multi margin": (OPS.multi_margin_loss.default, (A[0], INDEX[[0, 1, 2, 0]]), {}),
+    "hinge": (OPS.hinge_embedding_loss.default, (A, B.sign()), {}),
+    "cosine": (OPS.cosine_embedding_loss.default, (A[0], B[0], torch.ones(4)), {}),
+    "triplet": (OPS.triplet_margin_loss.default, (A[0], B[0], A[1]), {}),
+    "ranking": (OPS.margin_ranking_loss.default, (A, B, torch.ones(3, 4, 5)), {}),
+    "split": (OPS.split.Tensor, (A,), {"split_size": 2, "dim": 1}),
+    "layer norm": (OPS.layer_norm.default, (A,), {"normalized_shape": [5], "cudnn_enable": False}),
+    "group norm": (OPS.group_norm.default, (A, 2), {"cudnn_enabled": True}),
+    "batch norm": (
+        OPS._native_batch_norm_legit.no_stats, (A, None, None), {"training": True, "momentum": 0.1, "eps": 1e-5}
+    ),
+    "tensordot": (OPS.tensordot.default, (A, B), {"dims_self": [2], "dims_other": [2]}),
+    "to": (OPS.to.dtype, (A, torch.float64, False, False, torch.contiguous_format), {}),
+    "to, device": (OPS.to.device, (A, torch.device("cpu"), torch.float64), {}),
+    "to, other": (OPS.to.other, (A, B.double()), {}),
+    "bag": (OPS._embedding_bag.default, (TABLE, WORDS, torch.tensor([0, 2]), False, 0, False, None, False, -1), {}),
+    "bag, padded": (
+        OPS.embedding_bag.padding_idx, (TABLE, WORDS, torch.tensor([0, 2]), False, 1, False, None, False, -1), {}
+    ),
+    "index": (OPS.index.Tensor, (A, [torch.tensor(1), None, INDEX]), {}),
+    "index, numbers": (OPS.index.Tensor, (A, [torch.tensor(1), None, torch.tensor(2)]), {}),
+    "index put": (OPS.index_put.default, (A, [torch.tensor(1), None, INDEX], torch.rand(3, 4)), {}),
+    "added": (OPS.index_put.default, (A, [None, INDEX], torch.rand(3, 3, 5), True), {}),
+    "added, inner": (OPS.index_put.default, (A, [None, None, INDEX], torch.rand(3, 4, 3), True), {}),
+    "added, pairs": (OPS.index_put.default, (A, [None, INDEX, INDEX], torch.rand(3, 3), True), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_operations_are_what_they_are_spelled_as(name: str) -> None:
+    """With what their schema has for arguments that are left out, and its names of those that aren't."""
+    operation, args, kwargs = CALLED[name]
+    function = spelled(operation)
+    assert function is not None
+    found, expected = call(operation, function, args, kwargs), operation(*args, **kwargs)
+    torch.testing.assert_close(
+        found[0] if name.startswith("bag") else found, expected[0] if name.startswith("bag") else expected
+    )
+
+
+def test_a_loss_inside_whose_reduction_was_left_out() -> None:
+    class Weighed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.w = nn.Linear(4, 3), nn.Parameter(torch.rand(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) * torch.ops.aten.mse_loss.default(self.w, torch.ones_like(self.w))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x, y = Weighed().double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    for engine in ("hooks", "vmap", "loop"):
+        found = persample.gradients(model, F.cross_entropy, x, y, engine=engine)
+        for n in range(6):
+            loss = F.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
+            for name, g in zip(found, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+                torch.testing.assert_close(found[name][n], g, rtol=1e-9, atol=1e-12)

@@ -235,7 +235,7 @@ class Replace(TorchFunctionMode):
         kwargs = kwargs or {}
         if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
             with self:
-                return aten.call(function, args, kwargs)
+                return aten.call(func, function, args, kwargs)
         reason = rules.coupling(func, args, kwargs)
         if func in READ:
             call = READ[func](*args, **kwargs)

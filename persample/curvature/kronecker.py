@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,15 +110,18 @@ def eigenvectors(factor: Tensor) -> tuple[Tensor, Tensor]:
     """
     values, vectors = eigh(factor)
     size = values.shape[1]
-    rounding = 4 * size * torch.finfo(values.dtype).eps * values[:, -1:].abs()
-    equal = values.diff() <= rounding  # zeros too: tokens that average out over a sample have moments there
     number = torch.arange(size, dtype=values.dtype, device=values.device).unsqueeze(1)
-    for block in equal.any(1).nonzero().flatten().tolist():
-        steps = torch.cat([equal.new_zeros(1), equal[block]]).logical_not().nonzero().flatten().tolist()
-        for start, end in pairwise([*steps, size]):
-            if end > start + 1:
+    # From the first of a group on: neighbours in a dense spectrum would form a chain.  Zeros count too: tokens that
+    # average out over a sample have moments there.
+    ends = values + 8 * torch.finfo(values.dtype).eps * values[:, -1:].abs()
+    for block in (ends[:, :-1] >= values[:, 1:]).any(1).nonzero().flatten().tolist():
+        last = torch.searchsorted(values[block], ends[block], right=True).tolist()
+        start = 0
+        while start < size:
+            if (end := last[start]) > start + 1:
                 own = vectors[block, :, start:end]
                 vectors[block, :, start:end] = own @ torch.linalg.eigh(own.mT @ (number * own))[1]
+            start = max(end, start + 1)
     return values, vectors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,7 +27,7 @@ from .report import html_table, text_table
 from .rounding import computing_in, slack, tolerance
 from .state import Buffers, random_state, restored, set_random_state, taking_turns
 from .trace import find_coupling
-from .verify import LossDiffers, Probe, check_alone, inner_types, moved_by_others, thawed
+from .verify import LossDiffers, Probe, check_alone, inner_types, moved_by_others, roundings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,13 +216,20 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
         return _coupled(problem, engine, chosen, moved)
     ordinary, of_criterion = _summed(problem)
     note = "; ".join(filter(None, [note, of_criterion]))
+    total = torch.stack([g.double().norm() for g in ordinary.values()]).norm()
     offs = {name: (sums[name].double() - g.double()).norm() for name, g in ordinary.items()}
-    lost = _beyond_rounding(offs, ordinary, ordinary)
-    if lost:  # of parameters that are asked for alone, there may be nothing but rounding
+    lost = {
+        n for n, g in ordinary.items() if offs[n] > tolerance(g.dtype) * (g.double().norm() + slack(g.dtype) * total)
+    }
+
+    def again(seed: float) -> Mapping[str, Tensor]:
         buffers.restore()
         set_random_state(before)
-        with contextlib.suppress(Exception), thawed(problem) as whole:  # as in `Probe`
-            lost = _beyond_rounding(offs, ordinary, _summed(whole)[0])
+        return _summed(problem, seed)[0]
+
+    if lost:
+        noise = roundings(ordinary, again)
+        lost = {name for name in lost if not float(offs[name]) <= noise[name]}
     rows = []
     for name, g in ordinary.items():
         off, size, summed_wrong = offs[name], g.double().norm(), name in lost
@@ -233,18 +239,6 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
             verdict, error, sum_error, summed_wrong = "not finite", float("nan"), float("nan"), False
         rows.append(_row(name, run, error, sum_error, verdict, summed_wrong))
     return CheckReport(engine, problem.batch.n, tuple(chosen), tuple(rows), note)
-
-
-def _beyond_rounding(
-    offs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], every: Mapping[str, Tensor]
-) -> set[str]:
-    """The parameters whose rows are off by more than rounding may do where gradients are as large as ``every``."""
-    total = torch.stack([g.double().norm() for g in every.values()]).norm()
-    return {
-        name
-        for name, g in gradients.items()
-        if offs[name] > tolerance(g.dtype) * (g.double().norm() + slack(g.dtype) * total)
-    }
 
 
 def _coupled(problem: Problem, engine: str, chosen: list[int], differs: LossDiffers) -> CheckReport:
@@ -286,8 +280,10 @@ def served_text(served: Iterable[tuple[Any, str]]) -> str:
     return ", ".join(f"{name} ({how}{f', {k}x' if k > 1 else ''})" for (name, how), k in counts.items()) or "-"
 
 
-def _summed(problem: Problem) -> tuple[dict[str, Tensor], str]:
-    """Ordinary autograd: the gradient of the summed losses; and what there is to say of the criterion."""
+def _summed(problem: Problem, seed: float = 1.0) -> tuple[dict[str, Tensor], str]:
+    """Ordinary autograd: the gradient of the summed losses, times ``seed``; and what there is to say of the
+    criterion.
+    """
     capture = Capture(problem.model, set())
     with torch.enable_grad(), warnings.catch_warnings(record=True) as said:  # the run has said it already
         warnings.simplefilter("always")
@@ -300,6 +296,6 @@ def _summed(problem: Problem) -> tuple[dict[str, Tensor], str]:
     if not tensors:
         return {name: torch.zeros_like(p) for name, p in problem.parameters.items()}, note
     found = torch.autograd.grad(
-        tensors, list(problem.parameters.values()), grads, materialize_grads=True, allow_unused=True
+        tensors, list(problem.parameters.values()), [g * seed for g in grads], materialize_grads=True, allow_unused=True
     )
     return dict(zip(problem.parameters, map(strided, found), strict=True)), note

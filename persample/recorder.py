@@ -37,7 +37,7 @@ from .listener import Listener, Reduction, alive
 from .losses import ways_out
 from .problem import Pass, Selection, check_model, check_no_hooks
 from .refusals import check_complete, check_uncoupled
-from .state import modules_of, parameters_of
+from .state import modules_of
 from .statistics_run import Request, Statistics, listed
 from .verify import chosen, compared, raise_if_wrong, row_of
 
@@ -433,18 +433,16 @@ class Recorder:
         """Row ``n`` against the ordinary gradient of loss ``n``, on the same graph: with the same random draws."""
         if not losses.requires_grad:
             return
-        trained = [p for p in parameters_of(self.model) if p.requires_grad]
 
-        def gradients(of: Iterable[Tensor]) -> list[Tensor | None]:
+        def gradients(seed: float = 1.0) -> dict[str, Tensor | None]:
+            end, parameters = losses[n], list(asked.parameters.values())
             with suspended(self.model):
-                found = torch.autograd.grad(losses[n], list(of), retain_graph=True, allow_unused=True)
-            return [None if g is None else strided(g) for g in found]
+                found = torch.autograd.grad(
+                    end, parameters, torch.full_like(end, seed), retain_graph=True, allow_unused=True
+                )
+            return {name: None if g is None else strided(g) for name, g in zip(asked.parameters, found, strict=True)}
 
-        wanted = dict(zip(asked.parameters, gradients(asked.parameters.values()), strict=True))
-        verdicts = compared(rows, wanted, n, losses.dtype)
-        if not all(v.ok for v in verdicts):  # of those that are asked for, there may be nothing but rounding
-            verdicts = compared(rows, wanted, n, losses.dtype, gradients(trained))
-        raise_if_wrong(verdicts, None)
+        raise_if_wrong(compared(rows, gradients(), n, losses.dtype, gradients), None)
 
 
 @contextlib.contextmanager

@@ -535,27 +535,45 @@ def test_rows_that_are_nothing_but_rounding(engine: Any, norm: nn.Module, dtype:
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["conv.bias"]
 
 
-def test_wrong_rows_are_not_taken_for_rounding() -> None:
-    """Of a parameter that is asked for alone, and small."""
+class Doubled(torch.autograd.Function):
+    """With twice the gradient where there are several samples."""
 
-    class Doubled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
 
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-            return g * (2 if len(g) > 1 else 1)
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g * (2 if len(g) > 1 else 1)
 
-    class Small(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(Doubled.apply(1e-3 * self.first(x)))  # type: ignore[no-any-return, no-untyped-call]
+class Small(nn.Module):
+    """A part whose gradients are a tiny part of all."""
 
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.first, self.last, self.size = nn.Linear(3, 4), nn.Linear(4, 3), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Doubled.apply(self.size * self.first(x)))  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("size", "dtype"), [(1e-3, torch.float64), (1e-7, torch.float32), (1e-12, torch.float64)])
+def test_wrong_rows_are_not_taken_for_rounding(size: float, dtype: torch.dtype, frozen: bool) -> None:
+    """However large the gradients of other parameters are."""
     torch.manual_seed(0)
-    model, x = Small().double(), torch.randn(6, 3).double()
+    model, x, y = Small(size).to(dtype), torch.randn(6, 3, dtype=dtype), torch.arange(6) % 3
+    model.last.requires_grad_(not frozen)
     with pytest.raises(persample.VerificationError, match=r"first\.(weight|bias)"):
-        persample.gradients(model, F.cross_entropy, x, torch.arange(6) % 3, params=r"first")
+        persample.gradients(model, F.cross_entropy, x, y, params=r"first")
+    assert not persample.check(model, F.cross_entropy, x, y, params=r"first").ok
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e-6])
+def test_a_backward_that_is_not_linear_hides_no_wrong_rows(clip: float) -> None:
+    torch.manual_seed(0)
+    model, x, y = Small(1.0).double(), torch.randn(6, 3).double(), torch.arange(6) % 3
+    model.last.register_forward_pre_hook(lambda _, args: args[0].register_hook(lambda g: g.clamp(-clip, clip)) and None)
+    with pytest.raises(persample.VerificationError, match=r"first\.(weight|bias)"):
+        persample.gradients(model, lambda o, t: 1e-3 * F.cross_entropy(o, t, reduction="none"), x, y)

@@ -54,8 +54,10 @@ def emit_stacked(parameters: Mapping[str, Tensor], rows: dict[str, list[Tensor |
     return tuple(unused)
 
 
-def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any, tuple[Tensor | None, ...]]:
-    """Loss, outputs and gradients of sample ``n`` alone."""
+def one_sample(
+    problem: Problem, n: int, leaves: list[Any], seed: float = 1.0
+) -> tuple[Tensor, Any, tuple[Tensor | None, ...]]:
+    """Loss, outputs and gradients of sample ``n`` alone; the latter times ``seed``."""
     batch = problem.batch
     alone = batch.select(torch.tensor([n], device="cpu"))
     with torch.enable_grad():
@@ -79,7 +81,9 @@ def one_sample(problem: Problem, n: int, leaves: list[Any]) -> tuple[Tensor, Any
         return torch.zeros_like(loss) if bad is not None else loss, detached(output), (None,) * len(leaves)
     # what all samples share (a penalty computed beforehand) is differentiated again for the next
     ends = [] if each else ends
-    found = torch.autograd.grad(loss, [*leaves, *ends], allow_unused=True, retain_graph=True) if leaves else ()
+    ends = [*leaves, *ends]
+    seeds = torch.full_like(loss, seed)
+    found = torch.autograd.grad(loss, ends, seeds, allow_unused=True, retain_graph=True) if leaves else ()
     grads, of_outputs = found[: len(leaves)], found[len(leaves) :]
     if of_outputs and all(g is None for g in of_outputs):
         raise unrelated()

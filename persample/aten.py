@@ -8,7 +8,7 @@ one schema; the rest of those that matter are spelled out here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Function = Callable[..., Any]
-OPERATIONS = {torch._ops.OpOverload, torch._ops.OpOverloadPacket}  # types, looked up at every call
+OPERATIONS = {torch._ops.OpOverload, torch._ops.OpOverloadPacket}  # types, looked up at every call; see `in_torch`
 UNKNOWN: set[Function] = set()  # operations without another spelling, that were met
 
 _SPACES = (
@@ -26,20 +26,26 @@ _SPACES = (
 )
 
 
-@lru_cache(maxsize=4096)
-def spelled(operation: Any) -> Function | None:
-    """The same as a function of torch, or one that calls these; ``None`` where there is none."""
-    found = None
-    if isinstance(operation, torch._ops.OpOverload) and not operation._overloadname.startswith("prim_"):
-        # (of several overloads under one name, it isn't said which; those of TorchScript take numbers for types)
-        namespace, _, name = operation._schema.name.partition("::")
-    else:
-        namespace, name = "", ""
-    if namespace == "aten":
-        found = SPELLED.get(name) or next((f for space in _SPACES if (f := _generated(space, name))), None)
-    if found is None:
+def in_torch(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    """The same call in the spelling of torch; ``None`` where there is none."""
+    overload = operation
+    if isinstance(operation, torch._ops.OpOverloadPacket):
+        name = torch._C._jit_resolve_packet(operation._qualified_op_name, *args, **kwargs)
+        overload = getattr(operation, name or "default")
+    function = spelled(overload)
+    if function is None:
         UNKNOWN.add(operation)
-    return found
+        return None
+    return partial(call, overload, function, args, kwargs)
+
+
+@lru_cache(maxsize=4096)
+def spelled(overload: Any) -> Function | None:
+    """An operation as a function of torch, or as one that calls these; ``None`` where there is none."""
+    namespace, _, name = overload._schema.name.partition("::")
+    if namespace != "aten" or overload._overloadname.startswith("prim_"):  # (of TorchScript: numbers for types)
+        return None
+    return SPELLED.get(name) or next((f for space in _SPACES if (f := _generated(space, name))), None)
 
 
 def _generated(space: Any, name: str) -> Function | None:
@@ -48,13 +54,13 @@ def _generated(space: Any, name: str) -> Function | None:
     return found if isinstance(found, (BuiltinFunctionType, MethodDescriptorType)) else None
 
 
-def call(operation: Any, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call what `spelled` has found as the operation was called.
+def call(overload: Any, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call what `spelled` has found as the overload was called.
 
     Its schema says what the names of arguments are in torch's order, and what is left out: torch's own functions take
     a ``reduction`` that is left out for another one.
     """
-    schema = operation._schema.arguments
+    schema = overload._schema.arguments
     given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
     if function in BY_NAME:
         return function(given.pop("self"), **given)
@@ -90,15 +96,27 @@ def _index_put_(input: Tensor, indices: Any, values: Tensor, accumulate: bool = 
 
 
 def _filled(input: Tensor, indices: Any) -> tuple[Tensor, ...]:
-    """With all numbers of an axis for ``None``, which stands before the indices, and their dims after it."""
-    if None not in indices:
+    """With all numbers of an axis for ``None``; masks as the places at which they are true."""
+    if all(index is not None for index in indices):
         return tuple(indices)
-    ahead = next(i for i, index in enumerate(indices) if index is not None)
-    if None in indices[ahead:] or any(index.dtype is torch.bool for index in indices[ahead:]):
-        raise NotImplementedError("aten.index_put(accumulate=True) with None behind indices, or masks")
-    inner = max(index.ndim for index in indices[ahead:])
-    numbers = (torch.arange(input.shape[d], device=input.device) for d in range(ahead))
-    return *(x.view(-1, *[1] * (ahead - 1 - d + inner)) for d, x in enumerate(numbers)), *indices[ahead:]
+    given: list[Tensor | None] = []
+    for index in indices:
+        mask = index is not None and index.dtype is torch.bool
+        given += index.nonzero().unbind(1) if mask else [index]
+    free = [d for d, index in enumerate(given) if index is None]
+    places = [d for d, index in enumerate(given) if index is not None]
+    inner = max(index.ndim for index in given if index is not None)
+    # The dims of the indices are where these stand, or in front if they stand apart.
+    ahead = [d for d in free if d < places[0]] if places[-1] - places[0] < len(places) else []
+    dims = [*ahead, *[-1] * inner, *[d for d in free if d not in ahead]]
+    behind = len(free) - len(ahead)
+
+    def at(d: int, index: Tensor | None) -> Tensor:
+        if index is not None:
+            return index.reshape((*index.shape, *[1] * behind))
+        return torch.arange(input.shape[d], device=input.device).view((-1, *[1] * (len(dims) - 1 - dims.index(d))))
+
+    return tuple(at(d, index) for d, index in enumerate(given))
 
 
 def _index_put(input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:

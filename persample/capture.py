@@ -117,9 +117,9 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         self.ordinal += 1
         self.called.add(func)
-        if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
+        if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:  # all that is known of functions is known by this spelling
-                return aten.call(func, function, args, kwargs)
+                return run()
         if func in _DIFFERENTIATES:
             self._refuse_higher_order(func, args, kwargs)
             self.differentiates = True

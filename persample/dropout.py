@@ -20,9 +20,9 @@ class NoDropout(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
+        if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:
-                return aten.call(func, function, args, kwargs)
+                return run()
         if func in DROPS:
             return args[0] if args else kwargs["input"]
         if func is torch.native_dropout:

@@ -48,9 +48,9 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
+        if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:
-                return aten.call(func, function, args, kwargs)
+                return run()
         names = [self._name(t) for t in arguments(args, kwargs)] if self.shared else []
         shared = bool(names) and None not in names
         if (reason := rules.coupling(func, args, kwargs)) and not shared:

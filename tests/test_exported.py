@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
-from persample.aten import call, spelled
+from persample.aten import in_torch
 
 T = 4  # tokens, and features
 
@@ -233,13 +235,8 @@ class Gate(torch.autograd.Function):
         return g * (ctx.saved_tensors[0] > -0.1)
 
 
-class Stuck(torch.autograd.Function):
+class Stuck(Swap):
     """Tells nothing by its backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():  # as an extension in another language would do it
-            return x.transpose(0, 1).clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
@@ -350,12 +347,36 @@ CALLED: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
 def test_operations_are_what_they_are_spelled_as(name: str) -> None:
     """With what their schema has for arguments that are left out, and its names of those that aren't."""
     operation, args, kwargs = CALLED[name]
-    function = spelled(operation)
-    assert function is not None
-    found, expected = call(operation, function, args, kwargs), operation(*args, **kwargs)
-    torch.testing.assert_close(
-        found[0] if name.startswith("bag") else found, expected[0] if name.startswith("bag") else expected
-    )
+    for called in (operation, operation._overloadpacket):  # which overload a packet means, arguments say
+        run = in_torch(called, args, kwargs)
+        assert run is not None
+        found, expected = run(), operation(*args, **kwargs)
+        if name.startswith("bag"):  # beside its output, there is what its backward needs
+            found, expected = found[0], expected[0]
+        torch.testing.assert_close(found, expected)
+
+
+@given(st.data())
+def test_indices_with_gaps_that_are_added_to(data: Any) -> None:
+    """Against the operation itself: apart, together, in masks, of several dims, with values that are broadcast."""
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+    count = data.draw(st.integers(1, len(shape)))
+    inner = data.draw(st.sampled_from([(), (3,), (2, 1), (2, 3)]))
+    indices: list[Tensor | None] = []
+    for size in shape[:count]:
+        kind = data.draw(st.sampled_from(["none", "numbers", "one"]))
+        of = inner if kind == "numbers" else ()
+        indices.append(None if kind == "none" else torch.randint(size, of))
+    assume(any(i is not None for i in indices))
+    if data.draw(st.booleans()):
+        place = next(d for d, i in enumerate(indices) if i is not None)
+        assume(all(i is None for d, i in enumerate(indices) if d != place))
+        indices[place] = torch.rand(shape[place]) > 0.3
+    target = torch.rand(shape)
+    values = torch.rand(OPS.index.Tensor(target, indices).shape)
+    run = in_torch(OPS.index_put.default, (target, indices, values, True), {})
+    assert run is not None
+    torch.testing.assert_close(run(), OPS.index_put.default(target, indices, values, True))
 
 
 def test_a_loss_inside_whose_reduction_was_left_out() -> None:

@@ -233,9 +233,9 @@ class Replace(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if type(func) in aten.OPERATIONS and (function := aten.spelled(func)) is not None:
+        if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:
-                return aten.call(func, function, args, kwargs)
+                return run()
         reason = rules.coupling(func, args, kwargs)
         if func in READ:
             call = READ[func](*args, **kwargs)

@@ -70,7 +70,7 @@ def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     on.
 
     If large, it lies in the memory of an earlier one that nobody holds any more, or else in large pages, where a system
-    has them for those who ask (Linux): a tenth and a quarter of the time of ordinary pages.
+    has them for those who ask (Linux): to fill it takes a seventh and a quarter of the time of ordinary pages.
     """
     kind = like.dtype if dtype is None else dtype
     size = prod(shape) * kind.itemsize

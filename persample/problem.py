@@ -52,7 +52,7 @@ class Pass:
     totals: bool = False  # numbers of the whole batch act on single samples: another batch may be coupled by them
     hidden: bool = False  # or they may do so where it isn't seen (a branch, ranks among the samples)
     read: bool = False  # Python read counts or tests of the batch: another one may go another way
-    ragged: bool = False  # samples were picked, and lie where they do by this batch's values
+    ragged: bool = False  # samples lie where they do by this batch's values, or as long as it has them
     served: dict[str, list[tuple[Callable[..., Any], str]]] = field(
         default_factory=dict
     )  # the functions that used a parameter, and how

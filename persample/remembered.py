@@ -200,7 +200,9 @@ def mistrust(problem: Problem, engine: str) -> None:
     memory = _memory(problem.model)
     if len(memory.mistrusted) >= KEPT:
         memory.mistrusted.clear()
-    memory.mistrusted.add(signature(problem, engine))
+    kind = signature(problem, engine)
+    memory.mistrusted.add(kind)
+    memory.known.pop(kind, None)
 
 
 def counting(model: nn.Module) -> None:

@@ -55,9 +55,16 @@ def find_coupling(problem: Problem, n: int, certain: bool = False) -> tuple[str,
         with restored(*problem.owners), NoDropout(), contextlib.suppress(Exception), torch.enable_grad():
             forward(Problem(*problem.owners, batch, problem.parameters), trace)
         logs.append(trace.log)
+    places = ("", 0)  # integers may only tell where samples are among others
     for (name, ordinal, a), (other, _, b) in zip(*logs, strict=False):
-        if name != other or (a is not None and b is not None and not _close(a, b)):
+        if name == other and (a is None or b is None or _close(a, b)):
+            continue
+        if name == other and a is not None and b is not None and a.shape == b.shape and not a.is_floating_point():
+            places = places if places[1] else (name, ordinal)
+        else:
             return name, ordinal
+    if places[1]:
+        return places
     return next(((name, ordinal) for name, ordinal, a in logs[0] if a is None and not certain), ("", 0))
 
 

@@ -122,7 +122,7 @@ class Probe:
         self, rows: Mapping[str, Tensor], n: int, how: Definition, loss: Tensor, grads: Grads
     ) -> list[Verdict]:
         def named(grads: Grads) -> dict[str, Tensor | None]:
-            return {name: g for name, g in zip(self.problem.parameters, grads, strict=True) if name in rows}
+            return dict(zip(self.problem.parameters, grads, strict=True))
 
         return compared(rows, named(grads), n, loss.dtype, lambda seed: named(self._held_against(how, n, seed)[1]))
 
@@ -154,12 +154,13 @@ def compared(
     precision: torch.dtype,
     again: Callable[[float], Mapping[str, Tensor | None]],
 ) -> list[Verdict]:
-    """Row ``n`` of every parameter against what it should be (``None``: zeros); ``again``: the latter times a number,
-    from another backward pass.
+    """Row ``n`` of these parameters against what it should be, given for all (``None``: zeros); ``again``: the latter
+    times a number, from another backward pass.
     """
-    wanted = {name: torch.zeros_like(rows[name]) if g is None else g for name, g in grads.items()}
+    wanted = {name: torch.zeros_like(row) if (g := grads[name]) is None else g for name, row in rows.items()}
     sizes = torch.stack([_double(g).norm() for g in wanted.values()])
-    scale = sizes[sizes.isfinite()].norm()
+    whole = torch.stack([_double(g).norm() for g in grads.values() if g is not None] or [sizes.new_zeros(())])
+    scale = whole[whole.isfinite()].norm()
     tol = tolerance(precision, *(g.dtype for g in wanted.values()))
     offs = {name: (_double(rows[name]) - _double(g)).norm() for name, g in wanted.items()}
     right = []
@@ -184,9 +185,10 @@ def roundings(grads: Mapping[str, Tensor], again: Callable[[float], Mapping[str,
     """
 
     def change(seed: float) -> dict[str, float]:
-        found = again(seed).items()
+        found = again(seed)
         return {
-            name: 0.0 if g is None else float((_double(g) / seed - _double(grads[name])).norm()) for name, g in found
+            name: 0.0 if (again_g := found[name]) is None else float((_double(again_g) / seed - _double(g)).norm())
+            for name, g in grads.items()
         }
 
     if any(c for seed in (0.5, 2.0) for c in change(seed).values()):
@@ -322,9 +324,14 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     raise_if_wrong(verdicts, None if note == WITHIN else engine)
     acts = result.totals or result.hidden
     known = recall(problem, engine)
-    another = (result.read or result.ragged) and problem.batch.n > 1
-    another = another and (known is None or result.called not in known.called)
-    if (acts or another) and not couplers and (other := moved_by_others(problem)) is not None and other.n != n:
+    another = result.ragged or (result.read and (known is None or result.called not in known.called))
+    another = another and problem.batch.n > 1  # a sample as long as the longest tells nothing of the others
+    if (
+        (acts or another)
+        and not couplers
+        and (other := moved_by_others(problem, probe.buffers)) is not None
+        and other.n != n
+    ):
         return run_verified(problem, engine, emit, run, other.n)
     if not acts:  # a mask that is full now may not be so in the next batch
         remember(problem, engine, couplers, result.called, result.ragged or result.read)
@@ -332,14 +339,15 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     return result, note
 
 
-def moved_by_others(problem: Problem) -> LossDiffers | None:
+def moved_by_others(problem: Problem, begin: Buffers | None = None) -> LossDiffers | None:
     """A sample that has another loss alone: where numbers of the whole batch act by comparisons or branches, they do so
     on some samples only.  Looked for among those that have another loss in half of the batch, and among eight others;
-    not in models that draw random numbers (dropout aside), of which a sample alone draws others.
+    not in models that draw random numbers (dropout aside), of which a sample alone draws others.  ``begin``: the
+    buffers that each pass finds.
     """
     batch, losses = problem.batch, []
-    with restored(*problem.owners), NoDropout(), torch.enable_grad():  # the model may hook its gradients
-        before, buffers = random_state(problem.model), Buffers(*problem.owners)
+    with restored(*problem.owners, begin=begin), NoDropout(), torch.enable_grad():  # the model may hook its gradients
+        before, buffers = random_state(problem.model), begin or Buffers(*problem.owners)
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2)):
             buffers.restore()
             some = torch.arange(batch.n, device="cpu")[part]

@@ -303,6 +303,40 @@ def test_outputs_as_long_as_the_longest_of_the_batch() -> None:
         assert H.outputs is None and close(H.flat(), G.flat())
 
 
+def test_padding_that_only_shows_where_others_are_longer() -> None:
+    """In the first batch all samples are as long as the longest; in later ones such a one may be verified."""
+
+    class Largest(Packed):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return super().forward(x, lengths).amax(1)
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(D, 3).double()
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            x = x[:, : lengths.max()]
+            there = torch.arange(x.shape[1]) < lengths[:, None]
+            out: Tensor = (self.a(x).tanh() * there[..., None]).amax(1)
+            return out
+
+    ragged = torch.tensor([6, 3, 6, 1, 6])
+    for make in (Packed, Largest, Cut):
+        for verify in (None, True):
+            model = make()
+            persample.gradients(model, sine, (x(N, 6, D), torch.full((N,), 6)))
+            for _ in range(4):
+                if make is Packed:
+                    G = persample.gradients(model, sine, (x(N, 6, D), ragged), verify=verify)
+                    assert close(G.flat(), persample.gradients(model, sine, (x(N, 6, D), ragged), engine="loop").flat())
+                else:
+                    with pytest.raises(persample.BatchCoupledError) as error:
+                        persample.gradients(model, sine, (x(N, 6, D), ragged), verify=verify)
+                    assert "empty_like" not in str(error.value)
+
+
 def test_outputs_whose_sample_axis_was_not_told() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
@@ -577,3 +611,33 @@ def test_a_backward_that_is_not_linear_hides_no_wrong_rows(clip: float) -> None:
     model.last.register_forward_pre_hook(lambda _, args: args[0].register_hook(lambda g: g.clamp(-clip, clip)) and None)
     with pytest.raises(persample.VerificationError, match=r"first\.(weight|bias)"):
         persample.gradients(model, lambda o, t: 1e-3 * F.cross_entropy(o, t, reduction="none"), x, y)
+
+
+class Three(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.l = nn.Linear(6, D).to(dtype)
+
+    def forward(self, a: Tensor, p: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.l(a), self.l(p), self.l(n)
+
+
+TRIPLETS: dict[str, Callable[[Any, Any], Tensor]] = {
+    "distances": lambda out, _: F.triplet_margin_loss(*out, reduction="none"),
+    "squares": lambda out, _: ((out[0] - out[1]).square().sum(1) - (out[0] - out[2]).square().sum(1) + 1).relu(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", TRIPLETS)
+def test_a_bias_that_cancels_is_no_mistake(name: str, dtype: torch.dtype) -> None:
+    """Its row is nothing but rounding, of samples beside the one that is verified too."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, inputs = Three(dtype), tuple(torch.randn(3, 6, 6, dtype=dtype))
+        G = persample.gradients(model, TRIPLETS[name], inputs)
+        L = persample.gradients(model, TRIPLETS[name], inputs, engine="loop")
+        assert float((G.flat() - L.flat()).norm()) <= 100 * torch.finfo(dtype).eps * float(L.flat().norm())
+        assert persample.check(model, TRIPLETS[name], inputs).ok
+        with persample.extend(model) as recorder:
+            recorder.gradients(TRIPLETS[name](model(*inputs), None))

@@ -139,7 +139,7 @@ def test_numbers_that_are_read_and_change_nothing_cost_no_note(monkeypatch: pyte
     verify = import_verify()
     looked: list[int] = []
     moved = verify.moved_by_others
-    monkeypatch.setattr(verify, "moved_by_others", lambda problem: looked.append(1) or moved(problem))
+    monkeypatch.setattr(verify, "moved_by_others", lambda *given: looked.append(1) or moved(*given))
 
     def act(_: Between, x: Tensor, h: Tensor) -> Tensor:
         mask = x > -1

@@ -69,7 +69,7 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
         acts.totals,
         acts.hidden,
         bool(acts.read),
-        acts.ragged,
+        acts.ragged or any(type(value) is int for value in acts.read),
         collect.served_by(),
     )
 

@@ -286,6 +286,12 @@ class Quantities(abc.ABC):
         return {name: argument[name] for name in self.names}
 
 
+def notion(G: Quantities) -> str:
+    """Which of several gradients of a sample the rows are, by the note on them: "" where no sample moves another's."""
+    words = str(getattr(G, "note", "")).split(", ")
+    return ", ".join(x for x in words if x and not x.startswith(("verif", "not verif")))
+
+
 def check_max_norm(max_norm: Any) -> None:
     """Raise for a bound of norms that is no positive number."""
     number = isinstance(max_norm, Real) or (isinstance(max_norm, Tensor) and max_norm.numel() == 1)

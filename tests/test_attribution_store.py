@@ -276,6 +276,67 @@ def test_statistics_and_modes_belong_to_the_model(tmp_path: Path) -> None:
         store(tmp_path, normed().train())
 
 
+class Centred(nn.Module):
+    """Samples act on each other where nobody differentiates, so rows are those within the batch; their note says it."""
+
+    def __init__(self, centred: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 4).double().requires_grad_(False), nn.Linear(4, 2).double()
+        self.centred = centred
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h - h.mean(0) if self.centred else h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("projection", [None, Projection(7)])
+def test_rows_of_another_notion_are_refused(tmp_path: Path, projection: Projection | None) -> None:
+    """Also after the store was opened again, and of statistics."""
+    net, (x, y) = normed(), data().tensors
+    asked = None if projection is None else [("project", {"projection": projection})]
+
+    def rows(notion: str, n: int = N, verify: bool | None = None) -> Any:
+        return persample.gradients(net, LOSS, x[:n], y[:n], coupled=notion, quantities=asked, verify=verify, params="0")
+
+    mine = store(tmp_path, net, projection=projection, params="0")
+    mine.append(rows("frozen"))
+    mine.append(rows("frozen", 4, verify=False))
+    if projection is None:
+        mine.append(persample.coupling(net, LOSS, x, y, params="0").gradients("frozen"))
+    done = len(mine)
+    for again in (mine, store(tmp_path, net, projection=projection, params="0")):
+        with pytest.raises(StoreError, match=r"another notion.*'frozen' there, 'loss' here\..*or begin in another"):
+            again.append(rows("loss"))
+        with pytest.raises(StoreError, match="'frozen' there, 'copy' here"):
+            again.append(rows("copy", 2))
+        assert len(again) == done
+    meta = json.loads((tmp_path / "rows.json").read_text())
+    assert meta.pop("notion") == "frozen"
+    (tmp_path / "rows.json").write_text(json.dumps(meta))
+    old = store(tmp_path, net, projection=projection, params="0")  # of an earlier version: what is added next says it
+    old.append(rows("loss"))
+    with pytest.raises(StoreError, match="'loss' there, 'frozen' here"):
+        old.append(rows("frozen"))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_within_the_batch_are_another_notion(tmp_path: Path, first: bool) -> None:
+    notions = ["'batch-coupled'", "of independent samples"]
+    there, here = notions if first else notions[::-1]
+
+    def rows(centred: bool, n: int = N) -> Any:
+        return persample.gradients(Centred(centred), LOSS, *data(n).tensors)
+
+    mine = store(tmp_path, Centred(first))
+    mine.append(rows(first))
+    with pytest.raises(StoreError, match=f"another notion.*{there} there, {here} here"):
+        mine.append(rows(not first))
+    mine.append(rows(first, 1))  # the last of a loader: of one sample nothing is coupled
+    mine.append(rows(first))
+    assert len(mine) == 2 * N + 1
+
+
 class Counted(nn.Module):
     """A model with settings, one of them a word, and with what its passes count."""
 

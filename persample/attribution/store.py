@@ -16,7 +16,7 @@ from ..api import gradients
 from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection, asked_for, named_parameters
-from ..quantities import Quantities
+from ..quantities import Quantities, notion
 from ..remembered import Settings, changed, lasting, settings
 from ..state import Buffers
 from ..statistics_run import Statistics
@@ -26,6 +26,7 @@ from .loaders import Unpack, check_ordered, fingerprint, grown, missing
 from .projection import Projection
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)  # that numpy knows
+COUPLED = "batch-coupled"  # the note on rows in which other samples were seen to act
 
 
 class GradientStore:
@@ -33,9 +34,10 @@ class GradientStore:
 
     The JSON names the parameters and their shapes in the order of columns (``layout``), the scale of the losses, the
     projection, a SHA-256 of the model's parameters and buffers (and of its modes), what its modules are set to, how
-    many rows are committed, and of those that `extend` added the loss function, digests of the first and the last
-    sample, and of coupled ones the sizes of their batches.  A store that is opened or gone on with by anything else
-    refuses.  It is safe to kill the process at any moment, see `persample.attribution.appendable`.
+    many rows are committed and of which notion (of coupled samples), and of those that `extend` added the loss
+    function, digests of the first and the last sample, and of coupled ones the sizes of their batches.  A store that
+    is opened or gone on with by anything else refuses.  It is safe to kill the process at any moment, see
+    `persample.attribution.appendable`.
 
     Args:
         path: a directory; made if needed.
@@ -92,8 +94,9 @@ class GradientStore:
 
         Raises:
             ArgumentError: ``first`` is no sample of ``G``.
-            StoreError: other parameters than the store's, another model than when it was opened, rows that the
-                store's dtype can't hold, or another handle has written since.
+            StoreError: other parameters than the store's, another model than when it was opened, rows of another
+                notion (``coupled=``) than those that are there, or that the store's dtype can't hold, or another handle
+                has written since.
         """
         samples = self.table.meta.get("samples", {"first": None})
         batches = [] if first else grown(samples.get("batches", []), len(G))
@@ -101,11 +104,12 @@ class GradientStore:
 
     def _append(self, G: Quantities, first: int, own: Settings | None = None, **meta: Any) -> None:
         self._check(G)
+        kind = self._notion(G)
         own = own or self._settings(counters=True)
         if not hasattr(first, "__index__") or not 0 <= first <= len(G):
             raise ArgumentError(f"first must be a sample of the batch, 0 to {len(G)}, got {first!r}.")
         rows = G.flat() if self.projection is None else G.project(self.projection)  # type: ignore[attr-defined]
-        self.table.append(_written(rows[first:].detach().cpu(), self.dtype).numpy(), settings=own, **meta)
+        self.table.append(_written(rows[first:].detach().cpu(), self.dtype).numpy(), settings=own, notion=kind, **meta)
 
     def extend(
         self, loss_fn: LossFunction, loader: Iterable[Any], *, unpack: Unpack = lambda batch: batch,
@@ -171,6 +175,22 @@ class GradientStore:
             self._versions = self._state()
         if self.projection is None and isinstance(G, Statistics):
             raise StoreError("whole rows need the rows: compute gradients without quantities=.")
+
+    def _notion(self, G: Quantities) -> str:
+        """What the rows of the store are, these included."""
+        mine = notion(G).removeprefix("coupled=").strip("'")
+        theirs: str | None = self.table.meta.get("notion") if len(self) else None
+        if theirs is None:  # there are none, or those of an earlier version, which kept nothing of it
+            return mine
+        alone = len(G) == 1 and {mine, theirs} == {"", COUPLED}  # no other sample is there to act on it
+        if mine != theirs and not alone:
+            there, here = (repr(x) if x else "of independent samples" for x in (theirs, mine))
+            raise StoreError(
+                f"these rows are of another notion than those in the store at {self.table.data.parent}: {there} there, "
+                f"{here} here. Compute them as those were (coupled=, verify=, the same recorder), or begin in another "
+                "directory."
+            )
+        return theirs
 
     def _check_same(self, meta: dict[str, Any]) -> None:
         for key, mine in meta.items():

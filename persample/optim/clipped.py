@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from ..arguments import check_at_least, check_positive, number
 from ..errors import ArgumentError, BatchCoupledError
-from ..quantities import Quantities
+from ..quantities import Quantities, notion
 from .updates import Named, adapt, check_same, descend, named, parts, quantities
 
 Batches = Quantities | Sequence[Quantities]
@@ -85,13 +85,12 @@ INDEPENDENT = ("", "eval", "coupled='eval'")  # notes on rows in which no sample
 
 def check_independent(G: Quantities) -> None:
     """Raise unless the rows are those of independent samples (``coupled="eval"`` included)."""
-    notes = str(getattr(G, "note", "")).split(", ")
-    if bad := [x for x in notes if x not in INDEPENDENT and not x.startswith(("verif", "not verif"))]:
+    if (bad := notion(G)) not in INDEPENDENT:
         raise BatchCoupledError(
-            f"these gradients are of a batch-coupled model ({bad[0]}): every sample moves the rows of all others (also "
+            f"these gradients are of a batch-coupled model ({bad}): every sample moves the rows of all others (also "
             "of parameters behind the statistics), so clipping its own row bounds nothing. Use a model without batch "
             "statistics (GroupNorm, LayerNorm), or .eval() for frozen ones"
-            + (", and leave coupled= out, which asks for coupled rows." if "coupled=" in bad[0] else ".")
+            + (", and leave coupled= out, which asks for coupled rows." if "coupled=" in bad else ".")
         )
 
 

@@ -22,10 +22,12 @@ from .problem import Emit, Pass, Problem, Selection, pose
 from .remembered import recall, remember
 from .state import restored, seed_of, seeded, taking_turns, undone_on_error
 from .statistics_run import Request
+from .telling import telling
 from .verify import check_alone, chosen, run_verified
 
 
 @taking_turns
+@telling
 def gradients(
     model: nn.Module,
     loss_fn: LossFunction,

@@ -26,6 +26,7 @@ from .reductions import weighted_sum
 from .report import html_table, text_table
 from .rounding import computing_in, slack, tolerance
 from .state import Buffers, random_state, restored, set_random_state, taking_turns
+from .telling import telling
 from .trace import find_coupling
 from .verify import LossDiffers, Probe, check_alone, inner_types, moved_by_others, roundings
 
@@ -110,6 +111,7 @@ _CHECK = ("parameter", "served by", "row error", "sum error", "verdict", "reason
 
 
 @taking_turns
+@telling
 def check(
     model: nn.Module,
     loss_fn: LossFunction,

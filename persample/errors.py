@@ -6,6 +6,7 @@ Every message names the parameter, module, function or argument, the reason, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -108,6 +109,7 @@ class StoreError(PersampleError, ValueError):
 _OURS = (
     *(os.path.dirname(str(module.__file__)) + os.sep for module in (sys.modules[__package__], torch)),
     contextlib.__file__,  # between a with statement of ours, and what it enters
+    functools.__file__,  # between whoever reads a cached property of ours, and what computes it
 )
 
 

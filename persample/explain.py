@@ -25,6 +25,7 @@ from .rules import COUPLES, RULES
 from .rules.apart import Diagonal, plain
 from .state import restored, taking_turns
 from .statistics_run import Statistics
+from .telling import telling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,6 +91,7 @@ _EXPLAIN = ("parameter", "shape", "served by", "form", "kept", "[N, *P]", "why")
 
 
 @taking_turns
+@telling
 def explain(
     model: nn.Module,
     loss_fn: LossFunction,

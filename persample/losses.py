@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from .batch import Batch, Tree, taken_apart
 from .errors import LossError, warn
 from .layout import spreads
+from .telling import tell
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -228,10 +229,7 @@ def ignored(loss_fn: LossFunction, losses: Tensor, outputs: Tree, targets: Tree,
             bad = bad & lone_losses(loss_fn, replace(outputs, leaves=others), targets, n).isnan()
     if not bool(bad.any()):
         return None
-    warn(
-        f"every target of sample(s) {(bad.nonzero().flatten() + first).tolist()} is ignored: losses and gradients "
-        "are set to zero."
-    )
+    tell((bad.nonzero().flatten() + first).tolist())
     return bad
 
 

@@ -45,6 +45,7 @@ from .rounding import tolerance
 from .scratch import fresh
 from .state import Averaged, Buffers, RandomState, random_state, restored, set_random_state
 from .statistics_run import Request, Statistics, listed
+from .telling import numbered_as
 
 FIRST = 2  # samples whose bytes are measured
 
@@ -63,7 +64,7 @@ class Slice:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """The same buffers and draws once more; afterwards, nothing has happened."""
-        with restored(*self.problem.owners, begin=self.buffers):
+        with restored(*self.problem.owners, begin=self.buffers), numbered_as(range(self.at.start, self.at.stop)):
             set_random_state(self.random)
             yield
 
@@ -234,7 +235,7 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
         part = Slice(at, replace(problem, batch=narrowed(problem.batch, at)), buffers, random_state(problem.model))
         buffers.restore()
         meter = Meter()
-        with meter if measured else nullcontext():
+        with meter if measured else nullcontext(), numbered_as(range(at.start, at.stop)):
             result = once(part.problem, meter)
         averaged.take(at.stop - at.start)
         if result.coupled and at.stop - at.start < n:

@@ -33,6 +33,7 @@ from .problem import Emit, Pass, Problem
 from .remembered import counting, mistrust, recall, remember, signature
 from .rounding import Types, computing_in, inside, slack, tolerance
 from .state import Buffers, drawn_since, random_state, restored, set_random_state
+from .telling import numbered_as
 from .trace import find_coupling, influence
 
 P = ParamSpec("P")
@@ -351,7 +352,8 @@ def moved_by_others(problem: Problem, begin: Buffers | None = None) -> LossDiffe
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2)):
             buffers.restore()
             some = torch.arange(batch.n, device="cpu")[part]
-            losses.append(_batch_losses(replace(problem, batch=batch.select(some))).detach())
+            with numbered_as(some.tolist()):
+                losses.append(_batch_losses(replace(problem, batch=batch.select(some))).detach())
         if drawn_since(before, problem.model):
             return None
         whole, *halves = losses

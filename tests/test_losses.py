@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
+from persample import curvature
 from persample.losses import per_sample, unreduced
 
 N, C, T = 4, 5, 3
@@ -394,3 +396,52 @@ def test_warnings_point_to_the_line_of_the_user() -> None:
     with pytest.warns(UserWarning, match="is ignored") as more:
         persample.gradients(model, nn.CrossEntropyLoss(), x, y.index_fill(0, torch.tensor([1]), -100), engine="loop")
     assert {w.filename for w in [*seen, *more]} == {__file__}
+
+
+IGNORED = torch.tensor([1, 3, 4])
+TELLS: dict[str, Callable[..., Any]] = {
+    **{f"gradients, {engine}": partial(persample.gradients, engine=engine) for engine in ("hooks", "vmap", "loop")},
+    "gradients, verified": partial(persample.gradients, verify=True),
+    "gradients, in slices": partial(persample.gradients, max_bytes=1000),
+    "gram, in slices": partial(persample.gradients, max_bytes=1000, quantities=["gram"]),
+    "check": persample.check,
+    "explain": persample.explain,
+    "fisher": curvature.fisher,
+    "fisher, drawn": partial(curvature.fisher, type="mc"),
+    "fisher, product": lambda *given: quietly(curvature.fisher, *given).dense,
+    "hvp, product": lambda *given: curvature.hvp(*given).dense(),
+    "empirical fisher, rows": partial(curvature.empirical_fisher, method="rows"),
+    "kfac": curvature.kfac,
+    "kflr": curvature.kflr,
+    "kfra": curvature.kfra,
+    "ekfac": curvature.ekfac,
+    "per_sample_hvp": lambda *given: curvature.per_sample_hvp(*given, torch.ones(30).double()),
+    "per_sample_hvp, loop": lambda *given: curvature.per_sample_hvp(*given, torch.ones(30).double(), engine="loop"),
+    "coupling": persample.coupling,
+    "coupled rows": partial(persample.gradients, coupled="influence"),
+    **{
+        f"coupling, {name}": lambda *given, name=name: getattr(quietly(persample.coupling, *given), name)
+        for name in ("norms", "via_statistics", "loss_norms", "adjoints", "theta_coupling", "noise", "leave_one_out")
+    },
+}
+
+
+def quietly(make: Callable[..., Any], *given: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*given)
+
+
+@pytest.mark.parametrize("name", TELLS)
+def test_ignored_samples_are_told_once_for_a_call(name: str) -> None:
+    """However many passes it takes: by their numbers in the batch, at the line of the user's."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm1d(C).double() if "coupl" in name else nn.Tanh()
+    model, (x, y) = nn.Sequential(nn.Linear(C, C).double(), layer), (torch.randn(6, C).double(), torch.arange(6) % C)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        made = TELLS[name](model, nn.CrossEntropyLoss(), x, y.index_fill(0, IGNORED, -100))
+        if callable(made):  # what was made before, without being heard
+            made()
+    told = [(w.filename, "sample(s) [1, 3, 4] is ignored" in str(w.message)) for w in seen]
+    assert told == [(__file__, True)]

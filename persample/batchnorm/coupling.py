@@ -22,6 +22,7 @@ from ..gradients import Gradients, Sink
 from ..losses import LossFunction
 from ..problem import Emit, Pass, Selection, pose
 from ..scratch import kernel
+from ..telling import telling
 from . import ggn, indices, notions, plots, table
 from .indices import Noise
 from .network import Network, Route, costs
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@telling
 def coupling(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -135,6 +137,7 @@ class Coupling:
 
     # ---- gradients ----------------------------------------------------------------------------------------------
 
+    @telling
     def gradients(self, notion: str, samples: Iterable[int] | None = None) -> Gradients:
         """One of the five per-sample gradients, ``[N, *P]`` for each parameter.
 
@@ -176,6 +179,7 @@ class Coupling:
                 f"samples are given by their numbers, 0 to {len(self) - 1} (of a mask: mask.nonzero()), got {n!r}."
             ) from None
 
+    @telling
     def via_statistics(self, layer: str | None = None) -> Gradients:
         """The part of ``dl_n/dtheta`` that flows through the statistics: "loss" minus "frozen".
 
@@ -216,6 +220,7 @@ class Coupling:
         """``G[n, :]``: row ``m`` is ``dl_n/dtheta^(m)``; they sum to ``dl_n/dtheta``.  One pass."""
         return self._gradients(table.row(self.network, self._sample(n)), f"table[{n}, :]")
 
+    @telling
     def column(self, m: int) -> Gradients:
         """``G[:, m]``: row ``n`` is ``dl_n/dtheta^(m)``; they sum to row ``m`` of "copy".
 
@@ -249,6 +254,7 @@ class Coupling:
         """
         return table.output_input_squares(self.network, probes, generator).sqrt()
 
+    @telling
     def loss_norms(self, probes: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """``|dl_n/dtheta|``, ``[N]``; or estimated from ``probes`` Gaussian directional derivatives, a pass each.
 
@@ -269,6 +275,7 @@ class Coupling:
 
     # ---- statistics ---------------------------------------------------------------------------------------------
 
+    @telling
     def adjoints(self) -> dict[str, tuple[Tensor, Tensor]]:
         """``lambda_n``, ``{layer: (mean [N, C], variance [N, C])}``: which channel couples.
 
@@ -278,6 +285,7 @@ class Coupling:
         return {name: (both[:, :channels], both[:, channels:]) for both, (name, channels) in pieces}
 
     @kernel
+    @telling
     def statistic_influence(self) -> Tensor:
         """``T[n, m] = dl_n/dw_m``, ``[N, N]``: the derivative of loss ``n`` in sample ``m``'s weight in the statistics.
 
@@ -294,6 +302,7 @@ class Coupling:
         """
         return self.losses + self.network.deviation @ self.network.structure.total
 
+    @telling
     def leave_one_out(self, exact: bool = False) -> Tensor:
         """``[N, N]``: loss ``n`` without sample ``m`` in the statistics, minus loss ``n``; approximately, by default.
 
@@ -326,6 +335,7 @@ class Coupling:
         """``|G[n, != n]| / |G[n, :]|``, ``[N]``: the share of the other samples; each one's falls as ``1/N``."""
         return indices.data_coupling(self._total)
 
+    @telling
     def theta_coupling(self) -> Tensor:
         """``|dl_n/dtheta - d_n| / |dl_n/dtheta|``, ``[N]``: the share of the statistics; no decay with ``N``."""
         return indices.theta_coupling(self.network, self.gradients("loss"))
@@ -334,6 +344,7 @@ class Coupling:
         """``(sum_m a_m)^2 / sum_m a_m^2`` of ``a_m = |G[n, m]|^2``, ``[N]``: on how many samples loss ``n`` depends."""
         return indices.participation(self._total)
 
+    @telling
     def noise(self, kinds: Iterable[str] = ("influence", "loss", "copy", "frozen")) -> dict[str, Noise]:
         """Gradient noise as each notion sees it.
 

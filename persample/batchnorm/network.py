@@ -35,6 +35,7 @@ from ..factors import Factors, compact
 from ..problem import Pass, Problem
 from ..rounding import tolerance
 from ..scratch import kernel
+from ..telling import numbered_as
 from .passes import CHUNK, Forward, Grads, Point
 from .statistics import Copies, Explicit, Node, given, live, pooled
 
@@ -235,7 +236,7 @@ class Network:
             alike = self.problem.batch.select(
                 torch.full((self.n,), n, device="cpu")
             )  # all others replaced by copies of sample n
-            with self.point.forward(given(nodes), alike) as run:
+            with numbered_as([n] * self.n), self.point.forward(given(nodes), alike) as run:
                 after = float(run.losses[n].detach())
         tol = tolerance(dtype)
         if not torch.allclose(losses, plain, rtol=tol, atol=1e-3 * tol, equal_nan=True):

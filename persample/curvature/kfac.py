@@ -43,6 +43,7 @@ from ..reductions import square_sum
 from ..refusals import check_complete, check_uncoupled
 from ..remembered import verified
 from ..state import restored, seed_of
+from ..telling import telling
 from ..verify import chosen, run_verified, with_own_inputs
 from .kronecker import Block, Kronecker, eigh
 from .layers import UNUSED, Layer, find_layers
@@ -56,6 +57,7 @@ HessianAt = Callable[[Tensor], Callable[[Tensor], Tensor]]  # f [N, ...] -> (v -
 Receive = Callable[[Layer, Tensor, Tensor], None]  # gets inputs [N, K, T, I] and output gradients [N, K, T, O]
 
 
+@telling
 def kfac(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1,
@@ -102,6 +104,7 @@ def kflr(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = No
     return kfac(model, loss_fn, inputs, targets, type="exact", **options)
 
 
+@telling
 def ekfac(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1,

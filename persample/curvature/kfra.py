@@ -22,6 +22,7 @@ from ..errors import KroneckerError
 from ..hook import Hook
 from ..losses import HOOKS, LossFunction
 from ..problem import Selection, pose
+from ..telling import telling
 from ..verify import with_own_inputs
 from ..watch import Watch
 from .kfac import kfac, loss_roots, root
@@ -34,6 +35,7 @@ from .objective import Objective
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+@telling
 def kfra(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     approximation: str = "expand", bias: str = "joined", params: Selection = None, reduction: str = "mean",

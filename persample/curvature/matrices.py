@@ -16,6 +16,7 @@ from ..losses import LossFunction
 from ..problem import Selection, pose
 from ..remembered import lasting
 from ..state import restored, seed_of
+from ..telling import telling
 from ..verify import with_own_inputs
 from .likelihood import Likelihood, identify, wide
 from .objective import Objective
@@ -59,6 +60,7 @@ def ggn(
     return operator(f"Gauss-Newton ({reduction})", objective, sandwich(objective, loss_curvature(objective)))
 
 
+@telling
 def fisher(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     type: str = "exact", samples: int = 1, generator: torch.Generator | None = None,

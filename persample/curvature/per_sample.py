@@ -23,6 +23,7 @@ from ..losses import LossFunction, is_per_sample, lone_losses, warn_if_not_mean
 from ..problem import Problem, Selection, pose
 from ..remembered import remember, verified
 from ..state import drawn_since, random_state, restored, swapped
+from ..telling import numbered_as, telling
 from ..verify import check_alone, with_own_inputs
 from ..watch import Watch
 from .objective import Objective, Start, named_derivatives, refuse_once_differentiable, twice_differentiable
@@ -32,6 +33,7 @@ from .products import hessian
 ENGINES = ("auto", "vmap", "loop")
 
 
+@telling
 def per_sample_hvp(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None,
     v: Tensor | Mapping[str, Tensor] | None = None, *,
@@ -109,7 +111,7 @@ def _check_uncoupled(problem: Problem) -> None:
     """Samples have the same losses alone as in their batch.  Two of them: one may attain a maximum over all samples."""
     if not verified(problem, "per_sample_hvp"):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of ignored targets, whose rows are zero
+            warnings.simplefilter("ignore")  # of the criterion, which is said below
             for n in sorted({0, problem.batch.n - 1}):
                 check_alone(problem, n)
         _warn_if_not_mean(problem)
@@ -131,7 +133,8 @@ def _by_loop(problem: Problem, direction: Tensor) -> Tensor:
     for n in range(problem.batch.n):
         alone = replace(problem, batch=problem.batch.select(torch.tensor([n], device="cpu")))
         objective = Objective(alone, 1.0, Start.now(problem.model))
-        rows.append(hessian(objective)(direction[:, None]).squeeze(1))
+        with numbered_as([n]):
+            rows.append(hessian(objective)(direction[:, None]).squeeze(1))
     return torch.stack(rows)
 
 

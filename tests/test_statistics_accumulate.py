@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -455,3 +457,50 @@ def test_threads_may_share_one(name: str) -> None:
     for _ in range(40):
         alone.update(g)
     close(shared.compute(), alone.compute())
+
+
+FORKS = """
+import os, signal, threading, time, warnings
+from dataclasses import dataclass
+from persample.statistics import Accumulator
+
+warnings.simplefilter("ignore")  # of a fork beside threads
+inside = threading.Event()
+
+@dataclass
+class Slow:
+    n: int
+
+    def __add__(self, other):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            time.sleep(0.5)
+        return Slow(self.n + other.n)
+
+class Count(Accumulator):
+    kind = Slow
+
+    def of(self, G):
+        return Slow(G)
+
+count = Count()
+count.update(1)
+thread = threading.Thread(target=count.update, args=(2,))
+thread.start()
+inside.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)  # hangs
+    count.update(4)
+    os._exit(count.value.n)
+thread.join()
+count.update(8)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), count.value.n)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_a_process_may_fork_while_another_thread_adds() -> None:
+    """As workers of a loader do: in the child nobody is there to end the addition, nor to let go of its lock."""
+    run = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120)
+    assert run.stdout.split() == ["7", "11"], run.stderr

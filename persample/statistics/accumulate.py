@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -24,6 +25,8 @@ from ..quantities import Quantities
 V = TypeVar("V")
 
 adding = threading.Lock()  # of all accumulators, as it is short; one of their own would be in the way of copies
+if hasattr(os, "register_at_fork"):  # a process forks between additions: in the child, nobody would end one
+    os.register_at_fork(before=adding.acquire, after_in_parent=adding.release, after_in_child=adding.release)
 
 
 def check_alike(mine: Iterable[str], others: Iterable[str]) -> None:

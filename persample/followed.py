@@ -70,6 +70,7 @@ class Followed:
     def begin(self, n: int, shared: Iterable[Tensor], inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         """These tensors are shared, and these the inputs, each with its sample axis (``None``: shared)."""
         self.n = n
+        self.known = {key: entry for key, entry in self.known.items() if entry[0]() is not None}  # not of every batch
         root = SharedTensor(None)
         for t in shared:
             self.mark(t, root)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import persample
 from persample.engines.hooks import _STANCES
+from persample.recorder import _HELD
 
 N = 4
 
@@ -254,6 +255,34 @@ def test_hundreds_of_steps_leave_memory_flat() -> None:
     after = alive()
     handle.remove()
     assert after <= before + 5
+
+
+class Reading(nn.Sequential):
+    """Python reads a number of every batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert bool((x > -100).any())
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_long_with_block_remembers_no_earlier_batches(listens: bool) -> None:
+    model, sizes = Reading(*net()), list[tuple[int, int]]()
+    told: dict[str, Any] = {"on_backward": lambda G: None, "reduction": "mean"} if listens else {}
+    with persample.extend(model, **told) as recorder:
+        for step in range(30):
+            x, y = batch(step)
+            losses = losses_of(model, x, y)
+            if listens:
+                losses.mean().backward()
+            else:
+                recorder.gradients(losses)
+            assert recorder._capture is not None
+            followed = recorder._capture.followed
+            sizes.append((len(followed.known), len(followed.acts.read)))
+    known, read = zip(*sizes, strict=True)
+    assert known[29] < known[3] + 10 and read[29] == read[3]
+    assert listens or len(_HELD[model]) < 4  # not every batch is a path of its own, to be verified
 
 
 def test_two_models_extended_in_two_threads() -> None:

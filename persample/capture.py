@@ -49,7 +49,7 @@ class Capture(TorchFunctionMode):
         """
         super().__init__()
         self.once = once
-        self.owner, self.asked, self.begun = self if owner is None else owner, asked, begun
+        self.owner, self.asked, self.begun = owner, asked, begun  # not itself: it would hold on to the parameters
         self.recorded: list[weakref.ref[Call]] = []
         self.active = False
         self.followed = Followed(wanted)
@@ -268,7 +268,7 @@ class Capture(TorchFunctionMode):
                 call.hooks.append(end.register_hook(hook))
             else:  # whoever calls backward() executes the node, after all hooks that change its gradient
                 end.grad_fn.register_prehook(lambda gs, hook=hook, number=end.output_nr: hook(gs[number]))
-        call.owner, call.asked, call.begun = self.owner, self.asked, self.begun
+        call.owner, call.asked, call.begun = self if self.owner is None else self.owner, self.asked, self.begun
         self.recorded.append(weakref.ref(call))
 
     def _refuse_higher_order(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

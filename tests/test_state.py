@@ -5,8 +5,12 @@ criterion, and graphs of the user's that have saved them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -226,3 +230,41 @@ def test_an_interrupt_leaves_the_model_its_own_parameters(at: int) -> None:
     sys.settrace(None)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         assert before[name] is t
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    **{engine: partial(persample.gradients, engine=engine) for engine in ("hooks", "vmap", "loop")},
+    "not verified": partial(persample.gradients, verify=False),
+    "reduced": partial(persample.gradients, quantities=["norm"]),
+    "slices": partial(persample.gradients, max_bytes=1000),
+    "check": persample.check,
+    "explain": persample.explain,
+    "kfac": persample.curvature.kfac,
+    "hvp": lambda *given: persample.curvature.hvp(*given).dense(),
+    "recorder": lambda model, loss_fn, x, y: recorded(model, x, y),
+}
+
+
+def recorded(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    with persample.extend(model) as recorder:
+        return recorder.gradients(F.cross_entropy(model(x), y, reduction="none"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_model_that_is_dropped_is_gone(name: str) -> None:
+    """Not only when garbage is collected, which may be long after the memory is needed."""
+
+    def dropped() -> weakref.ref[Tensor]:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        result = CALLS[name](model, nn.CrossEntropyLoss(), torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+        weight = weakref.ref(model[0].weight)
+        del model, result
+        return weight
+
+    dropped()  # what is imported at the first call holds on to it
+    gc.collect()
+    gc.disable()
+    try:
+        assert dropped()() is None
+    finally:
+        gc.enable()

@@ -263,8 +263,15 @@ class Reached:
 
     calls: list[Call] = field(default_factory=list)
     leaves: set[int] = field(default_factory=set)  # ids of tensors used outside any recorded call
+    inside: dict[int, str] = field(default_factory=dict)  # of these, the autograd.Functions of the user's that use them
     roots: list[GradientEdge] = field(default_factory=list)  # outputs of the calls that have no call upstream
     opaque: list[str] = field(default_factory=list)  # nodes that hide a graph of their own
+
+
+def custom_function(node: Node) -> str:
+    """The name of the `autograd.Function` of somebody's own whose backward pass a node is."""
+    own = getattr(type(node), "_forward_cls", None)
+    return "" if own is None or own.__module__.split(".")[0] == "torch" else str(own.__qualname__)
 
 
 def reached(start: Iterable[Node | None], owner: Any = None) -> Reached:
@@ -291,6 +298,8 @@ def reached(start: Iterable[Node | None], owner: Any = None) -> Reached:
             stack.extend((n, None) for n in follow)
             if not follow and not found and (variable := getattr(node, "variable", None)) is not None:
                 result.leaves.add(id(variable))
+            elif not found and (name := custom_function(node)):
+                result.inside.update((id(n.variable), name) for n in follow if hasattr(n, "variable"))
             elif node.name() == "CheckpointFunctionBackward":
                 result.opaque.append(node.name())
             for call, _ in found:

@@ -17,6 +17,12 @@ from .layout import spreads
 def check_complete(found: Reached, parameters: Mapping[str, Tensor]) -> None:
     """Raise for parameters that the losses depend on in ways that no recorded call explains."""
     missed = [name for name, p in parameters.items() if id(p) in found.leaves]
+    if missed and (function := found.inside.get(id(parameters[missed[0]]))):
+        raise CaptureError(
+            f"parameter '{missed[0]}'{_and_more(missed)} is used inside the custom autograd.Function {function}, where "
+            f"no calls can be recorded. Call {function}.apply by a function that is announced by "
+            "torch.overrides.wrap_torch_function (docs/contributing.md, 'Adding a rule'), or use engine='loop'."
+        )
     if missed:
         raise CaptureError(
             f"parameter '{missed[0]}'{_and_more(missed)} is used where the recorded calls can't account for it: "

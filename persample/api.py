@@ -163,7 +163,8 @@ def _verified(
             result = replace(result, coupled=result.coupled or result.totals)
         elif engine == "hooks" and known is not None and (acts or result.called not in known.called):
             with restored(*problem.owners):
-                run_verified(problem, engine, lambda *_: None, run, chosen(problem.batch.n))
+                held, _ = run_verified(problem, engine, lambda *_: None, run, chosen(problem.batch.n))
+            result = replace(result, coupled=result.coupled or held.coupled)
         return result, "verify=False" if verify is False else ""
     n = chosen(problem.batch.n, known.calls if known is not None and due else 0)
     if engine != "hooks":

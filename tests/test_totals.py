@@ -276,6 +276,17 @@ def test_what_acts_without_a_gradient_is_said_where_nothing_runs_alone(name: str
     assert "batch-coupled" in repr(reported[0])
 
 
+def test_a_model_that_couples_later_is_said_to(x: Tensor) -> None:
+    """The first call has verified rows of independent samples; these are verified again, as those within the batch."""
+    centred = False
+    model = Between(lambda h: h - h.mean(0) if centred else h)
+    model.first.requires_grad_(False)
+    assert not persample.gradients(model, losses, x, Y).note
+    centred = True
+    for quantities in (None, ["norm"]):
+        assert persample.gradients(model, losses, x, Y, quantities=quantities).note == "batch-coupled"
+
+
 def test_a_model_that_was_refused_is_not_trusted_for_passing_once() -> None:
     """Large entries alone are scaled, by a number of the batch that Python has found; in some batches, none."""
 

@@ -84,6 +84,11 @@ class Capture(TorchFunctionMode):
         self.followed.begin(n, self.roots, inputs)
         self.active = True
 
+    def next_batch(self) -> None:
+        """Rows of the samples so far were asked for: the next forward is of others."""
+        self.followed.next_batch()
+        self.called.clear()
+
     def stop(self) -> None:
         self.active = False
         self.followed.forget()

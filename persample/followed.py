@@ -70,7 +70,7 @@ class Followed:
     def begin(self, n: int, shared: Iterable[Tensor], inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         """These tensors are shared, and these the inputs, each with its sample axis (``None``: shared)."""
         self.n = n
-        self.known = {key: entry for key, entry in self.known.items() if entry[0]() is not None}  # not of every batch
+        self.known = {key: entry for key, entry in self.known.items() if entry[0]() is not None}  # not of every forward
         root = SharedTensor(None)
         for t in shared:
             self.mark(t, root)
@@ -87,6 +87,11 @@ class Followed:
 
     def forget(self) -> None:
         self.known.clear()
+
+    def next_batch(self) -> None:
+        """What is kept of the samples so far is a constant to those that come: nobody's, a memory of all."""
+        self.known = {key: entry for key, entry in self.known.items() if isinstance(entry[1], SharedTensor)}
+        self.acts = Acts()
 
     def mark(self, t: Tensor, kind: SampledTensor | SharedTensor) -> None:
         self.known[id(t)] = (weakref.ref(t), kind)

@@ -141,7 +141,7 @@ class Recorder:
         self._capture: Capture | None = None
         self._modes = contextlib.ExitStack()  # that stay on for a forward, or a whole with-block
         self._entered = False  # the mode is on for a whole with-block
-        self._reported = False  # rows were asked for: what was read before is of earlier batches
+        self.reported = False  # rows of the last forward were asked for
         self._depth = 0
         self._frame: FrameType | None = None  # of the forward that runs
         self._thread = 0  # that runs the forward, or the with-block
@@ -234,8 +234,10 @@ class Recorder:
             capture.want(self.model, asked.wanted)
             if self._listener is not None:
                 self._listener.asked = asked
-        if self._reported or self._listener is not None:
-            capture.followed.acts.read, self._reported = (), False
+        asked_of: Any = self if self._listener is None else self._listener
+        if asked_of.reported:
+            capture.next_batch()
+            asked_of.reported = False
         capture.recorded[:] = alive(capture.recorded)  # or a with-block around all of a training would keep them
         capture.start(batch.n, batch.inputs.tensors())
 
@@ -378,6 +380,7 @@ class Recorder:
                 raise LossError(
                     f"gradients() needs [N] losses, one for each of N = {n} samples, got {tuple(losses.shape)}.{out}"
                 )
+            self.reported = True
             if coupled == "loss":
                 return self._by_losses(losses, asked, wanted)
             return self._reduced(losses, found, asked, wanted, coupled)
@@ -402,7 +405,6 @@ class Recorder:
         modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.followed.samples_of(losses)
         called = frozenset[Any]() if self._capture is None else self._capture.path
-        self._reported = True
         kind = (len(losses), losses.dtype, modes, tuple(asked.parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
         verifies = notion is None and (kind not in held if self.verify is None else self.verify)

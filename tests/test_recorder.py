@@ -724,3 +724,113 @@ def test_what_cannot_be_recorded_leaves_no_mode_behind() -> None:
         model[0] = layer
         assert recorder.gradients(losses_of(model, x, y)).names[0] == "0.weight"
         recorder.remove()
+
+
+class Remembers(nn.Module):
+    """Attends to features of an earlier batch, which are no samples of this one."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enc, self.key, self.out = nn.Linear(5, N).double(), nn.Linear(N, N).double(), nn.Linear(N, 3).double()
+        self.use, self.memory = use, torch.randn(N, N, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.enc(x).tanh()
+        self.last = z.detach()
+        k = self.key(self.memory)
+        if self.use == "attention":
+            z = F.scaled_dot_product_attention(z[:, None], *[k.expand(len(z), -1, -1)] * 2)[:, 0]
+        elif self.use == "linear":
+            z = F.linear(z, k)
+        elif self.use == "bmm":
+            z = torch.bmm(z[:, None], k.expand(len(z), -1, -1))[:, 0]
+        else:
+            z = z @ (self.memory * self.key.weight)
+        out: Tensor = self.out(z)
+        return out
+
+
+@pytest.mark.parametrize("use", ["attention", "linear", "bmm", "product"])
+@pytest.mark.parametrize("listens", [False, True])
+def test_features_of_earlier_batches_are_constants(use: str, listens: bool) -> None:
+    model, got = Remembers(use), list[Any]()
+    told: dict[str, Any] = {"on_backward": got.append, "reduction": "mean"} if listens else {}
+    x, y = torch.randn(6, N, 5, dtype=torch.float64), torch.randint(3, (6, N))
+    wanted = []
+    with persample.extend(model, **told) as recorder:
+        for step in range(6):
+            losses = F.cross_entropy(model(x[step]), y[step], reduction="none")
+            if not listens:
+                got.append(recorder.gradients(losses))
+            losses.mean().backward()
+            twin = Remembers(use)
+            twin.load_state_dict(model.state_dict())
+            twin.memory = model.memory
+            wanted.append(persample.gradients(twin, nn.CrossEntropyLoss(), x[step], y[step], engine="loop").flat())
+            if step in (2, 3):
+                model.memory = model.last
+    for G, rows in zip(got, wanted, strict=True):
+        torch.testing.assert_close(G.flat(), rows, rtol=1e-9, atol=1e-12)
+
+
+class Mixes(nn.Module):
+    """Its frozen first layer sees all samples, when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.mixes = nn.Linear(5, 4).double(), nn.Linear(4, 3).double(), False
+        self.first.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        out: Tensor = self.last(h * h.mean() if self.mixes else h)
+        return out
+
+
+def test_coupling_of_one_batch_is_not_said_of_the_next() -> None:
+    model, x, y = Mixes(), torch.randn(N, 5, dtype=torch.float64), torch.randint(3, (N,))
+    with persample.extend(model) as recorder:
+        for coupled in (False, True, False):
+            model.mixes = coupled
+            G = recorder.gradients(F.cross_entropy(model(x), y, reduction="none"))
+            assert ("batch-coupled" in G.note) == coupled
+
+
+class Stateful(nn.Module):
+    """Goes on from where the last batch ended."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.out, self.by_hand = nn.GRUCell(5, N).double(), nn.Linear(N, 3).double(), by_hand
+        self.state = torch.randn(N, N, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, h = self.cell, self.state
+        if self.by_hand:
+            h = (F.linear(x, c.weight_ih, c.bias_ih)[:, :N] + F.linear(h, c.weight_hh, c.bias_hh)[:, :N]).tanh()
+        else:
+            h = c(x, h)
+        self.state = h.detach()
+        out: Tensor = self.out(h)
+        return out
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_states_that_go_on_from_batch_to_batch(by_hand: bool, inside: bool) -> None:
+    """Exact, or an error: they are the samples' own, but that can't be seen."""
+    model, x, y = Stateful(by_hand), torch.randn(4, N, 5, dtype=torch.float64), torch.randint(3, (N,))
+    recorder = persample.extend(model)
+    try:
+        if inside:
+            recorder.__enter__()
+        for step in range(4):
+            losses = F.cross_entropy(model(x[step]), y, reduction="none")
+            parameters = list(model.parameters())
+            rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+            want = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+            torch.testing.assert_close(recorder.gradients(losses).flat(), want, rtol=1e-9, atol=1e-12)
+    finally:
+        recorder.__exit__(None, None, None) if inside else recorder.remove()

@@ -291,3 +291,26 @@ def test_output_changed_in_place() -> None:
             return torch.cat([h.mul_(2.0), c.sin_()], 1)
 
     check(InPlace(), sequences())
+
+
+class OneByOne(nn.Module):
+    """Samples without a batch axis, in a Python loop."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3).double()
+        self.rnn = getattr(nn, kind)(3, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.rnn(each)[0] for each in self.first(x)]).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_samples_in_a_loop(kind: str, n: int) -> None:
+    model, x = OneByOne(kind), torch.randn(n, 3, 3, dtype=torch.float64)
+    loss = lambda out, _: out.sin().sum(1)  # noqa: E731
+    for options in ({}, {"verify": False}, {"quantities": ["norm"]}):
+        G = persample.gradients(model, loss, x, **options)  # type: ignore[arg-type]
+        L = persample.gradients(model, loss, x, engine="loop")
+        torch.testing.assert_close(G.norm(), L.norm(), rtol=1e-9, atol=1e-12)

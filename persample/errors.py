@@ -66,6 +66,12 @@ NOTIONS = (
     "gradients(losses, coupled=) has 'loss' and 'copy'."
 )
 
+# The way out where something else couples.
+RECORDED = (
+    "The ordinary gradient of every loss of this batch is recorder.gradients(losses, coupled='loss') in a with-block, "
+    "`with persample.extend(model) as recorder:`."
+)
+
 
 class BatchCoupledError(PersampleError, RuntimeError):
     """The loss of one sample depends on the other samples, so "its gradient" is not one thing.

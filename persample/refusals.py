@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import rules
 from .calls import APART, MIXES, Call, Reached, arguments, leaves_of, reached
-from .errors import NOTIONS, BatchCoupledError, CaptureError
+from .errors import NOTIONS, RECORDED, BatchCoupledError, CaptureError
 from .layout import spreads
 
 
@@ -94,8 +94,7 @@ def _other_way_out(call: Call) -> str:
     }
     return (
         "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples "
-        f"are with batch_dim=.{special.get(call.couples, '')} The ordinary gradient of every loss of this batch is "
-        "gradients(losses, coupled='loss') in a with-block of persample.extend."
+        f"are with batch_dim=.{special.get(call.couples, '')} {RECORDED}"
     )
 
 

@@ -383,7 +383,8 @@ def raise_if_wrong(verdicts: list[Verdict], engine: str | None) -> None:
             (
                 f"losses[{worst.sample}]",
                 "losses that depend on several samples (something couples the batch, or predictions [N, 1] are "
-                "compared with targets [N]), or that stand in another order than the samples. See",
+                "compared with targets [N]), or that stand in another order than the samples. The ordinary gradients "
+                "of losses that compare samples are gradients(losses, coupled='loss'). Of a loss_fn, see",
             )
             if engine is None
             else (

@@ -481,6 +481,9 @@ class Shakes(nn.Module):
         return h * torch.rand(h.shape, generator=self.generator, dtype=h.dtype)
 
 
+WITH_BLOCK = r"recorder\.gradients\(losses, coupled='loss'\) in a with-block, `with persample\.extend\(model\)"
+
+
 def test_a_way_out_leads_out() -> None:
     """Messages that name what gives the rows: it does."""
     shakes = Shakes().double()
@@ -497,7 +500,7 @@ def test_a_way_out_leads_out() -> None:
     model = nn.Linear(D, 3).double()
     contrast = lambda z: F.cross_entropy(z @ z.mT, torch.arange(len(z)), reduction="none")  # noqa: E731
     for loss in (lambda z, _: contrast(z), lambda z, _: (z - z.roll(1, 0)).square().sum(1)):
-        with pytest.raises(persample.BatchCoupledError, match=r"gradients\(losses, coupled='loss'\) in a with-block"):
+        with pytest.raises(persample.BatchCoupledError, match=WITH_BLOCK):
             persample.gradients(model, loss, x())
         with persample.extend(model) as recorder:
             losses = loss(model(x()), None)
@@ -505,6 +508,33 @@ def test_a_way_out_leads_out() -> None:
             for n in range(N):
                 g = torch.autograd.grad(losses[n], list(model.parameters()), retain_graph=True)
                 assert torch.allclose(G.flat()[n], torch.cat([p.flatten() for p in g]), atol=1e-12)
+
+
+def test_a_loss_that_compares_samples_is_told_where_its_gradients_are() -> None:
+    """By whoever finds it, and without a word of layers that aren't there."""
+
+    def info_nce(z: Tensor, _: Any = None) -> Tensor:
+        return F.cross_entropy(z @ z.mT, torch.arange(len(z)), reduction="none")
+
+    model = nn.Linear(D, 3).double()
+    for ask in (
+        lambda: persample.gradients(model, info_nce, x(), coupled="loss"),
+        lambda: persample.gradients(model, info_nce, x(), coupled="copy"),
+        lambda: persample.coupling(model, info_nce, x()).norms(),
+    ):
+        with pytest.raises(persample.BatchCoupledError, match=f"else than BatchNorm.*{WITH_BLOCK}") as raised:
+            ask()
+        assert "statistics" not in str(raised.value)
+    norm = nn.Sequential(model, nn.BatchNorm1d(3)).double()
+    with pytest.raises(persample.BatchCoupledError, match=f"same BatchNorm statistics.*{WITH_BLOCK}"):
+        persample.gradients(norm, info_nce, x(), coupled="loss")
+    with persample.extend(model) as recorder:
+        losses = info_nce(model(x()))
+        with pytest.raises(persample.VerificationError, match=r"losses that compare samples .* coupled='loss'\)"):
+            recorder.gradients(losses)
+        coupled = recorder.gradients(losses, coupled="loss")
+    with pytest.raises(persample.BatchCoupledError, match="a loss of every sample alone"):
+        persample.optim.ClippedSGD(model.named_parameters(), max_norm=1.0).step(coupled)
 
 
 def test_a_report_tells_of_a_criterion_of_several_samples() -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..batch import detached
 from ..calls import reached
 from ..dropout import NoDropout
-from ..errors import BatchCoupledError
+from ..errors import RECORDED, BatchCoupledError
 from ..factors import Factors, compact
 from ..problem import Pass, Problem
 from ..rounding import tolerance
@@ -245,7 +245,9 @@ class Network:
                 "layers than their outputs (running statistics that this forward updates), which isn't taken apart."
             )
         if abs(before - after) > tol * (abs(before) + abs(after)) + 1e-3 * tol:
+            same = "with the same BatchNorm statistics but " if nodes else ""
             raise BatchCoupledError(
-                f"sample {n} has loss {before:.6g} within the batch, {after:.6g} with the same BatchNorm statistics "
-                "but among other samples. So something else couples, or they are not where batch_dim= says."
+                f"sample {n} has loss {before:.6g} within the batch, {after:.6g} {same}among other samples. So "
+                "something else than BatchNorm couples them (a loss that compares samples?), which no notion "
+                f"of coupled= takes apart, or they are not where batch_dim= says. {RECORDED}"
             )

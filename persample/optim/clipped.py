@@ -87,9 +87,9 @@ def check_independent(G: Quantities) -> None:
     """Raise unless the rows are those of independent samples (``coupled="eval"`` included)."""
     if (bad := notion(G)) not in INDEPENDENT:
         raise BatchCoupledError(
-            f"these gradients are of a batch-coupled model ({bad}): every sample moves the rows of all others (also "
-            "of parameters behind the statistics), so clipping its own row bounds nothing. Use a model without batch "
-            "statistics (GroupNorm, LayerNorm), or .eval() for frozen ones"
+            f"these gradients are of coupled samples ({bad}): every sample moves the rows of all others (also of "
+            "parameters behind batch statistics), so clipping its own row bounds nothing. Use a model without batch "
+            "statistics (GroupNorm, LayerNorm, .eval()) and a loss of every sample alone"
             + (", and leave coupled= out, which asks for coupled rows." if "coupled=" in bad else ".")
         )
 

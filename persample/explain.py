@@ -64,7 +64,8 @@ class Explanation:
 
     def _title(self) -> str:
         sizes = f"factors {bytes_text(self.kept)}, individual gradients {bytes_text(self.dense)}"
-        return f"persample.explain: engine={self.engine}, N={self.n}, {sizes}"
+        unseen = "; no row is verified: coupling that calls don't show is for persample.check"
+        return f"persample.explain: engine={self.engine}, N={self.n}, {sizes}{unseen}"
 
     def _cells(self) -> list[list[str]]:
         return [

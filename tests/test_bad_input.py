@@ -352,6 +352,10 @@ def test_criteria_without_targets() -> None:
     for criterion in (nn.CrossEntropyLoss(), F.mse_loss):
         with pytest.raises(persample.LossError, match="there are none"):
             persample.gradients(linear(), criterion, x())
+    triplets, criterion = Body(lambda w, *views: [view @ w for view in views]), nn.TripletMarginLoss()
+    with pytest.raises(persample.LossError, match=r"triplets.*lambda outputs, _: criterion\(\*outputs\)"):
+        persample.gradients(triplets, criterion, (x(), x() + 1, x() - 1))
+    assert len(persample.gradients(triplets, lambda outputs, _: criterion(*outputs), (x(), x() ** 2, x() ** 3))) == N
     with pytest.raises(persample.LossError, match=r"got a Tensor.*The order is"):
         persample.gradients(linear(), x(), square)  # type: ignore[arg-type]
 
@@ -372,6 +376,12 @@ def test_explain_tells_coupled_parameters_among_the_others() -> None:
     assert coupled == {"0.weight", "0.bias"}
     assert "batch_norm" in rows["0.weight"].why and "coupled=" in rows["0.weight"].why
     assert "linear (rule)" in rows["2.weight"].served
+
+
+def test_explain_says_what_it_does_not_look_at() -> None:
+    report = persample.explain(linear(), lambda z, _: (z @ z.mT).logsumexp(1), x())
+    for shown in (str(report), report._repr_html_().replace("&#x27;", "'")):
+        assert "coupling that calls don't show is for persample.check" in shown
 
 
 @pytest.mark.parametrize("ask", [persample.check, persample.explain, persample.coupling], ids=lambda f: f.__name__)

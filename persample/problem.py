@@ -255,7 +255,8 @@ def pose(
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         raise LossError(
             f"{name} compares outputs with targets, and there are none: persample.gradients(model, loss_fn, inputs, "
-            "targets)."
+            "targets). Of a model that returns all that it compares (pairs, triplets), take "
+            "loss_fn=lambda outputs, _: criterion(*outputs)."
         )
     chosen, aliases = asked_for(model, params)
     if not chosen:

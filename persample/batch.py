@@ -112,6 +112,13 @@ class Batch:
             _axes(tree, dim, what)
             for tree, dim, what in zip((inputs, targets), dims[:2], ("inputs", "targets"), strict=True)
         ]
+        leaves, _, claimed, default = given[0]
+        if not default and any(isinstance(x, Tensor) for x in leaves) and not any(a is not None for a in claimed):
+            raise SampleAxisError(
+                "batch_dim= says that every tensor among the inputs is shared, so no sample is in any of them. Where "
+                "one tensor holds samples of several sizes (the nodes of graphs), pad each to one size, with samples "
+                "on an axis of their own; see 'Graphs in one node tensor' in docs/losses.md."
+            )
         sizes = [
             x.shape[axis]
             for leaves, _, axes, _ in given

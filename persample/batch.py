@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import ArgumentError, EmptyBatchError, SampleAxisError
@@ -172,6 +173,22 @@ class Batch:
             axes.append(next((d % x.ndim for d in places if d is not None and _has(x, d, self.n)), None))
         return Tree(leaves, spec, axes)
 
+    def listed(self) -> str:
+        """A hint where an argument is a list of as many numbers as there are samples; begins with a space."""
+        whole = self.inputs.whole()
+        arguments = whole.items() if isinstance(whole, Mapping) else enumerate(whole) if type(whole) is tuple else ()
+        for key, x in arguments:
+            if (
+                isinstance(x, (tuple, list))
+                and len(x) == self.n
+                and not any(isinstance(t, Tensor) for t in tree_leaves(x))
+            ):
+                return (
+                    f" inputs[{key!r}], a {type(x).__name__} of {self.n} and no tensor, goes whole to every sample: "
+                    "where it has an entry for each, make it a tensor (torch.as_tensor)."
+                )
+        return ""
+
     def select(self, index: Tensor) -> Batch:
         return Batch(len(index), self.inputs.select(index), self.targets.select(index), self.output_dim)
 
@@ -206,8 +223,17 @@ def _prefix(dims: PyTree, tree: Any) -> list[Axis]:
     raise ValueError(f"{dims!r} for a {type(tree).__name__}")
 
 
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, PackedSequence)
+
+
 def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis], bool]:
     """Leaves, structure and claimed axes; whether they were the default."""
+    if any(_is_packed(x) for x in tree_leaves(tree, is_leaf=_is_packed)):
+        raise SampleAxisError(
+            f"{what}: the samples of a PackedSequence are on no axis. Pass the padded tensor and the lengths, as a "
+            "tensor, and pack inside the model (torch.nn.utils.rnn.pack_padded_sequence)."
+        )
     leaves, spec = tree_flatten(tree)
     try:
         dims = _prefix(dim, tree)
@@ -253,6 +279,8 @@ def _check_sizes(given: list[tuple[list[Any], Any, list[Axis], bool]], n: int, b
         said = "" if type(batch_dim) is int and batch_dim == 0 else f" (batch_dim={batch_dim!r})"
         fronts = {x.shape[0] for _, x, _, _ in found}
         way = f" At axis 0, all have size {fronts.pop()}: leave batch_dim= out?" if said and len(fronts) == 1 else ""
+        if what == first and axis == at == 0 and x.ndim > 1 and x.shape[1:] == y.shape[1:]:
+            way += " If these are sequences, one for each sample, pad them (torch.nn.utils.rnn.pad_sequence)."
         raise SampleAxisError(
             f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but the {first} of "
             f"shape {tuple(y.shape)} have N = {n} samples at axis {at}{said}.{way} Give as many of each, or say "

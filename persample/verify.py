@@ -210,8 +210,8 @@ def _alone(problem: Problem, n: int, seed: float = 1.0) -> tuple[Tensor, Grads]:
     except Exception as error:
         raise VerificationError(
             f"the batch runs, but sample {n} alone does not ({type(error).__name__}: {error}), so the rows can't be "
-            "held against the definition. Let the model take any number of samples; or use verify=False for the rows "
-            "within this batch."
+            f"held against the definition.{problem.batch.listed()} Let the model take any number of samples; or use "
+            "verify=False for the rows within this batch."
         ) from error
     return loss, grads
 

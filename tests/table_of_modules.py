@@ -176,7 +176,7 @@ def recurrences() -> Iterator[Row]:
         yield Row(name, "time first, 2 layers, both directions",
                   lambda make=make: make(C, 5, num_layers=2, bidirectional=True), normal((T, N, C)), (1, 0, 0),
                   pick=lambda out: out[0].transpose(0, 1))  # fmt: skip
-        yield Row(name, "packed sequences", lambda make=make: Packs(make(C, 5, batch_first=True)),
+        yield Row(name, "packed inside the model", lambda make=make: Packs(make(C, 5, batch_first=True)),
                   lambda: (torch.randn(N, T, C), torch.tensor([3, 1, 2, 3])))  # fmt: skip
         cell = getattr(nn, f"{name}Cell")
         yield Row(f"{name}Cell", "", lambda cell=cell: cell(C, 5), normal((N, C)))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import persample
 
@@ -314,3 +314,38 @@ def test_samples_in_a_loop(kind: str, n: int) -> None:
         G = persample.gradients(model, loss, x, **options)  # type: ignore[arg-type]
         L = persample.gradients(model, loss, x, engine="loop")
         torch.testing.assert_close(G.norm(), L.norm(), rtol=1e-9, atol=1e-12)
+
+
+class Last(nn.Module):
+    """The first ``length`` steps of every sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x: Any, lengths: Any = None) -> Any:
+        if lengths is None:
+            return self.rnn(x)[1][0]
+        return torch.stack([self.rnn(x[n : n + 1, :length])[1][0, 0] for n, length in enumerate(lengths)])
+
+
+def test_sequences_of_several_lengths_are_padded() -> None:
+    """Where they are packed, or in a list, or their lengths are no tensor, the error says what to do."""
+    model, lengths = Last().double(), [3, 8, 1, 5]
+    sequences = [torch.randn(length, 3, dtype=torch.float64) for length in lengths]
+    packed, padded = pack_sequence(sequences, enforce_sorted=False), nn.utils.rnn.pad_sequence(sequences, True)
+
+    def square(out: Tensor, _: Any) -> Tensor:
+        return out.square().sum(1)
+
+    for inputs in (packed, (packed,), {"x": packed}):
+        with pytest.raises(persample.SampleAxisError, match=r"padded tensor and the lengths.*pack inside the model"):
+            persample.gradients(model, square, inputs)
+    with persample.extend(model), pytest.raises(persample.SampleAxisError, match="pack inside the model"):
+        model(packed)
+    with pytest.raises(persample.SampleAxisError, match="pad_sequence"):
+        persample.gradients(model, square, (sequences,))
+    for inputs, key in (((padded, lengths), "1"), ({"x": padded, "lengths": lengths}, "'lengths'")):
+        with pytest.raises(persample.VerificationError, match=rf"inputs\[{key}\], a list of 4.*make it a tensor"):
+            persample.gradients(model, square, inputs)
+    assert len(persample.gradients(model, square, (padded, torch.tensor(lengths)))) == 4

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import persample
-from persample import attribution
-from persample.errors import ArgumentError, LossError, QuantityError
+from persample import attribution, curvature
+from persample.errors import ArgumentError, DirectionError, LossError, QuantityError
 
 N, M = 7, 4
 
@@ -174,8 +174,35 @@ def test_influence_of_any_curvature() -> None:
     net = model()
     (train, test), (J, H) = pair(net), rows(net)
     A = torch.randn(J.shape[1], J.shape[1]).double()
-    curvature = A @ A.T + torch.eye(len(A)).double()
-    close(attribution.influence(train, test, lambda v: torch.linalg.solve(curvature, v)), J @ curvature.inverse() @ H.T)
+    matrix = A @ A.T + torch.eye(len(A)).double()
+    close(attribution.influence(train, test, lambda v: torch.linalg.solve(matrix, v)), J @ matrix.inverse() @ H.T)
+
+
+def test_a_matrix_is_no_solve_and_the_error_says_what_is() -> None:
+    net = model()
+    (train, test), (J, H) = pair(net), rows(net)
+    K, op = (make(net, nn.CrossEntropyLoss(), *batch(N, N)) for make in (curvature.kfac, curvature.ggn))
+    for wrong in (K, K.solve):
+        with pytest.raises(ArgumentError, match=r"lambda columns: K\.solve\(columns, damping=1e-3\)"):
+            attribution.influence(train, test, wrong)
+    with pytest.raises(ArgumentError, match=r"lambda columns: torch\.linalg\.solve\(K\.dense\(\) \+ damping"):
+        attribution.influence(train, test, op)
+    D = len(H.T)
+    scores = attribution.influence(
+        train, test, lambda c: torch.linalg.solve(op.dense() + 1e-3 * torch.eye(D).double(), c)
+    )
+    close(scores, J @ (op.dense() + 1e-3 * torch.eye(D).double()).inverse() @ H.T)
+
+
+def test_curvature_of_some_parameters_says_which() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    (train, test), K = pair(net), curvature.kfac(net, nn.CrossEntropyLoss(), *batch(N, N))
+    with pytest.raises(DirectionError, match=r"'0\.weight', .*'2\.bias', without '1\.weight', '1\.bias'.*G\.select"):
+        attribution.influence(train, test, lambda columns: K.solve(columns, damping=1e-3))
+    chosen = train.select(K.names), test.select(K.names)
+    scores = attribution.influence(*chosen, lambda columns: K.solve(columns, damping=1e-3))
+    damped = K.dense() + 1e-3 * torch.eye(K.shape[0]).double()
+    close(scores, chosen[0].flat() @ damped.inverse() @ chosen[1].flat().T)
 
 
 def test_trak() -> None:

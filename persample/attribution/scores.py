@@ -152,6 +152,7 @@ def influence(train: Quantities, test: Any, solve: Callable[[Tensor], Tensor]) -
     ``test`` are `Gradients`, of the same parameters in the same order.
 
     Raises:
+        ArgumentError: ``solve`` is no function (an operator is none).
         QuantityError: ``train`` or ``test`` are no gradients, or of other parameters; ``solve`` changed the shape.
     """
     if not (isinstance(train, Quantities) and isinstance(test, Quantities) and hasattr(test, "flat")):
@@ -162,6 +163,13 @@ def influence(train: Quantities, test: Any, solve: Callable[[Tensor], Tensor]) -
     if list(train.shapes.items()) != list(test.shapes.items()):
         raise QuantityError(
             "train and test are gradients of different parameters, or in another order; use select() on both."
+        )
+    if not callable(solve):
+        dense = "torch.linalg.solve(K.dense() + damping * torch.eye(D), columns)"
+        way = "K.solve(columns, damping=1e-3)" if hasattr(solve, "solve") else dense
+        raise ArgumentError(
+            f"solve must be a function of columns [D, n_test], got {_what(solve)}: for a matrix K, lambda columns: "
+            f"{way}."
         )
     columns = test.flat().mT
     with torch.autocast(columns.device.type, enabled=False):

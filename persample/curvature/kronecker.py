@@ -161,8 +161,13 @@ class Kronecker:
     def __matmul__(self, v: Vector) -> Vector:
         return self._operator @ v
 
-    def solve(self, v: Vector, damping: float) -> Vector:
+    def solve(self, v: Vector, damping: float | None = None) -> Vector:
         """``(K + damping I)^{-1} v``, exact: the damping is added to every eigenvalue of every block."""
+        if damping is None:
+            raise ArgumentError(
+                "solve needs a damping: K.solve(v, damping=1e-3); as a function of columns alone, "
+                "lambda columns: K.solve(columns, damping=1e-3)."
+            )
         if not number(damping) >= 0:
             raise ArgumentError(f"damping must be a number of 0 or more, and finite, got {damping!r}")
         for name, block in self.blocks.items():
@@ -189,7 +194,8 @@ class Kronecker:
                 found |= block.layer.parameters(product(block, block.layer.matrix(values).to(block.inputs)))
             return torch.cat([found[name].flatten(1) for name in self.shapes], 1).T
 
-        return Operator(self.title, self.shapes, self.dtype, next(iter(self.blocks.values())).inputs.device, apply)
+        device = next(iter(self.blocks.values())).inputs.device
+        return Operator(self.title, self.shapes, self.dtype, device, apply, tuple(self.uncovered))
 
     def __repr__(self) -> str:
         left_out = f", without {len(self.uncovered)} parameters: {', '.join(self.uncovered)}" if self.uncovered else ""

@@ -37,6 +37,7 @@ class Operator:
     dtype: torch.dtype
     device: torch.device
     apply: Callable[[Tensor], Tensor] = field(repr=False)  # [D, k] -> [D, k]
+    uncovered: tuple[str, ...] = ()  # parameters of the model that it is not about
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,9 +61,11 @@ class Operator:
         if not isinstance(v, Tensor):
             raise DirectionError(f"{self.title} multiplies tensors and {{name: [*P]}}, got {type(v).__name__}.")
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
+            left_out = f", without {_few(self.uncovered)}" if self.uncovered else ""
             raise DirectionError(
                 f"{self.title} has shape {self.shape}, and can't multiply a tensor of shape {tuple(v.shape)}: give [D] "
-                f"or [D, k], of its {len(self.shapes)} parameters (rows of these alone are G.select(names))."
+                f"or [D, k], of its parameters {_few(self.names)}{left_out}. Rows of these alone are "
+                "G.select(names), with its .names."
             )
         matrix = v.to(self.device, self.dtype)
         product: Tensor = _Product.apply(matrix if v.ndim == 2 else matrix[:, None], self.apply)  # type: ignore[no-untyped-call]
@@ -100,6 +103,10 @@ class Operator:
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         return f"{self.title}: {self.shape[0]} x {self.shape[1]}, {kind}, {len(self.shapes)} parameters"
+
+
+def _few(names: tuple[str, ...], most: int = 8) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class _Product(torch.autograd.Function):

@@ -80,8 +80,10 @@ def kfac(
         model, loss_fn, inputs, targets, batch_dim, reduction: as in `persample.curvature.hvp`.
 
     Layers are ``F.linear``, convolutions and transposed convolutions, with any options, however these functions are
-    called. The block is exact for deep linear networks with squared loss: without sharing; with "expand" if the loss
-    is a sum over positions; with "reduce" if the network averages or sums over positions.
+    called.  Positions are those of the output, of transposed convolutions too: ``A`` is over the inputs that reach one,
+    ``C_in / groups`` times the kernel's size (and the bias), ``G`` over its ``C_out / groups`` channels, with a block
+    for each group.  The block is exact for deep linear networks with squared loss: without sharing; with "expand" if
+    the loss is a sum over positions; with "reduce" if the network averages or sums over positions.
 
     Raises:
         BatchCoupledError: if samples depend on each other through the chosen parameters.

@@ -25,9 +25,16 @@ from .layout import Layout, samples_first
 KEY = "persample"  # of a recorded call in its autograd node's metadata
 
 
+# What is called inside of functions that users write.
+_WRITTEN: dict[Callable[..., Any], str] = {
+    torch._C._VariableFunctions._pad_packed_sequence: "torch.nn.utils.rnn.pad_packed_sequence (which pads to the "
+    "longest of the batch, unless total_length=x.shape[1] says otherwise)"
+}
+
+
 def function_name(func: Callable[..., Any]) -> str:
     """How a user would write the function: ``torch.nn.functional.linear``."""
-    return resolve_name(func) or getattr(func, "__qualname__", None) or repr(func)
+    return _WRITTEN.get(func) or resolve_name(func) or getattr(func, "__qualname__", None) or repr(func)
 
 
 @dataclass(eq=False)

@@ -349,3 +349,23 @@ def test_sequences_of_several_lengths_are_padded() -> None:
         with pytest.raises(persample.VerificationError, match=rf"inputs\[{key}\], a list of 4.*make it a tensor"):
             persample.gradients(model, square, inputs)
     assert len(persample.gradients(model, square, (padded, torch.tensor(lengths)))) == 4
+
+
+class Longest(nn.Module):
+    """A mean over the steps of the batch's longest sequence, the zeros behind shorter ones included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
+        out = self.rnn(pack_padded_sequence(x, lengths, batch_first=True))[0]
+        return pad_packed_sequence(out, batch_first=True, total_length=total)[0].mean(1)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "loop"])
+def test_padding_to_the_longest_of_the_batch_is_named(engine: str) -> None:
+    model, x, lengths = Longest(), torch.randn(4, 8, 3), torch.tensor([8, 5, 3, 1])
+    with pytest.raises(persample.BatchCoupledError, match=r"pad_packed_sequence \(.*total_length=x\.shape\[1\]"):
+        persample.gradients(model, losses, (x, lengths), engine=engine)
+    persample.check(model, losses, {"x": x, "lengths": lengths, "total": 8}).raise_if_bad()

@@ -259,7 +259,7 @@ class Capture(TorchFunctionMode):
         """The function itself, or what puts it into a graph that is ours alone."""
         replays = self.once and call.shared and func in rules.REPLAYED and not kwargs
         lone = any(at is not None and at.alone is not None for at in call.layouts.values())  # no rule serves these
-        if replays and not lone and not _saves_elsewhere():
+        if replays and not lone and not saves_elsewhere():
             out = rules.REPLAYED[func](call, *args)
             if out is not NotImplemented:
                 return out
@@ -318,7 +318,7 @@ def _is_choice(sampled: Sequence[tuple[Tensor, Layout | None]]) -> bool:
     return all(at is None and not t.is_floating_point() for t, at in sampled)
 
 
-def _saves_elsewhere() -> bool:
+def saves_elsewhere() -> bool:
     """Whether saved-tensor hooks are active (checkpointing): they count what a forward saves."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 

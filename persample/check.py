@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from . import display
 from .calls import function_name
 from .capture import Capture
-from .dropout import NoDropout
+from .dropout import NoDropout, RecomputedDropout
 from .engines import ENGINES, check_engine
 from .engines.hooks import forward, hooks
 from .errors import ArgumentError, BatchCoupledError, PersampleError, VerificationError
@@ -160,7 +161,9 @@ def no_notion(name: str, coupled: Any) -> None:
 def check_problem(problem: Problem, engine: str, chosen: list[int], couplers: tuple[int, ...] = ()) -> CheckReport:
     """The report; what the engine raises becomes part of it."""
     try:
-        with restored(*problem.owners), NoDropout(), computing_in(inner_types(problem)):
+        with restored(*problem.owners), computing_in(inner_types(problem)):
+            with contextlib.suppress(RecomputedDropout), NoDropout(differentiated=True):
+                return _checked(problem, engine, chosen, couplers)
             return _checked(problem, engine, chosen, couplers)
     except PersampleError as error:
         return _failed(problem, engine, chosen, error, couplers)

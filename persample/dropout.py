@@ -10,11 +10,21 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import aten
+from .capture import saves_elsewhere
+from .errors import PersampleError
 from .rules import DROPS
 
 
+class RecomputedDropout(PersampleError):
+    """Dropout that can't be switched off: a checkpoint runs it again in the backward, which no mode sees."""
+
+
 class NoDropout(TorchFunctionMode):
-    """Runs the model as it is, but with every dropout switched off."""
+    """Runs the model as it is, but with every dropout switched off; ``differentiated``: a backward follows."""
+
+    def __init__(self, differentiated: bool = False) -> None:
+        super().__init__()
+        self.differentiated = differentiated
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -23,6 +33,8 @@ class NoDropout(TorchFunctionMode):
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:
                 return run()
+        if self.differentiated and (func in DROPS or func in _ALSO_DROP) and saves_elsewhere():
+            raise RecomputedDropout
         if func in DROPS:
             return args[0] if args else kwargs["input"]
         if func is torch.native_dropout:
@@ -40,3 +52,4 @@ _DROPOUT_ARGUMENT = {
     nn.functional.multi_head_attention_forward: 10,
 }  # dropout_p
 _RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+_ALSO_DROP = {torch.native_dropout, *_DROPOUT_ARGUMENT, *_RECURRENT}

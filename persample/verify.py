@@ -10,6 +10,7 @@ more passes of the batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor
 from . import reductions
 from .batch import call_model
 from .calls import APART
-from .dropout import NoDropout
+from .dropout import NoDropout, RecomputedDropout
 from .engines import ENGINES
 from .engines.hooks import told_apart
 from .engines.loop import one_sample
@@ -91,7 +92,11 @@ class Probe:
         model = self.problem.model
         if not drawn_since(self.before, model):
             return self._compare(run), ""
-        with restored(*self.problem.owners, begin=self.buffers), NoDropout():
+        with (
+            contextlib.suppress(RecomputedDropout),
+            restored(*self.problem.owners, begin=self.buffers),
+            NoDropout(differentiated=True),
+        ):
             again = Probe(self.problem, self.n)
             silent = ENGINES[engine](self.problem, again.keep)
             if not drawn_since(again.before, model):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import persample
 
@@ -641,3 +642,34 @@ def test_a_bias_that_cancels_is_no_mistake(name: str, dtype: torch.dtype) -> Non
         assert persample.check(model, TRIPLETS[name], inputs).ok
         with persample.extend(model) as recorder:
             recorder.gradients(TRIPLETS[name](model(*inputs), None))
+
+
+class Checkpointed(nn.Module):
+    """Dropout that runs once more in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(D, D).double(), nn.Linear(D, D).double()
+        self.c, self.drop = nn.Linear(D, 3).double(), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(lambda h: self.drop(self.b(h)).tanh(), self.a(x), use_reentrant=False)
+        out: Tensor = self.c(h)
+        return out
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_dropout_that_a_checkpoint_runs_again(frozen: bool) -> None:
+    model = Checkpointed()
+    model.a.requires_grad_(not frozen)
+    if frozen:
+        model.a.weight.requires_grad_()
+    before = torch.get_rng_state()
+    G = persample.gradients(model, sine, x())
+    torch.set_rng_state(before)
+    losses, parameters = sine(model(x())), list(model.parameters())
+    parameters = [p for p in parameters if p.requires_grad]
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    assert close(G.flat(), torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+    assert persample.check(model, sine, x()).ok and persample.check(model, sine, x(), engine="loop").ok

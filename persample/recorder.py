@@ -130,6 +130,8 @@ class Recorder:
             )
         self._asking = Asking(model, params)
         asked = self._asking.last
+        if self.quantities is not None:
+            Statistics(self.quantities, asked.parameters)  # complain now, not in a backward, and before there is a hook
         self._listener = (
             None
             if on_backward is None
@@ -149,8 +151,6 @@ class Recorder:
         self._sleeps = threading.local()
         self._outputs: Any = None
         self._handles = Hook.attach(self, model)
-        if self.quantities is not None:
-            Statistics(self.quantities, asked.parameters)  # complain now, not in a backward
 
     @property
     def names(self) -> list[str]:

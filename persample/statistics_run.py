@@ -258,7 +258,7 @@ def _normal(request: Any) -> tuple[str, dict[str, Any]]:
         )
     name, options = pair
     if name not in list(NEEDS):
-        raise QuantityError(f"unknown quantity {name!r}; a statistics run offers {list(NEEDS)}.")
+        raise QuantityError(f"unknown quantity {name!r}; a statistics run offers {list(NEEDS)}.{_of_statistics(name)}")
     if unknown := [option for option in options if option != OPTIONS.get(name)]:
         way = f"its option is {OPTIONS[name]!r}" if name in OPTIONS else "it has none"
         if unknown[0] == "per_parameter":
@@ -268,6 +268,19 @@ def _normal(request: Any) -> tuple[str, dict[str, Any]]:
         raise QuantityError("ask for clip with its bound: quantities=[('clip', {'max_norm': 1.0})].")
     CHECKS.get(name, lambda _: None)(next(iter(options.values()), 0))
     return name, dict(options)
+
+
+def _of_statistics(name: Any) -> str:
+    """The way to what is no quantity, but computed from some; begins with a space."""
+    from . import statistics  # which is made of runs
+
+    if name not in statistics.__all__:
+        return ""
+    how = f"statistics.{name}(S)" if name.islower() else f"statistics.{name}(...).update(S)"
+    return (
+        f" {name} is in persample.statistics: ask for what its docstring says that it needs (for noise_scale, "
+        f"quantities=['norm', 'mean']), and call {how}."
+    )
 
 
 def _not_asked(kind: str, requests: dict[str, Any]) -> QuantityError:

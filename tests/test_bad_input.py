@@ -310,7 +310,11 @@ def test_rows_of_several_types_side_by_side() -> None:
         ({"quantities": 5}, persample.QuantityError, "quantities= must be"),
         ({"quantities": ["gram", "norms"]}, persample.QuantityError, "unknown quantity 'norms'"),
         ({"quantities": ["norm", "clip"], "reduction": 1, "on_backward": print}, persample.QuantityError, "its bound"),
-        ({"quantities": [("clip", 1.0)], "reduction": 1, "on_backward": print}, persample.QuantityError, "options a dict"),
+        (
+            {"quantities": [("clip", 1.0)], "reduction": 1, "on_backward": print},
+            persample.QuantityError,
+            "options a dict",
+        ),
         ({"reduction": "mean"}, persample.ArgumentError, "on_backward= and reduction="),
         ({"reduction": "mea", "on_backward": print}, persample.ArgumentError, "reduction must be"),
         ({"reduction": [], "on_backward": print}, persample.ArgumentError, "reduction must be"),

@@ -212,6 +212,14 @@ def test_statistics_run_says_what_to_ask_for() -> None:
         statistics.histogram(run, torch.tensor([0.0]))
 
 
+@pytest.mark.parametrize(("name", "way"), [("noise_scale", r"noise_scale\(S\)"), ("Moments", r"Moments\(...\).update")])
+def test_statistics_are_no_quantities(name: str, way: str) -> None:
+    with pytest.raises(QuantityError, match=rf"unknown quantity '{name}'.*\['norm', 'mean'\].*call statistics.{way}"):
+        Case().run(quantities=[name])
+    with pytest.raises(QuantityError, match=r"'project'\]\.$"):
+        Case().run(quantities=["noise"])
+
+
 def test_by_is_checked() -> None:
     with pytest.raises(ValueError, match="'layer'"):
         statistics.norm_test(Case().G, by="module")

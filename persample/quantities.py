@@ -20,7 +20,7 @@ from torch import Size, Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import display, reductions
-from .errors import QuantityError, UnknownParameterError
+from .errors import BatchCoupledError, QuantityError, UnknownParameterError, warn
 from .factors import Factors
 from .kept import Elsewhere
 from .streaming import joined
@@ -215,6 +215,10 @@ class Quantities(abc.ABC):
         """Add ``sum_n weight[n] G_n`` to ``.grad`` of the parameters in ``names``; ``None`` means 1/N each, the mean
         loss.
 
+        It is the gradient of the weighted loss.  Where rows of a notion (``coupled=``) don't add up to that, it raises
+        `BatchCoupledError`: those of "frozen" never do, those of "copy" and "influence" with equal weights only.  Rows
+        of "eval" are of another function, the model with its running statistics: a warning says so.
+
         A copy (deepcopy, pickle) that was made together with the model, as ``copy.deepcopy((model, G))``, writes into
         the copied model; one of the result alone has none to write to, and raises.
         """
@@ -225,6 +229,14 @@ class Quantities(abc.ABC):
                 f"write what mean() or sum(weight) returns: p.grad = G.mean()['{missing[0]}']."
             )
         sums = self.mean() if weight is None else self.sum(weight)
+        check_adds_up(self, weight)
+        if notion_of(self) == "eval":
+            warn(
+                "rows of coupled='eval' are of the model with its running statistics: what backward() writes into "
+                ".grad is the gradient of that loss, not of the one that the model has in training mode "
+                "(coupled='loss' or 'copy'). To train with fixed statistics, .eval() the BatchNorm layers and leave "
+                "coupled= out."
+            )
         for name, value in sums.items():
             p = self._parameters[name]
             value = value.to(p.dtype)
@@ -286,10 +298,27 @@ class Quantities(abc.ABC):
         return {name: argument[name] for name in self.names}
 
 
-def notion(G: Quantities) -> str:
-    """Which of several gradients of a sample the rows are, by the note on them: "" where no sample moves another's."""
-    words = str(getattr(G, "note", "")).split(", ")
-    return ", ".join(x for x in words if x and not x.startswith(("verif", "not verif")))
+def notion_of(G: Any) -> str:
+    """What the note on rows says of a coupled batch: the notion that they are of, or "batch-coupled" (of parameters
+    that are not coupled themselves); "" where samples are independent, as far as that is known.
+    """
+    notes = str(getattr(G, "note", "")).split(", ")
+    found = [note for note in notes if note and not note.startswith(("verif", "not verif"))]
+    return found[0].removeprefix("coupled=").strip("'") if found else ""
+
+
+def check_adds_up(G: Quantities, weight: Tensor | None = None) -> None:
+    """Raise for rows of a notion whose (weighted) sum isn't the gradient of the (weighted) sum of the losses."""
+    notion = notion_of(G)
+    uneven = weight is not None and bool((weight != weight[0]).any())
+    if notion == "frozen" or (uneven and notion in ("copy", "influence")):
+        way = "'loss'" if uneven else "'copy' (one backward pass) or 'loss'"
+        raise BatchCoupledError(
+            f"{'with these weights, ' if uneven else ''}rows of coupled={notion!r} don't add up to the gradient of the "
+            "batch's loss, for a sample also acts through the statistics of all others: take those of coupled="
+            f"{way}. Parameters behind the last BatchNorm (params=) need no coupled=. The sum of rows itself is "
+            "sum(weight)."
+        )
 
 
 def check_max_norm(max_norm: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from coupled_nets import ByCopies, Setup, setups
 from torch import Tensor, nn
 
 import persample
+from persample import optim
 from persample.batchnorm.coupling import Coupling
 from persample.batchnorm.network import Route
 from persample.gradients import Gradients
@@ -156,6 +158,47 @@ def test_by_a_recorder(name: str, notion: str) -> None:
     assert G.note == S.note == f"coupled={notion!r}" and G.unused == want.unused
     assert any(not torch.equal(b, buffers[k]) for k, b in after.items()) or not buffers
     assert all(torch.equal(b, after[k]) for k, b in setup.net.named_buffers())
+
+
+@pytest.mark.parametrize("notion", ["loss", "copy", "influence", "frozen", "eval"])
+@pytest.mark.parametrize("quantities", [None, ["mean"]])
+def test_backward_writes_the_gradient_or_says_that_it_can_not(notion: str, quantities: Any) -> None:
+    setup = setups["mlp"]()
+    own, n = dict(setup.net.named_parameters()), len(setup.x)
+    ask = partial(persample.gradients, setup.net, nn.CrossEntropyLoss(), setup.x, setup.y, coupled=notion, verify=False)
+    G, weight = ask(quantities=quantities), torch.linspace(0, 1, n, dtype=torch.float64)
+    losses = F.cross_entropy(setup.net(setup.x), setup.y, reduction="none")
+    for w in (None, torch.full_like(weight, 0.5), weight) if quantities is None else (None,):
+        setup.net.zero_grad()
+        if notion == "frozen" or (notion in ("copy", "influence") and w is weight):
+            with pytest.raises(persample.BatchCoupledError, match=rf"coupled='{notion}' don't add up.*'loss'"):
+                G.backward(w)
+            assert all(p.grad is None for p in own.values())
+        elif notion == "eval":
+            with pytest.warns(UserWarning, match="running statistics.*not of the one"):
+                G.backward(w)
+        else:
+            G.backward(w)
+            want = torch.autograd.grad(
+                (losses / n if w is None else losses * w).sum(), [*own.values()], retain_graph=True
+            )
+            close({name: p.grad for name, p in own.items()}, dict(zip(own, want, strict=True)))
+
+
+def test_rows_that_do_not_add_up_are_no_direction_of_a_step() -> None:
+    setup = setups["mlp"]()
+    own = list(setup.net.named_parameters())
+    coupling = persample.coupling(setup.net, nn.CrossEntropyLoss(), setup.x, setup.y)
+    steps: list[Any] = [
+        optim.PerSampleAdam(own),
+        optim.NaturalGradient(own, lr=0.1, damping=0.1),
+        optim.GradientSurgery(own, optim.pcgrad_weights, lr=0.1),
+    ]
+    frozen, loss = coupling.gradients("frozen"), coupling.gradients("loss")
+    for opt in steps:
+        with pytest.raises(persample.BatchCoupledError, match="coupled='frozen' don't add up"):
+            opt.step(frozen)
+        opt.step(loss)
 
 
 def test_notions_that_a_recorder_does_not_have() -> None:

@@ -16,7 +16,7 @@ from ..api import gradients
 from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection, asked_for, named_parameters
-from ..quantities import Quantities, notion
+from ..quantities import Quantities, notion_of
 from ..remembered import Settings, changed, lasting, settings
 from ..state import Buffers
 from ..statistics_run import Statistics
@@ -178,7 +178,7 @@ class GradientStore:
 
     def _notion(self, G: Quantities) -> str:
         """What the rows of the store are, these included."""
-        mine = notion(G).removeprefix("coupled=").strip("'")
+        mine = notion_of(G)
         theirs: str | None = self.table.meta.get("notion") if len(self) else None
         if theirs is None:  # there are none, or those of an earlier version, which kept nothing of it
             return mine

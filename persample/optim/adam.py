@@ -13,7 +13,7 @@ from ..gradients import Gradients
 from ..quantities import Quantities
 from ..reductions import square_sum
 from ..statistics.parts import check_measured, energy
-from .updates import Named, adapt, parts, quantities
+from .updates import Named, adapt, parts, summing
 
 
 def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ class PerSampleAdam(Named):
 
     def step(self, G: Quantities) -> None:  # type: ignore[override]
         """Take a step along the mean gradient, scaled by the second moment of groups."""
-        if not len(quantities(G)):
+        if not len(summing(G)):
             raise EmptyBatchError("a step needs the gradients of one sample at least: leave empty batches out.")
         mean = G.mean()
         size = self.group_size or len(G)

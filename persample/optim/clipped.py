@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from ..arguments import check_at_least, check_positive, number
 from ..errors import ArgumentError, BatchCoupledError
-from ..quantities import Quantities, notion
+from ..quantities import Quantities, notion_of
 from .updates import Named, adapt, check_same, descend, named, parts, quantities
 
 Batches = Quantities | Sequence[Quantities]
@@ -80,17 +80,15 @@ class Clipping:
         return total.add(xi, alpha=self.noise_multiplier * self.max_norm)
 
 
-INDEPENDENT = ("", "eval", "coupled='eval'")  # notes on rows in which no sample moves another's
-
-
 def check_independent(G: Quantities) -> None:
     """Raise unless the rows are those of independent samples (``coupled="eval"`` included)."""
-    if (bad := notion(G)) not in INDEPENDENT:
+    if (notion := notion_of(G)) not in ("", "eval"):
+        asked = notion != "batch-coupled"
         raise BatchCoupledError(
-            f"these gradients are of coupled samples ({bad}): every sample moves the rows of all others (also of "
-            "parameters behind batch statistics), so clipping its own row bounds nothing. Use a model without batch "
-            "statistics (GroupNorm, LayerNorm, .eval()) and a loss of every sample alone"
-            + (", and leave coupled= out, which asks for coupled rows." if "coupled=" in bad else ".")
+            f"these gradients are of coupled samples ({f'coupled={notion!r}' if asked else notion}): every sample moves "
+            "the rows of all others (also of parameters behind batch statistics), so clipping its own row bounds "
+            "nothing. Use a model without batch statistics (GroupNorm, LayerNorm, .eval()) and a loss of every sample "
+            "alone" + (", and leave coupled= out, which asks for coupled rows." if asked else ".")
         )
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..arguments import check_at_least, number
 from ..errors import ArgumentError, UnknownParameterError
-from ..quantities import Quantities
+from ..quantities import Quantities, check_adds_up
 
 COMPILED = "_orig_mod."  # what torch.compile puts before names of parameters; `gradients` names those of the model
 # What schedulers write into groups for themselves, and torch.optim's ways to compute the same step.
@@ -174,6 +174,12 @@ def quantities(G: Any) -> Quantities:
             + (" A closure would compute what is given here." if callable(G) else "")
         )
     return G
+
+
+def summing(G: Any) -> Quantities:
+    """Raise for what is no result of a batch, or of rows that don't add up to its gradient."""
+    check_adds_up(quantities(G))
+    return G  # type: ignore[no-any-return]
 
 
 def named(optimizer: Optimizer) -> dict[str, Slot]:

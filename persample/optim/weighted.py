@@ -19,7 +19,7 @@ from ..attribution.scores import influence_from_gram
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from ..scratch import kernel
-from .updates import Named, descend, quantities
+from .updates import Named, descend, summing
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -82,7 +82,7 @@ class NaturalGradient(Named):
 
     def step(self, G: Quantities) -> None:  # type: ignore[override]
         """Take a step along the damped natural gradient of a batch."""
-        descend(self, quantities(G).sum(natural_weights(G.gram(), self.damping)))
+        descend(self, summing(G).sum(natural_weights(G.gram(), self.damping)))
 
 
 # ---- gradient surgery -------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class GradientSurgery(Named):
 
     def step(self, G: Quantities, groups: Tensor | None = None) -> None:  # type: ignore[override]
         """Take a step along the weighted gradients of samples, or of groups of samples."""
-        descend(self, quantities(G).sum(surgery_weights(G.gram(), self.weighting, groups)))
+        descend(self, summing(G).sum(surgery_weights(G.gram(), self.weighting, groups)))
 
 
 def surgery_weights(K: Tensor, weighting: Weighting, groups: Tensor | None = None) -> Tensor:

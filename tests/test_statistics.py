@@ -249,6 +249,28 @@ def test_what_holds_no_gradients_is_named(name: str, given: Any) -> None:
             function(given)
 
 
+OF_NOISE: dict[str, Callable[[Any], Any]] = {
+    **{name: FORMULAS[name][0] for name in FORMULAS if name not in ("diversity", "confusion", "stiffness")},
+    "NoiseScale": lambda G: statistics.NoiseScale().update(G),
+    "by_cabs": persample.optim.by_cabs(LR),
+    "by_norm_test": persample.optim.by_norm_test(1.0),
+}
+
+
+@pytest.mark.parametrize("name", OF_NOISE)
+def test_noise_of_rows_that_move_each_other_is_warned_of(name: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    x, y = torch.randn(B, 4, dtype=torch.float64), torch.randint(0, 2, (B,))
+    for notion in ("loss", "copy", "frozen", "influence", "eval"):
+        for verify in (True, False):
+            G = persample.gradients(net, nn.CrossEntropyLoss(), x, y, coupled=notion, verify=verify)
+            if notion in ("influence", "eval"):
+                OF_NOISE[name](G)
+            else:
+                with pytest.warns(UserWarning, match=f"rows of coupled='{notion}' don't tell.*'influence'"):
+                    OF_NOISE[name](G)
+
+
 @pytest.mark.parametrize("eps", [-1.0, torch.nan, torch.inf, "0"])
 def test_what_is_added_to_variances_is_checked(eps: Any) -> None:
     for function in (statistics.signal_to_noise, statistics.evidence_based_stopping):

@@ -19,7 +19,7 @@ from ..errors import ArgumentError, warn
 from ..quantities import Quantities, add_up
 from ..statistics.batch_size import loss_above_zero
 from ..statistics.noise import noise_scale
-from ..statistics.parts import HasMoments, centred_total, check_measured, mean_square
+from ..statistics.parts import HasMoments, centred_total, check_drawn, check_measured, mean_square
 
 Rule = Callable[[Quantities], tuple[Tensor, Tensor]]
 
@@ -55,6 +55,7 @@ def by_cabs(lr: float) -> Rule:
     check_positive(lr=lr)
 
     def rule(G: HasMoments) -> tuple[Tensor, Tensor]:
+        check_drawn(G)
         return lr * add_up(centred_total(G).values()) / len(G), loss_above_zero(G)
 
     return rule

@@ -22,6 +22,7 @@ from .parts import (
     along_mean,
     cancelled,
     centred_total,
+    check_drawn,
     check_measured,
     divisor,
     mean_loss,
@@ -39,6 +40,7 @@ def norm_test(G: HasMoments, by: By = None) -> Any:
     ``quantities=["norm", "mean"]``.
     """
     n = several(G, "the norm test")
+    check_drawn(G)
     means = divisor(G, by)
 
     def theta(centred: Tensor, mean: Tensor) -> Tensor:
@@ -55,6 +57,7 @@ def inner_product_test(G: Quantities, by: By = None) -> Any:
     it cheap.
     """
     n = several(G, "the inner-product test")
+    check_drawn(G)
     along, squares = along_mean(G), divisor(G, by)
     if not isinstance(G, Gradients):
         refuse(per_group(by, lambda a, square: cancelled(a.std(), square), along, squares), LOST)
@@ -68,6 +71,7 @@ def orthogonality_test(G: Quantities, by: By = None) -> Any:
     inner-product test and this one is that of the norm test.  Needs ``quantities=["gram"]``, or rows.
     """
     n = several(G, "the orthogonality test")
+    check_drawn(G)
     squares = divisor(G, by)
     across = across_mean(G, squares, by)
 
@@ -85,6 +89,7 @@ def cabs(G: HasMoments, lr: float, by: By = None) -> Any:
     `persample.optim.AdaptiveBatchSize`. Needs ``quantities=["norm", "mean"]``, or ``["variance"]``.
     """
     check_measured(G)
+    check_drawn(G)
     check_positive(lr=lr)
     loss = loss_above_zero(G)
     if not bool(loss > 0):

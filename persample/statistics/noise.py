@@ -17,7 +17,19 @@ from ..arguments import check_at_least, number
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities
 from .accumulate import Accumulator, adding, check_alike
-from .parts import By, HasMoments, centred_total, check_measured, energy, mean_square, means, named, per_group, several
+from .parts import (
+    By,
+    HasMoments,
+    centred_total,
+    check_drawn,
+    check_measured,
+    energy,
+    mean_square,
+    means,
+    named,
+    per_group,
+    several,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +69,7 @@ def noise_scale(G: HasMoments, by: By = None) -> Any:
     "mean"]``.
     """
     n = several(G, "the noise scale")
+    check_drawn(G)
     means = mean_square(G)
 
     def estimate(centred: Tensor, mean: Tensor) -> NoiseEstimate:
@@ -113,7 +126,8 @@ class NoiseScale(Accumulator[NoiseSums]):
 
     A batch of ``B`` counts with weight ``B - 1``, its degrees of freedom: ``tr Sigma`` is then the pooled variance,
     and a batch of one contributes nothing, as it should.  With ``decay < 1`` older batches fade while training moves
-    on (an exponential moving average, started without bias).  ``{group: NoiseEstimate}`` with ``by``.
+    on (an exponential moving average, started without bias).  ``{group: NoiseEstimate}`` with ``by``.  Needs
+    ``quantities=["norm", "mean"]``.
     """
 
     needs = ("norm", "mean")
@@ -127,6 +141,7 @@ class NoiseScale(Accumulator[NoiseSums]):
 
     def of(self, G: Quantities) -> NoiseSums:
         check_measured(G)
+        check_drawn(G)
         n, means = len(G), mean_square(G)
         centred = (
             centred_total(G, means, self.by) if n > 1 else {name: torch.zeros_like(m) for name, m in means.items()}
@@ -163,6 +178,7 @@ def signal_to_noise(G: HasMoments, *, ddof: int = 0, eps: float = 0.0, by: By = 
     Needs ``quantities=["mean", "variance"]``.
     """
     check_measured(G)
+    check_drawn(G)
     check_at_least(0, eps=eps)
     average, variances = means(G), G.variance(ddof)
     ratios = {name: _ratio(energy(average[name]), variances[name] + eps) for name in average}

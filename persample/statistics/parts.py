@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..attribution.called import called
-from ..errors import ArgumentError, EmptyBatchError, QuantityError
+from ..errors import ArgumentError, EmptyBatchError, QuantityError, warn
 from ..factors import dense, index
 from ..gradients import Gradients
-from ..quantities import NEEDS, Quantities, add_up
+from ..quantities import NEEDS, Quantities, add_up, notion_of
 from ..statistics_run import Statistics
 
 BLOCK = 1 << 21  # entries of G at a time
@@ -240,6 +240,18 @@ def check_measured(G: Any) -> None:
         )
     if not len(G):
         raise EmptyBatchError("there is no sample in G, and statistics are of one at least: leave empty batches out.")
+
+
+def check_drawn(G: object) -> None:
+    """Warn of rows whose spread isn't how much a batch gradient varies: those of a coupled batch, but for the two
+    notions that are meant for it.
+    """
+    if (notion := notion_of(G)) in ("loss", "copy", "frozen"):
+        warn(
+            f"rows of coupled={notion!r} don't tell how much a batch gradient varies, for a sample also moves the "
+            "statistics of all others: for gradient noise take those of coupled='influence' ('eval': of the model with "
+            "its running statistics)."
+        )
 
 
 def several(G: HasMoments, what: str) -> int:

@@ -64,7 +64,7 @@ class Counts:
 
 class Histogram(Accumulator[Counts]):
     """Counts ``[E + 1]`` of all entries of all rows between ``edges``; see `histogram`.  ``{group: [E + 1]}`` with
-    ``by``.
+    ``by``.  Needs rows.
     """
 
     kind = Counts

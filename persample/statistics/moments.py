@@ -73,7 +73,8 @@ class Moments(Accumulator[DatasetMoments]):
     """Mean, variance and second moment of all rows of a data set, ``{name: [*P]}`` each; computes `DatasetMoments`.
 
     What it computes can be given to `noise_scale`, `diversity`, `norm_test`, `signal_to_noise`, `cabs`, ... like one
-    large batch.  It keeps two tensors of the size of the parameters, in no less than single precision.
+    large batch.  It keeps two tensors of the size of the parameters, in no less than single precision.  Needs
+    ``quantities=["mean", "variance"]``.
     """
 
     needs = ("mean", "variance")

@@ -34,7 +34,8 @@ class Norms(Accumulator[Listed]):
 
     Give ``update(G, ids)`` the samples' numbers ``[N]`` where the loader shuffles or several workers are merged: the
     result is then the same for every order, and a sample that is counted twice is an error.  ``{group: [n]}`` with
-    ``by``. The mean of the norms over a few models is GraNd (Paul et al. 2021, "Deep learning on a data diet").
+    ``by``. Needs ``quantities=["norm"]``. The mean of the norms over a few models is GraNd (Paul et al. 2021, "Deep
+    learning on a data diet").
     """
 
     needs = ("norm",)

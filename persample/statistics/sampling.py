@@ -32,7 +32,7 @@ def importance_weights(G: Quantities | Tensor, smoothing: float = 0.0) -> Import
     ``smoothing`` mixes in the uniform distribution and so bounds the weights by ``1/smoothing``.  Samples of zero
     norm are never drawn without it, and have weight 0; if all norms are zero, ``p`` is uniform. ``G`` may be norms
     ``[N]`` already: those of a whole data set (`Norms`), or cheaper bounds such as the last layer's.  Integers and half
-    precision become float32.
+    precision become float32.  Needs ``quantities=["norm"]``.
     """
     if not isinstance(G, (Quantities, Tensor)):
         raise ArgumentError(f"G must be per-sample gradients or a tensor of norms [N], got {type(G).__name__}.")

@@ -527,6 +527,9 @@ def test_copies_are_at_the_same_point(copied: Callable[[Any], Any], asked: bool)
         with pytest.raises(persample.InplaceError, match=r"parameter '0\.weight' changed"):
             stale.gradients("loss")
     C.gradients("loss")
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(persample.InplaceError, match=r"'0\.weight' changed \(or was written to, as by load_state_dict"):
+        C.gradients("loss")
 
 
 def test_checkpointing() -> None:
@@ -603,6 +606,8 @@ def test_plots() -> None:
     ax = batchnorm.plot_decay([C, persample.coupling(*_arguments("mlp"))])
     assert len(ax.lines) == 2
     plt.close("all")
+    with pytest.raises(persample.ArgumentError, match=r"plot_decay\(\[c32, c64\]\), got Coupling"):
+        batchnorm.plot_decay(C)  # type: ignore[arg-type]
 
 
 def test_a_coupling_keeps_the_autocast_region_that_it_was_made_in() -> None:

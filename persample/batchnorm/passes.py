@@ -225,9 +225,10 @@ def _towards(ends: list[Tensor], starts: list[Tensor], found: Reached, wrt: Sequ
 
 
 def _moved(what: str) -> InplaceError:
+    how = " (or was written to, as by load_state_dict)" if what.startswith(("parameter ", "buffer ")) else ""
     return InplaceError(
-        f"{what} changed since the coupling was set up, so its results would belong to different points. Ask for what "
-        "you need before the change, or call persample.coupling again after it."
+        f"{what} changed{how} since the coupling was set up, so its results would belong to different points. Ask for "
+        "what you need before the change, or call persample.coupling again after it."
     )
 
 

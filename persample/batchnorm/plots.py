@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..display import PALETTE, axes, heat_map
+from ..errors import ArgumentError
 from ..report import html_table
 from ..scratch import kernel
 from .notions import NOTIONS
@@ -113,6 +114,8 @@ def plot_decay(couplings: Iterable[Coupling], ax: Axes | None = None) -> Axes:
 
     The mean of ``|dl_n/dx_m|`` over other samples, and the share of ``dl_n/dtheta`` that flows through the statistics.
     """
+    if not isinstance(couplings, Iterable):
+        raise ArgumentError(f"couplings are those of several batch sizes, plot_decay([c32, c64]), got {couplings!r}.")
     ax = axes(ax)
     sizes, data, theta = [], [], []
     for coupling in couplings:

@@ -148,6 +148,24 @@ def unrelated() -> LossError:
     )
 
 
+@contextmanager
+def hinted(outputs: Any, targets: Any) -> Iterator[None]:
+    """What ``loss_fn`` raises inside says how it is called, where that is the likely cause."""
+    try:
+        yield
+    except Exception as error:
+        if targets is None and "NoneType" in str(error):
+            _note(error, "targets is None: give targets=, if loss_fn needs them (of an autoencoder, the inputs again).")
+        if isinstance(error, TypeError) and "positional argument" in str(error) and isinstance(outputs, (tuple, list)):
+            _note(error, "persample calls loss_fn(outputs, targets): loss_fn gets the whole tuple as outputs.")
+        raise
+
+
+def _note(error: Exception, text: str) -> None:
+    if hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(text)
+
+
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
     """``[N]``: a scalar criterion of every sample alone."""
     if not outputs.sampled():
@@ -171,11 +189,11 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
         try:
             return torch.stack([_scalar(loss_fn(outputs.sample(i), targets.sample(i))) for i in range(n)])
         except Exception as error:
-            if hasattr(error, "add_note"):  # from Python 3.11 on
-                error.add_note(
-                    "persample calls a loss_fn that returns a scalar with the outputs and targets of one sample alone: "
-                    "give targets as targets=, rather than take those of the batch from outside; or return [N] losses."
-                )
+            _note(
+                error,
+                "persample calls a loss_fn that returns a scalar with the outputs and targets of one sample alone: "
+                "give targets as targets=, rather than take those of the batch from outside; or return [N] losses.",
+            )
             raise
 
 
@@ -269,9 +287,12 @@ def _made_of(whole: Tensor, losses: Tensor) -> bool:
     return not bool(((mean - whole).abs() > tolerance) & ((mean * n - whole).abs() > tolerance * n))
 
 
-def warn_if_not_mean(whole: Tensor, losses: Tensor) -> None:
-    """Say so where the criterion of the batch is neither the mean nor the sum of the lone losses."""
+def warn_if_not_mean(loss_fn: LossFunction, whole: Tensor, losses: Tensor, outputs: Tree, targets: Tree) -> None:
+    """Say so where the criterion of the batch is neither the mean nor the sum of the lone losses; raise where it takes
+    nothing but batches of this size and samples alone, which it broadcasts with what it has of the batch.
+    """
     if not _made_of(whole, losses):
+        _check_any_size(loss_fn, outputs, targets, len(losses))
         warn(
             f"the criterion of the whole batch is {float(whole.detach()):.6g}, the mean of the samples' own losses "
             f"{float(losses.detach().double().mean()):.6g}. Legitimate causes: class weights, ignore_index, or masks "
@@ -279,6 +300,22 @@ def warn_if_not_mean(whole: Tensor, losses: Tensor) -> None:
             "[N, 1] with [N]), or the criterion looks at several samples at once (contrastive losses): let loss_fn "
             "return [N] losses."
         )
+
+
+def _check_any_size(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> None:
+    """Raise for a criterion that can't be given another number of samples."""
+    size = 3 if n == 2 else 2
+    some = torch.arange(size, device="cpu") % n
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loss_fn(outputs.select(some).whole(), targets.select(some).whole())
+        except Exception as error:
+            raise LossError(
+                f"loss_fn takes all N = {n} samples, and one alone, where it has another value, but not {size} of them "
+                f"({type(error).__name__}: {error}): it uses a tensor of N samples from outside (a closure), which is "
+                "compared with every sample alone. Pass it as targets=."
+            ) from error
 
 
 def per_sample(loss_fn: LossFunction, outputs: Any, targets: Any = None, batch_dim: Any = 0) -> Tensor:
@@ -292,7 +329,9 @@ def per_sample(loss_fn: LossFunction, outputs: Any, targets: Any = None, batch_d
 
 def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int, told: bool = False) -> Tensor:
     """``[N]``: the losses of a batch, whatever the criterion returns; ``told``: see `warn_if_not_mean`."""
-    whole = loss_fn(outputs.whole(), targets.whole())
+    own, given = outputs.whole(), targets.whole()
+    with hinted(own, given):
+        whole = loss_fn(own, given)
     each = is_per_sample(whole, n)
     check_not_broadcast(loss_fn, whole, outputs, targets, n)
     if each:
@@ -300,7 +339,7 @@ def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int, to
     losses = lone_losses(loss_fn, outputs, targets, n)
     if (bad := ignored(loss_fn, losses, outputs, targets)) is None:
         if told:
-            warn_if_not_mean(whole, losses)
+            warn_if_not_mean(loss_fn, whole, losses, outputs, targets)
         return losses
     kept, losses = (~bad).nonzero().flatten(), losses.detach().masked_fill(bad, 0)
     if not len(kept):

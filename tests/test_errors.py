@@ -446,6 +446,47 @@ def test_a_loss_function_that_takes_the_targets_of_the_batch() -> None:
     assert any("one sample alone" in note for note in getattr(raised.value, "__notes__", ["one sample alone"]))
 
 
+class Pair(nn.Module):
+    """Two outputs, as those of an autoencoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        code = self.encode(x)
+        return self.decode(code), code
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_a_loss_function_that_is_called_otherwise_than_it_expects(engine: str) -> None:
+    """What it raises is its own, with a note on how it is called."""
+    model, x = Pair(), torch.randn(5, 4)
+    with pytest.raises((AttributeError, TypeError)) as raised:
+        persample.gradients(model, lambda out, t: F.mse_loss(out[0], t), x, engine=engine)
+    assert any(
+        "is None: give targets=" in note for note in getattr(raised.value, "__notes__", ["is None: give targets="])
+    )
+    with pytest.raises(TypeError) as raised:
+        persample.gradients(model, lambda rec, code, t: F.mse_loss(rec, t), x, x, engine=engine)  # type: ignore
+    assert any(
+        "the whole tuple as outputs" in note
+        for note in getattr(raised.value, "__notes__", ["the whole tuple as outputs"])
+    )
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_loss_function_that_has_the_batch_built_in(engine: str, n: int) -> None:
+    """Alone, a sample is broadcast with all others."""
+    model, x = Pair().double(), torch.randn(n, 4).double()
+    for verify in (None, False) if engine == "hooks" else (True,):
+        with pytest.raises(persample.LossError, match=r"tensor of N samples from outside.*Pass it as targets="):
+            persample.gradients(model, lambda out, _: (out[0] - x).square().mean(), x, engine=engine, verify=verify)
+    G = persample.gradients(model, lambda out, t: (out[0] - t).square().mean(), x, x, engine=engine)
+    assert torch.allclose(G.losses, (model(x)[0] - x).square().mean(1))
+
+
 def test_a_criterion_that_is_given_the_output_object_of_a_model() -> None:
     @dataclass
     class Output:

@@ -125,7 +125,8 @@ def _warn_if_not_mean(problem: Problem) -> None:
         outputs = batch.outputs(call_model(problem.model, with_own_inputs(problem).batch.inputs.whole()))
         whole = loss_fn(outputs.whole(), batch.targets.whole())
         if not is_per_sample(whole, batch.n):
-            warn_if_not_mean(whole, lone_losses(loss_fn, outputs, batch.targets, batch.n))
+            losses = lone_losses(loss_fn, outputs, batch.targets, batch.n)
+            warn_if_not_mean(loss_fn, whole, losses, outputs, batch.targets)
 
 
 def _by_loop(problem: Problem, direction: Tensor) -> Tensor:

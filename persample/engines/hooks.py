@@ -24,6 +24,7 @@ from ..collect import Collect
 from ..losses import (
     check_not_broadcast,
     check_outputs,
+    hinted,
     ignored,
     is_per_sample,
     lone_losses,
@@ -100,7 +101,8 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                         ordered = whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
             if whole is None:  # containers of its own, which it may take things out of
                 own = outputs if isinstance(outputs, Tensor) else unflatten(*flatten(outputs))
-                whole = problem.loss_fn(own, targets)
+                with hinted(own, targets):
+                    whole = problem.loss_fn(own, targets)
         # outside of the mode, to which every attribute of a tensor is a call
         if each := is_per_sample(whole, batch.n):
             followed.check_order(whole if ordered is None else outputs)
@@ -123,7 +125,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
     losses = lone_losses(problem.loss_fn, tree, batch.targets, batch.n)
     bad = ignored(problem.loss_fn, losses, tree, batch.targets)
     if bad is None:
-        warn_if_not_mean(whole, losses)
+        warn_if_not_mean(problem.loss_fn, whole, losses, tree, batch.targets)
     else:
         losses = losses.masked_fill(bad, 0)
     seeds = []

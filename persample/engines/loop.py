@@ -16,7 +16,7 @@ from torch import Tensor
 from ..batch import Batch, call_model, cat, detached, flatten, unflatten
 from ..errors import LossError, SampleAxisError
 from ..factors import Dense, nothing, strided
-from ..losses import ignored, is_per_sample, unrelated
+from ..losses import hinted, ignored, is_per_sample, unrelated
 from ..problem import Emit, Pass, Problem
 from ..state import Averaged, Buffers
 from ..watch import Watch
@@ -65,7 +65,9 @@ def one_sample(
         with Watch(shared=[*problem.model.named_parameters(), *problem.model.named_buffers()]):
             output = call_model(problem.model, inputs)
         ends = [x for x in flatten(output)[0] if isinstance(x, Tensor) and x.requires_grad]  # some losses take them out
-        loss = problem.loss_fn(output, alone.targets.whole())
+        targets = alone.targets.whole()
+        with hinted(output, targets):
+            loss = problem.loss_fn(output, targets)
         if isinstance(loss, Tensor) and loss.shape == (batch.n,) and batch.n > 1:
             raise SampleAxisError(
                 f"sample {n} alone has {batch.n} losses: the model or loss_fn has the number of samples N = {batch.n} "

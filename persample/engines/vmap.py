@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from ..batch import Batch, apply, flatten, suspended, taken_apart, unflatten
 from ..errors import CaptureError, LossError, PersampleError
 from ..factors import Dense
-from ..losses import LossFunction, ignored, is_per_sample
+from ..losses import LossFunction, hinted, ignored, is_per_sample
 from ..problem import Emit, Pass, Problem, check_no_hooks
 from ..state import swapped
 from ..watch import Watch
@@ -123,7 +123,8 @@ def alone(
         if watch is not None:
             watch.share(tensors.items())
         outputs = apply(model, inputs)
-        loss = loss_fn(outputs, targets)
+        with hinted(outputs, targets):
+            loss = loss_fn(outputs, targets)
     try:
         each = is_per_sample(loss, 1)
     except LossError as error:

@@ -29,7 +29,7 @@ from .rounding import computing_in, slack, tolerance
 from .state import Buffers, random_state, restored, set_random_state, taking_turns
 from .telling import telling
 from .trace import find_coupling
-from .verify import LossDiffers, Probe, check_alone, inner_types, moved_by_others, roundings
+from .verify import DRAWN, WITHIN, LossDiffers, Probe, check_alone, inner_types, moved_by_others, roundings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,8 +75,10 @@ class CheckReport:
             )
 
     def _title(self) -> str:
-        alone = f"samples {', '.join(map(str, self.samples))} run alone" if self.samples else "no sample run alone"
-        note = f"; {self.note}" if self.note else ""
+        which, how, notes = f"samples {', '.join(map(str, self.samples))}", "run alone", self.note.split("; ")
+        if notes[0] in (WITHIN, DRAWN):  # alone, they draw other numbers
+            how = notes.pop(0)
+        alone, note = f"{which if self.samples else 'no sample'} {how}", "".join(f"; {note}" for note in notes if note)
         return f"persample.check: {'ok' if self.ok else 'NOT ok'} (engine={self.engine}, N={self.n}, {alone}{note})"
 
     def _cells(self) -> list[list[str]]:

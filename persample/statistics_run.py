@@ -186,8 +186,8 @@ class Statistics(Quantities):
             raise _not_asked("'clip'", self.requests)
         if max_norm is not None and max_norm != self.requests["clip"]["max_norm"]:
             raise QuantityError(
-                f"this run clipped at {self.requests['clip']['max_norm']}, and the rows are gone, but max_norm={max_norm} "
-                "is asked for (in a step, by the optimizer): give both the same."
+                f"this run clipped at {self.requests['clip']['max_norm']}, and the rows are gone, but "
+                f"max_norm={max_norm} is asked for (in a step, by the optimizer): give both the same."
             )
         return dict(self._intact("clip", self._clipped))
 

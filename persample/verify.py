@@ -45,6 +45,7 @@ Definition = Callable[[Problem, int, float], tuple[Tensor, Grads]]  # the gradie
 
 # Where a sample alone draws other random numbers than within the batch (dropout aside, which can be switched off).
 WITHIN = "verified within the batch (same random draws)"
+DRAWN = "not verified: a sample alone draws other random numbers"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Probe:
         assert run.losses is not None
         loss, grads = self._held_against(_within_batch, self.n)
         if _differ(run.losses[self.n], loss, self.problem):
-            return [], "not verified: a sample alone draws other random numbers"
+            return [], DRAWN
         return self._compared(self.rows, self.n, _within_batch, loss, grads), WITHIN
 
     def _compare(self, run: Pass) -> list[Verdict]:

@@ -109,7 +109,8 @@ def test_noise_is_no_mistake() -> None:
     torch.set_rng_state(before)
     assert close(G.flat(), rows_of(model, sine(model(x()))))
     assert torch.equal(torch.get_rng_state(), after) and "within the batch" in G.note
-    assert persample.check(model, sine, x()).ok
+    report = persample.check(model, sine, x())
+    assert report.ok and "verified within the batch" in str(report) and "alone" not in str(report)
 
 
 def test_noise_that_is_another_for_a_sample_alone() -> None:

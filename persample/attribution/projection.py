@@ -48,8 +48,8 @@ class Projection:
     512]``.
 
     Args:
-        dim: how many numbers are left of a row; inner products of rows of one layer have a relative error of about
-            ``sqrt(8/dim)``.
+        dim: how many numbers are left of a row; inner products ``g . h`` of rows of one layer have an error of up to
+            about ``sqrt(8/dim) |g| |h|``.
         seed: another seed is another, independent projection.
         tile: 1 is the most accurate, larger ones (``tile^2`` must divide ``dim``) are cheaper; see the module's
             docstring.

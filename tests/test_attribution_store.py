@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import persample
+from persample import attribution
 from persample.attribution import GradientStore, Projection, cross_gram
 from persample.attribution import appendable as source
 from persample.errors import ArgumentError, StoreError
@@ -454,6 +455,18 @@ def test_a_model_in_training_mode(tmp_path: Path) -> None:
     mine.extend(LOSS, loader(size=6), coupled="loss")
     parts = [persample.gradients(net, LOSS, *batch, engine="hooks", coupled="loss").flat() for batch in loader(size=6)]
     close(mine.rows(), torch.cat(parts))
+
+
+def test_a_loader_in_the_place_of_the_loss(tmp_path: Path) -> None:
+    mine = store(tmp_path, model())
+    with pytest.raises(ArgumentError, match=r"extend\(loss_fn, loader\), got DataLoader and CrossEntropyLoss"):
+        mine.extend(loader(), LOSS)  # type: ignore[arg-type]
+    mine.extend(LOSS, loader())
+    with pytest.raises(persample.QuantityError, match=r"train must be features.*store\.rows\(\)"):
+        attribution.grad_dot(mine, mine.rows())  # type: ignore[arg-type]
+    G = persample.gradients(mine.model, LOSS, *data().tensors)  # type: ignore[arg-type]
+    with pytest.raises(persample.QuantityError, match=r"G\.flat\(\) beside.*store\.rows\(\)"):
+        attribution.grad_dot(mine, G)  # type: ignore[arg-type]
 
 
 def test_options_of_the_store_are_refused_elsewhere(tmp_path: Path) -> None:

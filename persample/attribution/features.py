@@ -30,6 +30,7 @@ def wide(features: Any, what: str, project: bool = False) -> Tensor:
     """Features ``[n, k]``, of at least float32: sums of half precision overflow, and small squares vanish."""
     if not isinstance(features, Tensor):
         hint = "; of gradients G: G.project(Projection(k))" if project else ""
+        hint = "; of a store, store.rows()" if hasattr(features, "rows") else hint
         raise QuantityError(f"{what} must be features [n, k], a tensor, got {type(features).__name__}{hint}.")
     if features.ndim != 2 or not features.shape[1] or not features.dtype.is_floating_point:
         real = " Of complex rows, give torch.view_as_real(rows).flatten(1)." if features.is_complex() else ""

@@ -39,7 +39,7 @@ def grad_dot(train: Features, test: Features) -> Tensor:
     if isinstance(train, Quantities) or isinstance(test, Quantities):
         raise QuantityError(
             "give gradients on both sides, or features [n, k] of the same projection on both: G.flat() beside whole "
-            "rows of a store, G.project(R) beside rows that were projected by R."
+            "rows of a store (store.rows()), G.project(R) beside rows that were projected by R."
         )
     a, b = both(train, test)
     with torch.autocast(a.device.type, enabled=False):

@@ -138,6 +138,11 @@ class GradientStore:
         """
         if self.model is None:
             raise StoreError("this store was opened for reading; give it a model.")
+        if not callable(loss_fn) or not isinstance(loader, Iterable):
+            raise ArgumentError(
+                "extend takes the loss function first, and then the loader: extend(loss_fn, loader), got "
+                f"{type(loss_fn).__name__} and {type(loader).__name__}."
+            )
         for option, where in (("params", "params="), ("quantities", "projection=")):
             if option in options:
                 raise ArgumentError(f"{option}= is not asked for here: what is kept is said by GradientStore({where}).")

@@ -85,8 +85,8 @@ def check_independent(G: Quantities) -> None:
     if (notion := notion_of(G)) not in ("", "eval"):
         asked = notion != "batch-coupled"
         raise BatchCoupledError(
-            f"these gradients are of coupled samples ({f'coupled={notion!r}' if asked else notion}): every sample moves "
-            "the rows of all others (also of parameters behind batch statistics), so clipping its own row bounds "
+            f"these gradients are of coupled samples ({f'coupled={notion!r}' if asked else notion}): every sample "
+            "moves the rows of all others (also of parameters behind batch statistics), so clipping its own row bounds "
             "nothing. Use a model without batch statistics (GroupNorm, LayerNorm, .eval()) and a loss of every sample "
             "alone" + (", and leave coupled= out, which asks for coupled rows." if asked else ".")
         )

@@ -288,10 +288,17 @@ def _made_of(whole: Tensor, losses: Tensor) -> bool:
 
 
 def warn_if_not_mean(loss_fn: LossFunction, whole: Tensor, losses: Tensor, outputs: Tree, targets: Tree) -> None:
-    """Say so where the criterion of the batch is neither the mean nor the sum of the lone losses; raise where it takes
-    nothing but batches of this size and samples alone, which it broadcasts with what it has of the batch.
+    """Say so where the criterion of the batch is neither the mean nor the sum of the lone losses; raise where these are
+    all zero, or where it takes nothing but batches of this size and samples alone, which it broadcasts with what it has
+    of the batch.
     """
     if not _made_of(whole, losses):
+        if bool(whole.isfinite() & ~losses.any()):
+            raise LossError(
+                f"loss_fn is {float(whole.detach()):.6g} for the batch and 0 for every sample alone: it compares "
+                "samples (a contrastive or triplet loss over the batch). Let it return the losses [N] within the batch: `with "
+                "persample.extend(model) as recorder: recorder.gradients(losses, coupled='loss')`."
+            )
         _check_any_size(loss_fn, outputs, targets, len(losses))
         warn(
             f"the criterion of the whole batch is {float(whole.detach()):.6g}, the mean of the samples' own losses "

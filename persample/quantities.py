@@ -310,8 +310,10 @@ def notion_of(G: Any) -> str:
 def check_adds_up(G: Quantities, weight: Tensor | None = None) -> None:
     """Raise for rows of a notion whose (weighted) sum isn't the gradient of the (weighted) sum of the losses."""
     notion = notion_of(G)
-    uneven = weight is not None and bool((weight != weight[0]).any())
-    if notion == "frozen" or (uneven and notion in ("copy", "influence")):
+    if notion not in ("frozen", "copy", "influence"):
+        return
+    uneven = weight is not None and bool((weight != weight[:1]).any())
+    if uneven or notion == "frozen":
         way = "'loss'" if uneven else "'copy' (one backward pass) or 'loss'"
         raise BatchCoupledError(
             f"{'with these weights, ' if uneven else ''}rows of coupled={notion!r} don't add up to the gradient of the "

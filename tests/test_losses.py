@@ -445,3 +445,23 @@ def test_ignored_samples_are_told_once_for_a_call(name: str) -> None:
             made()
     told = [(w.filename, "sample(s) [1, 3, 4] is ignored" in str(w.message)) for w in seen]
     assert told == [(__file__, True)]
+
+
+def test_losses_that_are_zero_alone_compare_samples() -> None:
+    """InfoNCE and batch-hard triplets, reduced by the user: rows would be zeros."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.tensor([0, 0, 1, 1])
+    info = lambda z, _: F.cross_entropy(z @ z.T, torch.arange(len(z)))  # noqa: E731
+
+    def hard(z: Tensor, y: Tensor) -> Tensor:
+        d, same = torch.cdist(z, z), y[:, None] == y
+        return (d.masked_fill(~same, 0).amax(1) - d.masked_fill(same, 9).amin(1) + 9).relu().sum() - 0 * z.sum()
+
+    for loss in (info, hard):
+        for engine in ("hooks", "vmap", "loop"):
+            with pytest.raises((persample.LossError, persample.BatchCoupledError)):
+                persample.gradients(model, loss, x, y, engine=engine)
+        with pytest.raises(persample.LossError, match="compares samples"):
+            persample.gradients(model, loss, x, y)
+        assert not persample.check(model, loss, x, y).ok
+    assert persample.gradients(model, lambda z, _: (z - 99).relu().mean(), x).losses.eq(0).all()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import persample
 from persample import attribution
 from persample.attribution import GradientStore, Projection, cross_gram
+
+
+from persample.attribution import GradientStore, Projection, cross_gram, lock
 from persample.attribution import appendable as source
+from persample.attribution import store as begun
 from persample.errors import ArgumentError, StoreError
 
 N, M = 11, 5
@@ -592,7 +598,93 @@ def test_a_store_that_was_deleted_is_not_begun_again_in_the_middle(tmp_path: Pat
         (tmp_path / file).unlink()
     with pytest.raises(StoreError, match="0 rows, not 11"):
         mine.append(persample.gradients(net, LOSS, *data(3).tensors))
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.lock"]
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Any) -> list[threading.Thread]:
+    """Let another thread act at the next call of ``owner.name``, for as long as it can."""
+    original, threads = getattr(owner, name), list[threading.Thread]()
+
+    def call(*args: Any) -> Any:
+        monkeypatch.undo()
+        threads.append(threading.Thread(target=act))
+        threads[0].start()
+        threads[0].join(0.5)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, call)
+    return threads
+
+
+@pytest.mark.parametrize("where", ["_check_whole", "_replace"])
+def test_an_append_that_returns_has_its_rows_whoever_appends_at_that_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    net = model()
+    one, other = store(tmp_path, net), store(tmp_path, net)
+    G, H = (persample.gradients(net, LOSS, *data(n).tensors) for n in (3, 4))
+    said: list[str] = []
+
+    def second() -> None:
+        try:
+            other.append(H)
+            said.append("")
+        except StoreError as error:
+            said.append(str(error))
+
+    threads = meanwhile(monkeypatch, one.table, where, second)
+    one.append(G)
+    threads[0].join()
+    assert "it says 3 rows, not 0" in said[0] and "open it again" in said[0]
+    close(GradientStore(tmp_path).rows(), flat(net, 3))
+    close(torch.from_numpy(np.load(tmp_path / "rows.npy")), flat(net, 3))
+
+
+def test_a_store_that_is_opened_writes_nothing_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+    store(tmp_path, net).extend(LOSS, loader())
+    cross_gram(net, LOSS, loader(), loader(M), out=tmp_path)
+
+    def fails(*_: Any) -> None:
+        raise AssertionError("written")
+
+    monkeypatch.setattr(os, "replace", fails)
+    assert len(store(tmp_path, net)) == N
+    assert cross_gram(net, LOSS, loader(), loader(M), out=tmp_path).shape == (N, M)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_two_begin_a_store_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Where both say the same, nobody has to begin again; what one has added since is not taken back."""
+    net = model()
+    G = persample.gradients(net, LOSS, *data(3).tensors)
+
+    def other() -> None:
+        mine = store(tmp_path, net)
+        if rows:
+            mine.append(G)
+
+    threads = meanwhile(monkeypatch, begun, "describe", other)
+    if rows:
+        with pytest.raises(StoreError, match="it says 3 rows, not 0"):
+            store(tmp_path, net)
+    else:
+        store(tmp_path, net).append(G)
+    threads[0].join()
+    close(GradientStore(tmp_path).rows(), flat(net, 3))
+
+
+def test_where_there_are_no_locks_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    net = model()
+    monkeypatch.setattr(lock, "_take", refused)
+    with pytest.warns(UserWarning, match=r"rows\.lock can't be locked \(No locks available\)"):
+        mine = store(tmp_path, net)
+    with pytest.warns(UserWarning, match="Let one write"):
+        mine.extend(LOSS, loader())
+    close(mine.rows(), flat(net))
 
 
 def test_header_is_numpys(tmp_path: Path) -> None:

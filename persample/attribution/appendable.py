@@ -7,7 +7,8 @@ it leaves the old count, and what was written beyond is overwritten by the next 
 append has returned from, and nothing is counted twice.  Without the library: ``np.load("x.npy", mmap_mode="r")[:
 json["rows"]]``.
 
-One writer at a time: whoever appends or commits finds the JSON as it left it, or raises.
+One writer at a time: whoever appends or commits finds the JSON as it left it, or raises.  It looks and writes under a
+lock, ``<name>.lock``, so that nobody else's rows come in between; readers need none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StoreError
+from .lock import locked
 
 HEADER = 128  # bytes of a version 1.0 header, which has room for a growing first axis
 NOTHING: dict[str, Any] = {"rows": 0}  # what is said of no file
@@ -35,7 +37,10 @@ class Appendable:
 
     def __init__(self, directory: str | os.PathLike[str], name: str) -> None:
         self.data, self.json = Path(directory, f"{name}.npy"), Path(directory, f"{name}.json")
-        self.meta: dict[str, Any] = _read(self.json) if self.json.exists() else dict(NOTHING)
+        self.lock = Path(directory, f"{name}.lock")
+        found = _read(self.json)
+        self.there = found is not None  # the JSON, when it was last read or written
+        self.meta: dict[str, Any] = found or dict(NOTHING)
         self._check_whole()
 
     def __len__(self) -> int:
@@ -43,34 +48,44 @@ class Appendable:
 
     def append(self, rows: NDArray[Any], **meta: Any) -> None:
         """Add rows ``[n, width]`` and entries of the JSON, and commit both."""
-        self._check_mine()
         known = {"width": rows.shape[1], "dtype": rows.dtype.newbyteorder("<").str}
         if len(self) and known != (mine := {key: self.meta[key] for key in known}):
             raise StoreError(f"{self.data} holds rows of {mine}, these are {known}.")
-        self._check_whole()
         before, after = len(self), len(self) + len(rows)
-        self.data.parent.mkdir(parents=True, exist_ok=True)
-        with self.data.open("r+b" if self.data.exists() else "w+b") as file:
-            file.truncate(HEADER + before * rows.shape[1] * rows.dtype.itemsize)  # what was never committed
-            file.seek(0, os.SEEK_END)
-            file.write(np.ascontiguousarray(rows, dtype=known["dtype"]).data)
-            _sync(file)
-            file.seek(0)
-            file.write(_header(known["dtype"], after, rows.shape[1]))
-            _sync(file)
-        self.commit(rows=after, **known, **meta)
+        with locked(self.lock):
+            self._check_mine(_read(self.json))
+            self._check_whole()
+            with self.data.open("r+b" if self.data.exists() else "w+b") as file:
+                file.truncate(HEADER + before * rows.shape[1] * rows.dtype.itemsize)  # what was never committed
+                file.seek(0, os.SEEK_END)
+                file.write(np.ascontiguousarray(rows, dtype=known["dtype"]).data)
+                _sync(file)
+                file.seek(0)
+                file.write(_header(known["dtype"], after, rows.shape[1]))
+                _sync(file)
+            self._replace({**self.meta, "rows": after, **known, **meta})
 
     def commit(self, **meta: Any) -> None:
-        """Replace the JSON, by a rename."""
-        self._check_mine()
+        """Add entries of the JSON, if they aren't there."""
         new = {**self.meta, **meta}
-        self.json.parent.mkdir(parents=True, exist_ok=True)
+        if self.there and same(new, self.meta):
+            return
+        with locked(self.lock):
+            found = _read(self.json)
+            if found is None or not same(found, new):  # somebody may have said the same
+                self._check_mine(found)
+                self._replace(new)
+            else:
+                self.meta, self.there = found, True
+
+    def _replace(self, new: dict[str, Any]) -> None:
+        """Replace the JSON, by a rename."""
         temporary = self.json.with_suffix(".json.new")
         with temporary.open("w") as file:
             json.dump(new, file, indent=1)
             _sync(file)
         os.replace(temporary, self.json)
-        self.meta = json.loads(json.dumps(new))  # as it will be read
+        self.meta, self.there = json.loads(json.dumps(new)), True  # as it will be read
 
     def rows(self) -> NDArray[Any]:
         """``[rows, width]``: the committed rows, memory-mapped (changes stay in memory)."""
@@ -80,13 +95,13 @@ class Appendable:
         shape = (len(self), self.meta["width"])
         return np.memmap(self.data, self.meta["dtype"], mode="c", offset=HEADER, shape=shape)
 
-    def _check_mine(self) -> None:
+    def _check_mine(self, found: dict[str, Any] | None) -> None:
         """Raise if somebody else has committed since: their rows would be cut off, or counted as others."""
-        found = _read(self.json) if self.json.exists() else NOTHING
-        if found != self.meta:
+        if not same(found or NOTHING, self.meta):
             raise StoreError(
-                f"{self.json} is not what this handle last read or wrote: it says {found['rows']} rows, not "
-                f"{len(self)}, or something else about them. One writer at a time: open it again, and go on with that."
+                f"{self.json} is not what this handle last read or wrote: it says {(found or NOTHING)['rows']} rows, "
+                f"not {len(self)}, or something else about them. One writer at a time: open it again, and go on with "
+                "that."
             )
 
     def _check_whole(self) -> None:
@@ -102,12 +117,19 @@ class Appendable:
             )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON, if it says what it must."""
+def same(a: Any, b: Any) -> bool:
+    """Whether two entries of a JSON are equal, also in the order of their names, which is that of columns."""
+    return json.dumps(a) == json.dumps(b)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON, if it says what it must; ``None`` if there is none."""
     try:
         meta = json.loads(path.read_text())
         if meta["rows"] > 0:
             np.dtype(meta["dtype"]), int(meta["width"])
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{path} is damaged, or of something else: {type(error).__name__}: {error}. Restore it from a copy, or "

@@ -16,13 +16,13 @@ from ..losses import LossFunction
 from ..problem import Selection
 from ..remembered import Settings, lasting, settings
 from ..state import Buffers
-from .appendable import Appendable
+from .appendable import Appendable, same
 from .called import called, digest
 from .features import Features
 from .loaders import Ends, Unpack, check_ordered, missing, unpacked
 from .projection import Projection
 from .scores import grad_dot
-from .store import another, describe, same, same_settings
+from .store import another, describe, same_settings
 
 
 def cross_gram(
@@ -102,7 +102,7 @@ def cross_gram(
         columns.append(torch.cat(parts) if table is None else torch.from_numpy(table.rows()))
     if not columns:
         raise StoreError("the test loader is empty.")
-    if out is not None and Appendable(out, _name(len(columns))).json.exists():
+    if out is not None and Appendable(out, _name(len(columns))).there:
         raise StoreError(f"{out} holds more columns than there are test batches now; use another directory.")
     return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
@@ -154,12 +154,11 @@ def _name(number: int) -> str:
 
 def _opened(out: str | os.PathLike[str], number: int, meta: dict[str, Any], own: Settings) -> Appendable:
     table = Appendable(out, _name(number))
-    if table.json.exists():
+    if table.there:
         for key, mine in meta.items():
             if not same(theirs := table.meta.get(key), mine):
                 raise StoreError(
                     f"{table.json} is {another(key, theirs, mine)} Use another directory, or delete this one."
                 )
-    if (mine := same_settings(table, own)) != table.meta.get("settings"):
-        table.commit(**meta, settings=mine)
+    table.commit(**meta, settings=same_settings(table, own))
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from itertools import takewhile
@@ -20,7 +19,7 @@ from ..quantities import Quantities, notion_of
 from ..remembered import Settings, changed, lasting, settings
 from ..state import Buffers
 from ..statistics_run import Statistics
-from .appendable import Appendable
+from .appendable import Appendable, same
 from .called import called
 from .loaders import Unpack, check_ordered, fingerprint, grown, missing
 from .projection import Projection
@@ -67,13 +66,13 @@ class GradientStore:
         model = getattr(model, "_orig_mod", model)  # of a compiled one, the original: gradients have its names
         self.model, self.projection, self.dtype = model, projection, dtype
         if model is None:
-            if not self.table.json.exists():
+            if not self.table.there:
                 raise StoreError(f"there is no store at {path}; give a model to begin one.")
             return
         meta = describe(model, params, projection, scale)
         self.names = list(meta["layout"])
         self._versions = self._state()
-        if self.table.json.exists():
+        if self.table.there:
             kind = {"dtype": np.dtype(str(dtype).removeprefix("torch.")).newbyteorder("<").str}
             self._check_same(meta | (kind if "dtype" in self.table.meta else {}))
         self.table.commit(**meta, settings=self._settings())
@@ -255,11 +254,6 @@ def same_settings(table: Appendable, now: Settings, counters: bool = False) -> S
 
 def _integer(text: str | None) -> bool:
     return text is not None and text.lstrip("-").isdigit()
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two entries of a JSON are equal, also in the order of their names, which is that of columns."""
-    return json.dumps(a) == json.dumps(b)
 
 
 def another(key: str, theirs: Any, mine: Any) -> str:

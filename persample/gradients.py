@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import display, doubt, reductions
 from .errors import QuantityError, UnknownParameterError
 from .factors import Dense, Factors, compact, dense, dtype, nbytes, tensors
-from .kept import Checked, Kept
+from .kept import Checked, Kept, stamps
 from .problem import Pass, Selection, select
 from .quantities import PARTS, Parts, Quantities
 from .report import bytes_text
@@ -63,6 +63,7 @@ class Gradients(Quantities):
         self.shapes = {name: torch.Size(g.shape) for name, g in factors.items()}
         self._aliases = dict(aliases or {})
         self._parameters = dict(parameters or {})
+        self._at = stamps(self._parameters)
 
     def __len__(self) -> int:
         return len(self._any())
@@ -193,6 +194,7 @@ class Gradients(Quantities):
             note=self.note,
         )
         chosen._kept.update(keep(self._kept))
+        chosen._at = keep(self._at)
         return chosen
 
     def __repr__(self) -> str:

@@ -1,5 +1,5 @@
 """What a result keeps of a run, to be read later, when it may have changed: factors, which alias tensors of the forward
-pass, and the parameters that it writes to, which belong to a model.
+pass, and the parameters that it writes to, which belong to a model and go on changing.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
@@ -74,6 +75,23 @@ class Checked(Mapping[str, Factors]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+Stamp = tuple[int, int]  # a version, and where the memory is
+PAST: Stamp = (-1, -1)  # that of no tensor
+
+
+def stamps(parameters: Mapping[str, Tensor]) -> dict[str, Stamp]:
+    """What tells whether parameters were written to, or given other memory; but not by way of their ``.data``."""
+    with torch._C.DisableTorchFunction():  # under a mode, every attribute of a tensor is a call
+        return {name: (p._version, _place(p)) for name, p in parameters.items()}
+
+
+def _place(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # of a subclass, or a layout, that has no memory of its own
+        return 0
 
 
 class Elsewhere(Mapping[str, Tensor]):

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from . import display, reductions
 from .errors import BatchCoupledError, QuantityError, UnknownParameterError, warn
 from .factors import Factors
-from .kept import Elsewhere
+from .kept import PAST, Elsewhere, Stamp, stamps
 from .streaming import joined
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class Quantities(abc.ABC):
     names: tuple[str, ...]
     shapes: dict[str, torch.Size]
     _parameters: Mapping[str, Tensor]  # what `backward` writes to
+    _at: dict[str, Stamp]  # what these were when the run ended
 
     @abc.abstractmethod
     def _parts(self, kind: str, argument: Any = None) -> Parts:
@@ -115,8 +116,23 @@ class Quantities(abc.ABC):
     def __len__(self) -> int:
         """The number of samples ``N``."""
 
+    def of_versions(self, seen: Mapping[int, int]) -> None:
+        """Say of which versions of the parameters the rows are, ``{id: version}``, where it isn't those of now."""
+        for name, p in self._parameters.items():
+            version, place = self._at[name]
+            self._at[name] = seen.get(id(p), version), place
+
+    def _moved(self) -> list[str]:
+        """The parameters that were written to since the run, of those that there are."""
+        now = stamps(self._parameters)
+        return [name for name, before in self._at.items() if now.get(name, before) != before]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_at": dict.fromkeys(self._moved(), PAST)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._at = {**stamps(self._parameters), **self._at}  # a copy's tensors begin to count changes anew
         self._parameters = Elsewhere(self._parameters)
 
     # ---- sample space: parameters add up ------------------------------------------------------------------------

@@ -382,8 +382,11 @@ class Recorder:
                 )
             self.reported = True
             if coupled == "loss":
-                return self._by_losses(losses, asked, wanted)
-            return self._reduced(losses, found, asked, wanted, coupled)
+                result = self._by_losses(losses, asked, wanted)
+            else:
+                result = self._reduced(losses, found, asked, wanted, coupled)
+            result.of_versions({i: v for call in found.calls for i, v in call.versions.items()})  # of the forward
+            return result
         finally:
             if capture is not None and active:
                 capture.active = self._entered  # later uses of the same forward may follow

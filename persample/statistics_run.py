@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from . import cost, display, doubt
 from .errors import InplaceError, QuantityError
 from .factors import Factors, compact, dtype, nbytes
-from .kept import Kept
+from .kept import Kept, Stamp, stamps
 from .problem import Pass
 from .quantities import CHECKS, NEEDS, PARTS, READ_OFF, READERS, Parts, Quantities
 from .streaming import formed, shared_split
@@ -38,6 +38,7 @@ class Statistics(Quantities):
             raise QuantityError(f"quantities= is empty; ask for some of {list(NEEDS)}.")
         self.names, self.shapes = tuple(parameters), {name: p.shape for name, p in parameters.items()}
         self._parameters = parameters
+        self._at: dict[str, Stamp] = {}
         self.unused: tuple[str, ...] = ()
         self.note = ""  # what `Gradients` would carry: a notion under BatchNorm, how rows were verified
         self._n = 0
@@ -133,6 +134,7 @@ class Statistics(Quantities):
     def report(self, run: Pass, note: str) -> None:
         """Take what the engine reports, and bring the parts into the order of the parameters."""
         self.losses, self.outputs, self.unused, self.note = run.losses, run.outputs, run.unused, note
+        self._at = stamps(self._parameters)
         for parts in self._stored.values():
             ordered = {name: parts[name] for name in self.names if name in parts}
             parts.clear()
@@ -210,7 +212,13 @@ class Statistics(Quantities):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: results, and not how they came about."""
-        return {**self.__dict__, "_pieces": {}, "_stamps": dict(self._stamps), "_versions": {}, "_doubtful": {}}
+        return {
+            **super().__getstate__(),
+            "_pieces": {},
+            "_stamps": dict(self._stamps),
+            "_versions": {},
+            "_doubtful": {},
+        }
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""

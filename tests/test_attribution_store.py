@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -520,6 +522,81 @@ def test_complex_rows_need_a_complex_dtype(tmp_path: Path) -> None:
     mine = GradientStore(tmp_path / "complex", net, dtype=torch.complex128)
     mine.append(G)
     close(mine.rows(), G.flat())
+
+
+def step(net: nn.Module) -> None:
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 1
+
+
+def put_back(net: nn.Module) -> None:
+    """Rows are of a model that was there for a while: no version tells how it came, but that it has gone."""
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    for p in net.parameters():
+        p.data.sub_(1)
+    net.load_state_dict(state)
+
+
+def replaced(net: nn.Module) -> None:
+    for p in net.parameters():
+        p.data = p.data + 1
+
+
+@pytest.mark.parametrize("change", [step, put_back, replaced])
+@pytest.mark.parametrize(
+    "kind", ["rows", "selected", "statistics", "in slices", "recorder", "table", "copy", "late copy"]
+)
+def test_rows_of_parameters_as_they_were_are_refused(tmp_path: Path, kind: str, change: Any) -> None:
+    net, (x, y), R = model(), data(M).tensors, Projection(7)
+    asked = [("project", {"projection": R})] if kind in ("statistics", "in slices") else None
+
+    def rows() -> Any:
+        if kind == "recorder":
+            with persample.extend(net) as recorder:
+                return recorder.gradients(F.cross_entropy(net(x), y, reduction="none"))
+        if kind == "table":
+            return persample.coupling(net, LOSS, x, y).row(0)
+        size = 3000 if kind == "in slices" else None
+        G = persample.gradients(net, LOSS, x, y, quantities=asked, max_bytes=size)
+        return G.select(lambda *_: True) if kind == "selected" else G
+
+    def copied(G: Any, early: bool) -> Any:
+        nonlocal net
+        if kind == ("copy" if early else "late copy"):
+            net, G = copy.deepcopy((net, G))
+        return G
+
+    G = copied(rows(), early=True)
+    change(net)
+    G = copied(G, early=False)
+    mine = store(tmp_path, net, projection=None if asked is None else R)
+    with pytest.raises(StoreError, match=r"parameter '0\.weight' was written to after these gradients .* again"):
+        mine.append(G)
+    assert not len(mine)
+    mine.append(copied(rows(), early=True) if "copy" not in kind else persample.gradients(net, LOSS, x, y))
+    assert len(mine) == M
+
+
+def test_a_copy_of_rows_and_model_belongs_to_its_store(tmp_path: Path) -> None:
+    net = model()
+    G = persample.gradients(net, LOSS, *data(M).tensors)
+    net, G = copy.deepcopy((net, G))
+    mine = store(tmp_path, net)
+    mine.append(G)
+    G.backward()
+    mine.append(pickle.loads(pickle.dumps(G)))
+    assert len(mine) == 2 * M
+
+
+def test_losses_of_a_forward_before_a_step_are_rows_of_then(tmp_path: Path) -> None:
+    net, (x, y) = nn.Sequential(nn.Linear(3, 2).double()), data(M).tensors
+    with persample.extend(net) as recorder:
+        losses = F.cross_entropy(net(x), y, reduction="none")
+        step(net)
+        G = recorder.gradients(losses)
+    with pytest.raises(StoreError, match=r"'0\.weight' was written to after"):
+        store(tmp_path, net).append(G)
 
 
 # ---- damaged ----------------------------------------------------------------------------------------------------

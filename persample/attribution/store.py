@@ -93,9 +93,9 @@ class GradientStore:
 
         Raises:
             ArgumentError: ``first`` is no sample of ``G``.
-            StoreError: other parameters than the store's, another model than when it was opened, rows of another
-                notion (``coupled=``) than those that are there, or that the store's dtype can't hold, or another handle
-                has written since.
+            StoreError: other parameters than the store's, another model than when it was opened (or one that was
+                written to since ``G`` was computed), rows of another notion (``coupled=``) than those that are there,
+                or that the store's dtype can't hold, or another handle has written since.
         """
         samples = self.table.meta.get("samples", {"first": None})
         batches = [] if first else grown(samples.get("batches", []), len(G))
@@ -173,6 +173,12 @@ class GradientStore:
                     f"these gradients are of another model than the store's: parameter '{name}' has other values. A "
                     "store holds rows of one model; begin another one for each checkpoint."
                 )
+        if moved := G._moved():
+            raise StoreError(
+                f"parameter '{moved[0]}' was written to after these gradients were computed (a step of an optimizer, "
+                "load_state_dict, or a move to another device or type), so they may be of another model than the "
+                "store's. Append them before the model changes, or compute them again."
+            )
         if self._versions != self._state():  # BatchNorm's statistics are written, and put back, in training mode
             if fingerprint(self.model) != self.table.meta["model"]:
                 raise _changed()

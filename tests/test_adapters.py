@@ -138,6 +138,26 @@ def test_captum_influence_is_the_inner_product_of_gradients() -> None:
     assert torch.allclose(total[0], rows(model, *train).flat().sum(0), atol=1e-12)
 
 
+def test_captum_numbers_are_those_of_samples() -> None:
+    """A loader that shuffles gives other samples the same numbers at every call."""
+    model, train, test = net(), batch(0), batch(1, n=2)
+    shuffled = DataLoader(TensorDataset(*train), batch_size=2, shuffle=True)
+    with pytest.raises(persample.errors.StoreError, match="the loader shuffles"):
+        adapters.captum.influence_function(model, CE, shuffled)
+    influence = adapters.captum.influence_function(model, CE, [train])
+    for use in (influence.influence, influence.self_influence):
+        with pytest.raises(persample.errors.StoreError, match="the loader shuffles"):
+            use(shuffled)
+    total = adapters.captum.intermediate_quantities(model, CE, shuffled, aggregate=True)
+    assert torch.allclose(total[0], rows(model, *train).flat().sum(0), atol=1e-12)
+    with pytest.raises(persample.ArgumentError, match="train is a generator, which can be read only once"):
+        adapters.captum.influence_function(model, CE, (part for part in [train]))
+    once = (part for part in [test])
+    influence.influence(once)
+    with pytest.raises(persample.ArgumentError, match=r"no batch .* read only once, and have been"):
+        influence.influence(once)
+
+
 def test_trak_features_are_those_of_its_own_computer(tmp_path: Path) -> None:
     from trak import TRAKer
     from trak.gradient_computers import FunctionalGradientComputer

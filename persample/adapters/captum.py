@@ -5,7 +5,7 @@ Captum orients scores ``[test, train]``; `persample.attribution` has ``[n_train,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import api
+from ..attribution.loaders import check_ordered
 from ..errors import ArgumentError
 from ..losses import LossFunction
 from . import needed
@@ -24,11 +25,21 @@ def intermediate_quantities(
     """``[N, D]``: the per-sample gradients of all ``(*inputs, targets)`` batches one below the other.
 
     ``aggregate``: their sum, ``[1, D]``.  ``options`` go to `persample.gradients`.
+
+    Raises:
+        ArgumentError: there is no batch.
+        StoreError: a loader that shuffles, whose samples could not be told by the numbers of their rows.
     """
+    if not aggregate:
+        check_ordered(batches)
     rows = []
     for *inputs, targets in batches:
         G = api.gradients(model, loss_fn, tuple(inputs), targets, **options)
         rows.append(torch.cat([g.flatten() for g in G.sum().values()])[None] if aggregate else G.flat())
+    if not rows:
+        raise ArgumentError(
+            "there is no batch to take gradients of: the data are empty, or can be read only once, and have been."
+        )
     return torch.cat(rows).sum(0, keepdim=True) if aggregate else torch.cat(rows)
 
 
@@ -39,8 +50,19 @@ def influence_function(model: nn.Module, loss_fn: LossFunction, train: Iterable[
     k]`` each (`ArgumentError` if there are fewer training samples).  ``self_influence()`` is ``[n_train]``, squared
     norms.
     ``train`` is anything that can be iterated over several times and gives ``(*inputs, targets)`` batches; ``test`` is
-    that, or one batch: a tuple, or a list that ends with a tensor.
+    that, or one batch: a tuple, or a list that ends with a tensor.  Samples are told by their numbers, so both must
+    come in the same order every time.
+
+    Raises:
+        ArgumentError: ``train`` can be read only once; and by the function, for data without a batch.
+        StoreError: a loader that shuffles, for ``train``, or given to the function.
     """
+    if isinstance(train, Iterator):
+        raise ArgumentError(
+            f"train is a {type(train).__name__}, which can be read only once, but every call reads it: give a "
+            "DataLoader or a list."
+        )
+    check_ordered(train)
     return _influence_class()(model, loss_fn, train, options)
 
 

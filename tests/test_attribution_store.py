@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -676,6 +677,22 @@ def test_a_store_that_was_deleted_is_not_begun_again_in_the_middle(tmp_path: Pat
     with pytest.raises(StoreError, match="0 rows, not 11"):
         mine.append(persample.gradients(net, LOSS, *data(3).tensors))
     assert [file.name for file in tmp_path.iterdir()] == ["rows.lock"]
+
+
+@pytest.mark.parametrize("again", ["projected", "the same", "nothing"])
+def test_a_reader_finds_a_store_that_was_begun_anew(tmp_path: Path, again: str) -> None:
+    """Its JSON says nothing of the rows that are there now, which have another width, or are of other samples."""
+    net = model()
+    store(tmp_path, net).extend(LOSS, itertools.islice(loader(), 2))
+    reader = GradientStore(tmp_path)
+    store(tmp_path, net).extend(LOSS, loader())
+    close(reader.rows(), flat(net)[:6])  # that more were added does no harm
+    shutil.rmtree(tmp_path)
+    if again != "nothing":
+        projection = Projection(64) if again == "projected" else None
+        store(tmp_path, net, projection=projection).extend(LOSS, loader())
+    with pytest.raises(StoreError, match=r"rows\.npy holds other rows than .* begun anew, since\. Open it again"):
+        reader.rows()
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Any) -> list[threading.Thread]:

@@ -17,6 +17,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,8 @@ class Appendable:
                 file.seek(0)
                 file.write(_header(known["dtype"], after, rows.shape[1]))
                 _sync(file)
-            self._replace({**self.meta, "rows": after, **known, **meta})
+            begun = {} if before else {"begun": uuid4().hex}  # tells these rows from any that may be here later
+            self._replace({**self.meta, "rows": after, **known, **begun, **meta})
 
     def commit(self, **meta: Any) -> None:
         """Add entries of the JSON, if they aren't there."""
@@ -91,6 +93,7 @@ class Appendable:
         """``[rows, width]``: the committed rows, memory-mapped (changes stay in memory)."""
         if not len(self):
             return np.empty((0, self.meta.get("width", 0)), self.meta.get("dtype", "<f4"))
+        self._check_begun()
         self._check_whole()
         shape = (len(self), self.meta["width"])
         return np.memmap(self.data, self.meta["dtype"], mode="c", offset=HEADER, shape=shape)
@@ -102,6 +105,15 @@ class Appendable:
                 f"{self.json} is not what this handle last read or wrote: it says {(found or NOTHING)['rows']} rows, "
                 f"not {len(self)}, or something else about them. One writer at a time: open it again, and go on with "
                 "that."
+            )
+
+    def _check_begun(self) -> None:
+        """Raise if the rows there are no longer those that this handle knows, or followed by more."""
+        found = _read(self.json) or NOTHING
+        if found.get("begun") != self.meta.get("begun") or found["rows"] < len(self):
+            raise StoreError(
+                f"{self.data} holds other rows than when this handle was opened: it was deleted, or begun anew, since. "
+                "Open it again."
             )
 
     def _check_whole(self) -> None:

@@ -121,7 +121,7 @@ def gradients(
     with _drawing(generator), undone_on_error(*problem.owners):
         if quantities is not None and max_bytes is not None:
             return microbatch.statistics(problem, quantities, max_bytes, sliced, tried)
-        sink = Sink(problem.parameters, problem.aliases, quantities)
+        sink = Sink(problem.model, problem.parameters, problem.aliases, quantities)
         if engine == "hooks" and max_bytes is not None:
             sink.kept, run, note = microbatch.rows(problem, max_bytes, sliced)
         else:

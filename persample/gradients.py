@@ -22,6 +22,7 @@ from .problem import Pass, Selection, select
 from .quantities import PARTS, Parts, Quantities
 from .report import bytes_text
 from .scratch import fresh
+from .state import unwrapped
 from .statistics_run import Request, Statistics
 
 
@@ -52,8 +53,11 @@ class Gradients(Quantities):
         aliases: Mapping[str, str] | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
         note: str = "",
+        wrapper: str = "",
     ) -> None:
-        """``parameters``: what `backward` writes to; ``note``: shown by ``repr``."""
+        """``parameters``: what `backward` writes to; ``note``: shown by ``repr``; ``wrapper``: what is before names
+        that isn't the model's.
+        """
         if not factors:
             raise QuantityError("no parameter to take gradients of.")
         self._kept = {name: Kept.of(name, g) for name, g in _apart(factors).items()}
@@ -64,6 +68,7 @@ class Gradients(Quantities):
         self._aliases = dict(aliases or {})
         self._parameters = dict(parameters or {})
         self._at = stamps(self._parameters)
+        self._wrapper = wrapper
 
     def __len__(self) -> int:
         return len(self._any())
@@ -192,6 +197,7 @@ class Gradients(Quantities):
             aliases={a: n for a, n in self._aliases.items() if n in names},
             parameters=keep(self._parameters),
             note=self.note,
+            wrapper=self._wrapper,
         )
         chosen._kept.update(keep(self._kept))
         chosen._at = keep(self._at)
@@ -283,11 +289,12 @@ class Sink:
     """Where complete factors go: kept as `Gradients`, or reduced as `Statistics`."""
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], aliases: dict[str, str], quantities: Iterable[Request] | None
-    ) -> None:
-        self.parameters, self.aliases = parameters, aliases
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], aliases: dict[str, str],
+        quantities: Iterable[Request] | None,
+    ) -> None:  # fmt: skip
+        self.parameters, self.aliases, self.wrapper = parameters, aliases, unwrapped(model)[1]
         self.kept: dict[str, Factors] = {}
-        self.statistics = None if quantities is None else Statistics(quantities, parameters)
+        self.statistics = None if quantities is None else Statistics(quantities, parameters, self.wrapper)
 
     def emit(self, name: str, g: Factors) -> None:
         if self.statistics is not None:
@@ -308,4 +315,5 @@ class Sink:
             aliases=self.aliases,
             parameters=self.parameters,
             note=note,
+            wrapper=self.wrapper,
         )

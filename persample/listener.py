@@ -172,7 +172,7 @@ class Listener:
             self._of = call.asked
             others = self._of.parameters.items() if calls else ()  # in a with-block, the loss is recorded too
             self._outside = [name for name, p in others if id(p) not in recorded and _gets_gradient(p)]
-            self._sink = Sink(self._of.parameters, self._of.aliases, self.quantities)
+            self._sink = Sink(self.owner.model, self._of.parameters, self._of.aliases, self.quantities)
             self._collect = Collect(
                 Reached(calls),
                 self._of.parameters,

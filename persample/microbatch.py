@@ -43,7 +43,7 @@ from .problem import Emit, Pass, Problem
 from .quantities import NEEDS, Parts
 from .rounding import tolerance
 from .scratch import fresh
-from .state import Averaged, Buffers, RandomState, random_state, restored, set_random_state
+from .state import Averaged, Buffers, RandomState, random_state, restored, set_random_state, unwrapped
 from .statistics_run import Request, Statistics, listed
 from .telling import numbered_as
 
@@ -100,18 +100,18 @@ def statistics(
     problem: Problem, requests: Iterable[Request], max_bytes: int, run: Run, tried: Callable[[Problem], bool]
 ) -> Statistics:
     """The quantities of all samples, merged slice by slice; ``tried``: whether a slice's run may be tried again."""
-    requests = listed(requests)
-    total = Statistics(requests, problem.parameters)
+    requests, wrapper = listed(requests), unwrapped(problem.model)[1]
+    total = Statistics(requests, problem.parameters, wrapper)
     kinds = {NEEDS[name] for name in total.requests}
     with_sums = "variance" in kinds and "sum" not in kinds  # in between: variances are merged by the means
     if with_sums:
         requests = [*requests, "sum"]
-        total = Statistics(requests, problem.parameters)
+        total = Statistics(requests, problem.parameters, wrapper)
     passes: list[Pass] = []
     paired = "gram" in kinds
 
     def once(part: Problem, meter: Meter) -> Pass:
-        own, final = Statistics(requests, problem.parameters), not tried(part)
+        own, final = Statistics(requests, problem.parameters, wrapper), not tried(part)
 
         @meter.paused()
         def emit(name: str, g: Factors) -> None:

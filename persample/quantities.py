@@ -36,7 +36,7 @@ class Projects(Protocol):
     """A projection that applies itself to factors, parameter by parameter (`persample.attribution.Projection`)."""
 
     def part(self, name: str, g: Factors) -> Tensor:
-        """``G R`` for one parameter, ``[N, k]``."""
+        """``G R`` for one parameter, ``[N, k]``; ``name`` is that in the model itself, whatever was put around it."""
 
 
 def _moments(g: Factors) -> tuple[Tensor, Tensor]:
@@ -99,6 +99,7 @@ class Quantities(abc.ABC):
     shapes: dict[str, torch.Size]
     _parameters: Mapping[str, Tensor]  # what `backward` writes to
     _at: dict[str, Stamp]  # what these were when the run ended
+    _wrapper: str  # what is before names only because something was put around the model (`persample.state.unwrapped`)
 
     @abc.abstractmethod
     def _parts(self, kind: str, argument: Any = None) -> Parts:
@@ -277,7 +278,8 @@ class Quantities(abc.ABC):
         """The piece of a direction or projection that belongs to each parameter."""
         what = "projection" if kind == "project" else "direction"
         if hasattr(argument, "part"):
-            return {name: lambda g, name=name: argument.part(name, g) for name in self.names}
+            own = {name: name.removeprefix(self._wrapper) for name in self.names}
+            return {name: lambda g, name=name: argument.part(own[name], g) for name in self.names}
         behind = 1 if kind == "project" else 0
         given = tree_leaves(argument)
         if any(isinstance(x, Tensor) and x.is_complex() for x in given) and not self._complex():

@@ -393,7 +393,7 @@ class Recorder:
 
     def _by_losses(self, losses: Tensor, asked: Asked, quantities: list[Request] | None) -> Result:
         """``N`` ordinary gradients."""
-        sink = Sink(asked.parameters, asked.aliases, quantities)
+        sink = Sink(self.model, asked.parameters, asked.aliases, quantities)
         parameters = list(asked.parameters.values())
         with suspended(self.model), _told_of_changes():
             found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
@@ -404,7 +404,7 @@ class Recorder:
     def _reduced(
         self, losses: Tensor, found: Reached, asked: Asked, quantities: list[Request] | None, notion: str | None
     ) -> Result:
-        sink = Sink(asked.parameters, asked.aliases, quantities)
+        sink = Sink(self.model, asked.parameters, asked.aliases, quantities)
         modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.followed.samples_of(losses)
         called = frozenset[Any]() if self._capture is None else self._capture.path

@@ -57,6 +57,22 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model inside of what `torch.compile`, `DataParallel` and `DistributedDataParallel` put around it, and what
+    that puts before its names.
+    """
+    prefix = ""
+    while True:
+        inner: Any = getattr(model, "_orig_mod", None)
+        if inner is not None:
+            model, prefix = inner, f"{prefix}_orig_mod."
+        elif type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):  # others may run it otherwise
+            inner = model.module
+            model, prefix = inner, f"{prefix}module."
+        else:
+            return model, prefix
+
+
 def parameters_of(model: nn.Module) -> list[Tensor]:
     """The parameters of every module; tied ones under each."""
     return [p for module in modules_of(model) for p in module._parameters.values() if p is not None]

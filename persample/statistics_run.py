@@ -32,13 +32,15 @@ class Statistics(Quantities):
     `InplaceError`.
     """
 
-    def __init__(self, requests: Iterable[Request], parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, requests: Iterable[Request], parameters: Mapping[str, Tensor], wrapper: str = "") -> None:
+        """``wrapper``: what is before names that isn't the model's."""
         self.requests = _once(map(_normal, listed(requests)))
         if not self.requests:
             raise QuantityError(f"quantities= is empty; ask for some of {list(NEEDS)}.")
         self.names, self.shapes = tuple(parameters), {name: p.shape for name, p in parameters.items()}
         self._parameters = parameters
         self._at: dict[str, Stamp] = {}
+        self._wrapper = wrapper
         self.unused: tuple[str, ...] = ()
         self.note = ""  # what `Gradients` would carry: a notion under BatchNorm, how rows were verified
         self._n = 0

@@ -105,6 +105,99 @@ def test_data_parallel(way: str) -> None:
     assert close(WAYS[way](nn.DataParallel(net())), truth())
 
 
+def projected_by_gradients(model: nn.Module, R: Any) -> Tensor:
+    return persample.gradients(model, losses_of, inputs()).project(R)  # type: ignore[no-any-return]
+
+
+def projected_by_recorder(model: nn.Module, R: Any) -> Tensor:
+    with persample.extend(model) as recorder:
+        return recorder.gradients(losses_of(model(inputs()))).project(R)
+
+
+def projected_by_handle(model: nn.Module, R: Any) -> Tensor:
+    got: list[persample.Statistics] = []
+    asked = [("project", {"projection": R})]
+    handle = persample.extend(model, on_backward=got.append, reduction="mean", quantities=asked)
+    losses_of(model(inputs())).mean().backward()
+    handle.remove()
+    return got[0].project()
+
+
+def projected_in_slices(model: nn.Module, R: Any) -> Tensor:
+    asked = [("project", {"projection": R})]
+    return persample.gradients(model, losses_of, inputs(), quantities=asked, max_bytes=1).project()  # type: ignore[no-any-return]
+
+
+def projected_of_some(model: nn.Module, R: Any) -> Tensor:
+    return persample.gradients(model, losses_of, inputs()).select(lambda *_: True).project(R)  # type: ignore[no-any-return]
+
+
+def projected_of_coupling(model: nn.Module, R: Any) -> Tensor:
+    found = persample.coupling(model, losses_of, inputs())
+    rows = torch.stack([found.row(n).project(R)[n] for n in range(len(found))])
+    assert close(found.gradients("copy").project(R), rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        projected_by_gradients,
+        projected_by_recorder,
+        projected_by_handle,
+        projected_in_slices,
+        projected_of_some,
+        projected_of_coupling,
+    ],
+)
+def test_a_projection_is_that_of_the_model_whatever_was_put_around_it(alone: None, way: Any) -> None:
+    """Signs belong to names, and these have others in front of them."""
+    R = persample.attribution.Projection(8)
+    matrix = torch.cat([R.matrix(name, p.shape).flatten(0, -2) for name, p in net().named_parameters()])
+    for wrap in (lambda model: model, nn.parallel.DistributedDataParallel, nn.DataParallel, compiled, twice):
+        assert close(way(wrap(net()), R), truth() @ matrix)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def twice(model: nn.Module) -> nn.Module:
+    return compiled(nn.DataParallel(model))
+
+
+class Module(nn.Module):
+    """A model with a layer of that name, which it doesn't merely run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(2 * x)  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_is_called_module_keeps_its_name() -> None:
+    R, model = persample.attribution.Projection(8), Module()
+    matrix = torch.cat([R.matrix(name, p.shape).flatten(0, -2) for name, p in model.named_parameters()])
+    assert close(projected_by_gradients(model, R), truth(model) @ matrix)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled, twice])
+def test_a_store_is_of_the_model_whatever_was_put_around_it(tmp_path: Path, wrap: Any) -> None:
+    R, model = persample.attribution.Projection(8), net()
+    store = persample.attribution.GradientStore(tmp_path, wrap(model), projection=R, dtype=torch.float64)
+    store.extend(losses_of, [(inputs(), None)])
+    store.append(persample.gradients(wrap(model), losses_of, inputs()))
+    store = persample.attribution.GradientStore(tmp_path, model, projection=R, dtype=torch.float64)
+    store.append(persample.gradients(model, losses_of, inputs()))
+    expected = projected_by_gradients(model, R)
+    assert close(store.rows(), expected.repeat(3, 1))
+    batches = [(inputs(), None)]
+    crossed = persample.attribution.cross_gram(wrap(model), losses_of, batches, batches, projection=R)
+    assert close(crossed, expected @ expected.T)
+
+
 def fully_sharded() -> nn.Module:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "fully_shard"):

@@ -15,7 +15,7 @@ from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection
 from ..remembered import Settings, lasting, settings
-from ..state import Buffers
+from ..state import Buffers, unwrapped
 from .appendable import Appendable, same
 from .called import called, digest
 from .features import Features
@@ -62,7 +62,7 @@ def cross_gram(
             same for every block, or ``out`` of something else, or damaged.
     """
     _check(train_loader, test_loader, block, options)
-    model = getattr(model, "_orig_mod", model)  # of a compiled one, the original: gradients have its names
+    model = unwrapped(model)[0]  # gradients are its, whatever was put around it
 
     def left(done: int, ends: Ends) -> Iterator[tuple[int, Any, Any, Ends]]:
         return missing(train_loader, done, ends, unpack, progress, options)

@@ -18,7 +18,8 @@ unbiased, but vary more: the squared norm of a rank-one gradient has a relative 
 f^2 / dim``, from ``8/dim`` at ``f = 1`` to ``4/sqrt(dim)`` for one tile; an unstructured projection has ``2/dim``.
 
 The signs are the bits of a counter-based generator (Philox 4x64, whose stream numpy guarantees) keyed by the seed, the
-parameter's name and the side: the same on every machine and device, and in any order of parameters.
+parameter's name and the side: the same on every machine and device, in any order of parameters, and of a model that
+``torch.compile``, ``DataParallel`` or ``DistributedDataParallel`` was put around.
 """
 
 from __future__ import annotations

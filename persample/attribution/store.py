@@ -17,7 +17,7 @@ from ..losses import LossFunction
 from ..problem import Selection, asked_for, named_parameters
 from ..quantities import Quantities, notion_of
 from ..remembered import Settings, changed, lasting, settings
-from ..state import Buffers
+from ..state import Buffers, unwrapped
 from ..statistics_run import Statistics
 from .appendable import Appendable, same
 from .called import called
@@ -63,7 +63,7 @@ class GradientStore:
                 "float32), and integers would lose what is behind the point."
             )
         self.table = Appendable(path, "rows")
-        model = getattr(model, "_orig_mod", model)  # of a compiled one, the original: gradients have its names
+        model = None if model is None else unwrapped(model)[0]  # rows are its, whatever was put around it
         self.model, self.projection, self.dtype = model, projection, dtype
         if model is None:
             if not self.table.there:
@@ -162,12 +162,14 @@ class GradientStore:
     def _check(self, G: Quantities) -> None:
         if self.model is None:
             raise StoreError("this store was opened for reading; give it a model.")
-        if not same({name: list(shape) for name, shape in G.shapes.items()}, self.table.meta["layout"]):
+        if not same(
+            {name.removeprefix(G._wrapper): list(shape) for name, shape in G.shapes.items()}, self.table.meta["layout"]
+        ):
             raise StoreError(
                 f"these gradients are of other parameters than the store's {self.names}; use params= or select()."
             )
         for name, p in named_parameters(self.model)[0].items():
-            theirs = G._parameters.get(name)
+            theirs = G._parameters.get(G._wrapper + name)
             if theirs is not None and theirs is not p and not torch.equal(theirs, p):
                 raise StoreError(
                     f"these gradients are of another model than the store's: parameter '{name}' has other values. A "

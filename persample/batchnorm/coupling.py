@@ -22,6 +22,7 @@ from ..gradients import Gradients, Sink
 from ..losses import LossFunction
 from ..problem import Emit, Pass, Selection, pose
 from ..scratch import kernel
+from ..state import unwrapped
 from ..telling import telling
 from . import ggn, indices, notions, plots, table
 from .indices import Noise
@@ -192,12 +193,14 @@ class Coupling:
         return self._collect(note, lambda emit: notions.through(self.network, layers, emit))
 
     def _collect(self, note: str, run: Callable[[Emit], Pass]) -> Gradients:
-        sink = Sink(self.network.problem.parameters, self.network.problem.aliases, None)
+        problem = self.network.problem
+        sink = Sink(problem.model, problem.parameters, problem.aliases, None)
         return sink.result(run(sink.emit), note)  # type: ignore[return-value]
 
     def _gradients(self, factors: Mapping[str, Factors], note: str) -> Gradients:
         problem, own = self.network.problem, {name: factors[name] for name in self.names}
-        return Gradients(own, self.losses, aliases=problem.aliases, parameters=problem.parameters, note=note)
+        aliases, wrapper = problem.aliases, unwrapped(problem.model)[1]
+        return Gradients(own, self.losses, aliases=aliases, parameters=problem.parameters, note=note, wrapper=wrapper)
 
     # ---- the table ----------------------------------------------------------------------------------------------
 

@@ -296,7 +296,7 @@ def warn_if_not_mean(loss_fn: LossFunction, whole: Tensor, losses: Tensor, outpu
         if bool(whole.isfinite() & ~losses.any()):
             raise LossError(
                 f"loss_fn is {float(whole.detach()):.6g} for the batch and 0 for every sample alone: it compares "
-                "samples (a contrastive or triplet loss over the batch). Let it return the [N] losses within the batch: "
+                "samples (a contrastive or triplet loss over the batch). Let it return [N] losses of the batch: "
                 "`with persample.extend(model) as recorder: recorder.gradients(losses, coupled='loss')`."
             )
         _check_any_size(loss_fn, outputs, targets, len(losses))

@@ -27,9 +27,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import persample
 from persample import attribution
-from persample.attribution import GradientStore, Projection, cross_gram
-
-
 from persample.attribution import GradientStore, Projection, cross_gram, lock
 from persample.attribution import appendable as source
 from persample.attribution import store as begun

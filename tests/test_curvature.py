@@ -975,6 +975,58 @@ def test_functions_without_a_second_derivative_are_named(name: str) -> None:
             PRODUCTS[name](nn.Linear(2, 3).double(), _ctc, torch.randn(N, 4, 2).double(), torch.randint(1, 3, (N, 2)))
 
 
+class Normed(nn.Module):
+    """A convolution and a layer whose weights are over their norms."""
+
+    def __init__(self, normalise: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.conv, self.layer = normalise(nn.Conv1d(1, 2, 1)), normalise(nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.conv(x.unsqueeze(1)).flatten(1)))
+
+
+WEIGHT_NORMS = {
+    f"{way.__module__.rpartition('.')[2]} {dim}": functools.partial(way, dim=dim)
+    for way in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm)
+    for dim in (0, 1, -1, None)
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("name", WEIGHT_NORMS)
+def test_weight_norm_is_differentiated_twice(name: str) -> None:
+    """Its double backward is wrong in torch 2.13, so that only differences of gradients can be the reference."""
+    model, loss_fn = seeded(lambda: Normed(WEIGHT_NORMS[name])), nn.CrossEntropyLoss(reduction="none")
+    params = list(model.parameters())
+    theta = nn.utils.parameters_to_vector(params).detach()
+    u, v = torch.randn(2, len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def rows(step: float) -> Tensor:
+        nn.utils.vector_to_parameters(theta + step * v, params)
+        losses = loss_fn(model(X), LABELS)
+        found = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
+        nn.utils.vector_to_parameters(theta, params)
+        return torch.stack([torch.cat([g.flatten() for g in row]) for row in found])
+
+    h = 2e-4  # an error of h^4
+    expected = (8 * (rows(h) - rows(-h)) - (rows(2 * h) - rows(-2 * h))) / (12 * h)
+    H = hvp(model, nn.CrossEntropyLoss(), X, LABELS)
+    close(H @ v, expected.mean(0))
+    close(u @ (H @ v), v @ (H @ u))
+    for engine in ("vmap", "loop"):
+        close(per_sample_hvp(model, nn.CrossEntropyLoss(), X, LABELS, v, engine=engine), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated", "ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("make", [hvp, ggn])
+def test_weight_norm_out_of_reach_is_refused(make: Callable[..., Operator]) -> None:
+    """What a traced module calls can't be replaced."""
+    model = torch.jit.trace(seeded(lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 3)))), X)
+    with pytest.raises(CaptureError, match=r"weight_norm.*wrong.*not a scripted or traced"):
+        make(model, nn.CrossEntropyLoss(), X, LABELS).dense()
+
+
 def test_backward_passes_that_make_nan_of_zero_are_refused() -> None:
     model = seeded(lambda: Filter(lambda h: torch.logcumsumexp(h, 1) * torch.tensor([1.0, 0.0, 1.0, 1.0]).double()))
     op = empirical_fisher(model, nn.CrossEntropyLoss(), X, LABELS)

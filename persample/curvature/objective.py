@@ -6,13 +6,14 @@ dropout mask for all products with an operator) and the autocast region that it 
 (running statistics, counters, power iterations) and the random state are what they were before.  ``.grad`` is never
 touched.
 
-Kernels that can't be differentiated twice (fused attention, cuDNN's recurrent layers) are switched off meanwhile.
+What can't be differentiated twice (fused attention, cuDNN's recurrent layers, PyTorch's ``weight_norm``) is computed
+by other means meanwhile.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .. import aten
 from ..batch import Tree, call_model
 from ..capture import Capture
 from ..errors import ArgumentError, CaptureError, LossError
@@ -118,8 +121,28 @@ class Objective:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+    """Inside, functions are computed in ways whose backward passes can be differentiated again."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), WrittenOut():
         yield
+
+
+class WrittenOut(TorchFunctionMode):
+    """Runs ``weight_norm`` as the operations that it is made of: PyTorch's own differentiates its backward pass as if
+    the norms were constants (in 2.13), and the second derivatives are wrong.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
+            with self:
+                return run()
+        return (_weight_norm if func is torch._weight_norm else func)(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 # ---- what has a first derivative only -----------------------------------------------------------------------------
@@ -127,7 +150,8 @@ def twice_differentiable() -> Iterator[None]:
 
 def refuse_once_differentiable(ends: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> None:
     """Raise where a backward pass from ``ends`` (towards the leaves ``inputs``, if there are any) meets a function
-    whose backward is marked ``@once_differentiable``: differentiated again, it is a constant, and nobody says so.
+    whose backward is marked ``@once_differentiable``: differentiated again, it is a constant, and nobody says so.  Or
+    PyTorch's ``weight_norm`` where it could not be `WrittenOut`.
     """
     leaves = {id(x) for x in inputs}
     leads: dict[Any, bool] = {}  # whether a node is on the way
@@ -137,6 +161,12 @@ def refuse_once_differentiable(ends: Sequence[Tensor], inputs: Sequence[Tensor] 
         following = [n for n, _ in node.next_functions if n is not None]
         if visited:
             leads[node] |= any(leads[n] for n in following)
+            if leads[node] and node.name() == "WeightNormInterfaceBackward0":
+                raise CaptureError(
+                    "PyTorch's second derivative of weight_norm is wrong, and can't be replaced in a weight that was "
+                    "computed before, or by a scripted module. Give the original model, not a scripted or traced one, "
+                    "outside of parametrize.cached()."
+                )
             if leads[node] and (name := _once_differentiable(node)):
                 raise once_only(f"the autograd.Function {name} marks its backward as @once_differentiable")
         elif node not in leads:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from . import replicas
 from .batch import Batch
 from .calls import reached
 from .errors import NOTIONS, ArgumentError, BatchCoupledError, CaptureError, LossError, UnknownParameterError
@@ -154,7 +155,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Raise for what is no module, for one without values, and where there can be no graph."""
+    """Raise for what is no module, for one without values, and where there can be no graph; remember copies."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     made = [p for p in parameters_of(model) if not is_lazy(p)]
@@ -176,6 +177,7 @@ def check_model(model: Any) -> None:
         )
     if any(isinstance(module, torch.jit.ScriptModule) for module in modules_of(model)):
         _check_scripted(model)
+    replicas.see(model)
 
 
 def _check_scripted(model: nn.Module) -> None:

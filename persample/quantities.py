@@ -23,6 +23,7 @@ from . import display, reductions
 from .errors import BatchCoupledError, QuantityError, UnknownParameterError, warn
 from .factors import Factors
 from .kept import PAST, Elsewhere, Stamp, stamps
+from .replicas import check_only_copy
 from .streaming import joined
 
 if TYPE_CHECKING:
@@ -237,7 +238,8 @@ class Quantities(abc.ABC):
         of "eval" are of another function, the model with its running statistics: a warning says so.
 
         A copy (deepcopy, pickle) that was made together with the model, as ``copy.deepcopy((model, G))``, writes into
-        the copied model; one of the result alone has none to write to, and raises.
+        the copied model; one of the result alone has none to write to, and raises.  So do gradients of a
+        `DistributedDataParallel` of several processes, outside of its ``no_sync()``: nothing sums them over processes.
         """
         if missing := [name for name in self.names if name not in self._parameters]:
             raise QuantityError(
@@ -245,6 +247,7 @@ class Quantities(abc.ABC):
                 "model, or made without parameters=. Copy both together (copy.deepcopy((model, G)), or one pickle), or "
                 f"write what mean() or sum(weight) returns: p.grad = G.mean()['{missing[0]}']."
             )
+        check_only_copy((self._parameters[name] for name in self.names), "G.backward()", local=True)
         sums = self.mean() if weight is None else self.sum(weight)
         check_adds_up(self, weight)
         if notion_of(self) == "eval":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import persample
-from persample import rounding
+from persample import optim, rounding
 from persample import verify as verification
 
 N, D = 4, 5
@@ -98,6 +98,37 @@ def test_distributed_data_parallel(alone: None, way: str) -> None:
     losses_of(model(inputs())).mean().backward()
     assert close(torch.cat([p.grad.flatten() for p in model.parameters()]), truth().mean(0))
     assert persample.gradients(model, losses_of, inputs()).names[0] == "module.0.weight"
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "clipped": lambda m: optim.ClippedSGD(m.named_parameters(), max_norm=1.0, expected_batch_size=N),
+    "noised": lambda m: optim.ClippedAdam(m.named_parameters(), max_norm=1.0, noise_multiplier=1.0),
+    "adam": lambda m: optim.PerSampleAdam(m.named_parameters()),
+    "natural": lambda m: optim.NaturalGradient(m.named_parameters()),
+    "surgery": lambda m: optim.GradientSurgery(m.named_parameters()),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_copies_of_a_model_do_not_drift_apart(alone: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Nothing here sums over processes: what would be written to one copy is refused, and nothing has changed."""
+    model = nn.parallel.DistributedDataParallel(net())
+    G, S = (persample.gradients(model, losses_of, inputs(), quantities=q) for q in (None, ["mean"]))
+    optimizer = OPTIMIZERS[name](model)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    before = copy.deepcopy(model.module)
+    steps = [lambda: optimizer.step(G), G.backward, S.backward]
+    for step in steps + ([lambda: optimizer.step([])] if name == "clipped" else []):
+        with pytest.raises(persample.ArgumentError, match=r"DistributedDataParallel in 2 processes.*all_reduce"):
+            step()
+    pairs = zip(model.module.parameters(), before.parameters(), strict=True)
+    assert all(torch.equal(p, q) and p.grad is None for p, q in pairs)
+    with model.no_sync():
+        G.backward()  # which says that it is to be summed later
+    assert close(torch.cat([p.grad.flatten() for p in model.parameters()]), truth().mean(0))
+    with model.no_sync(), pytest.raises(persample.ArgumentError, match="drift apart"):
+        optimizer.step(G)
+    OPTIMIZERS[name](plain := net()).step(persample.gradients(plain, losses_of, inputs()))  # one without copies
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -10,6 +10,8 @@ They are ordinary `torch.optim.Optimizer` (groups, schedulers, ``state_dict``) b
 >>> opt.step(persample.gradients(model, torch.nn.CrossEntropyLoss(), x, y))
 
 ``lr`` is that of the *mean* loss.  ``.grad`` is neither read nor written.
+
+Every step is that of one process: for the parameters of a `DistributedDataParallel` of several it is refused.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..arguments import check_at_least, number
 from ..errors import ArgumentError, UnknownParameterError
 from ..quantities import Quantities, check_adds_up
+from ..replicas import check_only_copy
 
 COMPILED = "_orig_mod."  # what torch.compile puts before names of parameters; `gradients` names those of the model
 # What schedulers write into groups for themselves, and torch.optim's ways to compute the same step.
@@ -199,13 +200,16 @@ def slots(optimizer: Optimizer, gradient: Mapping[str, Tensor]) -> Iterator[tupl
 
 
 def check_same(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> dict[str, str]:
-    """Raise unless gradients are those of the optimizer's parameters; the names that they have there."""
+    """Raise unless gradients are those of the optimizer's parameters, of which there is one copy; the names that they
+    have there.
+    """
     found = {
         name: p
         for group in optimizer.param_groups
         for name, p in zip(group["param_names"], group["params"], strict=True)
         if p.requires_grad
     }
+    check_only_copy(found.values(), "step()")
     names = {name.removeprefix(COMPILED): name for name in shapes}
     if different := found.keys() ^ names.keys():
         name = min(different)

@@ -326,7 +326,11 @@ def trained(tmp_path: Path, callback: Any, skipped: int = -1, epochs: int = 1, *
 
 def test_lightning_undoes_what_the_trainer_divides_by(tmp_path: Path) -> None:
     exact = float(rows(net(), *batch()).norm().max())
-    for accumulate, options, factor in ((1, {}, 1), (4, {}, 1), (4, {"reduction": "mean"}, 4)):
+    own = {"reduction": 1 / N}  # all that there is to say, of a trainer that divides too
+    for accumulate, options, factor in (
+        *((1, {}, 1), (4, {}, 1), (4, {"reduction": "mean"}, 1), (4, {"reduction": "sum"}, N)),
+        *((4, own, 4), (4, {"reduction": lambda: 1 / N}, 4)),
+    ):
         callback = adapters.lightning.callback(lambda m: m.net, **options)
         logged = float(trained(tmp_path, callback, accumulate_grad_batches=accumulate)["gradient_norm_max"])
         assert abs(logged * factor / exact - 1) < 1e-4

@@ -36,7 +36,8 @@ class GradientLog:
         if len(S) > 1:
             with contextlib.suppress(QuantityError):  # noise too small to be told: the estimate stays what it was
                 self.noise.update(S)
-        norm = S.norm().float() * (1.0 if "reduction" in self.options else self.factor())
+        own = self.options.get("reduction", "mean") not in ("mean", "sum")  # which has all factors in it
+        norm = S.norm().float() * (1.0 if own else self.factor())
         self.norms = {"gradient_norm_median": float(norm.median()), "gradient_norm_max": float(norm.max())}
 
     def figures(self) -> dict[str, float]:

@@ -17,8 +17,9 @@ def callback(module: Callable[[Any], nn.Module] = lambda pl_module: pl_module, *
 
     ``module`` picks the part of the ``LightningModule`` whose *forward* sees the batch: itself where
     ``training_step`` calls ``self(x)``, else for example ``lambda m: m.net``; where nothing of it was recorded, a
-    warning says so.  The loss is taken for a mean, which the trainer divides for accumulation and scales for mixed
-    precision; say otherwise by ``reduction=``.
+    warning says so.  The loss is taken for a mean (``reduction="sum"``: a sum), and what the trainer divides it by for
+    accumulation, and scales it by for mixed precision, is undone; not so for a ``reduction=`` that is a number or a
+    function, which says all that the loss is.
     """
     base = needed("pytorch_lightning", "pytorch-lightning").Callback
 

@@ -280,6 +280,24 @@ def test_the_log_stays_what_it_was_where_noise_is_too_small() -> None:
     assert log.figures()["gradient_noise_scale"] == before[0] and log.noise.state_dict() == before[1]
 
 
+def test_the_log_goes_on_after_an_overflow() -> None:
+    from persample.adapters._log import GradientLog
+
+    model, (x, y) = net(), batch()
+    logs = [GradientLog(), GradientLog()]
+    for log, scales in zip(logs, ((1.0, 1.0), (1.0, float("inf"), 1.0)), strict=True):
+        log.start(model)
+        for scale in scales:
+            if scale == 1:
+                CE(model(x), y).backward()
+                continue
+            with pytest.warns(UserWarning, match="not finite: it is skipped"):
+                (CE(model(x), y) * scale).backward()
+            assert not torch.tensor(log.figures()["gradient_norm_max"]).isfinite()  # which is that of this batch
+        log.stop()
+    assert logs[0].figures() == logs[1].figures()
+
+
 @pytest.mark.parametrize("weights", ["all", "last_layer"])
 @pytest.mark.parametrize("which", ["empirical_fisher_backend", "ggn_backend"])
 def test_laplace_backends_agree_with_its_own(which: str, weights: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_at_least, number
-from ..errors import ArgumentError, QuantityError
+from ..errors import ArgumentError, QuantityError, warn
 from ..quantities import Quantities
 from .accumulate import Accumulator, adding, check_alike
 from .parts import (
@@ -152,8 +152,13 @@ class NoiseScale(Accumulator[NoiseSums]):
         return NoiseSums(float(n - 1), traces, squares, list(means))
 
     def update(self, G: Quantities) -> None:
-        """Let older batches fade by ``decay``, and add one; a batch that is refused leaves everything as it was."""
+        """Let older batches fade by ``decay``, and add one; a batch that is refused leaves everything as it was, and so
+        does one whose numbers are not finite (overflow in half precision), with a warning.
+        """
         new = self.of(G)
+        if not all(bool(x.isfinite().all()) for x in (*new.trace.values(), *new.square.values())):
+            warn("the gradients of a batch are not finite: it is skipped, and the noise scale stays what it was.")
+            return
         with adding:
             self.value = new if self.value is None else self.value.times(self.decay) + new
 

@@ -318,6 +318,39 @@ def test_laplace_backends_agree_with_its_own(which: str, weights: str) -> None:
     assert posteriors[0].norm() > 0 and torch.allclose(*posteriors, rtol=1e-6, atol=1e-9)
 
 
+class Batches(list[Any]):
+    """What laplace takes for a loader."""
+
+    dataset = range(N)
+
+
+@pytest.mark.parametrize("which", ["empirical_fisher_backend", "ggn_backend"])
+def test_laplace_backends_take_dicts_as_laplace_does(which: str) -> None:
+    """As one argument: ``forward(self, data)``, of any class of mapping."""
+    from collections import UserDict
+
+    from laplace import Laplace
+
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, data: Any) -> Tensor:
+            return self.net(data["input_ids"])
+
+    x, y = batch()
+    backend, posteriors = getattr(adapters.laplace, which)(), []
+    for model, kind in ((net(), None), (Keyed(), dict), (Keyed(), UserDict)):
+        parts = [slice(0, 4), slice(4, N)]
+        batches = [kind({"input_ids": x[at], "labels": y[at]}) if kind else (x[at], y[at]) for at in parts]
+        posterior = Laplace(model, "classification", subset_of_weights="all", hessian_structure="full", backend=backend)
+        posterior.fit(Batches(batches))
+        posteriors.append(posterior.H.clone())
+    assert posteriors[0].norm() > 0
+    assert all(torch.allclose(H, posteriors[0], rtol=1e-9, atol=1e-12) for H in posteriors[1:])
+
+
 def trained(tmp_path: Path, callback: Any, skipped: int = -1, epochs: int = 1, **options: Any) -> dict[str, Tensor]:
     """What is logged in epochs of one batch, given ``accumulate_grad_batches`` or others; one may be skipped."""
     import pytorch_lightning as lightning

@@ -25,14 +25,18 @@ def empirical_fisher_backend() -> type:
     class PersampleEF(curvature.EFInterface):  # type: ignore[misc, name-defined]
         def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
             own = {id(p) for p in self._model.parameters()}  # of the last layer alone, where that is what is asked for
-            inputs = dict(x) if hasattr(x, "keys") else x
             which = lambda name, p: id(p) in own  # noqa: E731
-            G = api.gradients(self.model, lambda f, t: self.lossfunc(f, t), inputs, y, params=which)
+            G = api.gradients(self.model, lambda f, t: self.lossfunc(f, t), _inputs(x), y, params=which)
             rows = G.flat()
             chosen = self.subnetwork_indices
             return rows if chosen is None else rows[:, chosen], G.losses.sum()
 
     return PersampleEF
+
+
+def _inputs(x: Any) -> Any:
+    """A batch as laplace calls models with it: ``model(x)``, also for a dict, which is one positional argument."""
+    return (dict(x),) if hasattr(x, "keys") else x
 
 
 def _output(c: int, out: Tensor, _: Any) -> Tensor:
@@ -50,7 +54,7 @@ def ggn_backend() -> type:
         def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
             if enable_backprop:
                 raise NotImplementedError("rows of persample are not differentiable; use laplace's own backend here")
-            inputs = dict(x) if hasattr(x, "keys") else x
+            inputs = _inputs(x)
             with torch.no_grad():
                 f = self.model(x)
             J = torch.stack(

@@ -135,7 +135,8 @@ class Batch:
         if n == 0:
             raise EmptyBatchError(
                 "the batch has no sample (N = 0), so there is nothing to differentiate. Skip empty "
-                "batches; a step with noise takes them as []: opt.step([])."
+                "batches; a step with noise takes them as []: opt.step([]) of persample.optim, "
+                "fill_grad_sample([], model) for Opacus."
             )
         _check_sizes(given, n, batch_dim)
         trees = [

@@ -79,6 +79,35 @@ def test_opacus_accumulates_and_refuses_coupled_rows() -> None:
     assert all(getattr(p, "grad_sample", None) is None for p in coupled.parameters())
 
 
+def test_opacus_steps_along_noise_for_an_empty_batch() -> None:
+    from opacus.optimizers import DPOptimizer
+
+    model, (x, y) = net(), batch()
+    plain, twin = torch.optim.SGD(model.parameters(), lr=0.5), copy.deepcopy(model)
+    optimizer = DPOptimizer(plain, noise_multiplier=2.0, max_grad_norm=0.3, expected_batch_size=N)
+    with pytest.raises(persample.EmptyBatchError, match=r"fill_grad_sample\(\[\], model\) for Opacus"):
+        persample.gradients(model, CE, x[:0], y[:0])
+    torch.manual_seed(1)
+    optimizer.zero_grad()
+    adapters.opacus.fill_grad_sample([], model)
+    optimizer.step()
+    torch.manual_seed(1)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        noise = torch.normal(0.0, 0.6, p.shape, dtype=p.dtype)
+        assert torch.allclose(q - p, 0.5 * noise / N, rtol=0, atol=1e-12)
+    expected = rows(model, x, y).dense()
+    for pieces in ([[], slice(None)], [slice(0, 2), [], slice(2, None)]):
+        optimizer.zero_grad()
+        for at in pieces:
+            G = [] if isinstance(at, list) else persample.gradients(model, CE, x[at], y[at])
+            adapters.opacus.fill_grad_sample(G, model)
+        for name, p in model.named_parameters():
+            assert torch.allclose(p.grad_sample, expected[name], atol=1e-12)  # type: ignore[attr-defined]
+    optimizer.zero_grad()
+    adapters.opacus.fill_grad_sample([persample.gradients(model, CE, x[i::2], y[i::2]) for i in range(2)], model)
+    assert torch.allclose(model[0].bias.grad_sample[N // 2 :], expected["0.bias"][1::2], atol=1e-12)
+
+
 def test_opacus_takes_the_rows_of_its_own_model_alone() -> None:
     model, (x, y) = net(), batch()
     compiled = torch.compile(model)

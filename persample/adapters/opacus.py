@@ -7,36 +7,50 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import QuantityError
 from ..gradients import Gradients
 from ..optim.clipped import check_independent
 
 
-def fill_grad_sample(G: Gradients, model: nn.Module) -> None:
+def fill_grad_sample(G: Gradients | Sequence[Gradients], model: nn.Module) -> None:
     """Set ``p.grad_sample = G[name]``, ``[N, *P]``, on the parameters of ``model`` that require grad.
 
     It writes ``[N, D]`` numbers.  Raises `QuantityError` where a parameter that requires grad has no rows: the
     optimizer would leave it out of the norms that it clips; and for rows of another model's parameters;
     `BatchCoupledError` for rows of a batch whose samples are coupled.  Before ``optimizer.zero_grad()``, rows are put
-    behind those of the call before: one batch in pieces, of which ``expected_batch_size`` is the size.  Privacy
-    accounting and Poisson sampling remain the user's.
+    behind those of the call before: one batch in pieces, of which ``expected_batch_size`` is the size.  A list is such
+    a batch, and the empty list an empty one, on which the optimizer steps along noise.  Privacy accounting and Poisson
+    sampling remain the user's.
     """
-    check_independent(G)
     model = getattr(model, "_orig_mod", model)  # of a compiled one, the original: gradients have its names
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and name not in G]
-    if missing:
+    pieces = list(G) if isinstance(G, Sequence) else [G]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for piece in pieces:
+        check_independent(piece)
+        _check_rows(piece, trained)
+    if any(getattr(getattr(p, "grad_sample", None), "_processed", False) for p in model.parameters()):
+        raise QuantityError("the optimizer has taken its step with the rows that are there: zero_grad() comes first.")
+    for name, p in trained.items():
+        before = getattr(p, "grad_sample", None)
+        rows = [piece[name] for piece in pieces]
+        if before is None and len(rows) == 1:
+            p.grad_sample = rows[0]  # type: ignore[union-attr]  # as it is, without a copy
+        else:
+            first = p.detach().new_zeros(0, *p.shape) if before is None else before
+            p.grad_sample = torch.cat([first, *rows])  # type: ignore[union-attr]
+
+
+def _check_rows(G: Gradients, trained: Mapping[str, Tensor]) -> None:
+    """Raise unless there are rows of all these parameters."""
+    if missing := [name for name in trained if name not in G]:
         raise QuantityError(
             f"parameter '{missing[0]}' requires grad, but has no rows in {G!r}: clipping needs all of them."
         )
-    for name, p in model.named_parameters():
-        if p.requires_grad and G._parameters.get(name, p) is not p:
+    for name, p in trained.items():
+        if G._parameters.get(name, p) is not p:
             raise QuantityError(f"{G!r} has rows of another model's '{name}'; give the model that they were taken of.")
-    if any(getattr(getattr(p, "grad_sample", None), "_processed", False) for p in model.parameters()):
-        raise QuantityError("the optimizer has taken its step with the rows that are there: zero_grad() comes first.")
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            before = getattr(p, "grad_sample", None)
-            p.grad_sample = G[name] if before is None else torch.cat([before, G[name]])  # type: ignore[union-attr]

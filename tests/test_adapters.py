@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -506,6 +508,49 @@ def test_trainer_callback_logs_what_the_model_alone_would_show(tmp_path: Path) -
     logged = [entry for entry in history if "loss" in entry]
     assert len(logged) == 3 and all(entry["gradient_norm_max"] > 0 for entry in logged)
     assert not watched._forward_hooks
+
+
+def test_an_interrupted_training_leaves_nothing_on_the_model_for_long(tmp_path: Path) -> None:
+    """Nobody tells the callback: its next training ends it, or that nobody has it any more."""
+    import transformers
+
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.left = net().float(), 2
+
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            out = self.net(x)
+            return {"loss": CE(out, labels), "logits": out}
+
+    x, y = batch(n=12)
+    data = [{"x": row.float(), "labels": label} for row, label in zip(x, y, strict=True)]
+    quiet: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, logging_steps=1, **quiet
+    )
+
+    def train(model: nn.Module, callback: Any) -> list[int]:
+        """How many hooks are there afterwards, while the callback is."""
+        with contextlib.suppress(KeyboardInterrupt):
+            transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+        return [len(model._forward_hooks), len(model._forward_pre_hooks)]
+
+    model, callback = Interrupted(), adapters.transformers.callback()
+    assert train(model, callback) == [1, 1]
+    model.left = 3
+    assert train(model, callback) == [0, 0]
+    model.left = 2
+    assert train(model, callback) == [1, 1]
+    del callback
+    model.left = 2
+    for _ in range(2):  # that a forward was interrupted is known at the next one, and the callback is garbage then
+        model(x.float(), y)["loss"].backward()
+        gc.collect()
+    assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,10 @@ from ..statistics import NoiseScale
 
 
 class GradientLog:
-    """Listens to a model through `persample.extend`, and keeps running figures; training is as without it."""
+    """Listens to a model through `persample.extend`, and keeps running figures; training is as without it.
+
+    What listens doesn't keep the log alive: when nothing refers to it any more, the next backward takes the hooks off.
+    """
 
     def __init__(self, decay: float = 0.95, **options: Any) -> None:
         self.noise, self.options = NoiseScale(decay=decay), options
@@ -25,7 +29,15 @@ class GradientLog:
     def start(self, model: nn.Module) -> None:
         self.stop()
         options = {"reduction": "mean", "quantities": ["norm", "mean"], **self.options}
-        self.handle = extend(model, on_backward=self._add, **options)
+        log = weakref.ref(self)
+
+        def add(S: Any) -> None:
+            if (alive := log()) is not None:
+                alive._add(S)
+            else:  # only now: a garbage collection may come in the middle of a forward
+                handle.remove()
+
+        self.handle = handle = extend(model, on_backward=add, **options)
 
     def stop(self) -> None:
         if self.handle is not None:
@@ -36,7 +48,7 @@ class GradientLog:
         if len(S) > 1:
             with contextlib.suppress(QuantityError):  # noise too small to be told: the estimate stays what it was
                 self.noise.update(S)
-        own = self.options.get("reduction", "mean") not in ("mean", "sum")  # which has all factors in it
+        own = self.options.get("reduction", "mean") not in ("mean", "sum")  # which says all factors
         norm = S.norm().float() * (1.0 if own else self.factor())
         self.norms = {"gradient_norm_median": float(norm.median()), "gradient_norm_max": float(norm.max())}
 

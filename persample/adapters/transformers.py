@@ -17,6 +17,10 @@ def callback(**options: Any) -> Any:
     sample's row is N times its share; with gradient accumulation each micro-batch counts as a batch, and its loss may
     carry a factor that scales all norms but not the noise scale.  ``options`` (``params=``, ``reduction=``, ...) go
     to `persample.extend`.
+
+    The trainer doesn't tell its callbacks of an exception (Ctrl-C): what listens then stays on the model until this
+    callback's next training ends, until ``callback.gradients.stop()``, or, when nothing refers to trainer and
+    callback any more, until the next backward.
     """
     base = needed("transformers", "transformers").TrainerCallback
 

@@ -67,6 +67,8 @@ class PerSampleAdam(Named):
     single samples: steps are shorter by up to ``sqrt(N)``, so it wants a larger learning rate than Adam.
 
     ``step(G)`` takes `Gradients`, or for ``group_size=1`` `Statistics` of ``quantities=["mean", "second_moment"]``.
+    Parameters that no loss of a batch uses have a gradient of zero, so that moments and weight decay move them, where
+    `torch.optim.AdamW` leaves alone those whose ``.grad`` is ``None``.
     A complex entry is two real ones, as in `torch.optim.AdamW`: its parts have second moments of their own, which need
     `Gradients` (unless the group is the batch), and have their rows written.
 

@@ -99,8 +99,10 @@ class ClippedSGD(Named):
     ``step(G)`` takes the `Gradients` of the optimizer's parameters, or cheaper, `Statistics` of a run with
     ``quantities=[("clip", {"max_norm": C})]`` of the same ``C``, which keeps factors (rows where these are smaller)
     until all norms are known.  A list of them is one batch in pieces (gradient accumulation: noise is added once), and
-    the empty list an empty batch.  The rest is `torch.optim.SGD`, to which it is equal for ``C`` large and no noise.
-    State (``state_dict``) is the momentum; the generator's is yours.
+    the empty list an empty batch.  The rest is `torch.optim.SGD`, to which it is equal for ``C`` large and no noise;
+    but for parameters that no loss of a batch uses: their gradient is zero (and noise), so that momentum and weight
+    decay move them, where torch's leaves alone those whose ``.grad`` is ``None``.  State (``state_dict``) is the
+    momentum; the generator's is yours.
 
     Args:
         params: ``model.named_parameters()``.
@@ -128,7 +130,11 @@ class ClippedSGD(Named):
 
 
 class ClippedAdam(Named):
-    """Adam (with decoupled weight decay: AdamW) on clipped and noised per-sample gradients; see `ClippedSGD`."""
+    """Adam (with decoupled weight decay: AdamW) on clipped and noised per-sample gradients; see `ClippedSGD`.
+
+    Parameters that no loss of a batch uses have a gradient of zero (and noise): moments and weight decay move them,
+    where `torch.optim.AdamW` leaves alone those whose ``.grad`` is ``None``.
+    """
 
     own = ("clipping",)
 

@@ -84,6 +84,8 @@ def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor)
     shape, axis = out.shape, layout.axis
     if layout.alone is not None or (func is F.embedding and args and first is not args[0]):
         return False
+    if func in _ADDS and not (len(args) > 1 and first is args[1] and axis == 0):
+        return False
     if len(sampled) == 1:
         if first.shape == shape:
             return func not in PRODUCTS or not args or first is args[0]
@@ -144,7 +146,7 @@ def _followed(
         return agree(out, layout.n, 0, first.flatten(), layout.owners(), seen) if first.ndim == 1 else None
     if func is torch.cdist:
         return _distances(args, kwargs, sampled, out)
-    if func in _GROWS:
+    if func in _GROWS or func in _ADDS:
         axes = _grown(layout, func, args, kwargs, sampled, out)
         return replace(layout, axis=axes[0]) if len(axes) == 1 else None
     if func is torch.einsum:
@@ -289,7 +291,12 @@ _MEETS: dict[Function, int] = {
 }
 _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *JOINS, *GATHERS, *_SPREADS, *_REDUCES, *WRITES, *COPIES}
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
-_GROWS = {*named("tensordot", "as_strided", "transpose_copy", "permute_copy"), *GATHERS} - STACKS
+_GROWS = {
+    *named("tensordot", "inner", "chain_matmul", "as_strided", "transpose_copy", "permute_copy"),
+    *GATHERS,
+} - STACKS
+_GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.linalg.lstsq, torch.kron}
+_ADDS = named("addmm", "addbmm", "baddbmm", "addmv", "addr")  # the samples of the first factor stay where they are
 _SPECIAL |= {F.embedding_bag, torch.einsum, torch.cdist, *_GROWS}
 _COUNTED = named("bincount")
 _SPECIAL |= _COUNTED

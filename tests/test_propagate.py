@@ -291,3 +291,25 @@ def test_chains_of_one_sample(part: Any, steps: list[int]) -> None:
     if out.numel():
         assert isinstance(kind, SampledTensor) and kind.layout is not None and only(kind.layout) == sample
     assert not any(call.couples for ref in capture.recorded if (call := ref()) is not None)
+
+
+ELSEWHERE: dict[str, tuple[Operation, bool]] = {  # of a square matrix of four samples; whether they are somewhere
+    "inner_second": (lambda x: torch.inner(W, x), True),
+    "inner_first": (lambda x: torch.inner(x, W), True),
+    "addmm_second": (lambda x: torch.addmm(W, W, x), False),
+    "addmm_first": (lambda x: torch.addmm(W, x, W), True),
+    "addmm_turned": (lambda x: torch.addmm(W[:, :1], W, x.T), True),
+    "addbmm_second": (lambda x: torch.addbmm(W, W[None], x[None]), False),
+    "multi_dot_middle": (lambda x: torch.linalg.multi_dot([W, x, W]), False),
+    "multi_dot_last": (lambda x: torch.linalg.multi_dot([W, W, x.T]), True),
+    "solve_right": (lambda x: torch.linalg.solve(W, x.T), True),
+    "solve_summed": (lambda x: torch.linalg.solve(W, x), False),
+    "solve_left": (lambda x: torch.linalg.solve(W, x, left=False), True),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_factors_that_are_as_large_as_their_product(name: str) -> None:
+    operation, known = ELSEWHERE[name]
+    torch.manual_seed(0)
+    assert (check(operation, torch.randn(4, 4), Layout(4)) is not None) == known

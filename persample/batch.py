@@ -230,7 +230,7 @@ def _is_packed(x: Any) -> bool:
 
 def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis], bool]:
     """Leaves, structure and claimed axes; whether they were the default."""
-    if any(_is_packed(x) for x in tree_leaves(tree, is_leaf=_is_packed)):
+    if not isinstance(tree, Tensor) and any(map(_is_packed, tree_leaves(tree, is_leaf=_is_packed))):
         raise SampleAxisError(
             f"{what}: the samples of a PackedSequence are on no axis. Pass the padded tensor and the lengths, as a "
             "tensor, and pack inside the model (torch.nn.utils.rnn.pack_padded_sequence)."

@@ -257,9 +257,14 @@ class Capture(TorchFunctionMode):
 
     def _run(self, call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function itself, or what puts it into a graph that is ours alone."""
-        replays = self.once and call.shared and func in rules.REPLAYED and not kwargs
-        lone = any(at is not None and at.alone is not None for at in call.layouts.values())  # no rule serves these
-        if replays and not lone and not saves_elsewhere():
+        if (
+            self.once
+            and call.shared
+            and func in rules.REPLAYED
+            and not kwargs
+            and all(at is None or at.alone is None for at in call.layouts.values())  # no rule serves lone samples
+            and not saves_elsewhere()
+        ):
             out = rules.REPLAYED[func](call, *args)
             if out is not NotImplemented:
                 return out

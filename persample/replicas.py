@@ -18,6 +18,8 @@ _SEEN: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 def see(model: nn.Module) -> None:
     """Gradients of this model may come back, to be written or stepped along."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
     _SEEN.update(module for module in modules_of(model) if isinstance(module, DistributedDataParallel))
 
 

@@ -76,16 +76,16 @@ def test_primitives(name: str, variant: str) -> None:
         check(*EXAMPLES[name])
 
 
-@pytest.mark.parametrize("lanes", [2, 3, 64])
+@pytest.mark.parametrize("lanes", [3, 64])
 @pytest.mark.parametrize("how", ["offsets", "native", "tokens"])
-@pytest.mark.parametrize("block", [40, 100, 10**4])
+@pytest.mark.parametrize("block", [40, 10**4])
 @same
 def test_every_thread_has_totals_of_its_own(
     name: str, block: int, how: str, lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Samples are dealt out to totals, however many there are of both, block by block."""
     monkeypatch.setattr(cost, "lanes", lambda like, n, row: lanes)
-    for n in (1, 2, 5, 8):
+    for n in (1, 5, 8):
         g, rows = examples(5, n)[name]
         with cost.using(block=block, long=1, wide=10**9, conv_rows=how, outer_moments="stream"):
             close(reductions.square_sum(g), rows.square().sum(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports it
@@ -17,6 +18,12 @@ torch.set_num_threads(1)  # tensors here are small, and the workers share the co
 settings.register_profile("repeat", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+
+def pytest_collection_finish() -> None:
+    """What all modules have made by now is nobody's garbage: tests that collect it look at what is new only."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

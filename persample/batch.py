@@ -224,22 +224,28 @@ def _prefix(dims: PyTree, tree: Any) -> list[Axis]:
     raise ValueError(f"{dims!r} for a {type(tree).__name__}")
 
 
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, PackedSequence)
+def _check_not_packed(tree: Any, dims: list[Axis], what: str) -> None:
+    """Raise for packed sequences whose samples are asked for."""
+    at = 0
+    for x in tree_leaves(tree, is_leaf=lambda x: isinstance(x, PackedSequence)):
+        size = len(tree_leaves(x)) if isinstance(x, PackedSequence) else 1
+        if isinstance(x, PackedSequence) and any(axis is not None for axis in dims[at : at + size]):
+            raise SampleAxisError(
+                f"{what}: the samples of a PackedSequence are on no axis. Pass the padded tensor and the lengths, as a "
+                "tensor, and pack inside the model (torch.nn.utils.rnn.pack_padded_sequence)."
+            )
+        at += size
 
 
 def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis], bool]:
     """Leaves, structure and claimed axes; whether they were the default."""
-    if not isinstance(tree, Tensor) and any(map(_is_packed, tree_leaves(tree, is_leaf=_is_packed))):
-        raise SampleAxisError(
-            f"{what}: the samples of a PackedSequence are on no axis. Pass the padded tensor and the lengths, as a "
-            "tensor, and pack inside the model (torch.nn.utils.rnn.pack_padded_sequence)."
-        )
     leaves, spec = tree_flatten(tree)
     try:
         dims = _prefix(dim, tree)
     except ValueError as error:
         raise SampleAxisError(f"batch_dim does not fit the {what}: {error}") from None
+    if len(leaves) > 1 and any(axis is not None for axis in dims):
+        _check_not_packed(tree, dims, what)
     axes: list[Axis] = []
     default = isinstance(dim, int)
     for x, claimed in zip(leaves, dims, strict=True):

@@ -73,7 +73,7 @@ class Capture(TorchFunctionMode):
                         self.roots.append(t)
                         self.names[id(t)] = prefix + name
         known = self.followed.known  # tensors derived before remember the parameters that were wanted then
-        for key in [key for key, (_, kind) in known.items() if isinstance(kind, SharedTensor)]:
+        for key in [key for key, (_, kind, _) in known.items() if isinstance(kind, SharedTensor)]:
             del known[key]
 
     def start(self, n: int, inputs: Iterable[tuple[Tensor, int | None]]) -> None:

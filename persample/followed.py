@@ -62,7 +62,9 @@ class Followed:
     def __init__(self, wanted: set[int]) -> None:
         """``wanted``: ids of the parameters whose gradients are asked for."""
         self.wanted = wanted
-        self.known: dict[int, tuple[weakref.ref[Tensor], SampledTensor | SharedTensor]] = {}
+        self.known: dict[int, tuple[weakref.ref[Tensor], SampledTensor | SharedTensor, int]] = {}
+        self.many = 0  # of these, when those that are gone were last looked for
+        self.forwards = 0
         self.n = 0
         self.derived = 0  # how many tensors were
         self.acts = Acts()
@@ -70,7 +72,10 @@ class Followed:
     def begin(self, n: int, shared: Iterable[Tensor], inputs: Iterable[tuple[Tensor, int | None]]) -> None:
         """These tensors are shared, and these the inputs, each with its sample axis (``None``: shared)."""
         self.n = n
-        self.known = {key: entry for key, entry in self.known.items() if entry[0]() is not None}  # not of every forward
+        self.forwards += 1
+        if len(self.known) > 2 * self.many + 100:  # or a with-block around a whole training would keep all
+            self.known = {key: entry for key, entry in self.known.items() if entry[0]() is not None}
+            self.many = len(self.known)
         root = SharedTensor(None)
         for t in shared:
             self.mark(t, root)
@@ -94,12 +99,14 @@ class Followed:
         self.acts = Acts()
 
     def mark(self, t: Tensor, kind: SampledTensor | SharedTensor) -> None:
-        self.known[id(t)] = (weakref.ref(t), kind)
+        self.known[id(t)] = (weakref.ref(t), kind, self.forwards)
 
     def kind(self, t: Tensor) -> SampledTensor | SharedTensor | None:
         entry = self.known.get(id(t))
         kind = entry[1] if entry is not None and entry[0]() is t else None
-        if isinstance(kind, SampledTensor) or not t.requires_grad or t.grad_fn is None:
+        if isinstance(kind, SampledTensor):  # what is kept of an earlier forward, and detached, is a constant
+            return kind if t.requires_grad or entry is None or entry[2] == self.forwards else None
+        if not t.requires_grad or t.grad_fn is None:
             return kind
         seen = (kind is not None and kind.version == t._version) or is_wrapped([t])
         return kind if seen else self._unseen(t)
@@ -265,7 +272,7 @@ class Followed:
 
     def _seen(self) -> list[Layout]:
         """The layouts of tensors so far, as far as their places aren't taken by others."""
-        kinds = (kind for _, kind in self.known.values())
+        kinds = (kind for _, kind, _ in self.known.values())
         return [kind.layout for kind in kinds if isinstance(kind, SampledTensor) and kind.layout is not None]
 
     def follow_reshaped(

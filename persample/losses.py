@@ -9,8 +9,11 @@ sample's positions.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +28,7 @@ from torch.nn import functional as F
 from .batch import Batch, Tree, taken_apart
 from .errors import LossError, warn
 from .layout import spreads
+from .state import restored
 from .telling import tell
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -310,19 +314,29 @@ def warn_if_not_mean(loss_fn: LossFunction, whole: Tensor, losses: Tensor, outpu
 
 
 def _check_any_size(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> None:
-    """Raise for a criterion that can't be given another number of samples."""
+    """Raise for a criterion in which another number of samples meets something of ``n``; asked once."""
+    if (key := id(loss_fn)) in _SIZED:
+        return
     size = 3 if n == 2 else 2
     some = torch.arange(size, device="cpu") % n
-    with torch.no_grad(), warnings.catch_warnings():
+    owner = loss_fn if isinstance(loss_fn, torch.nn.Module) else torch.nn.Identity()
+    with restored(owner), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             loss_fn(outputs.select(some).whole(), targets.select(some).whole())
         except Exception as error:
+            if not {str(n), str(size)} <= {*re.findall(r"\d+", str(error))}:
+                return  # it has other reasons, to want more samples for instance
             raise LossError(
                 f"loss_fn takes all N = {n} samples, and one alone, where it has another value, but not {size} of them "
                 f"({type(error).__name__}: {error}): it uses a tensor of N samples from outside (a closure), which is "
                 "compared with every sample alone. Pass it as targets=."
             ) from error
+    with contextlib.suppress(TypeError):  # what no weak reference can be made to is asked again
+        _SIZED[key] = weakref.ref(loss_fn, lambda _: _SIZED.pop(key, None))
+
+
+_SIZED: dict[int, weakref.ref[Any]] = {}  # criteria that were asked, by id
 
 
 def per_sample(loss_fn: LossFunction, outputs: Any, targets: Any = None, batch_dim: Any = 0) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
@@ -134,7 +135,7 @@ class Quantities(abc.ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._at = {**stamps(self._parameters), **self._at}  # a copy's tensors begin to count changes anew
+        self._at = {**stamps(self._parameters), **state.get("_at", {})}  # a copy's tensors begin to count changes anew
         self._parameters = Elsewhere(self._parameters)
 
     # ---- sample space: parameters add up ------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def notion_of(G: Any) -> str:
     """What the note on rows says of a coupled batch: the notion that they are of, or "batch-coupled" (of parameters
     that are not coupled themselves); "" where samples are independent, as far as that is known.
     """
-    notes = str(getattr(G, "note", "")).split(", ")
+    notes = re.split(r", (?![^\[]*\])", str(getattr(G, "note", "")))  # not within table[0, :]
     found = [note for note in notes if note and not note.startswith(("verif", "not verif"))]
     return found[0].removeprefix("coupled=").strip("'") if found else ""
 

@@ -102,6 +102,8 @@ class Probe:
             silent = ENGINES[engine](self.problem, again.keep)
             if not drawn_since(again.before, model):
                 return again._compare(silent), "verified with dropout off"
+        with restored(*self.problem.owners, begin=self.buffers):  # no backward follows, so no dropout is run again
+            check_alone(self.problem, self.n, told=False)
         assert run.losses is not None
         loss, grads = self._held_against(_within_batch, self.n)
         if _differ(run.losses[self.n], loss, self.problem):
@@ -252,13 +254,15 @@ def inner_types(problem: Problem) -> frozenset[torch.dtype]:
 
 
 @judged_by_inner_types
-def check_alone(problem: Problem, n: int) -> None:
-    """For engines that run samples alone: raise where sample ``n`` has another loss within the batch (dropout off)."""
+def check_alone(problem: Problem, n: int, told: bool = True) -> None:
+    """For engines that run samples alone: raise where sample ``n`` has another loss within the batch (dropout off).
+    ``told``: as for `_batch_losses`.
+    """
     with restored(*problem.owners), NoDropout(), torch.enable_grad():
         before, buffers = random_state(problem.model), Buffers(*problem.owners)
         alone = one_sample(problem, n, [])[0]
         buffers.restore()
-        batch = _batch_losses(problem, told=True)[n]
+        batch = _batch_losses(problem, told)[n]
         if drawn_since(before, problem.model):
             return  # other random draws than dropout: nothing to compare
     if _differ(batch, alone, problem):

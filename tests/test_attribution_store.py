@@ -1119,3 +1119,31 @@ def test_batches_draw_numbers_of_their_own(tmp_path: Path) -> None:
     mine = store(tmp_path, net)
     mine.extend(LOSS, [data()[:], data()[:]])
     assert not torch.allclose(mine.rows()[:N], mine.rows()[N:])
+
+
+@pytest.mark.parametrize("projection", [None, Projection(8)])
+def test_hooks_of_what_is_around_the_model_are_run(tmp_path: Path, projection: Projection | None) -> None:
+    net, (x, y) = model(), data().tensors
+    around = nn.DataParallel(net)
+    around.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    G = persample.gradients(around, LOSS, x, y)
+    want = G.flat() if projection is None else G.project(projection)
+    mine = GradientStore(tmp_path / "rows", around, projection=projection)
+    mine.extend(LOSS, loader(size=4))
+    assert torch.allclose(mine.rows(), want.to(mine.rows().dtype), rtol=1e-5, atol=1e-6)
+    K = cross_gram(around, LOSS, loader(size=4), loader(size=3), projection=projection)
+    assert torch.allclose(K, want @ want.T, rtol=1e-5, atol=1e-6)
+
+
+class Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def test_a_first_sample_that_is_alone_tells_no_notion(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, (x, y) = nn.Sequential(nn.Linear(3, 4), Shifted(), nn.Linear(4, 2)).double(), data().tensors
+    mine = store(tmp_path, net, params="2")
+    for n in (1, 5, 1, 4):
+        mine.append(persample.gradients(net, LOSS, x[:n], y[:n], params="2"))
+    assert len(mine) == 11 and json.loads((tmp_path / "rows.json").read_text())["notion"] == "batch-coupled"

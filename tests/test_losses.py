@@ -465,3 +465,26 @@ def test_losses_that_are_zero_alone_compare_samples() -> None:
             persample.gradients(model, loss, x, y)
         assert not persample.check(model, loss, x, y).ok
     assert persample.gradients(model, lambda z, _: (z - 99).relu().mean(), x).losses.eq(0).all()
+
+
+def test_criteria_that_want_many_samples_are_no_closures() -> None:
+    """And are asked once only, and from the state that they are in."""
+
+    class Mines(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, out: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            losses = F.cross_entropy(out, y, reduction="none")
+            return losses.mean() if len(losses) == 1 else 2 * losses.topk(3).values.mean()
+
+    loss, out, y = Mines(), scores(C), labels()
+    counted = []
+    for _ in range(3):
+        before = float(loss.calls)
+        with pytest.warns(UserWarning, match="the criterion of the whole batch"):
+            persample.gradients(nn.Linear(C, C).double(), loss, out, y, verify=False)
+        counted.append(float(loss.calls) - before)
+    assert counted[0] == counted[1] == counted[2]

@@ -22,7 +22,7 @@ from .features import Features
 from .loaders import Ends, Unpack, check_ordered, missing, unpacked
 from .projection import Projection
 from .scores import grad_dot
-from .store import another, describe, same_settings
+from .store import another, describe, same_parameters, same_settings
 
 
 def cross_gram(
@@ -62,7 +62,8 @@ def cross_gram(
             same for every block, or ``out`` of something else, or damaged.
     """
     _check(train_loader, test_loader, block, options)
-    model = unwrapped(model)[0]  # gradients are its, whatever was put around it
+    runs, model = model, unwrapped(model)[0]  # with what was put around it; names are those inside
+    chosen = same_parameters(model, params)
 
     def left(done: int, ends: Ends) -> Iterator[tuple[int, Any, Any, Ends]]:
         return missing(train_loader, done, ends, unpack, progress, options)
@@ -70,9 +71,9 @@ def cross_gram(
     def features(inputs: Any, targets: Any) -> Any:
         with Buffers(model):
             if projection is None:
-                return gradients(model, loss_fn, inputs, targets, params=params, **options)
+                return gradients(runs, loss_fn, inputs, targets, params=chosen, **options)
             asked = [("project", {"projection": projection})]
-            return gradients(model, loss_fn, inputs, targets, params=params, quantities=asked, **options).project()
+            return gradients(runs, loss_fn, inputs, targets, params=chosen, quantities=asked, **options).project()
 
     meta: dict[str, Any] = {"block": block, "loss": called(loss_fn), "coupled": options.get("coupled")}
     if out is not None:

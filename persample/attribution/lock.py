@@ -52,18 +52,19 @@ def locked(path: Path) -> Iterator[None]:
     """Wait until nobody else is in here with this file, which is made if needed, and its directory too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
+        taken = True
         try:
             _take(file.fileno())
         except OSError as error:
             if error.errno not in NONE_HERE:
                 raise
+            taken = False
             warn(
                 f"{path} can't be locked ({error.strerror}): two processes that write there at the same moment may "
                 "overwrite each other's rows. Let one write, or use a file system that has locks."
             )
-            yield
-            return
         try:
             yield
         finally:
-            _let_go(file.fileno())  # not by closing alone: a process that was forked meanwhile has the file, too
+            if taken:
+                _let_go(file.fileno())  # not by closing alone: a process that was forked meanwhile has the file, too

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import Any
 
@@ -63,7 +63,8 @@ class GradientStore:
                 "float32), and integers would lose what is behind the point."
             )
         self.table = Appendable(path, "rows")
-        model = None if model is None else unwrapped(model)[0]  # rows are its, whatever was put around it
+        self._runs = model  # with what was put around it; names are those inside
+        model = None if model is None else unwrapped(model)[0]
         self.model, self.projection, self.dtype = model, projection, dtype
         if model is None:
             if not self.table.there:
@@ -137,7 +138,7 @@ class GradientStore:
         """
         if self.model is None:
             raise StoreError("this store was opened for reading; give it a model.")
-        if not callable(loss_fn) or not isinstance(loader, Iterable):
+        if callable(loader) and not callable(loss_fn):
             raise ArgumentError(
                 "extend takes the loss function first, and then the loader: extend(loss_fn, loader), got "
                 f"{type(loss_fn).__name__} and {type(loader).__name__}."
@@ -155,7 +156,8 @@ class GradientStore:
         done, ends, own = len(self), self.table.meta.get("samples", {}), self._settings()
         for first, inputs, targets, samples in missing(loader, done, ends, unpack, progress, options):
             with Buffers(self.model):
-                G = gradients(self.model, loss_fn, inputs, targets, params=self.names, quantities=quantities, **options)
+                chosen = same_parameters(self.model, self.names)
+                G = gradients(self._runs, loss_fn, inputs, targets, params=chosen, quantities=quantities, **options)
             own = lasting(own, settings(self.model))
             self._append(G, first, own, samples=samples, **asked)
 
@@ -188,12 +190,12 @@ class GradientStore:
         if self.projection is None and isinstance(G, Statistics):
             raise StoreError("whole rows need the rows: compute gradients without quantities=.")
 
-    def _notion(self, G: Quantities) -> str:
-        """What the rows of the store are, these included."""
+    def _notion(self, G: Quantities) -> str | None:
+        """What the rows of the store are, these included; ``None``: a sample that was alone doesn't tell."""
         mine = notion_of(G)
         theirs: str | None = self.table.meta.get("notion") if len(self) else None
         if theirs is None:  # there are none, or those of an earlier version, which kept nothing of it
-            return mine
+            return mine if mine or len(G) > 1 else None
         alone = len(G) == 1 and {mine, theirs} == {"", COUPLED}  # no other sample is there to act on it
         if mine != theirs and not alone:
             there, here = (repr(x) if x else "of independent samples" for x in (theirs, mine))
@@ -237,6 +239,12 @@ def describe(model: nn.Module, params: Selection, projection: Projection | None,
         "projection": None if projection is None else projection.spec(),
         "model": fingerprint(model),
     }
+
+
+def same_parameters(model: nn.Module, params: Selection) -> Callable[[str, Tensor], bool]:
+    """A selection of the same parameters by whichever names: those that a wrapper gives them."""
+    chosen = {id(p) for p in asked_for(model, params)[0].values()}
+    return lambda _, p: id(p) in chosen
 
 
 def same_settings(table: Appendable, now: Settings, counters: bool = False) -> Settings:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..arguments import check_positive
 from ..attribution.scores import influence_from_gram
 from ..errors import ArgumentError, QuantityError
-from ..quantities import Quantities
+from ..quantities import Quantities, check_adds_up
 from ..scratch import kernel
 from .updates import Named, descend, summing
 
@@ -137,7 +137,10 @@ class GradientSurgery(Named):
 
     def step(self, G: Quantities, groups: Tensor | None = None) -> None:  # type: ignore[override]
         """Take a step along the weighted gradients of samples, or of groups of samples."""
-        descend(self, summing(G).sum(surgery_weights(G.gram(), self.weighting, groups)))
+        summing(G)
+        weight = surgery_weights(G.gram(), self.weighting, groups)
+        check_adds_up(G, weight)
+        descend(self, G.sum(weight))
 
 
 def surgery_weights(K: Tensor, weighting: Weighting, groups: Tensor | None = None) -> Tensor:

@@ -25,8 +25,23 @@ from ..quantities import Quantities
 V = TypeVar("V")
 
 adding = threading.Lock()  # of all accumulators, as it is short; one of their own would be in the way of copies
-if hasattr(os, "register_at_fork"):  # a process forks between additions: in the child, nobody would end one
-    os.register_at_fork(before=adding.acquire, after_in_parent=adding.release, after_in_child=adding.release)
+_forking = threading.local()  # whether this thread has taken it to fork: it may be interrupted while it waits
+
+
+def _before_fork() -> None:
+    """A process forks between additions: in the child, nobody would end one."""
+    _forking.takes = False
+    _forking.takes = adding.acquire()
+
+
+def _after_fork() -> None:
+    if _forking.takes:
+        _forking.takes = False
+        adding.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def check_alike(mine: Iterable[str], others: Iterable[str]) -> None:

@@ -136,7 +136,7 @@ class GradientStore:
             StoreError: as `append`, and for another loss function, ``coupled`` or samples than before, or coupled
                 samples in other batches.
         """
-        if self.model is None:
+        if self.model is None or self._runs is None:
             raise StoreError("this store was opened for reading; give it a model.")
         if callable(loader) and not callable(loss_fn):
             raise ArgumentError(

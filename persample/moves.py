@@ -162,6 +162,10 @@ def _repeated(
         len(args) == 1 and "repeats" not in kwargs
     ):  # repeat_interleave(counts): every sample's number as often as it says
         return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
+    if func in named("repeat_interleave"):
+        dim = bind(args, kwargs, "input", "repeats", "dim")[2]
+        if type(dim) is int and dim % args[0].ndim != layout.axis:
+            return layout  # of tokens or features, each as often as it says
     return read(layout, func(numbered(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
 
 

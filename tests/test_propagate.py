@@ -76,6 +76,8 @@ MOVES: dict[str, Operation] = {
     "repeat": lambda x: x.repeat(2, 1, 1),
     "tile_new": lambda x: x.tile(3, 1, 1, 1),
     "repeat_interleave": lambda x: x.repeat_interleave(3, 0),
+    "repeat_tokens": lambda x: torch.repeat_interleave(x, torch.arange(x.shape[1]), dim=1),
+    "repeat_features": lambda x: x.repeat_interleave(2, -1),
     "expand": lambda x: x.expand(5, *x.shape),
     "by_index": lambda x: x[IDS],
     "by_mask": lambda x: x[IDS > 1],

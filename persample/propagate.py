@@ -295,7 +295,7 @@ _GROWS = {
     *named("tensordot", "inner", "chain_matmul", "as_strided", "transpose_copy", "permute_copy"),
     *GATHERS,
 } - STACKS
-_GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.linalg.lstsq, torch.kron}
+_GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.kron}
 _ADDS = named("addmm", "addbmm", "baddbmm", "addmv", "addr")  # the samples of the first factor stay where they are
 _SPECIAL |= {F.embedding_bag, torch.einsum, torch.cdist, *_GROWS}
 _COUNTED = named("bincount")

@@ -84,8 +84,10 @@ def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor)
     shape, axis = out.shape, layout.axis
     if layout.alone is not None or (func is F.embedding and args and first is not args[0]):
         return False
-    if func in _ADDS and not (len(args) > 1 and first is args[1] and axis == 0):
-        return False
+    if func in _ADDS:  # samples of the first factor (of both, if they are batches of matrices) stay where they are
+        alike = all(at.axis == 0 and same(at, layout) for _, at in sampled)
+        left, right = (any(x is factor for x, _ in sampled) for factor in args[1:3]) if len(args) > 2 else (False, True)
+        return alike and left and (not right or args[2].ndim == 3)
     if len(sampled) == 1:
         if first.shape == shape:
             return func not in PRODUCTS or not args or first is args[0]
@@ -292,11 +294,11 @@ _MEETS: dict[Function, int] = {
 _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *JOINS, *GATHERS, *_SPREADS, *_REDUCES, *WRITES, *COPIES}
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
 _GROWS = {
-    *named("tensordot", "inner", "chain_matmul", "as_strided", "transpose_copy", "permute_copy"),
+    *named("tensordot", "inner", "addbmm", "chain_matmul", "as_strided", "transpose_copy", "permute_copy"),
     *GATHERS,
 } - STACKS
 _GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.kron}
-_ADDS = named("addmm", "addbmm", "baddbmm", "addmv", "addr")  # the samples of the first factor stay where they are
+_ADDS = named("addmm", "baddbmm", "addmv", "addr")
 _SPECIAL |= {F.embedding_bag, torch.einsum, torch.cdist, *_GROWS}
 _COUNTED = named("bincount")
 _SPECIAL |= _COUNTED

@@ -54,7 +54,7 @@ class Listener:
         self.outputs: Any = None  # of the last forward
         self._outside: list[str] = []  # parameters that act outside of the forward
         self._coupled = False  # a forward since the last report, though not for these parameters
-        self.reported = False  # a backward has come through the last forward
+        self._reported = False  # a backward has come through the last forward
         self._lock = threading.Lock()
         self._calls: list[weakref.ref[Call]] = []
         self.running: list[weakref.ref[Call]] = []  # those of a forward, or a with-block, that goes on
@@ -203,7 +203,7 @@ class Listener:
         arrived, self._arrived = self._arrived, []
         if collect is None:
             return
-        self.reported = True
+        self._reported = True
         if self._creates:  # what comes back from derivatives of this backward is no gradient of the losses
             for call in arrived:
                 call.listener = _second

@@ -143,7 +143,7 @@ class Recorder:
         self._capture: Capture | None = None
         self._modes = contextlib.ExitStack()  # that stay on for a forward, or a whole with-block
         self._entered = False  # the mode is on for a whole with-block
-        self.reported = False  # rows of the last forward were asked for
+        self._reported = False  # rows of the last forward were asked for
         self._depth = 0
         self._frame: FrameType | None = None  # of the forward that runs
         self._thread = 0  # that runs the forward, or the with-block
@@ -235,9 +235,9 @@ class Recorder:
             if self._listener is not None:
                 self._listener.asked = asked
         asked_of: Any = self if self._listener is None else self._listener
-        if asked_of.reported:
+        if asked_of._reported:
             capture.next_batch()
-            asked_of.reported = False
+            asked_of._reported = False
         capture.recorded[:] = alive(capture.recorded)  # or a with-block around all of a training would keep them
         capture.start(batch.n, batch.inputs.tensors())
 
@@ -380,7 +380,7 @@ class Recorder:
                 raise LossError(
                     f"gradients() needs [N] losses, one for each of N = {n} samples, got {tuple(losses.shape)}.{out}"
                 )
-            self.reported = True
+            self._reported = True
             if coupled == "loss":
                 result = self._by_losses(losses, asked, wanted)
             else:

@@ -10,7 +10,6 @@ more passes of the batch.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -93,17 +92,15 @@ class Probe:
         model = self.problem.model
         if not drawn_since(self.before, model):
             return self._compare(run), ""
-        with (
-            contextlib.suppress(RecomputedDropout),
-            restored(*self.problem.owners, begin=self.buffers),
-            NoDropout(differentiated=True),
-        ):
-            again = Probe(self.problem, self.n)
-            silent = ENGINES[engine](self.problem, again.keep)
-            if not drawn_since(again.before, model):
-                return again._compare(silent), "verified with dropout off"
-        with restored(*self.problem.owners, begin=self.buffers):  # no backward follows, so no dropout is run again
-            check_alone(self.problem, self.n, told=False)
+        try:
+            with restored(*self.problem.owners, begin=self.buffers), NoDropout(differentiated=True):
+                again = Probe(self.problem, self.n)
+                silent = ENGINES[engine](self.problem, again.keep)
+                if not drawn_since(again.before, model):
+                    return again._compare(silent), "verified with dropout off"
+        except RecomputedDropout:
+            with restored(*self.problem.owners, begin=self.buffers):  # no backward follows: nothing is run again
+                check_alone(self.problem, self.n, told=False)
         assert run.losses is not None
         loss, grads = self._held_against(_within_batch, self.n)
         if _differ(run.losses[self.n], loss, self.problem):
@@ -399,8 +396,9 @@ def raise_if_wrong(verdicts: list[Verdict], engine: str | None) -> None:
             if engine is None
             else (
                 f"that sample alone (engine='{engine}')",
-                "samples on another axis than assumed where sizes coincide, a rule that is wrong, or values that are "
-                "discontinuous in single precision. Use engine='loop', or",
+                "samples on another axis than assumed where sizes coincide, a rule that is wrong, values that are "
+                "discontinuous in single precision, or gradients of nothing but rounding (a bias that cancels, asked "
+                "for alone). Use engine='loop', or",
             )
         )
         raise VerificationError(

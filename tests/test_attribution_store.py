@@ -1147,3 +1147,20 @@ def test_a_first_sample_that_is_alone_tells_no_notion(tmp_path: Path) -> None:
     for n in (1, 5, 1, 4):
         mine.append(persample.gradients(net, LOSS, x[:n], y[:n], params="2"))
     assert len(mine) == 11 and json.loads((tmp_path / "rows.json").read_text())["notion"] == "batch-coupled"
+
+
+def test_data_sets_of_batches_are_loaders(tmp_path: Path) -> None:
+    """What is read by its index alone, as iteration allows."""
+
+    class Batches:
+        def __getitem__(self, i: int) -> Any:
+            if i > 2:
+                raise IndexError
+            return [t[3 * i : 3 * i + 3] for t in data().tensors]
+
+    net = model()
+    mine = store(tmp_path, net)
+    mine.extend(LOSS, Batches())  # type: ignore[arg-type]
+    close(mine.rows(), flat(net)[:9])
+    with pytest.raises(ArgumentError, match="loss function first"):
+        mine.extend(loader(), LOSS)  # type: ignore[arg-type]

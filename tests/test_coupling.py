@@ -194,11 +194,14 @@ def test_rows_that_do_not_add_up_are_no_direction_of_a_step() -> None:
         optim.NaturalGradient(own, lr=0.1, damping=0.1),
         optim.GradientSurgery(own, optim.pcgrad_weights, lr=0.1),
     ]
-    frozen, loss = coupling.gradients("frozen"), coupling.gradients("loss")
+    frozen, loss, copied = (coupling.gradients(notion) for notion in ("frozen", "loss", "copy"))
     for opt in steps:
         with pytest.raises(persample.BatchCoupledError, match="coupled='frozen' don't add up"):
             opt.step(frozen)
         opt.step(loss)
+    uneven = optim.GradientSurgery(own, lambda K: torch.linspace(0, 1, len(K), dtype=K.dtype), lr=0.1)
+    with pytest.raises(persample.BatchCoupledError, match="with these weights, rows of coupled='copy'"):
+        uneven.step(copied)
 
 
 def test_notions_that_a_recorder_does_not_have() -> None:

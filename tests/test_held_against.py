@@ -113,6 +113,19 @@ def test_noise_is_no_mistake() -> None:
     assert report.ok and "verified within the batch" in str(report) and "alone" not in str(report)
 
 
+def test_noise_in_a_model_that_takes_no_sample_alone() -> None:
+    class Pairs(Noisy):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) > 1
+            return super().forward(x)
+
+    model = Pairs()
+    before = torch.get_rng_state()
+    G = persample.gradients(model, sine, x(), verify=True)
+    torch.set_rng_state(before)
+    assert close(G.flat(), rows_of(model, sine(model(x())))) and "within the batch" in G.note
+
+
 def test_noise_that_is_another_for_a_sample_alone() -> None:
     model = Between(lambda h: h * (1 + torch.rand((), dtype=h.dtype)))
     G = persample.gradients(model, sine, x(), engine="vmap", verify=True)
@@ -643,6 +656,17 @@ def test_a_bias_that_cancels_is_no_mistake(name: str, dtype: torch.dtype) -> Non
         assert persample.check(model, TRIPLETS[name], inputs).ok
         with persample.extend(model) as recorder:
             recorder.gradients(TRIPLETS[name](model(*inputs), None))
+
+
+@pytest.mark.parametrize("name", TRIPLETS)
+def test_a_bias_that_cancels_is_called_wrong_where_it_is_all_that_is_asked_for(name: str) -> None:
+    """A limit: alone it is exactly zero, and there is nothing to say how large rounding may be."""
+    torch.manual_seed(1)
+    model, inputs = Three(torch.float64), tuple(torch.randn(3, 6, 6, dtype=torch.float64))
+    with pytest.raises(persample.VerificationError, match="nothing but rounding"):
+        persample.gradients(model, TRIPLETS[name], inputs, params=["l.bias"])
+    G = persample.gradients(model, TRIPLETS[name], inputs, params=["l.bias"], verify=False)
+    assert float(G.flat().norm()) <= 1e-14
 
 
 class Checkpointed(nn.Module):

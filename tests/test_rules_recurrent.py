@@ -369,3 +369,26 @@ def test_padding_to_the_longest_of_the_batch_is_named(engine: str) -> None:
     with pytest.raises(persample.BatchCoupledError, match=r"pad_packed_sequence \(.*total_length=x\.shape\[1\]"):
         persample.gradients(model, losses, (x, lengths), engine=engine)
     persample.check(model, losses, {"x": x, "lengths": lengths, "total": 8}).raise_if_bad()
+
+
+def test_packed_sequences_that_all_samples_share() -> None:
+    class Context(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.l = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor, context: Any) -> Tensor:
+            out: Tensor = self.l(x + nn.utils.rnn.pad_packed_sequence(context)[0].sum())
+            return out
+
+    torch.manual_seed(0)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 4).double(), torch.randn(2, 4).double()])
+    inputs, loss = (torch.randn(6, 3).double(), packed), lambda out, _: out.sin().sum(1)
+    G, L = (
+        persample.gradients(Context(), loss, inputs, batch_dim=((0, None), 0), engine=engine)
+        for engine in ("hooks", "loop")
+    )
+    torch.testing.assert_close(G.flat(), L.flat(), rtol=1e-9, atol=1e-12)
+    with pytest.raises(persample.SampleAxisError, match="PackedSequence"):
+        persample.gradients(Context(), loss, inputs)

@@ -3,7 +3,7 @@
 A sample that looks up an entry several times adds up there, so what is not linear in ``G`` needs these sums first: one
 row for every pair of a sample and an entry that it looked up.  There are at most ``N T`` of them, however large the
 table; on other devices than the CPU as many are reserved, as the host would have to wait for the number.  Inner
-products of all samples do so.
+products of all samples do so.  Rows are read by `index_select`, several times as fast as indexing on a CPU.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def moments(g: Rows) -> tuple[Tensor, Tensor]:
     total = e.value.new_zeros(g.shape).index_add_(0, e.entry, e.value)
     count = e.value.new_zeros(len(total)).index_add_(0, e.entry, e.real.to(e.value.dtype))
     square = total / n  # the mean, for now
-    gaps = e.value.sub_(square[e.entry]).mul_(e.real.unsqueeze(1)).square_()
+    gaps = e.value.sub_(square.index_select(0, e.entry)).mul_(e.real.unsqueeze(1)).square_()
     square = square.square_().mul_((len(g) - count).unsqueeze(1))
     return total, square.index_add_(0, e.entry, gaps)
 
 
 def dot(g: Rows, v: Tensor) -> Tensor:
     """``G v``, ``[N]``."""
-    return v[g.index].mul_(g.value).flatten(1).sum(1)
+    return v.index_select(0, g.index.flatten()).view(g.value.shape).mul_(g.value).flatten(1).sum(1)
 
 
 def project(g: Rows, matrix: Tensor) -> Tensor:
@@ -99,7 +99,8 @@ def project(g: Rows, matrix: Tensor) -> Tensor:
     step = cost.chunk(matrix.shape[1:].numel())
     for i in range(0, len(e.entry), step):
         at = slice(i, i + step)
-        found.index_add_(0, e.sample[at], torch.bmm(e.value[at].unsqueeze(1), matrix[e.entry[at]]).squeeze(1))
+        columns = matrix.index_select(0, e.entry[at])
+        found.index_add_(0, e.sample[at], torch.bmm(e.value[at].unsqueeze(1), columns).squeeze(1))
     return found
 
 
@@ -110,7 +111,7 @@ def row_dot(a: Rows, b: Rows) -> Tensor:
     if not len(key) or not len(other):
         return x.value.new_zeros(n)
     place = torch.searchsorted(other, key).clamp_(max=len(other) - 1)  # the first: what fills up comes later
-    products = (x.value * y.value[place]).sum(1)
+    products = y.value.index_select(0, place).mul_(x.value).sum(1)
     return torch.where(other[place] == key, products, 0).view(a.index.shape).sum(1)
 
 
@@ -129,9 +130,8 @@ def gram(a: Rows, b: Rows) -> Tensor:
     level = torch.frexp((most[used] - 1).double()).exponent  # up to 1, 2, 4, 8, ... samples
     for width, group in ((1 << at, used[level == at]) for at in level.unique().tolist()):
         for chosen in group.split(cost.chunk(width * a.shape[1])):
-            (rows, n), (cols, m) = (
-                _padded(e, s[chosen], c[chosen]) for e, s, c in zip((x, y), starts, counts, strict=True)
-            )
+            rows, n = _padded(x, starts[0][chosen], counts[0][chosen])
+            cols, m = (rows, n) if y is x else _padded(y, starts[1][chosen], counts[1][chosen])
             place = n.unsqueeze(2) * len(b) + m.unsqueeze(1)
             found.index_add_(0, place.flatten(), torch.bmm(rows, cols.mT).flatten())
     return found.view(len(a), len(b))
@@ -142,4 +142,5 @@ def _padded(e: Entries, start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     offset = torch.arange(int(count.max()), device=start.device)
     inside = offset < count.unsqueeze(1)
     place = torch.where(inside, start.unsqueeze(1) + offset, 0)
-    return e.value[place].mul_(inside.unsqueeze(2)), torch.where(inside, e.sample[place], 0)
+    rows = e.value.index_select(0, place.flatten()).view(*place.shape, -1)
+    return rows.mul_(inside.unsqueeze(2)), torch.where(inside, e.sample[place], 0)

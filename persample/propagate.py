@@ -283,12 +283,14 @@ _REDUCES_DIM = named("sum", "nansum", "mean", "nanmean", "amax", "amin", "max", 
 _READS: dict[Function, int] = {
     F.linear: 1,
     F.embedding: 0,
+    torch.bilinear: 1,
     **dict.fromkeys(named("matmul", "mm", "__matmul__"), 1),
     **{getattr(F, f"{name}{d}d"): d + 1 for name in ("conv", "conv_transpose") for d in (1, 2, 3)},
     **{getattr(F, f"{name}_pool{d}d"): d for name in _POOLS for d in (1, 2, 3)},
 }
 _MEETS: dict[Function, int] = {
     **dict.fromkeys(named("add", "sub", "mul", "div", "true_divide"), 0),
+    torch.bilinear: 1,
     **dict.fromkeys((*named("matmul", "bmm", "__matmul__"), F.scaled_dot_product_attention), 2),
 }
 _SPECIAL = {*MOVED, *_WHERE, *_MASKED, *JOINS, *GATHERS, *_SPREADS, *_REDUCES, *WRITES, *COPIES}

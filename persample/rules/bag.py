@@ -34,17 +34,15 @@ def embedding_bag(
     here = owned(at.n, 0, owner)  # of the positions
 
     def values() -> Tensor:
-        rows, table = g[bags.bag], call.read(weight)
+        rows, table = g.index_select(0, bags.bag), call.read(weight)
         if mode == "max":
-            return rows * bags.wins(table)
+            return rows.mul_(bags.wins(table))
+        scale = bags.keep
         if mode == "mean":
-            return rows * bags.keep.unsqueeze(1) / bags.counts().clamp(min=1)[bags.bag].unsqueeze(1).to(g.dtype)
-        scale = (
-            bags.keep
-            if per_sample_weights is None
-            else call.read(per_sample_weights).reshape(-1)[bags.used] * bags.keep
-        )
-        return rows * scale.unsqueeze(1)
+            scale = scale / bags.counts().clamp(min=1)[bags.bag].to(g.dtype)
+        elif per_sample_weights is not None:
+            scale = call.read(per_sample_weights).reshape(-1)[bags.used] * bags.keep
+        return rows.mul_(scale.unsqueeze(1))
 
     if not call.sampled(weight):
         yield weight, lambda: Rows(samples_first(bags.index, here), samples_first(values(), here), weight.shape)
@@ -54,7 +52,8 @@ def embedding_bag(
 
 def _weights(call: Call, g: Tensor, weight: Tensor, given: Tensor, bags: _Bags, here: Layout):  # type: ignore[no-untyped-def]
     value = given.new_zeros(given.numel())
-    value[bags.used] = (g[bags.bag] * weight[bags.index]).sum(1).to(given.dtype) * bags.keep
+    products = g.index_select(0, bags.bag) * weight.index_select(0, bags.index)
+    value[bags.used] = products.sum(1).to(given.dtype) * bags.keep
     if given.ndim == 1:
         if len(value) != here.size:
             raise NotImplementedError  # positions of no bag

@@ -30,8 +30,9 @@ class Costs:
     long: int = 1 << 14  # from this row length on, one call per row beats one call per block
     short: int = 64  # with fewer tokens, a block has more than one sample where it can
     tokens: int = 32  # products of tokens with each other are taken by halves, of at least so many
+    banded: int = 128  # tokens of all samples, from which on a symmetric Gram is computed in four bands
     token_norm: float = 0.8  # norms from products of tokens, against streaming rows
-    token_gram: float = 0.8  # the same for all pairs of samples
+    token_gram: float = 1.1  # the same for all pairs of samples
     pixel_gram: float = 1.0  # inner products of convolutions from products of pixels
     pixel_pass: float = 80  # multiplications that one pass over products of pixels is worth
     # What else the kernels of convolutions cost, beside multiplications and in their unit:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import cost, doubt
 from .factors import Rows
+from .scratch import zeros
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def by_sample(g: Rows) -> Entries:
 def weighted_sum(g: Rows, weight: Tensor | None) -> Tensor:
     """``weight^T G``, ``[V, D]``."""
     value = g.value if weight is None else g.value * weight.view(-1, 1, 1)
-    return value.new_zeros(g.shape).index_add_(0, g.index.flatten(), value.flatten(0, 1))
+    return zeros(value, *g.shape).index_add_(0, g.index.flatten(), value.flatten(0, 1))
 
 
 def norms(g: Rows) -> Tensor:
@@ -73,18 +74,18 @@ def norms(g: Rows) -> Tensor:
 def square_sum(g: Rows) -> Tensor:
     """``1^T (G o G)``, ``[V, D]``."""
     e = entries(g)
-    return e.value.new_zeros(g.shape).index_add_(0, e.entry, e.value.square_())
+    return zeros(e.value, *g.shape).index_add_(0, e.entry, e.value.square_())
 
 
 def moments(g: Rows) -> tuple[Tensor, Tensor]:
     """Sum and centred sum of squares; a sample that did not look an entry up counts as zero there."""
-    e, n = entries(g), max(1, len(g))
-    total = e.value.new_zeros(g.shape).index_add_(0, e.entry, e.value)
+    e = entries(g)
+    total = zeros(e.value, *g.shape).index_add_(0, e.entry, e.value)
     count = e.value.new_zeros(len(total)).index_add_(0, e.entry, e.real.to(e.value.dtype))
-    square = total / n  # the mean, for now
-    gaps = e.value.sub_(square.index_select(0, e.entry)).mul_(e.real.unsqueeze(1)).square_()
-    square = square.square_().mul_((len(g) - count).unsqueeze(1))
-    return total, square.index_add_(0, e.entry, gaps)
+    mean = total.index_select(0, e.entry).div_(max(1, len(g)))
+    others = count.neg().add_(len(g)).div_(count.clamp_(min=1)).index_select(0, e.entry)  # that didn't, for each
+    gaps = e.value.sub_(mean).square_().addcmul_(mean.square_(), others.unsqueeze(1)).mul_(e.real.unsqueeze(1))
+    return total, zeros(e.value, *g.shape).index_add_(0, e.entry, gaps)
 
 
 def dot(g: Rows, v: Tensor) -> Tensor:

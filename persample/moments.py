@@ -15,7 +15,7 @@ from torch import Tensor
 from . import across, cost, lookup, tokens
 from .doubt import doubtful
 from .factors import Conv, Dense, Factors, Outer, Pulled, Rows, dtype, tensors
-from .scratch import borrow, kernel
+from .scratch import borrow, fresh, kernel, zeros
 from .streaming import Piece, blocks, chunks, cuts, joined, pieces, split_of, streamed, wide
 
 
@@ -62,7 +62,7 @@ def moments(g: Factors) -> tuple[Tensor, Tensor]:
         case Rows():
             return lookup.moments(g)
         case Outer(left, right) if _how(g) == "products":
-            total = right.new_empty(left.shape[1], left.shape[3], right.shape[3])
+            total = fresh(right, left.shape[1], left.shape[3], right.shape[3])
             return total.view(g.shape), _product_moments(g, total)
         case Outer() if _how(g) == "pairs":
             total = tokens.weighted_sum(g, None)
@@ -122,7 +122,7 @@ def _accumulated(g: Factors, take: Callable[..., None], count: int) -> list[Tens
                 like, size = tensors(g)[-1], piece.shape.numel()
                 known = not isinstance(g, Dense | Pulled)  # which thread wrote the rows
                 lanes = cost.lanes(like, len(g), size) if known else 1
-                totals.append([like.new_zeros(lanes, size) for _ in range(count)])
+                totals.append([zeros(like, lanes, size) for _ in range(count)])
             take(piece, at.start, *totals[number])
     if not totals:
         return [tensors(g)[-1].new_zeros(g.shape) for _ in range(count)]
@@ -230,7 +230,7 @@ def _product_moments(g: Outer, sums: Tensor | None = None) -> Tensor:
     """
     left, right = (f[:, :, 0].transpose(0, 1) for f in (g.left, g.right))  # [K, N, *]
     (k, n, o), i = left.shape, right.shape[2]
-    squares, result = right.square(), right.new_empty(k, o, i)
+    squares, result = right.square(), fresh(right, k, o, i)
     some, step = max(1, cost.chunk(o * i)), min(o, cost.chunk(i))
     for b in range(0, k, some):
         for r in range(0, o, max(1, step)):
@@ -256,7 +256,7 @@ def _pair_moments(g: Outer, total: Tensor | None = None) -> Tensor:
     """
     (n, k, t, o), i = g.left.shape, g.right.shape[3]
     first, second = torch.triu_indices(t, t, 1, device=g.left.device)
-    size, cross = (g.left.new_zeros(k, o, i) for _ in range(2))
+    size, cross = (zeros(g.left, k, o, i) for _ in range(2))
     step = cost.chunk(k * (t * (t + 1) // 2) * (o + i), cost.costs().wide)
     for s in range(0, n, step):
         left, right = (f[s : s + step].transpose(0, 1) for f in (g.left, g.right))  # [K, n, T, *]

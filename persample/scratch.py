@@ -84,6 +84,11 @@ def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return out
 
 
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """As `fresh`, filled with zeros."""
+    return fresh(like, *shape).zero_()
+
+
 def _plain(like: Tensor) -> bool:
     """Not inside a transform or a trace, which would have to know of the memory."""
     if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):

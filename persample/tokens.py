@@ -77,15 +77,22 @@ def gram(a: Outer, b: Outer) -> Tensor:
     if k == t == s == 1:
         left, right = (x[:, 0, 0] @ y[:, 0, 0].mT for x, y in ((a.left, b.left), (a.right, b.right)))
         return left.mul_(right)
+    same = b is a
     found = a.left.new_empty(n, m)
     lefts, rights = (f.transpose(0, 1).flatten(1, 2).mT for f in (b.left, b.right))  # [K, *, M S]
     step = cost.chunk(k * t * m * s, cost.costs().wide)
+    if same and n * t > cost.costs().banded:
+        step = min(step, -(-n // 4))
     for i in range(0, n, step):
+        first = i if same else 0  # products with earlier samples are there
         left, right = (f[i : i + step].transpose(0, 1).flatten(1, 2) for f in (a.left, a.right))  # [K, N T, *]
-        with borrow(left, k, left.shape[1], m * s) as x, borrow(left, k, left.shape[1], m * s) as y:
-            torch.bmm(left, lefts, out=x)
-            x.mul_(torch.bmm(right, rights, out=y))
-            found[i : i + step] = x.view(k, min(step, n - i), t, m, s).sum((0, 2, 4))
+        shape = (k, left.shape[1], (m - first) * s)
+        with borrow(left, *shape) as x, borrow(left, *shape) as y:
+            torch.bmm(left, lefts[..., first * s :], out=x)
+            x.mul_(torch.bmm(right, rights[..., first * s :], out=y))
+            found[i : i + step, first:] = x.view(k, min(step, n - i), t, m - first, s).sum((0, 2, 4))
+        if same:
+            found[i + step :, i : i + step] = found[i : i + step, i + step :].mT
     return found
 
 

@@ -232,8 +232,8 @@ class Followed:
                 if len(sampled) > 1 and writes_into(func, args, t):
                     layout = rewritten(func, args, kwargs, sampled)
                     self.mark(t, self._found(func, sampled, t, layout, level))
-                elif before is None:
-                    self.mark(t, SampledTensor(None, self.lost_in(sampled)))
+                elif before is None:  # what was a number of all samples still is one
+                    self.mark(t, SampledTensor(None, self.lost_in(sampled), max(level, self._level([t]))))
                 continue  # changed in place, or handed through: the samples stay where they are
             if not mutates and any(t is a for a in tensors) and "out" not in kwargs:
                 continue  # handed through, without samples

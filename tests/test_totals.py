@@ -74,6 +74,8 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "group_norm": lambda h: F.group_norm(h.view(1, N, D), 1).view(N, D),
     "group_norm_in_halves": lambda h: F.group_norm(h.view(1, 2 * N, 3), num_groups=N // 5).view(N, D),
     "instance_norm": lambda h: F.instance_norm(h.mT.unsqueeze(0)).squeeze(0).mT,
+    "handed_through": lambda h: h - h.mean(0).contiguous().to(h.dtype),
+    "changed_in_place": lambda h: h / h.square().mean(0, keepdim=True).add_(1e-3).sqrt_(),
     "largest_by_feature": lambda h: h * (1 / (1e-3 + h.abs().max(0).values)),
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,6 +103,7 @@ def capacity(h: Tensor) -> Tensor:
 
 
 UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {  # by autograd
+    "threshold, converted": lambda h: h * (h > h.detach().mean().clamp_(min=-9).float()),
     "capacity": capacity,
     "threshold": lambda h: h * (h > h.detach().mean()),
     "quantile": lambda h: h * (h.detach() > h.detach().quantile(0.3)),

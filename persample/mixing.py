@@ -30,7 +30,9 @@ PRODUCTS = named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
 # Functions that give as many entries as they take, each from all along one axis; which argument says so.
 ALONG: dict[Function, int] = {
     **dict.fromkeys((*named("softmax", "log_softmax"), F.softmax, F.log_softmax, F.softmin), 1),
-    **dict.fromkeys(named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), 1),
+    **dict.fromkeys((torch.special.softmax, torch.special.log_softmax), 1),
+    **dict.fromkeys(named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "cumsum_", "cumprod_"), 1),
+    F.gumbel_softmax: 4,
     **{getattr(torch.fft, name): 2 for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
     F.normalize: 2,
 }

@@ -320,6 +320,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         verdicts, note = probe.verdicts(result, engine)
     except LossDiffers as differs:
         mistrust(problem, engine)
+        n = differs.n  # another one, where the row of the one that was chosen is zero
         name, ordinal = find_coupling(problem, n)
         if engine != "hooks" or not ordinal:
             raise LossDiffers(n, differs.batch, differs.alone, name) from None

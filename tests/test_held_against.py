@@ -126,6 +126,16 @@ def test_noise_in_a_model_that_takes_no_sample_alone() -> None:
     assert close(G.flat(), rows_of(model, sine(model(x())))) and "within the batch" in G.note
 
 
+def test_the_sample_that_has_another_loss_is_named() -> None:
+    """The row of the one that is always verified is zero, so the largest is looked at, too."""
+    model = Between(lambda h: h.T.triu(2).T)
+    with pytest.raises(persample.BatchCoupledError) as caught:
+        persample.gradients(model, sine, x(), params="a")
+    whole, alone = sine(model(x())), torch.cat([sine(model(one[None])) for one in x()])
+    n, *values = caught.value.n, caught.value.batch, caught.value.alone  # type: ignore[attr-defined]
+    assert n > 1 and torch.allclose(torch.tensor(values), torch.stack([whole[n], alone[n]]).float())
+
+
 def test_noise_that_is_another_for_a_sample_alone() -> None:
     model = Between(lambda h: h * (1 + torch.rand((), dtype=h.dtype)))
     G = persample.gradients(model, sine, x(), engine="vmap", verify=True)

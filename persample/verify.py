@@ -361,7 +361,7 @@ def moved_by_others(problem: Problem, begin: Buffers | None = None) -> LossDiffe
             buffers.restore()
             some = torch.arange(batch.n, device="cpu")[part]
             with numbered_as(some.tolist()):
-                losses.append(_batch_losses(replace(problem, batch=batch.select(some))).detach())
+                losses.append(_losses_of(problem, some))
         if drawn_since(before, problem.model):
             return None
         whole, *halves = losses
@@ -373,6 +373,20 @@ def moved_by_others(problem: Problem, begin: Buffers | None = None) -> LossDiffe
             if _differ(whole[n], alone, problem):
                 return LossDiffers(n, float(whole[n]), float(alone))
     return None
+
+
+def _losses_of(problem: Problem, some: Tensor) -> Tensor:
+    """The losses of some samples, as a batch of their own."""
+    try:
+        return _batch_losses(replace(problem, batch=problem.batch.select(some))).detach()
+    except (PersampleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"numbers of the batch may act on single samples, and the batch runs, but samples {some.tolist()} by "
+            f"themselves don't ({type(error).__name__}: {error}), so it can't be told whether the others act on them. "
+            "Let the model take any number of samples; or use verify=False for the rows within this batch."
+        ) from error
 
 
 FEW = 8  # samples of each kind that are run alone

@@ -126,6 +126,34 @@ def test_noise_in_a_model_that_takes_no_sample_alone() -> None:
     assert close(G.flat(), rows_of(model, sine(model(x())))) and "within the batch" in G.note
 
 
+class Sized(Between):
+    """Takes as many samples as it was made for."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> None:
+        super().__init__(function)
+        self.sizes, self.centres = sizes, nn.Parameter(torch.rand(N, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        if len(x) not in self.sizes:
+            raise RuntimeError("built for others")
+        return super().forward(x), self.centres
+
+
+def test_halves_of_a_batch_that_the_model_does_not_take() -> None:
+    model = Sized(lambda h: h * (h > h.detach().mean() - 9), (1, N))
+    with pytest.raises(persample.VerificationError, match=r"samples \[0, 2, 4\] by themselves .*built for others"):
+        persample.gradients(model, lambda out, _: sine(out[0]), x())
+
+
+@pytest.mark.parametrize(
+    "criterion", [lambda o, _: sine(o[0] - o[1].mean(0)), lambda o, _: (o[0] * o[1].mean(0)).sum()]
+)
+def test_an_output_of_no_sample_where_the_model_takes_no_other_number(criterion: Any) -> None:
+    model = Sized(torch.tanh, (N,))
+    with pytest.raises(persample.SampleAxisError, match=r"shape \(5, 3\).*doesn't run with 1 .*built for others"):
+        persample.gradients(model, criterion, x())
+
+
 def test_the_sample_that_has_another_loss_is_named() -> None:
     """The row of the one that is always verified is zero, so the largest is looked at, too."""
     model = Between(lambda h: h.T.triu(2).T)

@@ -21,6 +21,7 @@ from ..batch import Tree, call_model, detached, flatten, suspended, unflatten
 from ..calls import reached
 from ..capture import Capture
 from ..collect import Collect
+from ..errors import PersampleError, SampleAxisError
 from ..losses import (
     check_not_broadcast,
     check_outputs,
@@ -150,7 +151,18 @@ def told_apart(problem: Problem, tree: Tree, doubtful: list[int]) -> Tree:
     batch, axes = problem.batch, list(tree.axes)
     others = batch.select(torch.zeros(2 if batch.n == 1 else 1, dtype=torch.long, device="cpu"))
     with suspended(problem.model), restored(*problem.owners), torch.enable_grad():  # the model may hook its gradients
-        leaves = flatten(call_model(problem.model, others.inputs.map(lambda x, _: x.detach())))[0]
+        try:
+            leaves = flatten(call_model(problem.model, others.inputs.map(lambda x, _: x.detach())))[0]
+        except (PersampleError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise SampleAxisError(
+                f"whether an output of shape {tuple(tree.leaves[doubtful[0]].shape)} has the size of the batch by "
+                f"chance is told by another number of samples, and the model, which runs with {batch.n}, doesn't run "
+                f"with {others.n} ({type(error).__name__}: {error}). Let it take any number of samples, or return "
+                "nothing that isn't the samples'; or let loss_fn return [N], and use verify=False for the rows within "
+                "this batch."
+            ) from error
     for i in doubtful if len(leaves) == len(axes) else ():
         if isinstance(leaves[i], Tensor) and leaves[i].shape == tree.leaves[i].shape:
             axes[i] = None

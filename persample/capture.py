@@ -20,7 +20,7 @@ from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, ma
 from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
 from .layout import Layout
-from .mixing import ORDERS, mixes, ranks
+from .mixing import ORDERS, PLACES, mixes, ranks
 from .moves import RESHAPED
 from .state import named_modules
 
@@ -177,7 +177,7 @@ class Capture(TorchFunctionMode):
             if mixes(func, args, kwargs, sampled) or (totals and self.followed.meet(func, totals, sampled))
             else rules.coupling(func, args, kwargs)
         )
-        if func in ORDERS and not couples and ranks(func, args, kwargs, sampled):
+        if func in ORDERS and (not couples or func in PLACES) and ranks(func, args, kwargs, sampled):
             self.followed.acts.hidden = True
         if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
             self.followed.acts.coupled |= bool(couples) and not is_wrapped(tensors)

@@ -17,11 +17,11 @@ from .writing import COPIES, WRITES
 # Sums of some kind, and which argument says over what.
 SUMS: dict[Function, int] = {
     **dict.fromkeys(named("sum", "nansum", "mean", "nanmean", "prod", "logsumexp"), 1),
-    **dict.fromkeys(named("std", "var", "std_mean", "var_mean"), 1),
+    **dict.fromkeys(named("std", "var", "std_mean", "var_mean", "median", "nanmedian"), 1),
     **dict.fromkeys((*named("norm", "quantile", "nanquantile"), torch.linalg.vector_norm, torch.linalg.norm), 2),
 }
 # Largest and smallest numbers.
-EXTREMES = dict.fromkeys(named("amax", "amin", "aminmax", "max", "min"), 1)
+EXTREMES = dict.fromkeys(named("amax", "amin", "aminmax", "max", "min", "argmax", "argmin"), 1)
 # Whether there are some, and how many.
 TESTS = named("any", "all", "count_nonzero")
 # Functions that don't care how numbers are shifted against each other by one for all.
@@ -40,6 +40,7 @@ NORMS = {
     *(F.layer_norm, torch.layer_norm, torch.native_layer_norm, F.rms_norm, torch.rms_norm),
     *(F.group_norm, torch.group_norm, F.instance_norm, torch.instance_norm, F.local_response_norm),
 }
+PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 
 

@@ -107,6 +107,10 @@ def capacity(h: Tensor) -> Tensor:
 
 
 UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {  # by autograd
+    "median": lambda h: h * (h > h.detach().median()),
+    "medians": lambda h: h * (h > h.nanmedian(0).values),
+    "place of the largest": lambda h: h * (h.argmax(0) < 2),
+    "places so far": lambda h: h * (1 + h.cummax(0).indices),
     "threshold, converted": lambda h: h * (h > h.detach().mean().clamp_(min=-9).float()),
     "capacity": capacity,
     "threshold": lambda h: h * (h > h.detach().mean()),
@@ -266,6 +270,20 @@ def test_what_acts_without_a_gradient_is_said_or_refused(name: str) -> None:
         else:
             torch.testing.assert_close(g.flat(), rows, rtol=1e-9, atol=1e-12)
     assert told > 3
+
+
+@pytest.mark.parametrize("name", ["median", "medians", "place of the largest", "places so far", "threshold, converted"])
+def test_what_acts_after_a_batch_in_which_it_did_not(name: str) -> None:
+    """That first batch was verified, and says nothing of others."""
+    torch.manual_seed(0)
+    model, x, y = Between(UNSEEN[name]).double(), torch.randn(8, D).double(), torch.randint(3, (8,))
+    with torch.no_grad():
+        model.first.weight.copy_(torch.eye(D))
+    falling = x.sort(0, descending=True).values
+    first = persample.gradients(model, losses, falling if "place" in name else x[:1].expand(8, D).clone(), y)
+    assert not first.note
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(model, losses, x, y)
 
 
 def _alone(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

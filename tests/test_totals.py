@@ -93,6 +93,7 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "detached": lambda h: h - 0 * h.mean(0).detach(),
     "stabilised": lambda h: (h - h.max()).exp() / (h - h.max()).exp().sum(1, keepdim=True),
     "stabilised_by_amax": lambda h: (h - h.amax((0, 1))).softmax(1),
+    "stabilised_handed_through": lambda h: (h - h.amax((0, 1)).to(h.device)).softmax(1),
     "products": lambda h: (h.unsqueeze(1) @ h.unsqueeze(2)).flatten(1) * h,
     "compared": lambda h: h * (h > h.mean(0) * float("inf")),
     "constants": lambda h: h * torch.ones(N, 1).sum(0),
@@ -290,7 +291,7 @@ def _alone(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(losses(model(x), y)[0], list(model.parameters()))])
 
 
-@pytest.mark.parametrize("name", ["threshold", "scaled"])
+@pytest.mark.parametrize("name", ["threshold", "threshold_handed_through", "scaled"])
 def test_what_acts_without_a_gradient_is_said_where_nothing_runs_alone(name: str, x: Tensor) -> None:
     model, reported = Between(UNSEEN[name]), list[Any]()
     assert "batch-coupled" in repr(persample.gradients(model, losses, x, Y, verify=False))

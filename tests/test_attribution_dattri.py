@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import persample
 from persample import adapters
@@ -111,16 +112,63 @@ def test_layers_are_in_the_order_of_the_model() -> None:
         made = task_of(loss_func=lambda params, data: data, model=model, checkpoints=model.state_dict())
         return adapters.dattri.attach(made, CE, **options)
 
-    grad = task().get_grad_loss_func(layer_name=NAMES, ckpt_idx=0)
+    grad = task().get_grad_loss_func((None, 0), layer_name=NAMES, ckpt_idx=0)
     close(grad(flat(other, NAMES), batch()), expected(mixed(NAMES), NAMES))
-    single = task().get_grad_loss_func(layer_name="2.weight", ckpt_idx=0)
+    single = task().get_grad_loss_func((None, 0), layer_name="2.weight", ckpt_idx=0)
     close(single(flat(other, ["2.weight"]), batch()), expected(mixed(["2.weight"]), ["2.weight"]))
     for names in (NAMES[::-1], ["2.bias", "2.weight"], [*NAMES, "2.bias"], ["3.bias"]):
         with pytest.raises(ArgumentError, match="in the order of the model"):
-            task().get_grad_loss_func(layer_name=names, ckpt_idx=0)
+            task().get_grad_loss_func((None, 0), layer_name=names, ckpt_idx=0)
     compiled = task_of(loss_func=lambda params, data: data, model=torch.compile(model), checkpoints=[])
     compiled._load_checkpoints = lambda ckpt_idx: None
-    grad = adapters.dattri.attach(compiled, CE).get_grad_loss_func(layer_name=NAMES, ckpt_idx=0)
+    grad = adapters.dattri.attach(compiled, CE).get_grad_loss_func((None, 0), layer_name=NAMES, ckpt_idx=0)
     close(grad(flat(other, NAMES), batch()), expected(mixed(NAMES), NAMES))
     with pytest.raises(ArgumentError, match="give one"):
-        task(params="2").get_grad_loss_func(layer_name=NAMES, ckpt_idx=0)
+        task(params="2").get_grad_loss_func((None, 0), layer_name=NAMES, ckpt_idx=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # what dattri warns of is its own
+def test_samples_are_where_dattri_says() -> None:
+    """Its influence functions have them on axis 1, behind an axis of one: that of a batch, for each sample alone."""
+    task_of = pytest.importorskip("dattri.task").AttributionTask
+    model, inside = net(), tuple(x.unsqueeze(0) for x in batch())
+    task = task_of(loss_func=lambda params, data: data, model=model, checkpoints=model.state_dict())
+    task = adapters.dattri.attach(task, CE)
+    for given, options in (
+        (inside, {}),
+        (inside, {"in_dims": (None, 1)}),
+        (inside, {"in_dims": (None, (1, 1))}),
+        (batch(), {"in_dims": (None, 0)}),
+        (batch(), {"in_dims": (None, (0, 0))}),
+        ((inside[0], batch()[1]), {"in_dims": (None, (1, 0))}),
+    ):
+        close(task.get_grad_loss_func(**options)(flat(model), given), expected(model))
+    for given, dims in (
+        (batch(), (None, 1)),
+        (inside, (None, 2)),
+        (batch(), (None, (0, None))),
+        (batch(), (None, (0,))),
+    ):
+        with pytest.raises(ArgumentError, match="samples must be on axis 0"):
+            task.get_grad_loss_func(in_dims=dims)(flat(model), given)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_influence_functions_of_dattri() -> None:
+    functions = pytest.importorskip("dattri.algorithm.influence_function")
+    task_of = pytest.importorskip("dattri.task").AttributionTask
+    model, mean, x = net().float(), nn.MSELoss(), batch()[0].float()
+    data = DataLoader(TensorDataset(x, x[:, :3]), batch_size=3)
+
+    def loss(params: Any, data: Any) -> Tensor:
+        return mean(torch.func.functional_call(model, params, (data[0],)), data[1])  # type: ignore[no-any-return]
+
+    def scores(attach: bool) -> Tensor:
+        task = task_of(loss_func=loss, model=model, checkpoints=model.state_dict())
+        task = adapters.dattri.attach(task, mean) if attach else task
+        attributor = functions.IFAttributorExplicit(task=task, regularization=0.1)
+        attributor.cache(DataLoader(data.dataset, batch_size=6))
+        with torch.no_grad():
+            return attributor.attribute(data, data)  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(scores(True), scores(False))

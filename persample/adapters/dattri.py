@@ -54,14 +54,20 @@ def attach(task: Any, loss_fn: LossFunction, **options: Any) -> Any:
     """Let a ``dattri.task.AttributionTask`` take its gradients from persample; returns the task.
 
     Gradients with respect to single layers (dattri's ``layer_name``) become ``params=`` of `persample.gradients`.
+    Samples are where dattri's ``in_dims`` says: on axis 0, or, as its influence functions have them and its default is,
+    on axis 1 behind an axis of one, which goes.
 
     Raises:
         ArgumentError: by the task, for a ``layer_name`` that is not in the order of the model (flat parameters and
-            gradients are), or together with ``params=`` among the options.
+            gradients are), or together with ``params=`` among the options; and for samples elsewhere.
     """
     needed("dattri.task", "dattri")
 
-    def get_grad_loss_func(in_dims: Any = None, layer_name: Any = None, ckpt_idx: int | None = None) -> Any:
+    def get_grad_loss_func(in_dims: Any = (None, 1), layer_name: Any = None, ckpt_idx: int | None = None) -> Any:
+        grad = of_layers(layer_name, ckpt_idx)
+        return lambda params, batch: grad(params, _samples_first(batch, in_dims))
+
+    def of_layers(layer_name: Any, ckpt_idx: int | None) -> Any:
         if layer_name is None:
             return grad_function(task.model, loss_fn, **options)
         if "params" in options:
@@ -81,6 +87,20 @@ def attach(task: Any, loss_fn: LossFunction, **options: Any) -> Any:
 
     task.get_grad_loss_func = get_grad_loss_func
     return task
+
+
+def _samples_first(batch: Any, in_dims: Any) -> tuple[Any, ...]:
+    """A batch with its samples in front: dattri has a batch of one of each, with samples behind that axis, or none."""
+    batch, dims = tuple(batch), in_dims[1] if isinstance(in_dims, (tuple, list)) and len(in_dims) == 2 else in_dims
+    dims = tuple(dims) if isinstance(dims, (tuple, list)) else (dims,) * len(batch)
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in batch]
+    ones = [isinstance(x, Tensor) and x.ndim > 1 and len(x) == 1 for x in batch]
+    if len(dims) != len(batch) or not all(d == 0 or (d == 1 and one) for d, one in zip(dims, ones, strict=True)):
+        raise ArgumentError(
+            f"in_dims={in_dims!r} for tensors {shapes}: samples must be on axis 0, in_dims=(None, 0), or on axis 1 of "
+            "[1, N, ...], in_dims=(None, 1), which is dattri's default."
+        )
+    return tuple(x[0] if d == 1 else x for x, d in zip(batch, dims, strict=True))
 
 
 def _by_name(values: Mapping[str, Any], every: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -20,7 +20,7 @@ from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, ma
 from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
 from .layout import Layout
-from .mixing import ORDERS, PLACES, mixes, ranks
+from .mixing import ORDERS, PLACES, in_order, mixes, ranks
 from .moves import RESHAPED
 from .state import named_modules
 
@@ -125,6 +125,8 @@ class Capture(TorchFunctionMode):
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:  # all that is known of functions is known by this spelling
                 return run()
+        if kwargs and not args:
+            args, kwargs = in_order(func, args, kwargs)
         if func in _DIFFERENTIATES:
             self._refuse_higher_order(func, args, kwargs)
             self.differentiates = True

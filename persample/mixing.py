@@ -42,6 +42,14 @@ NORMS = {
 }
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
+REDUCES = {*SUMS, *EXTREMES, *TESTS, *ORDERS}
+
+
+def in_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with what it reduces in front, where that was given by name: ``torch.mean(input=h, dim=0)``."""
+    if args or "input" not in kwargs or func not in REDUCES:
+        return args, kwargs
+    return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
 
 
 def mixes(

@@ -145,3 +145,15 @@ def test_couplings(name: str, n: int) -> None:
         found = COUPLED[name](inside)
     for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_a_scaled_loss_under_a_handle() -> None:
+    """What docs/losses.md says of a GradScaler: in the rows, and taken out by a function of its scale."""
+    net, (x, y), rows = model(), data(N), list[Tensor]()
+    expected = persample.gradients(net, LOSS, x, y).flat()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for reduction, factor in (("mean", 1024), (lambda: scaler.get_scale() / N, 1)):
+        handle = persample.extend(net, on_backward=lambda G: rows.append(G.flat()), reduction=reduction)
+        scaler.scale(LOSS(net(x), y)).backward()
+        handle.remove()
+        torch.testing.assert_close(rows.pop(), factor * expected)

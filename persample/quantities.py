@@ -98,6 +98,7 @@ class Quantities(abc.ABC):
     losses: Tensor | None  # [N], detached; None where somebody else owns the loss (`persample.extend` with a callback)
     outputs: Any
     names: tuple[str, ...]
+    unused: tuple[str, ...]  # of the names, those of parameters that no loss depends on
     shapes: dict[str, torch.Size]
     _parameters: Mapping[str, Tensor]  # what `backward` writes to
     _at: dict[str, Stamp]  # what these were when the run ended
@@ -232,7 +233,8 @@ class Quantities(abc.ABC):
 
     def backward(self, weight: Tensor | None = None) -> None:
         """Add ``sum_n weight[n] G_n`` to ``.grad`` of the parameters in ``names``; ``None`` means 1/N each, the mean
-        loss.
+        loss.  A ``.grad`` of ``None`` stays that for `unused` parameters, as it does in ``loss.backward()``: optimizers
+        leave these alone.
 
         It is the gradient of the weighted loss.  Where rows of a notion (``coupled=``) don't add up to that, it raises
         `BatchCoupledError`: those of "frozen" never do, those of "copy" and "influence" with equal weights only.  Rows
@@ -260,6 +262,8 @@ class Quantities(abc.ABC):
             )
         for name, value in sums.items():
             p = self._parameters[name]
+            if p.grad is None and name in self.unused:
+                continue
             value = value.to(p.dtype)
             p.grad = value if p.grad is None else p.grad + value
 

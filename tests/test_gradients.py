@@ -199,6 +199,11 @@ def test_unused_parameters_have_rows_of_zeros_and_are_listed(engine: str) -> Non
     model[0].extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
     G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine)
     assert G.unused == ("0.extra",) and not G["0.extra"].any() and G["0.extra"].shape == (N, 2)
+    G.backward(torch.full((N,), 0.5, dtype=torch.float64))  # what optimizers leave alone, as after loss.backward()
+    assert model[0].extra.grad is None and model[0].weight.grad is not None
+    model[0].extra.grad = torch.ones(2, dtype=torch.float64)
+    persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine, quantities=["mean"]).backward()
+    assert torch.equal(model[0].extra.grad, torch.ones(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])

@@ -42,14 +42,15 @@ NORMS = {
 }
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
-REDUCES = {*SUMS, *EXTREMES, *TESTS, *ORDERS}
+BY_PLACE = {*SUMS, *EXTREMES, *TESTS, *ALONG, *MOVED, *PRODUCTS}  # what they act on is looked for in front
 
 
 def in_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with what it reduces in front, where that was given by name: ``torch.mean(input=h, dim=0)``."""
-    if args or "input" not in kwargs or func not in REDUCES:
+    """The same call with what it acts on in front, where that was given by name: ``torch.mean(input=h, dim=0)``."""
+    if args or "input" not in kwargs or "condition" in kwargs or func not in BY_PLACE:
         return args, kwargs
-    return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+    names = ["input", *[name for name in ("other", "mat2", "weight") if name in kwargs and func in PRODUCTS]]
+    return tuple(kwargs[name] for name in names), {name: x for name, x in kwargs.items() if name not in names}
 
 
 def mixes(

@@ -86,11 +86,17 @@ SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "einsum_ellipsis": lambda h: torch.einsum("n...,o...->on", h, torch.ones(N, N, dtype=h.dtype)).T,
     "einsum_moved": lambda h: torch.einsum("n...->...n", h).T,
     "einsum_implicit": lambda h: torch.einsum("nd,od", h, torch.eye(N, dtype=h.dtype)),
+    "transposed by name": lambda h: torch.t(input=torch.transpose(input=h, dim0=0, dim1=1).tanh()),
+    "picked by name": lambda h: torch.index_select(input=h, dim=0, index=PERM)[PERM.argsort()],
+    "flipped by name": lambda h: torch.flip(input=torch.roll(input=h, shifts=1, dims=0), dims=[0]).flip(0).roll(-1, 0),
+    "chosen by name": lambda h: torch.where(condition=h > 0, input=h, other=h.tanh()),
     "transpose_copy": lambda h: torch.transpose_copy(h, 0, 1).T,
     "features": lambda h: h @ torch.eye(N, dtype=h.dtype),
 }
 # What can't be followed is refused, where a parameter meets it.
 REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "permuted by a matrix, by name": lambda h: torch.matmul(input=F.one_hot(PERM).to(h.dtype), other=h),
+    "transposed by name": lambda h: torch.transpose(input=h, dim0=0, dim1=1),
     "permuted by a matrix": lambda h: F.one_hot(PERM).to(h.dtype) @ h,
     "index_add": lambda h: zeros(h).index_add(0, PERM, h[PERM]),
     "index_put, added": lambda h: h.index_put((PERM,), h, accumulate=True),

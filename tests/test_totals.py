@@ -74,6 +74,7 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "mean_by_name": lambda h: h - torch.mean(input=h, dim=0),
     "std_by_name": lambda h: h / torch.std(dim=0, input=h),
     "largest_by_name": lambda h: h / torch.amax(input=h.abs(), dim=0),
+    "products_by_name": lambda h: h * torch.matmul(other=h, input=h.mT).sum(),
     "softmax_by_name": lambda h: h * F.softmax(dim=0, input=h),
     "layer_norm": lambda h: F.layer_norm(h.mT, (N,)).mT,
     "layer_norm_by_name": lambda h: torch.layer_norm(input=h.mT, normalized_shape=(N,)).mT,

@@ -125,7 +125,7 @@ class Capture(TorchFunctionMode):
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:  # all that is known of functions is known by this spelling
                 return run()
-        if kwargs and not args:
+        if kwargs and len(args) < 2:
             args, kwargs = in_order(func, args, kwargs)
         if func in _DIFFERENTIATES:
             self._refuse_higher_order(func, args, kwargs)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .joining import GATHERS, JOINS
 from .layout import Layout, of_one, only, same
-from .moves import MOVED, Function, named, nonzero_of, recurred, sort_axis, sorted_along
+from .moves import MOVED, Function, is_axis, named, nonzero_of, recurred, sort_axis, sorted_along
 from .writing import COPIES, WRITES
 
 # Sums of some kind, and which argument says over what.
@@ -47,10 +47,12 @@ BY_PLACE = {*SUMS, *EXTREMES, *TESTS, *ALONG, *MOVED, *PRODUCTS}  # what they ac
 
 def in_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with what it acts on in front, where that was given by name: ``torch.mean(input=h, dim=0)``."""
-    if args or "input" not in kwargs or "condition" in kwargs or func not in BY_PLACE:
+    if "condition" in kwargs or func not in BY_PLACE:
         return args, kwargs
-    names = ["input", *[name for name in ("other", "mat2", "weight") if name in kwargs and func in PRODUCTS]]
-    return tuple(kwargs[name] for name in names), {name: x for name, x in kwargs.items() if name not in names}
+    first = [] if args else [name for name in ("input", "x") if name in kwargs]
+    second = [name for name in ("other", "mat2", "weight") if name in kwargs and func in PRODUCTS and len(args) < 2]
+    names = first + second if args or first else []
+    return (*args, *[kwargs[n] for n in names]), {name: x for name, x in kwargs.items() if name not in names}
 
 
 def mixes(
@@ -83,7 +85,7 @@ def mixes(
         if all(only(at) is not None for _, at in sampled):
             return False
         dim = next((d for d in (*args[1:2], kwargs.get("dim"), kwargs.get("axis")) if d is not None), 0)
-        beside = type(dim) is int and dim % max(1, x.ndim) != a.axis
+        beside = is_axis(dim) and dim % max(1, x.ndim) != a.axis
         return beside and any(b is not None and b.axis == a.axis and not same(a, b) for _, b in others)
     if func is F.embedding_bag:  # offsets say which entries are a sample's; those of others may be none
         return False
@@ -161,10 +163,10 @@ def ranks(
 def _reduced(place: int, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, ndim: int) -> bool:
     """Whether a reduction takes this axis, with its dims at this ``place`` among the arguments."""
     dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
-    if dim is None:
+    if dim is None or isinstance(dim, bool):  # a flag is `unbiased`: std(False) is of all
         return True
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    return all(type(d) is int for d in dims) and (not dims or axis in {d % ndim for d in dims})
+    return all(map(is_axis, dims)) and (not dims or axis in {d % ndim for d in dims})
 
 
 def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> int | None:
@@ -175,7 +177,7 @@ def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x
     dim = kwargs.get(
         "dim", kwargs.get("axis", args[place] if len(args) > place else 1 if func is F.normalize else None)
     )
-    return dim % max(1, x.ndim) if type(dim) is int else None
+    return dim % max(1, x.ndim) if is_axis(dim) else None
 
 
 def _normalises(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int, a: Layout) -> bool:

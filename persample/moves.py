@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def _repeated(
         return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
     if func in named("repeat_interleave"):
         dim = bind(args, kwargs, "input", "repeats", "dim")[2]
-        if type(dim) is int and dim % args[0].ndim != layout.axis:
+        if is_axis(dim) and dim % args[0].ndim != layout.axis:
             return layout  # of tokens or features, each as often as it says
     return read(layout, func(numbered(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
 
@@ -190,9 +191,14 @@ def sorted_along(
     return owned(layout.n, 0, layout.owners().to(order.device)[order])
 
 
+def is_axis(dim: Any) -> bool:
+    """Whether this is the number of an axis, also one of NumPy's."""
+    return isinstance(dim, Integral) and not isinstance(dim, bool)
+
+
 def sort_axis(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     place = 2 if func in named("topk") else 1
-    given = [a for a in (*args[place : place + 2], kwargs.get("dim")) if isinstance(a, int) and not isinstance(a, bool)]
+    given = [a for a in (*args[place : place + 2], kwargs.get("dim")) if is_axis(a)]
     dim = given[0] if given else 0 if func in named("msort") else -1
     return int(dim % max(1, args[0].ndim))
 

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,11 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "mean_by_name": lambda h: h - torch.mean(input=h, dim=0),
     "std_by_name": lambda h: h / torch.std(dim=0, input=h),
     "largest_by_name": lambda h: h / torch.amax(input=h.abs(), dim=0),
+    "std_of_all": lambda h: h / h.std(False) + h.var(False),
+    "numpy_axis": lambda h: h - h.mean(np.int64(0)),
+    "numpy_softmax": lambda h: h * h.softmax(np.int64(-2)),
+    "vector_norm_by_name": lambda h: h / torch.linalg.vector_norm(x=h, dim=0),
+    "products_half_by_name": lambda h: h * h.mT.mm(mat2=h).sum(),
     "products_by_name": lambda h: h * torch.matmul(other=h, input=h.mT).sum(),
     "softmax_by_name": lambda h: h * F.softmax(dim=0, input=h),
     "layer_norm": lambda h: F.layer_norm(h.mT, (N,)).mT,

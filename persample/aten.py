@@ -236,6 +236,13 @@ def _batch_norm_no_training(
     return _native_batch_norm(input, weight, bias, mean, var, False, momentum, eps)
 
 
+def _batch_norm_with_update(
+    input: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, ...]:
+    reserved = torch.empty(0, dtype=torch.uint8, device=input.device)
+    return *_native_batch_norm(input, weight, bias, mean, var, True, momentum, eps), reserved
+
+
 def _to(input: Tensor, **given: Any) -> Tensor:
     other = [given["other"]] if "other" in given else []  # has no name in torch
     found: Tensor = input.to(*other, **{name: x for name, x in given.items() if x is not None and name in _TO})
@@ -295,6 +302,7 @@ SPELLED: dict[str, Function] = {
     "_native_batch_norm_legit": _batch_norm_legit,
     "_native_batch_norm_legit_functional": _batch_norm_functional,
     "_native_batch_norm_legit_no_training": _batch_norm_no_training,
+    "_batch_norm_with_update": _batch_norm_with_update,
     "to": _to,
     "_to_copy": _to_copy,
     "_softmax": _softmax,

@@ -193,7 +193,7 @@ def sorted_along(
 
 def is_axis(dim: Any) -> bool:
     """Whether this is the number of an axis, also one of NumPy's."""
-    return isinstance(dim, Integral) and not isinstance(dim, bool)
+    return type(dim) is int or (isinstance(dim, Integral) and not isinstance(dim, bool))
 
 
 def sort_axis(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -326,6 +326,10 @@ CALLED: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "batch norm": (
         OPS._native_batch_norm_legit.no_stats, (A, None, None), {"training": True, "momentum": 0.1, "eps": 1e-5}
     ),
+    "batch norm, updating": (
+        OPS._batch_norm_with_update.default,
+        (A, None, None, torch.zeros(4), torch.ones(4)), {"momentum": 0.1, "eps": 1e-5},
+    ),
     "tensordot": (OPS.tensordot.default, (A, B), {"dims_self": [2], "dims_other": [2]}),
     "to": (OPS.to.dtype, (A, torch.float64, False, False, torch.contiguous_format), {}),
     "to, device": (OPS.to.device, (A, torch.device("cpu"), torch.float64), {}),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import persample
 
 N, D = 5, 6
+OPS = torch.ops.aten
 Y = torch.arange(N) % 3
 
 
@@ -88,6 +89,13 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "rms_norm": lambda h: F.rms_norm(h.mT, [N]).mT,
     "group_norm": lambda h: F.group_norm(h.view(1, N, D), 1).view(N, D),
     "group_norm_in_halves": lambda h: F.group_norm(h.view(1, 2 * N, 3), num_groups=N // 5).view(N, D),
+    "batch_norm, as torch calls it": lambda h: torch._batch_norm_impl_index(
+        h, None, None, None, None, True, 0.1, 1e-5, False
+    )[0],
+    "batch_norm, without statistics": lambda h: torch._native_batch_norm_legit(h, None, None, True, 0.1, 1e-5)[0],
+    "batch_norm, exported": lambda h: OPS._batch_norm_with_update(
+        h, None, None, h.new_zeros(D), h.new_ones(D), 0.1, 1e-5
+    )[0],
     "instance_norm": lambda h: F.instance_norm(h.mT.unsqueeze(0)).squeeze(0).mT,
     "handed_through": lambda h: h - h.mean(0).contiguous().to(h.dtype),
     "changed_in_place": lambda h: h / h.square().mean(0, keepdim=True).add_(1e-3).sqrt_(),
@@ -303,7 +311,7 @@ def _alone(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(losses(model(x), y)[0], list(model.parameters()))])
 
 
-@pytest.mark.parametrize("name", ["threshold", "threshold_handed_through", "scaled"])
+@pytest.mark.parametrize("name", ["threshold", "threshold, converted", "scaled"])
 def test_what_acts_without_a_gradient_is_said_where_nothing_runs_alone(name: str, x: Tensor) -> None:
     model, reported = Between(UNSEEN[name]), list[Any]()
     assert "batch-coupled" in repr(persample.gradients(model, losses, x, Y, verify=False))

@@ -137,7 +137,7 @@ def batch_statistics(
     return "normalises with the statistics of the batch (training mode)" if training else ""
 
 
-@couples(torch.batch_norm, torch.native_batch_norm)
+@couples(torch.batch_norm, torch.native_batch_norm, torch._batch_norm_impl_index)
 def native_batch_statistics(
     input: Tensor,
     weight: Any,
@@ -149,3 +149,9 @@ def native_batch_statistics(
     **kwargs: Any,
 ) -> str:
     return batch_statistics(input, running_mean, running_var, weight, bias, training)
+
+
+@couples(torch._native_batch_norm_legit)
+def legit_batch_statistics(input: Tensor, weight: Any, bias: Any, *args: Any, **kwargs: Any) -> str:
+    """With running statistics and ``training``, or without any."""
+    return batch_statistics(input, None, None) if len(args) < 5 else native_batch_statistics(input, weight, bias, *args)

@@ -200,14 +200,19 @@ class Call:
 
 
 def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among the arguments; the common flat case without a pytree."""
+    """The tensors among the arguments; the common cases, up to flat lists, without a pytree."""
     found: list[Tensor] = []
     for x in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(x, Tensor):
             found.append(x)
-        elif isinstance(x, (tuple, list, dict)):
-            return [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        elif isinstance(x, _CONTAINERS):
+            if isinstance(x, dict) or any(isinstance(item, _CONTAINERS) for item in x):
+                return [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            found.extend(item for item in x if isinstance(item, Tensor))
     return found
+
+
+_CONTAINERS = (tuple, list, dict)
 
 
 def tensors_in(out: Any) -> Iterator[Tensor]:
@@ -289,35 +294,36 @@ def reached(start: Iterable[Node | None], owner: Any = None) -> Reached:
     result, seen = Reached(), set[Call]()
     below: dict[Node, bool] = {}  # whether a recorded call is at or upstream of a node; known after its visit
     stack: list[tuple[Node, list[Node] | None]] = [(node, None) for node in start if node is not None]
+    at: dict[Node, list[tuple[Call, int]]] = {}
     while stack:
         node, visited = stack.pop()
-        found = [pair for pair in metadata(node).get(KEY, ()) if owner is None or pair[0].owner is owner]
-        if visited is None:
-            if node in below:
-                continue
-            below[node] = bool(found)
-            follow = (
-                [n for call, _ in found for n in call.inputs]
-                if found
-                else [n for n, _ in node.next_functions if n is not None]
-            )
-            stack.append((node, follow))
-            stack.extend((n, None) for n in follow)
-            if not follow and not found and (variable := getattr(node, "variable", None)) is not None:
-                result.leaves.add(id(variable))
-            elif not found and (name := custom_function(node)):
-                result.inside.update((id(n.variable), name) for n in follow if hasattr(n, "variable"))
-            elif node.name() == "CheckpointFunctionBackward":
-                result.opaque.append(node.name())
-            for call, _ in found:
-                if call not in seen:
-                    seen.add(call)
-                    call.expected = 0
-                    result.calls.append(call)
-                call.expected += 1
+        if visited is not None:
+            upstream, found = any(below[n] for n in visited), at.get(node)
+            below[node] = upstream or bool(found)
+            if found and not upstream:
+                result.roots.extend(GradientEdge(node, number) for _, number in found)
             continue
-        upstream = any(below[n] for n in visited)
-        below[node] = upstream or bool(found)
-        if found and not upstream:
-            result.roots.extend(GradientEdge(node, number) for _, number in found)
+        if node in below:
+            continue
+        found = [pair for pair in metadata(node).get(KEY, ()) if owner is None or pair[0].owner is owner]
+        below[node] = bool(found)
+        if found:
+            at[node] = found
+            follow = [n for call, _ in found for n in call.inputs]
+        else:
+            follow = [n for n, _ in node.next_functions if n is not None]
+        stack.append((node, follow))
+        stack.extend((n, None) for n in follow)
+        if not follow and not found and (variable := getattr(node, "variable", None)) is not None:
+            result.leaves.add(id(variable))
+        elif not found and (name := custom_function(node)):
+            result.inside.update((id(n.variable), name) for n in follow if hasattr(n, "variable"))
+        elif node.name() == "CheckpointFunctionBackward":
+            result.opaque.append(node.name())
+        for call, _ in found:
+            if call not in seen:
+                seen.add(call)
+                call.expected = 0
+                result.calls.append(call)
+            call.expected += 1
     return result

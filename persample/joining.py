@@ -6,7 +6,6 @@ In a loop over the samples, a part is one sample's alone, and stays so until all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def stacked(
     if any(at.axis != first.axis or not same(at, first) for _, at in sampled):
         return None
     dim = _joins_at(func, args, kwargs, args[0] if args else kwargs["tensors"], out)
-    return replace(first, axis=first.axis + (dim <= first.axis))
+    return first.placed(first.axis + (dim <= first.axis))
 
 
 def bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:

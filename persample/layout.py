@@ -11,7 +11,7 @@ How operations move samples is in `persample.propagate`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -40,6 +40,12 @@ class Layout:
     def plain(self) -> bool:
         """Whether each sample has exactly one entry, in order."""
         return self.owner is None and self.alone is None and self.outer == self.inner == 1
+
+    def placed(self, axis: int) -> Layout:
+        """The same samples on another axis."""
+        if axis == self.axis:
+            return self
+        return Layout(self.n, axis, self.outer, self.inner, self.owner, self.alone)
 
     def fits(self, shape: Sequence[int], axis: int) -> bool:
         return self.alone is None and -len(shape) <= axis < len(shape) and shape[axis] == self.size
@@ -143,6 +149,6 @@ def kept(layout: Layout, ndim: int, shape: Sequence[int], broadcast: bool = Fals
     aligned = layout.axis + len(shape) - ndim  # broadcasting aligns at the right
     for axis in (aligned, layout.axis) if broadcast and len(shape) > ndim else (layout.axis, aligned):
         if axis >= 0 and layout.fits(shape, axis):
-            return replace(layout, axis=axis)
+            return layout.placed(axis)
     places = [axis for axis in range(len(shape)) if layout.fits(shape, axis)]
-    return replace(layout, axis=places[0]) if len(places) == 1 else None
+    return layout.placed(places[0]) if len(places) == 1 else None

@@ -8,7 +8,7 @@ lengths say.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from numbers import Integral
 from typing import Any
@@ -31,12 +31,15 @@ def _reshaped(
 ) -> Layout | None:
     """Reshaping keeps the order of all entries: follow the sample's place in the flat index."""
     old, new = args[0].shape, out.shape
+    axis = layout.axis
+    if old[: axis + 1] == new[: axis + 1] and args[0].numel() == out.numel() > 0:
+        return layout  # most often, features or tokens alone are cut or joined
     if prod(old) != prod(new):  # view(dtype)
         return kept(layout, len(old), new)
     behind = prod(old[layout.axis + 1 :])
     places = [a for a in range(len(new)) if new[a] == layout.size and prod(new[a + 1 :]) == behind]
     if places:
-        return replace(layout, axis=places[0])
+        return layout.placed(places[0])
     if layout.owner is not None:
         return read(layout, numbered(layout, args[0]).reshape(new), out)
     stride = layout.inner * behind
@@ -55,6 +58,9 @@ def _viewed(
     x = args[0]
     if not x.numel():
         return kept(layout, x.ndim, out.shape)
+    if func in _TURNS and not kwargs:
+        how = tuple(tuple(dims) if isinstance(dims, list) else dims for dims in args[1:])
+        return layout.placed(_turned(func, x.ndim, layout.axis, how))
     size = max(2, x.shape[layout.axis])  # strides say nothing about an axis of length one
     shape = [size if a == layout.axis else s for a, s in enumerate(x.shape)]
     shadow = torch.empty(size, dtype=torch.uint8, device="cpu").as_strided(
@@ -69,11 +75,20 @@ def _viewed(
         return None
     axis = places[0]
     if view.shape[axis] == size and view.stride(axis) == 1:
-        return replace(layout, axis=axis)
+        return layout.placed(axis)
     some: Tensor = (
         torch.arange(view.shape[axis], device="cpu").mul(view.stride(axis)).add(view.storage_offset())
     )  # a part of the samples
     return owned(layout.n, axis, layout.owners()[some.clamp(max=layout.size - 1)])
+
+
+@lru_cache(maxsize=1024)
+def _turned(func: Function, ndim: int, axis: int, how: tuple[Any, ...]) -> int:
+    """Where an axis is after axes were put into another order, whatever their sizes: looked up once."""
+    shadow = torch.empty(2, dtype=torch.uint8, device="cpu").as_strided(
+        [2] * ndim, [int(a == axis) for a in range(ndim)]
+    )
+    return func(shadow, *how).stride().index(1)  # type: ignore[no-any-return]
 
 
 def _distinct(
@@ -249,8 +264,9 @@ def named(*names: str) -> set[Function]:
 
 
 _RESHAPES = "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze"
-_VIEWS = """transpose swapaxes swapdims permute movedim moveaxis t adjoint select narrow chunk split unbind tensor_split
-    split_with_sizes diagonal unfold hsplit vsplit dsplit"""
+_TURNED = "transpose swapaxes swapdims permute movedim moveaxis t adjoint"
+_VIEWS = """select narrow chunk split unbind tensor_split split_with_sizes diagonal unfold hsplit vsplit dsplit"""
+_TURNS = named(*_TURNED.split()) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 # What changes the shape of its argument in place: as if a new tensor was made by another function, if one is known.
 RESHAPED: dict[Function, Function | None] = {
     **{
@@ -262,8 +278,7 @@ RESHAPED: dict[Function, Function | None] = {
 }
 MOVED: dict[Function, Follow] = {
     **dict.fromkeys(named(*_RESHAPES.split()), _reshaped),
-    **dict.fromkeys(named(*_VIEWS.split()), _viewed),
-    **dict.fromkeys((getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")), _viewed),
+    **dict.fromkeys(named(*_VIEWS.split()) | _TURNS, _viewed),
     Tensor.__getitem__: indexed,
     **dict.fromkeys(named("index_select"), _selected),
     **dict.fromkeys(

@@ -15,7 +15,6 @@ anything else         samples stay where their size is found again; where that c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,23 +142,23 @@ def _followed(
     if func in COPIES and len(sampled) > 1:
         return rewritten(func, args, kwargs, sampled)
     if func is F.linear and len(sampled) == 1 and len(args) > 1 and first is args[1]:  # samples as a weight's outputs
-        return replace(layout, axis=out.ndim - 1) if layout.axis == 0 and first.ndim == 2 else None
+        return layout.placed(out.ndim - 1) if layout.axis == 0 and first.ndim == 2 else None
     if func in _COUNTED and len(sampled) == 1 and args and first is args[0]:  # entry k is of those that are k
         return agree(out, layout.n, 0, first.flatten(), layout.owners(), seen) if first.ndim == 1 else None
     if func is torch.cdist:
         return _distances(args, kwargs, sampled, out)
     if func in _GROWS or func in _ADDS:
         axes = _grown(layout, func, args, kwargs, sampled, out)
-        return replace(layout, axis=axes[0]) if len(axes) == 1 else None
+        return layout.placed(axes[0]) if len(axes) == 1 else None
     if func is torch.einsum:
         return _einsum(args, sampled, out, lost)
     if func in _REDUCES and len(sampled) == 1:
         if (axis := _axis_behind(func, args, kwargs, layout.axis, first.ndim)) is not None and layout.fits(
             out.shape, axis
         ):
-            return replace(layout, axis=axis)
+            return layout.placed(axis)
         axes = _grown(layout, func, args, kwargs, sampled, out)
-        return replace(layout, axis=axes[0]) if len(axes) == 1 else None
+        return layout.placed(axes[0]) if len(axes) == 1 else None
     if func in UNKNOWN:
         return _told_by_size(func, args, kwargs, sampled, out)
     broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
@@ -175,7 +174,7 @@ def _followed(
                 return None  # products of samples with samples
             if picked and not axes:
                 continue
-            place = replace(candidate, axis=axes[0]) if axes else None
+            place = candidate.placed(axes[0]) if axes else None
         place = place or kept(candidate, x.ndim, out.shape, broadcast)
         if place is not None and found is None:
             found = place
@@ -213,7 +212,7 @@ def _told_by_size(
             axes = _grown(at, func, args, kwargs, sampled, out) or axes
         if len(axes) > 1 or (axes and found is not None and not (found.axis == axes[0] and same(found, at))):
             return None
-        found = replace(at, axis=axes[0]) if axes else found
+        found = at.placed(axes[0]) if axes else found
     return found
 
 
@@ -246,7 +245,7 @@ def _distances(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, 
     for i, x in enumerate(bind(args, kwargs, "x1", "x2")):
         if (at := layouts.get(id(x))) is not None:
             behind = x.ndim - at.axis - (i if at.axis == x.ndim - 2 else 0)
-            places.append(replace(at, axis=out.ndim - behind))
+            places.append(at.placed(out.ndim - behind))
             if at.axis == x.ndim - 1 or not at.fits(out.shape, out.ndim - behind):
                 return None
     first = places[0]
@@ -258,10 +257,10 @@ def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor, lost: bool) ->
     first, layout = sampled[0]
     if (letters := sample_letters(args, sampled)) is None:
         axes = _grown(layout, torch.einsum, args, {}, sampled, out)
-        return replace(layout, axis=axes[0]) if len(axes) == 1 else None
+        return layout.placed(axes[0]) if len(axes) == 1 else None
     right = args[0].replace(" ", "").split("->")[1]
     if (letter := next((letter for letter in letters if letter in right), None)) is not None:
-        return replace(letters[letter], axis=right.index(letter))
+        return letters[letter].placed(right.index(letter))
     return kept(layout, first.ndim, out.shape) if lost else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -132,9 +131,7 @@ def scattered(
     """
     layouts, target = {id(t): at for t, at in sampled}, args[0] if args else kwargs["input"]
     mask, values = bind(args[1:], kwargs, "mask", "source")
-    whole = [
-        replace(at, axis=at.axis + out.ndim - t.ndim) for t in (target, mask) if (at := layouts.get(id(t))) is not None
-    ]
+    whole = [at.placed(at.axis + out.ndim - t.ndim) for t in (target, mask) if (at := layouts.get(id(t))) is not None]
     if any(at.axis != whole[0].axis or not same(at, whole[0]) for at in whole):
         return None
     by = layouts.get(id(values))
@@ -228,7 +225,7 @@ def _marked(index: tuple[Any, ...], sampled: Sampled, out: Tensor, seen: Seen) -
         return None
     if value.dtype is torch.bool and all(not isinstance(i, Tensor) for i in index[:place]):
         axis = place + layout.axis
-        return replace(layout, axis=axis) if layout.fits(out.shape, axis) else None
+        return layout.placed(axis) if layout.fits(out.shape, axis) else None
     numbers = torch.full_like(out, -1, dtype=torch.long)
     numbers[index] = numbered(layout, value)[(..., *[None] * (out.ndim - len(index)))]
     others = [j for j, i in enumerate(index) if isinstance(i, Tensor) and id(i) not in layouts]
@@ -240,7 +237,7 @@ def _assigned(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor
     part = out[index]
     for axis in range(out.ndim):
         if out.shape[axis] == layout.size and layout.owner is None:
-            piece = indexed(Tensor.__getitem__, (out, index), {}, replace(layout, axis=axis), part)
+            piece = indexed(Tensor.__getitem__, (out, index), {}, layout.placed(axis), part)
             if piece is not None and piece.axis == layout.axis + part.ndim - value.ndim and same(piece, layout):
-                return replace(layout, axis=axis)
+                return layout.placed(axis)
     return None

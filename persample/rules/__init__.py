@@ -216,6 +216,15 @@ READS: set[Function] = {
     *(getattr(Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "index", "contains", "array")),
 }
 
+# What Python asks of a tensor without reading its numbers.
+ASKS: set[Function] = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_mps", "is_sparse", "is_nested", "is_leaf")),
+    *spellings("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device"),
+    *spellings("is_floating_point", "is_complex", "is_contiguous", "is_tensor"),
+    Tensor.__len__,
+}
+
 # What drops entries at random.
 DROPS: set[Function] = {
     *spellings("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_dropout"),

@@ -27,19 +27,25 @@ TESTS = named("any", "all", "count_nonzero")
 # Functions that don't care how numbers are shifted against each other by one for all.
 SHIFTS = named("add", "sub", "subtract", "rsub", "add_", "sub_", "__iadd__", "__isub__", "__radd__", "__rsub__")
 PRODUCTS = named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
-# Functions that give as many entries as they take, each from all along one axis; which argument says so.
-ALONG: dict[Function, int] = {
-    **dict.fromkeys((*named("softmax", "log_softmax"), F.softmax, F.log_softmax, F.softmin), 1),
-    **dict.fromkeys((torch.special.softmax, torch.special.log_softmax), 1),
-    **dict.fromkeys(named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "cumsum_", "cumprod_"), 1),
-    F.gumbel_softmax: 4,
-    **{getattr(torch.fft, name): 2 for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
-    F.normalize: 2,
+_FFTN = {getattr(torch.fft, name) for name in ("fftn", "ifftn", "rfftn", "irfftn", "hfftn", "ihfftn")}
+# Functions that give as many entries as they take, each from all along some axes; which argument says so, and what is
+# meant without it.
+ALONG: dict[Function, tuple[int, Any]] = {
+    **dict.fromkeys((*named("softmax", "log_softmax"), F.softmax, F.log_softmax, F.softmin), (1, None)),
+    **dict.fromkeys((torch.special.softmax, torch.special.log_softmax), (1, None)),
+    **dict.fromkeys(named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "cumsum_", "cumprod_"), (1, None)),
+    F.gumbel_softmax: (4, -1),
+    F.normalize: (2, 1),
+    **{getattr(torch.fft, name): (2, -1) for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
+    **{getattr(torch.fft, name): (2, (-2, -1)) for name in ("fft2", "ifft2", "rfft2", "irfft2", "hfft2", "ihfft2")},
+    **dict.fromkeys(_FFTN, (2, None)),
 }
 NORMS = {
     *(F.layer_norm, torch.layer_norm, torch.native_layer_norm, F.rms_norm, torch.rms_norm),
     *(F.group_norm, torch.group_norm, F.instance_norm, torch.instance_norm, F.local_response_norm),
 }
+_RENORMS = named("renorm")
+NORMS |= _RENORMS
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 BY_PLACE = {*SUMS, *EXTREMES, *TESTS, *ALONG, *MOVED, *PRODUCTS}  # what they act on is looked for in front
@@ -72,7 +78,7 @@ def mixes(
         return a.axis == 0 and a.n > 1 and x is args[0]
     if a is not None and MOVED.get(func) is sorted_along and x is args[0] and x.ndim > 1 and a.n > 1:
         return sort_axis(func, args, kwargs) == a.axis
-    if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x) == a.axis:
+    if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x, a.axis):
         return True
     if func in NORMS and a is not None and a.n > 1 and x is _given(0, "input", args, kwargs) and x.requires_grad:
         return _normalises(func, args, kwargs, x.ndim, a)
@@ -156,7 +162,7 @@ def ranks(
     if at is None or at.n == 1 or at.alone is not None or not args or x is not args[0]:
         return False
     if func in ALONG:
-        return _runs_along(func, args, kwargs, x) == at.axis
+        return _runs_along(func, args, kwargs, x, at.axis)
     return x.is_floating_point() and sort_axis(func, args, kwargs) == at.axis
 
 
@@ -169,15 +175,17 @@ def _reduced(place: int, args: tuple[Any, ...], kwargs: dict[str, Any], axis: in
     return all(map(is_axis, dims)) and (not dims or axis in {d % ndim for d in dims})
 
 
-def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> int | None:
-    """The axis along which all entries act on each other (softmax), where the call says which."""
-    place = ALONG.get(func)
-    if place is None or not args or x is not args[0]:
-        return None
-    dim = kwargs.get(
-        "dim", kwargs.get("axis", args[place] if len(args) > place else 1 if func is F.normalize else None)
-    )
-    return dim % max(1, x.ndim) if is_axis(dim) else None
+def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int) -> bool:
+    """Whether all entries along this axis act on each other (softmax), where the call says so."""
+    place, default = ALONG.get(func, (0, None))
+    if not place or not args or x is not args[0]:
+        return False
+    dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else default))
+    if dim is None and func in _FFTN:
+        sizes = kwargs.get("s", args[1] if len(args) > 1 else None)
+        dim = range(-x.ndim if sizes is None else -len(sizes), 0)
+    dims = dim if isinstance(dim, (tuple, list, range)) else (dim,)
+    return any(is_axis(d) and d % max(1, x.ndim) == axis for d in dims)
 
 
 def _normalises(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int, a: Layout) -> bool:
@@ -186,6 +194,8 @@ def _normalises(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], n
         return a.axis > 1
     if func is F.local_response_norm:
         return a.axis == 1
+    if func in _RENORMS:  # every slice along one axis
+        return bool(a.axis != _given(2, "dim", args, kwargs) % ndim)
     if func in (F.group_norm, torch.group_norm):
         channels = a.size // _given(1, "num_groups", args, kwargs)  # of a group
         return a.axis > 1 or (a.axis == 1 and (a.owner is not None or a.inner % channels != 0))

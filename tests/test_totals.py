@@ -96,12 +96,20 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "batch_norm, exported": lambda h: OPS._batch_norm_with_update(
         h, None, None, h.new_zeros(D), h.new_ones(D), 0.1, 1e-5
     )[0],
+    "fft": lambda h: torch.fft.fft(h.mT).real.mT,
+    "fft2": lambda h: torch.fft.fft2(h).real,
+    "renorm": lambda h: h.renorm(2, 1, 0.5),
+    "fftn": lambda h: torch.fft.fftn(h).real,
     "instance_norm": lambda h: F.instance_norm(h.mT.unsqueeze(0)).squeeze(0).mT,
     "handed_through": lambda h: h - h.mean(0).contiguous().to(h.dtype),
     "changed_in_place": lambda h: h / h.square().mean(0, keepdim=True).add_(1e-3).sqrt_(),
     "largest_by_feature": lambda h: h * (1 / (1e-3 + h.abs().max(0).values)),
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "fftn of the last axes": lambda h: torch.fft.irfftn(torch.fft.rfftn(h.view(N, 2, 3), dim=[1, 2]), s=(2, 3)).view(
+        N, D
+    ),
+    "renorm": lambda h: h.renorm(2, 0, 0.5),
     "features": lambda h: h - h.mean(1, keepdim=True),
     "features_softmax": lambda h: h.softmax(-1) + F.normalize(h) + h.cumsum(1),
     "norms": lambda h: F.layer_norm(h, (D,)) + F.rms_norm(h, (D,)) + F.group_norm(h, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from math import prod
 
 import torch
@@ -91,6 +92,7 @@ def make_across(form: tuple[Factors, Tensor], axes: tuple[int, ...]) -> tuple[Pu
     return Pulled(g, Across(unit, axes), g.shape), rows - along * unit
 
 
+@functools.cache  # most of what the tests that pick one of them took
 def examples(seed: int = 0, n: int = 3) -> dict[str, tuple[Factors, Tensor]]:
     """One of each kind, and of each kernel's special cases."""
     k33, one, zero = (3, 3), (1, 1), (0, 0)

@@ -291,9 +291,9 @@ class Capture(TorchFunctionMode):
             return  # a torch.func transform of the user's own
         if kwargs.get("create_graph", len(args) > position and args[position]):
             raise HigherOrderError(
-                f"torch.autograd.{func.__name__} with create_graph=True inside the model's forward: it "
-                "differentiates itself, and its parameters act through a gradient. Use engine='loop' (or 'vmap' with "
-                "torch.func)."
+                f"torch.autograd.{func.__name__} with create_graph=True inside the model's forward or the loss: they "
+                "differentiate the model, and its parameters act through a gradient. Let the model's forward compute "
+                "these derivatives, by torch.func with engine='vmap', or as it is with engine='loop' (docs/losses.md)."
             )
 
 

@@ -93,6 +93,9 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
         h, None, None, None, None, True, 0.1, 1e-5, False
     )[0],
     "batch_norm, without statistics": lambda h: torch._native_batch_norm_legit(h, None, None, True, 0.1, 1e-5)[0],
+    "batch_norm, by name": lambda h: torch._native_batch_norm_legit(
+        h, None, None, running_mean=h.new_zeros(D), running_var=h.new_ones(D), training=True, momentum=0.1, eps=1e-5
+    )[0],
     "batch_norm, exported": lambda h: OPS._batch_norm_with_update(
         h, None, None, h.new_zeros(D), h.new_ones(D), 0.1, 1e-5
     )[0],
@@ -118,6 +121,12 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "group_norm_of_samples": lambda h: F.group_norm(h.view(1, N, D), N).view(N, D),
     "group_norm_within_samples": lambda h: F.group_norm(h.view(1, 2 * N, 3), N).view(N, D),
     "instance_norm_of_samples": lambda h: F.instance_norm(h.view(1, N, D)).view(N, D),
+    "batch_norm of running statistics, half by name": lambda h: torch._native_batch_norm_legit(
+        h, None, None, h.new_zeros(D), h.new_ones(D), training=False, momentum=0.1, eps=1e-5
+    )[0],
+    "batch_norm of running statistics, by name": lambda h: torch._native_batch_norm_legit(
+        h, None, None, running_mean=h.new_zeros(D), running_var=h.new_ones(D), training=False, momentum=0.1, eps=1e-5
+    )[0],
     "detached": lambda h: h - 0 * h.mean(0).detach(),
     "stabilised": lambda h: (h - h.max()).exp() / (h - h.max()).exp().sum(1, keepdim=True),
     "stabilised_by_amax": lambda h: (h - h.amax((0, 1))).softmax(1),

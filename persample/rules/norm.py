@@ -154,4 +154,6 @@ def native_batch_statistics(
 @couples(torch._native_batch_norm_legit)
 def legit_batch_statistics(input: Tensor, weight: Any, bias: Any, *args: Any, **kwargs: Any) -> str:
     """With running statistics and ``training``, or without any."""
-    return batch_statistics(input, None, None) if len(args) < 5 else native_batch_statistics(input, weight, bias, *args)
+    if isinstance(args[0] if args else kwargs.get("running_mean"), Tensor):
+        return native_batch_statistics(input, weight, bias, *args, **kwargs)
+    return batch_statistics(input, None, None)

@@ -244,6 +244,8 @@ class Followed:
             if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
                 continue  # a constant
             total = level or (extent(func, args, kwargs, sampled) if layout is None else 0)
+            if total == 2 and not (level or t.is_floating_point()):
+                total = 3  # the place of the largest number, which nobody subtracts before an exponential
             self.mark(t, self._found(func, sampled, t, layout, total))
             if mutates and t._base is not None and not isinstance(self.kind(t._base), SampledTensor):
                 self.mark(t._base, self._found(func, sampled, t._base, None, 0))

@@ -17,8 +17,9 @@ from .writing import COPIES, WRITES
 # Sums of some kind, and which argument says over what.
 SUMS: dict[Function, int] = {
     **dict.fromkeys(named("sum", "nansum", "mean", "nanmean", "prod", "logsumexp"), 1),
-    **dict.fromkeys(named("std", "var", "std_mean", "var_mean", "median", "nanmedian"), 1),
-    **dict.fromkeys((*named("norm", "quantile", "nanquantile"), torch.linalg.vector_norm, torch.linalg.norm), 2),
+    **dict.fromkeys(named("std", "var", "std_mean", "var_mean", "median", "nanmedian", "mode"), 1),
+    **dict.fromkeys(named("norm", "quantile", "nanquantile", "kthvalue"), 2),
+    **dict.fromkeys((torch.linalg.vector_norm, torch.linalg.norm), 2),
 }
 # Largest and smallest numbers.
 EXTREMES = dict.fromkeys(named("amax", "amin", "aminmax", "max", "min", "argmax", "argmin"), 1)

@@ -71,6 +71,8 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda h: (h.t() - h.t().mean(1, keepdim=True)).t(),
     "unflattened": lambda h: (h.view(N, 2, 3) * h.view(N, 2, 3).mean((0, 2), keepdim=True)).flatten(1),
     "logsumexp": lambda h: h - h.logsumexp(0),
+    "smallest": lambda h: h - h.kthvalue(1, 0).values,
+    "most_frequent": lambda h: h / h.mode(0).values,
     "written": lambda h: h - written(h),
     "largest": lambda h: h / h.abs().amax(),
     "mean_by_name": lambda h: h - torch.mean(input=h, dim=0),
@@ -116,6 +118,8 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "features": lambda h: h - h.mean(1, keepdim=True),
     "features_softmax": lambda h: h.softmax(-1) + F.normalize(h) + h.cumsum(1),
     "norms": lambda h: F.layer_norm(h, (D,)) + F.rms_norm(h, (D,)) + F.group_norm(h, 2),
+    "features_in_order": lambda h: h - h.kthvalue(2, keepdim=True).values - h.mode(1, keepdim=True).values,
+    "features_in_places": lambda h: h - h.argmax(1, keepdim=True) - h.max(1, keepdim=True).indices,
     "features_by_name": lambda h: h - torch.mean(input=h, dim=1, keepdim=True) + torch.softmax(input=h, dim=-1),
     "norms_by_name": lambda h: torch.group_norm(input=h, num_groups=2) + torch.rms_norm(input=h, normalized_shape=(D,)),
     "group_norm_of_samples": lambda h: F.group_norm(h.view(1, N, D), N).view(N, D),
@@ -148,6 +152,10 @@ UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {  # by autograd
     "median": lambda h: h * (h > h.detach().median()),
     "medians": lambda h: h * (h > h.nanmedian(0).values),
     "place of the largest": lambda h: h * (h.argmax(0) < 2),
+    "place of the largest, subtracted": lambda h: h - 0.5 * h.argmax(0),
+    "places beside the largest": lambda h: h - 0.5 * h.max(0).indices,
+    "smallest but some": lambda h: h * (h > torch.kthvalue(input=h.detach(), k=1, dim=0).values + 0.5),
+    "most frequent": lambda h: h * (h > h.detach().mode(0).values + 0.5),
     "places so far": lambda h: h * (1 + h.cummax(0).indices),
     "threshold, converted": lambda h: h * (h > h.detach().mean().clamp_(min=-9).float()),
     "capacity": capacity,
@@ -310,7 +318,13 @@ def test_what_acts_without_a_gradient_is_said_or_refused(name: str) -> None:
     assert told > 3
 
 
-@pytest.mark.parametrize("name", ["median", "medians", "place of the largest", "places so far", "threshold, converted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("median", "medians", "smallest but some", "most frequent", "threshold, converted"),
+        *("place of the largest", "place of the largest, subtracted", "places beside the largest", "places so far"),
+    ],
+)
 def test_what_acts_after_a_batch_in_which_it_did_not(name: str) -> None:
     """That first batch was verified, and says nothing of others."""
     torch.manual_seed(0)

@@ -49,15 +49,17 @@ _RENORMS = named("renorm")
 NORMS |= _RENORMS
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
+CHOICES, CHOSEN = named("where"), ("condition", "input", "other")  # of two tensors by a mask, and their names
 BY_PLACE = {*SUMS, *EXTREMES, *TESTS, *ALONG, *MOVED, *PRODUCTS}  # what they act on is looked for in front
 
 
 def in_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with what it acts on in front, where that was given by name: ``torch.mean(input=h, dim=0)``."""
-    if "condition" in kwargs or func not in BY_PLACE:
+    if func not in BY_PLACE or (func in CHOICES and not args):
         return args, kwargs
     first = [] if args else [name for name in ("input", "x") if name in kwargs]
-    second = [name for name in ("other", "mat2", "weight") if name in kwargs and func in PRODUCTS and len(args) < 2]
+    seconds = ("other", "mat2", "weight") if func in PRODUCTS else CHOSEN if func in CHOICES else ()
+    second = [name for name in seconds if name in kwargs and len(args) < 2]
     names = first + second if args or first else []
     return (*args, *[kwargs[n] for n in names]), {name: x for name, x in kwargs.items() if name not in names}
 

@@ -174,11 +174,9 @@ def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout
 def _repeated(
     func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
 ) -> Layout | None:
-    if (
-        len(args) == 1 and "repeats" not in kwargs
-    ):  # repeat_interleave(counts): every sample's number as often as it says
-        return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
     if func in named("repeat_interleave"):
+        if len(args) == 1 and "repeats" not in kwargs:  # (counts): every sample's number as often as it says
+            return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
         dim = bind(args, kwargs, "input", "repeats", "dim")[2]
         if is_axis(dim) and dim % args[0].ndim != layout.axis:
             return layout  # of tokens or features, each as often as it says

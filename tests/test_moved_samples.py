@@ -90,6 +90,8 @@ SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "picked by name": lambda h: torch.index_select(input=h, dim=0, index=PERM)[PERM.argsort()],
     "flipped by name": lambda h: torch.flip(input=torch.roll(input=h, shifts=1, dims=0), dims=[0]).flip(0).roll(-1, 0),
     "chosen by name": lambda h: torch.where(condition=h > 0, input=h, other=h.tanh()),
+    "chosen, half by name": lambda h: torch.where(h > 0, other=h.tanh(), input=h).where(condition=h > 0, other=0),
+    "tiled by name": lambda h: torch.tile(input=h, dims=(1, 2))[:, ::2] + h.tile(dims=(2, 1))[: len(h)],
     "transpose_copy": lambda h: torch.transpose_copy(h, 0, 1).T,
     "features": lambda h: h @ torch.eye(N, dtype=h.dtype),
 }

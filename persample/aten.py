@@ -243,6 +243,13 @@ def _batch_norm_with_update(
     return *_native_batch_norm(input, weight, bias, mean, var, True, momentum, eps), reserved
 
 
+def _batch_norm_with_update_functional(
+    input: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, *args: float
+) -> tuple[Tensor, ...]:
+    mean, var = mean.clone(), var.clone()
+    return *_batch_norm_with_update(input, weight, bias, mean, var, *args), mean, var
+
+
 def _to(input: Tensor, **given: Any) -> Tensor:
     other = [given["other"]] if "other" in given else []  # has no name in torch
     found: Tensor = input.to(*other, **{name: x for name, x in given.items() if x is not None and name in _TO})
@@ -303,6 +310,7 @@ SPELLED: dict[str, Function] = {
     "_native_batch_norm_legit_functional": _batch_norm_functional,
     "_native_batch_norm_legit_no_training": _batch_norm_no_training,
     "_batch_norm_with_update": _batch_norm_with_update,
+    "_batch_norm_with_update_functional": _batch_norm_with_update_functional,
     "to": _to,
     "_to_copy": _to_copy,
     "_softmax": _softmax,

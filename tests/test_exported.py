@@ -330,6 +330,10 @@ CALLED: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         OPS._batch_norm_with_update.default,
         (A, None, None, torch.zeros(4), torch.ones(4)), {"momentum": 0.1, "eps": 1e-5},
     ),
+    "batch norm, with what is updated": (
+        OPS._batch_norm_with_update_functional.default,
+        (A, torch.rand(4), torch.rand(4), torch.zeros(4), torch.ones(4), 0.1, 1e-5), {},
+    ),
     "tensordot": (OPS.tensordot.default, (A, B), {"dims_self": [2], "dims_other": [2]}),
     "to": (OPS.to.dtype, (A, torch.float64, False, False, torch.contiguous_format), {}),
     "to, device": (OPS.to.device, (A, torch.device("cpu"), torch.float64), {}),

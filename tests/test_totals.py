@@ -95,6 +95,9 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
         h, None, None, None, None, True, 0.1, 1e-5, False
     )[0],
     "batch_norm, without statistics": lambda h: torch._native_batch_norm_legit(h, None, None, True, 0.1, 1e-5)[0],
+    "batch_norm, exported as a function": lambda h: OPS._batch_norm_with_update_functional(
+        h, h.new_ones(D), h.new_zeros(D), h.new_zeros(D), h.new_ones(D), 0.1, 1e-5
+    )[0],
     "batch_norm, by name": lambda h: torch._native_batch_norm_legit(
         h, None, None, running_mean=h.new_zeros(D), running_var=h.new_ones(D), training=True, momentum=0.1, eps=1e-5
     )[0],

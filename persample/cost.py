@@ -32,7 +32,7 @@ class Costs:
     tokens: int = 32  # products of tokens with each other are taken by halves, of at least so many
     banded: int = 128  # tokens of all samples, from which on a symmetric Gram is computed in four bands
     token_norm: float = 0.8  # norms from products of tokens, against streaming rows
-    token_gram: float = 1.1  # the same for all pairs of samples
+    token_gram: float = 1.1  # the same for all pairs of samples, of rows that are more than a block
     pixel_gram: float = 1.0  # inner products of convolutions from products of pixels
     pixel_pass: float = 80  # multiplications that one pass over products of pixels is worth
     # What else the kernels of convolutions cost, beside multiplications and in their unit:
@@ -89,10 +89,13 @@ def outer_norm(n: int, t: int, o: int, i: int) -> str:
 
 
 def outer_gram(n: int, m: int, t: int, s: int, o: int, i: int) -> str:
-    """Inner products of ``N x M`` sums of outer products: of all tokens, against streaming and multiplying rows."""
+    """Inner products of ``N x M`` sums of outer products: of all tokens, against streaming and multiplying rows, which
+    are there at once, and cheaper than products of tokens, if they are few.
+    """
     c = costs()
     rows = n * m * o * i + (n * t + m * s) * o * i
-    return c.outer_gram or ("tokens" if n * t * m * s * (o + i) < c.token_gram * rows else "stream")
+    few = 1 if t == s == 1 else min(1, max(n, m) * o * i / max(1, c.block)) ** 0.5
+    return c.outer_gram or ("tokens" if n * t * m * s * (o + i) < c.token_gram * few * rows else "stream")
 
 
 def outer_moments(n: int, t: int) -> str:

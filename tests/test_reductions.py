@@ -534,6 +534,7 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert [cost.halvings(t) for t in (0, 1, 31, 63, 64, 127, 128, 197, 1024)] == [0, 0, 0, 0, 1, 1, 2, 2, 5]
     assert cost.outer_gram(128, 128, 1, 1, 512, 512) == "tokens"
     assert cost.outer_gram(64, 64, 64, 64, 512, 128) == "stream"
+    assert [cost.outer_gram(n, n, 16, 16, d, d) for n, d in ((8, 128), (32, 256))] == ["stream", "tokens"]
     like = torch.empty(32, 1, 1, 1)
 
     def conv(channels: int, outputs: int, side: int, kernel: int = 3, dims: int = 2) -> cost.Convolution:

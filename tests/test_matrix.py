@@ -186,10 +186,12 @@ def check_model_side(d: Differences, g: Any, t: Truth) -> None:
     parameters = {k: p for k, p in model.named_parameters() if k in t.g.rows}
     try:
         g.backward()
-        d.close("backward", {k: p.grad for k, p in parameters.items()}, parameter_space(t)["mean"])
+        mean = {k: m for k, m in parameter_space(t)["mean"].items() if k not in t.g.unused}
+        d.equal("backward of unused", {k for k, p in parameters.items() if p.grad is None}, {*t.g.unused})
+        d.close("backward", {k: p.grad for k, p in parameters.items() if k in mean}, mean)
         g.backward(t.weight)
-        both = {k: m + parameter_space(t)["weighted"][k] for k, m in parameter_space(t)["mean"].items()}
-        d.close("backward again", {k: p.grad for k, p in parameters.items()}, both)
+        both = {k: m + parameter_space(t)["weighted"][k] for k, m in mean.items()}
+        d.close("backward again", {k: p.grad for k, p in parameters.items() if k in both}, both)
     finally:
         model.zero_grad()
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -38,10 +39,12 @@ class Watch(TorchFunctionMode):
         return name if ref is not None and ref() is t else None
 
     def _hidden(self, t: Tensor) -> str | None:
-        """The name of a hidden parameter that ``t`` is, or was computed from: copies and what comes of them are wrapped
-        by torch.func.
+        """The name of a hidden parameter that ``t`` is, or was computed from; what torch.func has wrapped of copies
+        has no graph.
         """
-        if id(t) in self.hidden or t.grad_fn is None or is_wrapped([t]):
+        while is_wrapped([t]):  # a transform inside the model wraps parameters, too
+            t = torch._C._functorch.get_unwrapped(t)
+        if id(t) in self.hidden or t.grad_fn is None:
             return self.hidden.get(id(t))
         return next((self.hidden[id(leaf)] for leaf in behind(t)[1] if id(leaf) in self.hidden), None)
 

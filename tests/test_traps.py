@@ -635,3 +635,29 @@ def test_normalised_images_alone_whose_gradient_is_channels_last(norm: nn.Module
     assert persample.check(model, lambda o, _: o, x, x).ok
     with persample.extend(model) as recorder:
         check(recorder.gradients(model(x[:1])), 1)
+
+
+@pytest.mark.parametrize("engine", ["vmap", "compiled"])
+def test_a_parameter_held_elsewhere_that_the_model_maps_over(engine: str) -> None:
+    # As containers of stacked parameters do: no call is seen before vmap has wrapped the parameter.
+    functorch = torch._C._functorch
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight = nn.Linear(D, D), nn.Parameter(torch.randn(3, 2, D))
+            self.held = (self.weight,)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+
+            def one(_: Tensor) -> Tensor:
+                level = functorch.maybe_current_level()
+                return F.linear(h, functorch._add_batch_dim(self.held[0], 0, level))
+
+            return torch.vmap(one, out_dims=1)(torch.zeros(3))
+
+    torch.manual_seed(0)
+    model, x = Stacked().double(), float64()
+    with pytest.raises(errors.CaptureError, match="'weight' is used through a reference of its own"):
+        persample.gradients(model, lambda o, _: o.square().flatten(1).sum(1), x, x, engine=engine, verify=False)

@@ -20,7 +20,7 @@ from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, ma
 from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
 from .layout import Layout
-from .lone import put_right
+from .lone import NORMALISE, put_right
 from .mixing import ORDERS, PLACES, in_order, mixes, ranks
 from .moves import RESHAPED
 from .state import named_modules
@@ -185,7 +185,8 @@ class Capture(TorchFunctionMode):
         if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
             self.followed.acts.coupled |= bool(couples) and not is_wrapped(tensors)
             out = func(*args, **kwargs)
-            put_right(func, out)
+            if func in NORMALISE:
+                put_right(out)
             self.followed.follow(func, args, kwargs, tensors, sampled, totals, out)
             return out
         return self._record(func, args, kwargs, tensors, sampled, totals, live, couples)
@@ -238,7 +239,8 @@ class Capture(TorchFunctionMode):
             self.listener,
         )
         out = self._run(call, func, args, kwargs)
-        put_right(func, out)
+        if func in NORMALISE:
+            put_right(out)
         if func in rules.NESTED and call.replay is None:
             out = tuple(t.clone() for t in out)
         self.followed.follow(func, args, kwargs, tensors, sampled, totals, out)

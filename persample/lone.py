@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from .followed import is_wrapped
 
-_NORMALISE = {
+NORMALISE = {
     F.batch_norm,
     F.instance_norm,
     torch.batch_norm,
@@ -21,13 +20,11 @@ _NORMALISE = {
 }
 
 
-def put_right(func: Callable[..., Any], out: Any) -> None:
+def put_right(out: Any) -> None:
     """The backward pass of ``batch_norm`` (and ``instance_norm``, which calls it) on a CPU, in PyTorch 2.13, takes the
     gradient of a single image that lies channels last, as that of tokens ``flatten(2).mT`` does, for one that lies
     like the input, and returns numbers of other places.  Have it come in order.
     """
-    if func not in _NORMALISE:
-        return
     x = out[0] if isinstance(out, tuple) else out
     if isinstance(x, Tensor) and x.requires_grad and x.ndim > 3 and len(x) == 1 and not is_wrapped([x]):
         x.register_hook(Tensor.contiguous)

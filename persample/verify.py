@@ -300,10 +300,10 @@ class LossDiffers(BatchCoupledError):
         what = f": {call} {APART}" if call else ""
         super().__init__(
             f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone{what}. Either the model (or the "
-            "loss) couples the samples, and 'the "
-            "gradient of sample n' is not one thing; let it act on every sample alone. Or the samples are not where "
-            "batch_dim= says, or the model draws random numbers from a generator of its own (then verify=False gives "
-            "the rows within the batch)."
+            "loss) couples the samples, and 'the gradient of sample n' is not one thing; let it act on every sample "
+            "alone. Or the samples are not where batch_dim= says. Or the model draws random numbers from a generator "
+            "of its own, or changes parameters or other state than buffers in its forward (then verify=False gives the "
+            "rows within the batch)."
         )
         self.n, self.batch, self.alone = n, batch, alone
 

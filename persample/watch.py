@@ -14,7 +14,7 @@ from . import aten, rules
 from .calls import arguments, behind, function_name, tensors_in
 from .errors import NOTIONS, BatchCoupledError, CaptureError
 from .followed import is_wrapped
-from .lone import put_right
+from .lone import NORMALISE, put_right
 
 
 class Watch(TorchFunctionMode):
@@ -72,7 +72,8 @@ class Watch(TorchFunctionMode):
                         "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='hooks'."
                     )
         out = func(*args, **kwargs)
-        put_right(func, out)
+        if func in NORMALISE:
+            put_right(out)
         if shared:
             self.share(("", t) for t in tensors_in(out))
         return out

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .layout import Layout, Sampled, kept, owned, same
 from .moves import Function, bind, indexed, named, numbered, read
@@ -195,8 +196,10 @@ def candidates(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, s
     if bool((owner >= 0).all()):
         return [owned(n, axis, owner)]
     known = [owned(n, axis, at.owners().cpu()) for at in seen() if at.alone is None and at.size == size and at.n == n]
-    if size % n == 0:
-        known = known or [Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)]
+    if not known:
+        rest = size % n  # rows at the end that nothing was put into (for what is padding) are nobody's
+        orders = [Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)] if size >= n else []
+        known = [at if not rest else Layout(n, axis, owner=F.pad(at.owners(), (0, rest), value=-1)) for at in orders]
     found: list[Layout] = []
     for at in known:
         if torch.equal(at.owners()[places], owners) and not any(same(at, other) for other in found):

@@ -845,6 +845,34 @@ def test_counts_and_places_that_depend_on_the_batch(name: str) -> None:
     assert right >= 3
 
 
+class Graphs(nn.Module):
+    """Nodes in blocks of their graphs, and one row at the end for what doesn't fit, which a layer may see."""
+
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.seen = nn.Linear(2, 3), nn.Linear(3, 3), seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        (n, k), nodes = x.shape[:2], self.first(x).flatten(0, 1)
+        blocks = nodes.new_zeros(n * k + 1, 3)
+        blocks[torch.arange(n * k)] = nodes
+        if self.seen:
+            blocks = self.last(blocks)
+        blocks = blocks[: n * k].view(n, k, 3)
+        out: Tensor = (blocks if self.seen else self.last(blocks)).sin().mean(1)
+        return out
+
+
+def test_rows_that_nothing_was_put_into_are_nobodys() -> None:
+    x, y = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    model = Graphs(seen=False).double()
+    expected = persample.gradients(model, losses, x, y, engine="loop").flat()
+    for verify in (True, False):
+        close(persample.gradients(model, losses, x, y, verify=verify).flat(), expected)
+    with pytest.raises(persample.SampleAxisError, match="belong to no sample"):
+        persample.gradients(Graphs(seen=True).double(), losses, x, y)
+
+
 MEET: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product": lambda g, h: g * h,
     "einsum": lambda g, h: torch.einsum("nd,nd->n", g, h)[:, None],

@@ -191,7 +191,10 @@ class Call:
             raise SampleAxisError(
                 f"{self.name}: can't tell where the samples are in an argument of shape {tuple(x.shape)}{self._since}."
             )
-        return samples_first(self.read(x), layout)
+        try:
+            return samples_first(self.read(x), layout)
+        except SampleAxisError as error:
+            raise SampleAxisError(f"{self.name}: {error}") from None
 
     def tokens(self, x: Tensor, features: int = 1) -> Tensor:
         """``[N, T, *features]``: everything before the last axes is a token of its sample."""

@@ -90,7 +90,10 @@ def samples_first(x: Tensor, layout: Layout) -> Tensor:
         return x.transpose(0, 1).flatten(1, 2)
     owner = layout.owner.to(x.device)
     if len(owner) and int(owner.min()) < 0:
-        raise SampleAxisError(f"some entries of a tensor of shape {tuple(x.shape)} belong to no sample.")
+        raise SampleAxisError(
+            f"some entries of a tensor of shape {tuple(x.shape)} belong to no sample, as nothing of any was put there "
+            "(the end of a constant that samples were put into by an index). Cut them off before, or use engine='loop'."
+        )
     count = torch.bincount(owner, minlength=layout.n)
     order = owner.argsort(stable=True)
     rank = torch.empty_like(order)

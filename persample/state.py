@@ -24,7 +24,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.stateless import _reparametrize_module
 
-from .errors import RandomnessError
+from .errors import CaptureError, RandomnessError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -223,10 +223,10 @@ class Buffers:
     """
 
     def __init__(self, *owners: Any) -> None:
+        self.owners = [owner for owner in owners if isinstance(owner, nn.Module)]
         self.values = [
             (module, name, b, b.detach().clone(), 0 if b.is_inference() else b._version)
-            for owner in owners
-            if isinstance(owner, nn.Module)
+            for owner in self.owners
             for module in modules_of(owner)
             for name, b in module._buffers.items()
             if b is not None and not is_lazy(b) and b.layout is torch.strided and not b.is_meta
@@ -261,10 +261,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
 class Averaged:
     """What forwards of some samples each, all begun with the same buffers, leave of these: their mean, by the number of
     samples.  That is what one forward of all samples leaves, where it is a mean over samples or the same in each.
+
+    Parameters have to stay: a forward that writes them (``p.data``) would run later samples at other values.
     """
 
     def __init__(self, begin: Buffers) -> None:
-        self.count = 0
+        self.count, self.owners = 0, begin.owners
+        self.first: dict[str, Tensor] = {}  # the parameters after the first forward
         self.totals = [
             (module, name, value, torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)))
             for module, name, _, value, _ in begin.values
@@ -273,19 +276,38 @@ class Averaged:
 
     def take(self, n: int) -> None:
         """After a forward of ``n`` samples."""
+        self.first = self.first if self.count else self._parameters()
         self.count += n
         for module, name, _, total in self.totals:
             if (now := getattr(module, name, None)) is not None and now.shape == total.shape:
                 total.add_(now.detach(), alpha=n)
 
     def leave(self) -> None:
-        """After the last forward."""
+        """After the last forward; raise where the parameters aren't those of the first."""
+        last = self._parameters()
+        if moved := [name for name, at in self.first.items() if name in last and not torch.equal(at, last[name])]:
+            raise CaptureError(
+                f"'{moved[0]}' changes whenever the model runs (its forward writes it, by .data or in a way that torch "
+                "doesn't count), so samples that run one after the other have gradients at different values. Change it "
+                "outside of the forward; or run the batch at once: engine='hooks', verify=False, without max_bytes=."
+            )
         with torch.no_grad():
             for module, name, before, total in self.totals:
                 now = getattr(module, name, None)
                 if now is not None and now.shape == total.shape and not _same(now, before):
                     with _unsafe_preserve_version_counter(now):  # it is the forwards that count
                         now.copy_(total / self.count)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """The sum of the bits of each parameter, which tells whether it was changed without a copy of it."""
+        held = {name: p.detach() for owner in self.owners for name, p in owner.named_parameters() if not is_lazy(p)}
+        return {name: _bits(p) for name, p in held.items() if p.layout is torch.strided and not p.is_meta}
+
+
+def _bits(p: Tensor) -> Tensor:
+    p = torch.view_as_real(p) if p.is_complex() else p
+    flat = p.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]).reshape(-1)
+    return torch.stack([part.sum() for part in flat.split(2**16)]).sum()  # at once, it would be converted at once
 
 
 class undone_on_error:

@@ -204,6 +204,45 @@ def test_a_forward_that_reads_what_a_norm_has_just_updated_is_refused() -> None:
             persample.gradients(model, CE, x, y, coupled=notion, verify=True)
 
 
+class Updates(nn.Module):
+    """Writes its weight at every forward, where torch doesn't count it."""
+
+    def __init__(self, update: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.weight, self.update = nn.Parameter(torch.randn(3, 2)), update
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.update(self.weight.data)
+        return x @ self.weight
+
+
+def _clamped(w: Tensor) -> Tensor:
+    return w.clamp_(-0.5, 0.5)
+
+
+def _grown(w: Tensor) -> Tensor:
+    return w.mul_(1.001)
+
+
+IN_TURNS: list[dict[str, Any]] = [
+    {"engine": "loop"},
+    {"max_bytes": 1},
+    {"max_bytes": 1, "quantities": ["norm", "sum"]},
+]
+
+
+@pytest.mark.parametrize("options", IN_TURNS)
+def test_a_parameter_that_every_forward_changes_is_refused(options: dict[str, Any]) -> None:
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    with pytest.raises(persample.CaptureError, match=r"'weight' changes whenever .* outside of the forward"):
+        persample.gradients(Updates(_grown), CE, x, y, verify=False, **options)
+    # what stays after the first forward has one value for all
+    model = Updates(_clamped)
+    G = persample.gradients(model, CE, x, y, verify=False, **options)
+    want = persample.gradients(model, CE, x, y, quantities=["norm"])
+    torch.testing.assert_close(G.norm(), want.norm())
+
+
 @pytest.mark.parametrize("at", range(100, 470, 10))
 def test_an_interrupt_leaves_the_model_its_own_parameters(at: int) -> None:
     """Whichever line of torch's swapping it comes in."""

@@ -19,7 +19,7 @@ from . import aten, rules
 from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, mapped, metadata
 from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
-from .layout import Layout
+from .layout import Operation
 from .lone import NORMALISE, put_right
 from .mixing import ORDERS, PLACES, in_order, mixes, ranks
 from .moves import RESHAPED
@@ -129,12 +129,7 @@ class Capture(TorchFunctionMode):
         if kwargs and len(args) < 2:
             args, kwargs = in_order(func, args, kwargs)
         if func in _DIFFERENTIATES:
-            self._refuse_higher_order(func, args, kwargs)
-            self.differentiates = True
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.differentiates = False
+            return self._differentiate(func, args, kwargs)
         if func in rules.OPEN:
             with self:  # it hides calls of its own: run its body under the mode
                 out = rules.OPEN[func](*args, **kwargs)
@@ -145,51 +140,42 @@ class Capture(TorchFunctionMode):
                 args = (args[0], _read_bounds(args[1]), *args[2:])
         if func in RESHAPED and args and isinstance(kind := self.followed.kind(args[0]), SampledTensor):
             return self.followed.follow_reshaped(func, args, kwargs, kind)
-        tensors = arguments(args, kwargs)
-        if func in rules.LIKE:
-            tensors = tensors[:1]  # the other argument only lends its type or shape
-        sampled: list[tuple[Tensor, Layout | None]] = []
-        totals: list[Tensor] = []
-        shared: list[tuple[Tensor, SharedTensor]] = []
-        for t in tensors:
-            kind = self.followed.kind(t)
-            if isinstance(kind, SampledTensor):
-                sampled.append((t, kind.layout))
-                if kind.total:
-                    totals.append(t)
-            elif kind is not None:
-                shared.append((t, kind))
+        op, totals, shared = self.followed.given(func, args, kwargs)
         if func in rules.READS:
             out = func(*args, **kwargs)
-            if sampled or shared:
-                self.followed.reads(sampled, totals, out)
+            if op.sampled or shared:
+                self.followed.reads(op, totals, out)
             return out
         live = self._live(shared) if shared and func not in rules.INERT else []
-        if not sampled or (shared and func in rules.PICKS and _is_choice(sampled)):
-            before = {id(t): t._version for t in tensors}
+        if not op.sampled or (shared and func in rules.PICKS and _is_choice(op)):
+            before = {id(t): t._version for t in op.tensors}
             out = func(*args, **kwargs)
             if shared:
-                self.followed.derive(func, args, kwargs, live, before, out)
+                self.followed.derive(op, live, before, out)
             return out
-        couples = (
-            ""
-            if self.trusts
-            else APART
-            if self.ordinal in self.couplers
-            else MIXES
-            if mixes(func, args, kwargs, sampled) or (totals and self.followed.meet(func, totals, sampled))
-            else rules.coupling(func, args, kwargs)
-        )
-        if func in ORDERS and (not couples or func in PLACES) and ranks(func, args, kwargs, sampled):
+        couples = self._couples(op, totals)
+        if (live or couples) and torch.is_grad_enabled() and not is_wrapped(op.tensors):
+            return self._record(op, totals, live, couples)
+        self.followed.acts.coupled |= bool(couples) and not is_wrapped(op.tensors)
+        out = func(*args, **kwargs)
+        if func in NORMALISE:
+            put_right(out)
+        self.followed.follow(op, totals, out)
+        return out
+
+    def _couples(self, op: Operation, totals: list[Tensor]) -> str:
+        """Why a call makes samples depend on each other, as far as is known; empty if it doesn't."""
+        if self.trusts:
+            couples = ""
+        elif self.ordinal in self.couplers:
+            couples = APART
+        elif mixes(op) or (totals and self.followed.meet(op, totals)):
+            couples = MIXES
+        else:
+            couples = rules.coupling(op.func, op.args, op.kwargs)
+        if op.func in ORDERS and (not couples or op.func in PLACES) and ranks(op):
             self.followed.acts.hidden = True
-        if not (live or couples) or not torch.is_grad_enabled() or is_wrapped(tensors):
-            self.followed.acts.coupled |= bool(couples) and not is_wrapped(tensors)
-            out = func(*args, **kwargs)
-            if func in NORMALISE:
-                put_right(out)
-            self.followed.follow(func, args, kwargs, tensors, sampled, totals, out)
-            return out
-        return self._record(func, args, kwargs, tensors, sampled, totals, live, couples)
+        return couples
 
     def _live(self, shared: Sequence[tuple[Tensor, SharedTensor]]) -> list[Shared]:
         """Those of the shared arguments whose gradient is asked for, each once."""
@@ -199,23 +185,13 @@ class Capture(TorchFunctionMode):
                 found[id(t)] = Shared(t, kind.derivation)
         return list(found.values())
 
-    def _record(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        sampled: list[tuple[Tensor, Layout | None]],
-        totals: list[Tensor],
-        live: list[Shared],
-        couples: str,
-    ) -> Any:
+    def _record(self, op: Operation, totals: list[Tensor], live: list[Shared], couples: str) -> Any:
         keep = [id(s.tensor) for s in live]
-        mutates = rules.mutates(func)
+        mutates = rules.mutates(op.func)
         inputs: list[Node] = []
         saved: dict[int, Tensor] = {}
-        for t in tensors:
-            kept, changes = id(t) in keep, mutates and t is args[0]
+        for t in op.tensors:
+            kept, changes = id(t) in keep, mutates and t is op.args[0]
             if (not kept or (changes and t._base is not None)) and (node := t.grad_fn) is not None:
                 inputs.append(node)  # of a part that is changed, the rest stays what it was
             if changes:
@@ -225,57 +201,57 @@ class Capture(TorchFunctionMode):
                 saved[id(t)] = t.detach()
         swap = lambda t: saved.get(id(t), t)  # noqa: E731
         call = Call(
-            func,
-            mapped(swap, args),
-            mapped(swap, kwargs),
+            op.func,
+            mapped(swap, op.args),
+            mapped(swap, op.kwargs),
             live,
-            {id(saved[id(t)]): layout for t, layout in sampled},
+            {id(saved[id(t)]): layout for t, layout in op.sampled},
             [],
             inputs,
             {id(t): t._version for t in (*saved.values(), *[s.tensor for s in live])},
-            next((name for t in tensors if (name := self.names.get(id(t)))), ""),
+            next((name for t in op.tensors if (name := self.names.get(id(t)))), ""),
             couples,
-            self.followed.lost_in(sampled),
+            self.followed.lost_in(op),
             self.listener,
         )
-        out = self._run(call, func, args, kwargs)
-        if func in NORMALISE:
+        out = self._run(call, op)
+        if op.func in NORMALISE:
             put_right(out)
-        if func in rules.NESTED and call.replay is None:
+        if op.func in rules.NESTED and call.replay is None:
             out = tuple(t.clone() for t in out)
-        self.followed.follow(func, args, kwargs, tensors, sampled, totals, out)
-        given = () if mutates or "out" in kwargs else [*map(id, tensors)]  # handed through, from other calls
-        made = results_of(args, kwargs, out, mutates)
+        self.followed.follow(op, totals, out)
+        given = () if mutates or "out" in op.kwargs else [*map(id, op.tensors)]  # handed through, from other calls
+        made = results_of(op.args, op.kwargs, out, mutates)
         outputs = [t for t in made if id(t) not in given and t.requires_grad and t.grad_fn is not None]
         self.followed.acts.coupled |= bool(couples) and not outputs
         for t in outputs:
             kind = self.followed.kind(t)
             if t.is_nested:
                 raise SampleAxisError(
-                    f"{function_name(func)} makes a nested tensor, in which samples can't be followed. Pad, and mask "
-                    "what was added; or use engine='loop'."
+                    f"{function_name(op.func)} makes a nested tensor, in which samples can't be followed. Pad, and "
+                    "mask what was added; or use engine='loop'."
                 )
             call.outputs.append((t.shape, kind.layout if isinstance(kind, SampledTensor) else None))
-        if func in rules.KEEPS:
+        if op.func in rules.KEEPS:
             call.results = tuple(t.detach() for t in outputs)
             call.versions.update((id(t), t._version) for t in call.results)
-        self._attach(call, [_end(t, tensors, mutates) for t in outputs])
+        self._attach(call, [_end(t, op.tensors, mutates) for t in outputs])
         return out
 
-    def _run(self, call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, call: Call, op: Operation) -> Any:
         """The function itself, or what puts it into a graph that is ours alone."""
         if (
             self.once
             and call.shared
-            and func in rules.REPLAYED
-            and not kwargs
+            and op.func in rules.REPLAYED
+            and not op.kwargs
             and all(at is None or at.alone is None for at in call.layouts.values())  # no rule serves lone samples
             and not saves_elsewhere()
         ):
-            out = rules.REPLAYED[func](call, *args)
+            out = rules.REPLAYED[op.func](call, *op.args)
             if out is not NotImplemented:
                 return out
-        return func(*args, **kwargs)
+        return op.func(*op.args, **op.kwargs)
 
     def _attach(self, call: Call, given: list[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
         """Tie the call to the autograd nodes of its outputs: they own it, and tell it their gradients."""
@@ -290,16 +266,21 @@ class Capture(TorchFunctionMode):
         call.owner, call.asked, call.begun = self if self.owner is None else self.owner, self.asked, self.begun
         self.recorded.append(weakref.ref(call))
 
-    def _refuse_higher_order(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _differentiate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A backward pass of the model's own."""
         position = 4 if func is torch.autograd.grad else 3
-        if is_wrapped(arguments(args, kwargs)):
-            return  # a torch.func transform of the user's own
-        if kwargs.get("create_graph", len(args) > position and args[position]):
+        own = is_wrapped(arguments(args, kwargs))  # a torch.func transform of the user's
+        if not own and kwargs.get("create_graph", len(args) > position and args[position]):
             raise HigherOrderError(
                 f"torch.autograd.{func.__name__} with create_graph=True inside the model's forward or the loss: they "
                 "differentiate the model, and its parameters act through a gradient. Let the model's forward compute "
                 "these derivatives, by torch.func with engine='vmap', or as it is with engine='loop' (docs/losses.md)."
             )
+        self.differentiates = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.differentiates = False
 
 
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
@@ -323,11 +304,11 @@ def _read_bounds(index: Any) -> Any:
     return tuple(map(_read_bounds, index)) if type(index) is tuple else index
 
 
-def _is_choice(sampled: Sequence[tuple[Tensor, Layout | None]]) -> bool:
+def _is_choice(op: Operation) -> bool:
     """Whether only numbers of the batch as a whole (the experts that are hit, the longest length) pick from shared
     tensors.
     """
-    return all(at is None and not t.is_floating_point() for t, at in sampled)
+    return all(at is None and not t.is_floating_point() for t, at in op.sampled)
 
 
 def saves_elsewhere() -> bool:
@@ -335,7 +316,7 @@ def saves_elsewhere() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _end(t: Tensor, arguments: list[Tensor], mutates: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _end(t: Tensor, arguments: Sequence[Tensor], mutates: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The tensor whose gradient tells that of ``t``, and how.
 
     That is ``t`` itself; but its base where a function returns a view of what it has just computed (``F.linear`` and

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from . import rules
 from .aten import UNKNOWN
-from .calls import Derivation, Shared, behind, function_name, tensors_in
+from .calls import Derivation, Shared, arguments, behind, function_name, tensors_in
 from .errors import SampleAxisError
-from .layout import Layout, only
+from .layout import Layout, Operation, only
 from .mixing import SHIFTS, extent
 from .moves import RESHAPED
 from .probing import Source, note, places_in, probed, upstream
@@ -175,101 +175,108 @@ class Followed:
         except Exception:  # a backward that can't be run like this
             return None
 
-    def lost_in(self, sampled: Sequence[tuple[Tensor, Layout | None]]) -> str:
-        """The call in which the samples of one of these were lost."""
-        kinds = (self.kind(t) for t, at in sampled if at is None)
+    def lost_in(self, op: Operation) -> str:
+        """The call in which the samples of one of the arguments were lost."""
+        kinds = (self.kind(t) for t, at in op.sampled if at is None)
         return next((kind.lost for kind in kinds if isinstance(kind, SampledTensor) and kind.lost), "")
 
-    def meet(
-        self,
-        func: Callable[..., Any],
-        totals: Sequence[Tensor],
-        sampled: Sequence[tuple[Tensor, Layout | None]],
-    ) -> bool:
+    # ---- what a call is given ---------------------------------------------------------------------------------------
+
+    def given(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Operation, list[Tensor], list[tuple[Tensor, SharedTensor]]]:
+        """A call; and of its arguments, those that are numbers of all samples, and those that are shared."""
+        tensors = arguments(args, kwargs)
+        if func in rules.LIKE:
+            tensors = tensors[:1]  # the other argument only lends its type or shape
+        sampled: list[tuple[Tensor, Layout | None]] = []
+        known: list[tuple[Tensor, Layout]] = []
+        totals: list[Tensor] = []
+        shared: list[tuple[Tensor, SharedTensor]] = []
+        for t in tensors:
+            kind = self.kind(t)
+            if isinstance(kind, SampledTensor):
+                sampled.append((t, kind.layout))
+                if kind.layout is not None:
+                    known.append((t, kind.layout))
+                if kind.total:
+                    totals.append(t)
+            elif kind is not None:
+                shared.append((t, kind))
+        return Operation(func, args, kwargs, tensors, sampled, known, self._seen), totals, shared
+
+    def meet(self, op: Operation, totals: Sequence[Tensor]) -> bool:
         """Whether a number of all samples acts on single ones, and has a gradient.  A largest number is mostly there to
         be subtracted before an exponential, which changes nothing.
         """
-        if len(totals) == len(sampled) or (func in rules.INERT and func not in rules.COMPARES):
+        if len(totals) == len(op.sampled) or (op.func in rules.INERT and op.func not in rules.COMPARES):
             return False
-        if func in SHIFTS and self._level(totals) == 2:
+        if op.func in SHIFTS and self._level(totals) == 2:
             return False
         self.acts.totals = True
-        return func not in rules.INERT and any(t.requires_grad for t in totals)
+        return op.func not in rules.INERT and any(t.requires_grad for t in totals)
 
-    def reads(self, sampled: Sequence[tuple[Tensor, Layout | None]], totals: Sequence[Tensor], value: Any) -> None:
+    def reads(self, op: Operation, totals: Sequence[Tensor], value: Any) -> None:
         """Python got a number, or several, which may decide what the model does."""
         if self._level(totals) > 1:
             self.acts.hidden = True
-        elif sampled and all(at is not None and (at.n == 1 or only(at) is not None) for _, at in sampled):
+        elif op.sampled and all(at is not None and (at.n == 1 or only(at) is not None) for _, at in op.sampled):
             pass  # of one sample
-        elif type(value) is bool or (type(value) is int and sampled):
+        elif type(value) is bool or (type(value) is int and op.sampled):
             self.acts.read = (*self.acts.read, value)
-        elif any(t.is_floating_point() or t.is_complex() for t, _ in sampled):
+        elif any(t.is_floating_point() or t.is_complex() for t, _ in op.sampled):
             self.acts.hidden = True
         else:
-            self.acts.ragged |= bool(sampled)  # all their lengths, or routes
+            self.acts.ragged |= bool(op.sampled)  # all their lengths, or routes
 
     def _level(self, totals: Sequence[Tensor]) -> int:
         return max((kind.total for t in totals if isinstance(kind := self.kind(t), SampledTensor)), default=0)
 
     # ---- what the outputs of a call are -----------------------------------------------------------------------------
 
-    def follow(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        sampled: list[tuple[Tensor, Layout | None]],
-        totals: list[Tensor],
-        out: Any,
-    ) -> None:
+    def follow(self, op: Operation, totals: list[Tensor], out: Any) -> None:
         """What a call of sampled tensors has made; ``totals``: those that are numbers of all samples."""
-        known = [(t, layout) for t, layout in sampled if layout is not None]
-        level, mutates = self._level(totals) if len(totals) == len(sampled) else 0, rules.mutates(func)
-        for t in results_of(args, kwargs, out, mutates):
-            if (before := next((layout for a, layout in sampled if a is t), self)) is not self:
-                if len(sampled) > 1 and writes_into(func, args, t):
-                    layout = rewritten(func, args, kwargs, sampled)
-                    self.mark(t, self._found(func, sampled, t, layout, level))
-                elif before is None:  # what was a number of all samples still is one
-                    self.mark(t, SampledTensor(None, self.lost_in(sampled), max(level, self._level([t]))))
-                continue  # changed in place, or handed through: the samples stay where they are
-            if not mutates and any(t is a for a in tensors) and "out" not in kwargs:
-                continue  # handed through, without samples
-            lost = len(known) < len(sampled)
-            layout = propagate(func, args, kwargs, known, tensors, t, lost, self._seen) if known else None
-            if layout is None and func in UNKNOWN and not lost and not mutates:
-                layout = self._probed(t, known)
-            if func in rules.FRESH or (func in rules.SHAPED and (layout is None or layout.alone is not None)):
-                continue  # a constant
-            total = level or (extent(func, args, kwargs, sampled) if layout is None else 0)
-            if total == 2 and not (level or t.is_floating_point()):
-                total = 3  # the place of the largest number, which nobody subtracts before an exponential
-            self.mark(t, self._found(func, sampled, t, layout, total))
-            if mutates and t._base is not None and not isinstance(self.kind(t._base), SampledTensor):
-                self.mark(t._base, self._found(func, sampled, t._base, None, 0))
+        level, mutates = self._level(totals) if len(totals) == len(op.sampled) else 0, rules.mutates(op.func)
+        for t in results_of(op.args, op.kwargs, out, mutates):
+            if any(t is x for x, _ in op.sampled):
+                self._handed_on(op, t, level)
+            elif mutates or not any(t is x for x in op.tensors) or "out" in op.kwargs:
+                self._made(op, t, level, mutates)
 
-    def _probed(self, t: Tensor, known: Sequence[tuple[Tensor, Layout]]) -> Layout | None:
+    def _handed_on(self, op: Operation, t: Tensor, level: int) -> None:
+        """What was changed in place, or handed through: the samples stay where they are, but for what was put in."""
+        if len(op.sampled) > 1 and writes_into(op, t):
+            self.mark(t, self._found(op, t, rewritten(op), level))
+        elif op.of(t) is None:  # what was a number of all samples still is one
+            self.mark(t, SampledTensor(None, self.lost_in(op), max(level, self._level([t]))))
+
+    def _made(self, op: Operation, t: Tensor, level: int, mutates: bool) -> None:
+        """A new tensor, or a constant into which samples were put."""
+        layout = propagate(op, t) if op.known else None
+        if layout is None and op.func in UNKNOWN and not op.lost and not mutates:
+            layout = self._probed(op, t)
+        if op.func in rules.FRESH or (op.func in rules.SHAPED and (layout is None or layout.alone is not None)):
+            return  # a constant
+        total = level or (extent(op) if layout is None else 0)
+        if total == 2 and not (level or t.is_floating_point()):
+            total = 3  # the place of the largest number, which nobody subtracts before an exponential
+        self.mark(t, self._found(op, t, layout, total))
+        if mutates and t._base is not None and not isinstance(self.kind(t._base), SampledTensor):
+            self.mark(t._base, self._found(op, t._base, None, 0))
+
+    def _probed(self, op: Operation, t: Tensor) -> Layout | None:
         """Where the samples are in what an operation has made of which nothing is known."""
         if t.grad_fn is None or is_wrapped([t]):
             return None
-        sources = [Source(get_gradient_edge(x), x.shape, layout) for x, layout in known if x.requires_grad]
+        sources = [Source(get_gradient_edge(x), x.shape, layout) for x, layout in op.known if x.requires_grad]
         try:
             return probed(t, get_gradient_edge(t), sources, places_in(t, sources))
         except Exception:  # a backward that can't be run like this
             return None
 
-    def _found(
-        self,
-        func: Callable[..., Any],
-        sampled: Sequence[tuple[Tensor, Layout | None]],
-        out: Tensor,
-        layout: Layout | None,
-        total: int,
-    ) -> SampledTensor:
+    def _found(self, op: Operation, out: Tensor, layout: Layout | None, total: int) -> SampledTensor:
         self.acts.ragged |= layout is not None and layout.owner is not None
-        lost = "" if layout is not None else self.lost_in(sampled) or f"{function_name(func)} (output {_shape(out)})"
+        lost = "" if layout is not None else self.lost_in(op) or f"{function_name(op.func)} (output {_shape(out)})"
         return SampledTensor(layout, lost, total)
 
     def _seen(self) -> list[Layout]:
@@ -283,32 +290,25 @@ class Followed:
         """A call that changes the shape of its argument in place: the samples go where a new tensor has them."""
         before = args[0].detach()
         out = func(*args, **kwargs)
-        new, layout = RESHAPED[func], kind.layout
-        if layout is not None:
-            given = (before, *args[1:])
-            layout = None if new is None else propagate(new, given, kwargs, [(before, layout)], [before], args[0])
-        self.mark(args[0], self._found(func, [(before, kind.layout)], args[0], layout, kind.total))
+        op = Operation(func, (before, *args[1:]), kwargs, [before], [(before, kind.layout)])
+        layout = None
+        if (new := RESHAPED[func]) is not None and kind.layout is not None:
+            layout = propagate(replace(op, func=new, known=[(before, kind.layout)]), args[0])
+        self.mark(args[0], self._found(op, args[0], layout, kind.total))
         return out
 
-    def derive(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        sources: list[Shared],
-        before: dict[int, int],
-        out: Any,
-    ) -> None:
+    def derive(self, op: Operation, sources: list[Shared], before: dict[int, int], out: Any) -> None:
         """What a call of shared tensors only has made; ``before``: the versions of its arguments."""
-        for t in results_of(args, kwargs, out, rules.mutates(func)):
-            if any(t is s.tensor for s in sources) and not rules.mutates(func):
+        for t in results_of(op.args, op.kwargs, out, rules.mutates(op.func)):
+            if any(t is s.tensor for s in sources) and not rules.mutates(op.func):
                 continue  # handed through
             if not t.requires_grad or t.grad_fn is None:
                 if self.kind(t) is None:
                     self.mark(t, SharedTensor(None))
             else:
                 self.derived += 1
-                made = Derivation(func, args, kwargs, get_gradient_edge(t), t.shape, sources, self.derived, before)
+                edge = get_gradient_edge(t)
+                made = Derivation(op.func, op.args, op.kwargs, edge, t.shape, sources, self.derived, before)
                 self.mark(t, SharedTensor(made if sources else None, t._version))
 
 
@@ -326,7 +326,7 @@ def _shape(t: Tensor) -> str:
     return "nested" if t.is_nested else str(tuple(t.shape))
 
 
-def is_wrapped(tensors: list[Tensor]) -> bool:
+def is_wrapped(tensors: Sequence[Tensor]) -> bool:
     """Inside a user's own vmap or grad, samples are not on an axis of their own."""
     functorch = torch._C._functorch
     return functorch.peek_interpreter_stack() is not None and any(map(functorch.is_functorch_wrapped_tensor, tensors))

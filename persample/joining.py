@@ -6,14 +6,13 @@ In a loop over the samples, a part is one sample's alone, and stays so until all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import Layout, Sampled, kept, only, owned, same
-from .moves import Function, bind, named
-from .writing import Seen, candidates
+from .layout import Function, Layout, Operation, kept, only, owned, same
+from .moves import named
+from .writing import candidates
 
 JOINS, STACKS = named("cat", "concat", "concatenate"), named("stack")
 # What else puts tensors behind each other, and along which axis: that of lists, of tables; empty where the call says.
@@ -26,11 +25,11 @@ GATHERS: dict[Function, tuple[int, ...]] = {
 }
 
 
-def joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+def joined(op: Operation, out: Tensor) -> Layout | None:
     """``cat``: along the sample axis each part brings its own samples; along another, they have to agree."""
-    parts = [p for p in (args[0] if args else kwargs["tensors"]) if p.ndim == out.ndim]  # not the old empty [0]
-    dim = next((d for d in (*args[1:2], kwargs.get("dim"), kwargs.get("axis")) if d is not None), 0) % out.ndim
-    layouts = {id(t): at for t, at in sampled}
+    parts = [p for p in op.given(0, "tensors") if p.ndim == out.ndim]  # not the old empty [0]
+    dim = op.given(1, "dim", "axis", default=0) % out.ndim
+    layouts = {id(t): at for t, at in op.known}
     known = [layouts[id(p)] for p in parts if id(p) in layouts]
     if not known:
         return None
@@ -48,30 +47,28 @@ def joined(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out:
     return owned(first.n, dim, torch.cat(owners))
 
 
-def stacked(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
-) -> Layout | None:
+def stacked(op: Operation, out: Tensor) -> Layout | None:
     """``stack``: the samples are where they were in each part, behind the new axis or in front of it."""
-    first = sampled[0][1]
-    if any(at.axis != first.axis or not same(at, first) for _, at in sampled):
+    first = op.known[0][1]
+    if any(at.axis != first.axis or not same(at, first) for _, at in op.known):
         return None
-    dim = _joins_at(func, args, kwargs, args[0] if args else kwargs["tensors"], out)
+    dim = _joins_at(op, op.given(0, "tensors"), out)
     return first.placed(first.axis + (dim <= first.axis))
 
 
-def bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
+def bagged(op: Operation, out: Tensor) -> Layout | None:
     """A bag belongs to the sample of its entries, or of its offset."""
-    input, offsets = bind(args, kwargs, "input", "weight", "offsets")[::2]
-    layouts = {id(t): at for t, at in sampled}
+    input, offsets = op.given(0, "input"), op.given(2, "offsets")
+    layouts = {id(t): at for t, at in op.known}
     if input.ndim == 2:
-        at = layouts.get(id(input), sampled[-1][1])
+        at = layouts.get(id(input), op.known[-1][1])
         return at if at.axis == 0 else None
     if (by := layouts.get(id(offsets))) is not None:
         owners = by.owners()
         if len(owners) == len(out) + 1:  # with the end of the last bag
             owners = owners[:-1] if int(owners[-1]) < 0 else owners[1:]
         return owned(by.n, 0, owners) if len(owners) == len(out) and bool((owners >= 0).all()) else None
-    at = sampled[0][1]
+    at = op.known[0][1]
     if at.axis != 0 or input.shape[0] != at.size:
         return None
     first = offsets[: len(out)]
@@ -83,44 +80,48 @@ def bagged(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out:
     return regular if fits else None
 
 
-def one_by_one(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor, seen: Seen
-) -> Layout | None:
+def one_by_one(op: Operation, out: Tensor) -> Layout | None:
     """What becomes of samples that are taken out of the batch: each stays alone until they are joined again."""
-    layouts = {id(t): at for t, at in sampled}
-    n = sampled[0][1].n
-    if func in JOINS or func in GATHERS:
-        parts = args[0] if args else next(kwargs[name] for name in ("tensors", "sequences") if name in kwargs)
-        dim = _joins_at(func, args, kwargs, parts, out)
-        new = out.ndim > parts[0].ndim  # the axis, with one entry for each
-        known = [(only(layouts[id(p)]), 1 if new else p.shape[dim]) for p in parts if id(p) in layouts]
-        owners = [torch.full((count,), k, dtype=torch.long, device="cpu") for k, count in known if k is not None]
-        if len(owners) == len(parts):
-            return owned(n, dim, torch.cat(owners))
-        samples = {k for k, _ in known}
-        batch = out.shape[dim] == n and len(known) < len(parts) and sum(count for _, count in known) == 1
-        own = len(samples) == 1 and None not in samples and not batch
-        return Layout(n, alone=samples.pop()) if own else None  # a sample's own tokens beside others (zeros, a class)
-    if func is Tensor.__setitem__ and out is args[0] and isinstance(i := args[1], int) and id(out) not in layouts:
-        owner = only(sampled[-1][1])
-        if owner is None:
-            return None
-        # the first of several, most likely: each brings its own number
-        place, sample = torch.tensor([[i % len(out)], [owner]], device="cpu")
-        return next(iter(candidates(out, n, 0, place, sample, seen)), None)
-    first = sampled[0][1]
-    if not all(same(at, first) for _, at in sampled):
+    if op.func in JOINS or op.func in GATHERS:
+        return _gathered(op, out)
+    if op.func is Tensor.__setitem__ and out is op.args[0] and isinstance(i := op.args[1], int) and op.of(out) is None:
+        return _put(op, i, out)
+    first = op.known[0][1]
+    if not all(same(at, first) for _, at in op.known):
         return None
-    places = (kept(at, x.ndim, out.shape, True) for x, at in sampled if at.alone is None)
-    return next((place for place in places if place is not None), Layout(n, alone=only(first)))
+    places = (kept(at, x.ndim, out.shape, True) for x, at in op.known if at.alone is None)
+    return next((place for place in places if place is not None), Layout(first.n, alone=only(first)))
 
 
-def _joins_at(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parts: Sequence[Tensor], out: Tensor
-) -> int:
+def _gathered(op: Operation, out: Tensor) -> Layout | None:
+    """Parts of single samples, put behind each other."""
+    layouts, n = {id(t): at for t, at in op.known}, op.known[0][1].n
+    parts = op.given(0, "tensors", "sequences")
+    dim = _joins_at(op, parts, out)
+    new = out.ndim > parts[0].ndim  # the axis, with one entry for each
+    known = [(only(layouts[id(p)]), 1 if new else p.shape[dim]) for p in parts if id(p) in layouts]
+    owners = [torch.full((count,), k, dtype=torch.long, device="cpu") for k, count in known if k is not None]
+    if len(owners) == len(parts):
+        return owned(n, dim, torch.cat(owners))
+    samples = {k for k, _ in known}
+    batch = out.shape[dim] == n and len(known) < len(parts) and sum(count for _, count in known) == 1
+    own = len(samples) == 1 and None not in samples and not batch
+    return Layout(n, alone=samples.pop()) if own else None  # a sample's own tokens beside others (zeros, a class)
+
+
+def _put(op: Operation, i: int, out: Tensor) -> Layout | None:
+    """A constant, after one sample was put at place ``i``: the first of several, most likely, each at its number."""
+    _, at = op.known[-1]
+    if (owner := only(at)) is None:
+        return None
+    place, sample = torch.tensor([[i % len(out)], [owner]], device="cpu")
+    return next(iter(candidates(op, out, at.n, 0, place, sample)), None)
+
+
+def _joins_at(op: Operation, parts: Sequence[Tensor], out: Tensor) -> int:
     """The axis along which several tensors are put behind each other."""
-    if axes := GATHERS.get(func):
+    if axes := GATHERS.get(op.func):
         return axes[min(max(1, parts[0].ndim), len(axes)) - 1]
-    if func is torch._C._nn.pad_sequence:
-        return 0 if bind(args, kwargs, "sequences", "batch_first")[1] else 1
-    return int(next((d for d in (*args[1:2], kwargs.get("dim")) if d is not None), 0) % out.ndim)
+    if op.func is torch._C._nn.pad_sequence:
+        return 0 if op.given(1, "batch_first") else 1
+    return int(op.given(1, "dim", default=0) % out.ndim)

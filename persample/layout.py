@@ -10,9 +10,10 @@ How operations move samples is in `persample.propagate`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,41 @@ class Layout:
         return torch.arange(self.n, device="cpu").repeat_interleave(self.inner).repeat(self.outer)
 
 
-Sampled = Sequence[tuple[Tensor, Layout]]  # the tensors that have samples, among the arguments of a call
+Function = Callable[..., Any]
+Sampled = Sequence[tuple[Tensor, Layout]]
+
+
+@dataclass(slots=True)
+class Operation:
+    """A function of torch with its arguments: what everybody looks at who wants to know what it does to the samples."""
+
+    func: Function
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    tensors: Sequence[Tensor] = ()
+    sampled: Sequence[tuple[Tensor, Layout | None]] = ()  # those that depend on samples; ``None``: somewhere in them
+    known: Sampled = ()  # those whose layout is known
+    seen: Callable[[], Iterable[Layout]] = tuple  # the layouts of what was computed before
+
+    @property
+    def lost(self) -> bool:
+        """Whether there are samples of which it isn't known where they are (scores of all samples against all)."""
+        return len(self.known) < len(self.sampled)
+
+    def given(self, place: int, *names: str, default: Any = None) -> Any:
+        """An argument by one of its names, or at its place."""
+        for name in names:
+            if name in self.kwargs:
+                return self.kwargs[name]
+        return self.args[place] if len(self.args) > place else default
+
+    def of(self, x: Any) -> Layout | None:
+        """Where the samples are in one of the arguments."""
+        return next((at for y, at in self.known if y is x), None)
+
+    def again(self, first: Any) -> Any:
+        """The same, done to another first argument."""
+        return self.func(first, *self.args[1:], **self.kwargs)
 
 
 def spreads(a: Sequence[int], b: Sequence[int]) -> bool:

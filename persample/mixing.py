@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .joining import GATHERS, JOINS
-from .layout import Layout, of_one, only, same
-from .moves import MOVED, Function, is_axis, named, nonzero_of, recurred, sort_axis, sorted_along
+from .layout import Function, Layout, Operation, Sampled, of_one, only, same
+from .moves import MOVED, is_axis, is_choice, named, recurred, sort_axis, sorted_along
 from .writing import COPIES, WRITES
 
 # Sums of some kind, and which argument says over what.
@@ -50,6 +49,7 @@ NORMS |= _RENORMS
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 CHOICES, CHOSEN = named("where"), ("condition", "input", "other")  # of two tensors by a mask, and their names
+_BY_ITSELF = {*MOVED, *ALONG, *NORMS}  # what can mix the entries of one tensor
 BY_PLACE = {*SUMS, *EXTREMES, *TESTS, *ALONG, *MOVED, *PRODUCTS}  # what they act on is looked for in front
 
 
@@ -64,45 +64,63 @@ def in_order(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return (*args, *[kwargs[n] for n in names]), {name: x for name, x in kwargs.items() if name not in names}
 
 
-def mixes(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
-) -> bool:
+def mixes(op: Operation) -> bool:
     """Whether entries of different samples surely meet, one on one."""
-    (x, a), *others = sampled
-    moves = func in MOVED and not (MOVED[func] is nonzero_of and len(args) > 1)  # `where` may be a choice
-    if not others and not moves and func not in ALONG and func not in NORMS:
+    (x, a), *others = op.sampled
+    if not others and op.func not in _BY_ITSELF:
         return False
-    if of_one(sampled) is not None or (func in GATHERS and all(only(at) is not None for _, at in sampled)):
+    if of_one(op.sampled) is not None or (op.func in GATHERS and all(only(at) is not None for _, at in op.sampled)):
         return False
-    if any(at is not None and at.alone is not None for _, at in sampled):
-        lone = func not in JOINS | GATHERS.keys() and func not in WRITES and not moves and a is not None and a.n > 1
-        return lone and a is not None and not all(b is None or same(a, b) for _, b in others)
-    if a is not None and MOVED.get(func) is recurred and not isinstance(args[3], (tuple, list)):
-        return a.axis == 0 and a.n > 1 and x is args[0]
-    if a is not None and MOVED.get(func) is sorted_along and x is args[0] and x.ndim > 1 and a.n > 1:
-        return sort_axis(func, args, kwargs) == a.axis
-    if a is not None and a.n > 1 and x.requires_grad and _runs_along(func, args, kwargs, x, a.axis):
+    moves = op.func in MOVED and not is_choice(op)
+    if any(at.alone is not None for _, at in op.known):
+        single = op.func in JOINS or op.func in GATHERS or op.func in WRITES or moves or a is None or a.n == 1
+        return not single and not all(b is None or same(a, b) for _, b in others)  # type: ignore[arg-type]
+    if a is None:
+        return False
+    if a.n > 1 and (found := _mixes_itself(op, x, a)) is not None:
+        return found
+    if not others or moves or op.func in WRITES or op.func in COPIES:
+        return False
+    return _joins_others(op, x, a) if op.func in JOINS else _meet(op, x, a)
+
+
+def _mixes_itself(op: Operation, x: Tensor, a: Layout) -> bool | None:
+    """Whether a function lets the entries of one tensor meet along its samples; ``None``: it isn't of these."""
+    follow, first = MOVED.get(op.func), bool(op.args) and x is op.args[0]
+    if follow is recurred and not isinstance(op.args[3], (tuple, list)):  # not packed: samples one after the other
+        return a.axis == 0 and first
+    if follow is sorted_along and first and x.ndim > 1:
+        return sort_axis(op) == a.axis
+    if x.requires_grad and _runs_along(op, x, a.axis):
         return True
-    if func in NORMS and a is not None and a.n > 1 and x is _given(0, "input", args, kwargs) and x.requires_grad:
-        return _normalises(func, args, kwargs, x.ndim, a)
-    if func is torch.einsum and a is not None and a.n > 1:
-        letters = _letters(args, sampled) or []
+    if op.func in NORMS and x is op.given(0, "input") and x.requires_grad:
+        return _normalises(op, x.ndim, a)
+    if op.func is torch.einsum:
+        letters = _letters(op) or []
         return any(letter != letters[0][0] or not same(at, letters[0][1]) for letter, at in letters)
-    if a is None or not others or moves or func in WRITES or func in COPIES:
+    return None
+
+
+def _joins_others(op: Operation, x: Tensor, a: Layout) -> bool:
+    """Whether ``cat`` puts samples beside others; not of single samples' parts."""
+    if all(only(at) is not None for _, at in op.sampled):
         return False
-    if func in JOINS:  # not of single samples' parts
-        if all(only(at) is not None for _, at in sampled):
-            return False
-        dim = next((d for d in (*args[1:2], kwargs.get("dim"), kwargs.get("axis")) if d is not None), 0)
-        beside = is_axis(dim) and dim % max(1, x.ndim) != a.axis
-        return beside and any(b is not None and b.axis == a.axis and not same(a, b) for _, b in others)
-    if func is F.embedding_bag:  # offsets say which entries are a sample's; those of others may be none
+    dim = next((d for d in (*op.args[1:2], op.kwargs.get("dim"), op.kwargs.get("axis")) if d is not None), 0)
+    beside = is_axis(dim) and dim % max(1, x.ndim) != a.axis
+    return beside and any(b is not None and b.axis == a.axis and not same(a, b) for _, b in op.sampled[1:])
+
+
+def _meet(op: Operation, x: Tensor, a: Layout) -> bool:
+    """Whether a function of several tensors lets one's samples meet another's."""
+    if op.func is F.embedding_bag:  # offsets say which entries are a sample's; those of others may be none
         return False
-    slices = {sample for x, at in sampled if x.requires_grad and (sample := only(at)) is not None}
-    if func not in GATHERS and any(at is not None and only(at) != sample for sample in slices for _, at in sampled):
+    slices = {sample for y, at in op.sampled if y.requires_grad and (sample := only(at)) is not None}
+    if op.func not in GATHERS and any(
+        at is not None and only(at) != sample for sample in slices for _, at in op.sampled
+    ):
         return True  # one sample's values act on others
-    behind = x.ndim - 2 if func in PRODUCTS and a.axis < x.ndim - 2 else 0  # batches of matrices
-    alike = [b for y, b in others if b is not None and b.axis == a.axis and _alike(x, y, a, b, behind)]
+    behind = x.ndim - 2 if op.func in PRODUCTS and a.axis < x.ndim - 2 else 0  # batches of matrices
+    alike = [b for y, b in op.sampled[1:] if b is not None and b.axis == a.axis and _alike(x, y, a, b, behind)]
     return not all(same(a, b) for b in alike)
 
 
@@ -116,112 +134,115 @@ def _alike(x: Tensor, y: Tensor, a: Layout, b: Layout, behind: int) -> bool:
     return fits or a.axis < behind
 
 
-def sums_up(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
-) -> bool:
+def sums_up(op: Operation) -> bool:
     """Whether what a call gives is surely made of all samples together: their axis is reduced, or summed over in a
     product of two tensors that both have it.  A largest number is none of these: it is mostly there to be subtracted
     before an exponential, which changes nothing.
     """
-    known = [(x, at) for x, at in sampled if at is not None and at.alone is None and at.n > 1]
-    if not known or len(known) < len(sampled) or of_one(known) is not None:
+    known = [(x, at) for x, at in op.known if at.alone is None and at.n > 1]
+    if not known or len(known) < len(op.sampled) or of_one(known) is not None:
         return False
+    if op.func is torch.einsum:
+        letters = sample_letters(op)
+        return letters is not None and not {*letters} & {*op.args[0].split("->")[1]}
     (x, at), *others = known
-    if func in PRODUCTS and not others and len(args) > 1:  # with a constant
-        second = x.ndim - 1 if func is F.linear else max(0, x.ndim - 2)
-        return at.axis == (x.ndim - 1 if x is args[0] else second)
-    if (place := SUMS.get(func)) is not None and not others and args and x is args[0]:
-        return _reduced(place, args, kwargs, at.axis, x.ndim)
-    if func is torch.einsum:
-        letters = sample_letters(args, sampled)
-        return letters is not None and not {*letters} & {*args[0].split("->")[1]}
-    if func in PRODUCTS and len(others) == 1 and args and x is args[0] and x.ndim > 1:
-        y, by = others[0]
-        row = max(0, y.ndim - 2) if func is not F.linear else y.ndim - 1
-        return len(args) > 1 and y is args[1] and at.axis == x.ndim - 1 and by.axis == row
-    return False
+    if op.func in PRODUCTS:
+        return _sums_products(op, x, at, others)
+    place = SUMS.get(op.func)
+    return (
+        place is not None and not others and bool(op.args) and x is op.args[0] and _reduced(op, place, at.axis, x.ndim)
+    )
 
 
-def extent(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
-) -> int:
+def _sums_products(op: Operation, x: Tensor, at: Layout, others: Sampled) -> bool:
+    """Whether a product of matrices sums over the samples."""
+    if len(op.args) < 2:
+        return False
+    if not others:  # with a constant
+        return at.axis == (x.ndim - 1 if x is op.args[0] else _summed(op, x))
+    y, by = others[0]
+    pair = len(others) == 1 and x is op.args[0] and x.ndim > 1 and y is op.args[1]
+    return pair and at.axis == x.ndim - 1 and by.axis == _summed(op, y)
+
+
+def _summed(op: Operation, second: Tensor) -> int:
+    """The axis of the second factor that a product of matrices sums over."""
+    return second.ndim - 1 if op.func is F.linear else max(0, second.ndim - 2)
+
+
+def extent(op: Operation) -> int:
     """Whether a call gives what is made of all samples together: 3, their sum; 2, the largest or smallest of them; 1,
     what is counted or tested (any number of integers, or a flag).
     """
-    counts = func in TESTS or not any(x.is_floating_point() or x.is_complex() for x, _ in sampled)
-    if (func in EXTREMES or func in TESTS) and len(sampled) == 1:
-        x, at = sampled[0]
-        if at is None or only(at) is not None or at.n == 1 or not args or x is not args[0]:
+    counts = op.func in TESTS or not any(x.is_floating_point() or x.is_complex() for x, _ in op.sampled)
+    if (op.func in EXTREMES or op.func in TESTS) and len(op.sampled) == 1:
+        x, at = op.sampled[0]
+        if at is None or only(at) is not None or at.n == 1 or not op.args or x is not op.args[0]:
             return 0
-        return (1 if counts else 2) * _reduced(1, args, kwargs, at.axis, x.ndim)
-    return (1 if counts else 3) * sums_up(func, args, kwargs, sampled)
+        return (1 if counts else 2) * _reduced(op, 1, at.axis, x.ndim)
+    return (1 if counts else 3) * sums_up(op)
 
 
-def ranks(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
-) -> bool:
+def ranks(op: Operation) -> bool:
     """Whether a call without gradient tells a sample its place among the others: running counts, orders."""
-    x, at = sampled[0]
-    if at is None or at.n == 1 or at.alone is not None or not args or x is not args[0]:
+    x, at = op.sampled[0]
+    if at is None or at.n == 1 or at.alone is not None or not op.args or x is not op.args[0]:
         return False
-    if func in ALONG:
-        return _runs_along(func, args, kwargs, x, at.axis)
-    return x.is_floating_point() and sort_axis(func, args, kwargs) == at.axis
+    if op.func in ALONG:
+        return _runs_along(op, x, at.axis)
+    return x.is_floating_point() and sort_axis(op) == at.axis
 
 
-def _reduced(place: int, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, ndim: int) -> bool:
+def _reduced(op: Operation, place: int, axis: int, ndim: int) -> bool:
     """Whether a reduction takes this axis, with its dims at this ``place`` among the arguments."""
-    dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
+    dim = op.given(place, "dim", "axis")
     if dim is None or isinstance(dim, bool):  # a flag is `unbiased`: std(False) is of all
         return True
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
     return all(map(is_axis, dims)) and (not dims or axis in {d % ndim for d in dims})
 
 
-def _runs_along(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int) -> bool:
+def _runs_along(op: Operation, x: Tensor, axis: int) -> bool:
     """Whether all entries along this axis act on each other (softmax), where the call says so."""
-    place, default = ALONG.get(func, (0, None))
-    if not place or not args or x is not args[0]:
+    place, default = ALONG.get(op.func, (0, None))
+    if not place or not op.args or x is not op.args[0]:
         return False
-    dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else default))
-    if dim is None and func in _FFTN:
-        sizes = kwargs.get("s", args[1] if len(args) > 1 else None)
+    dim = op.given(place, "dim", "axis", default=default)
+    if dim is None and op.func in _FFTN:
+        sizes = op.given(1, "s")
         dim = range(-x.ndim if sizes is None else -len(sizes), 0)
     dims = dim if isinstance(dim, (tuple, list, range)) else (dim,)
     return any(is_axis(d) and d % max(1, x.ndim) == axis for d in dims)
 
 
-def _normalises(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int, a: Layout) -> bool:
+def _normalises(op: Operation, ndim: int, a: Layout) -> bool:
     """Whether numbers of several samples are normalised together."""
-    if func in (F.instance_norm, torch.instance_norm):
+    if op.func in (F.instance_norm, torch.instance_norm):
         return a.axis > 1
-    if func is F.local_response_norm:
+    if op.func is F.local_response_norm:
         return a.axis == 1
-    if func in _RENORMS:  # every slice along one axis
-        return bool(a.axis != _given(2, "dim", args, kwargs) % ndim)
-    if func in (F.group_norm, torch.group_norm):
-        channels = a.size // _given(1, "num_groups", args, kwargs)  # of a group
+    if op.func in _RENORMS:  # every slice along one axis
+        return bool(a.axis != op.given(2, "dim") % ndim)
+    if op.func in (F.group_norm, torch.group_norm):
+        channels = a.size // op.given(1, "num_groups")  # of a group
         return a.axis > 1 or (a.axis == 1 and (a.owner is not None or a.inner % channels != 0))
-    shape = _given(1, "normalized_shape", args, kwargs)
+    shape = op.given(1, "normalized_shape")
     return a.axis >= ndim - (len(shape) if isinstance(shape, (tuple, list)) else 1)
 
 
-def _given(place: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[place] if len(args) > place else kwargs[name]
-
-
-def sample_letters(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout | None]]) -> dict[str, Layout] | None:
+def sample_letters(op: Operation) -> dict[str, Layout] | None:
     """By which letters the samples go in an einsum; ``None`` if they aren't all written out."""
-    pairs = _letters(args, sampled)
+    pairs = _letters(op)
     return None if pairs is None else dict(pairs)
 
 
-def _letters(args: tuple[Any, ...], sampled: Sequence[tuple[Tensor, Layout | None]]) -> list[tuple[str, Layout]] | None:
+def _letters(op: Operation) -> list[tuple[str, Layout]] | None:
     """The same for every operand."""
-    if not isinstance(args[0], str) or "." in args[0] or "->" not in args[0]:
+    equation, first = op.args[:2]
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
         return None
-    operands = args[1:] if not isinstance(args[1], (list, tuple)) else tuple(args[1])
-    layouts = {id(x): at for x, at in sampled if at is not None and at.alone is None}
-    left = args[0].replace(" ", "").split("->")[0].split(",")
+    operands = first if isinstance(first, (list, tuple)) else op.args[1:]
+    layouts = {id(x): at for x, at in op.known if at.alone is None}
+    left = equation.replace(" ", "").split("->")[0].split(",")
     pairs = [(term, layouts[id(x)]) for term, x in zip(left, operands, strict=True) if id(x) in layouts]
     return [(term[at.axis], at) for term, at in pairs]

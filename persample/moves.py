@@ -17,22 +17,19 @@ import torch
 from torch import Tensor
 
 from .errors import SampleAxisError
-from .layout import Layout, kept, owned
+from .layout import Function, Layout, Operation, kept, owned
 
-Function = Callable[..., Any]
-Follow = Callable[[Function, tuple[Any, ...], dict[str, Any], Layout, Tensor], "Layout | None"]
+Follow = Callable[[Operation, Layout, Tensor], "Layout | None"]  # the layouts of the first argument, and of the output
 
 
 # ---- views ------------------------------------------------------------------------------------------------------
 
 
-def _reshaped(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
+def _reshaped(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """Reshaping keeps the order of all entries: follow the sample's place in the flat index."""
-    old, new = args[0].shape, out.shape
+    old, new = op.args[0].shape, out.shape
     axis = layout.axis
-    if old[: axis + 1] == new[: axis + 1] and args[0].numel() == out.numel() > 0:
+    if old[: axis + 1] == new[: axis + 1] and op.args[0].numel() == out.numel() > 0:
         return layout  # most often, features or tokens alone are cut or joined
     if prod(old) != prod(new):  # view(dtype)
         return kept(layout, len(old), new)
@@ -41,7 +38,7 @@ def _reshaped(
     if places:
         return layout.placed(places[0])
     if layout.owner is not None:
-        return read(layout, numbered(layout, args[0]).reshape(new), out)
+        return read(layout, numbered(layout, op.args[0]).reshape(new), out)
     stride = layout.inner * behind
     for axis in range(len(new)):
         below = prod(new[axis + 1 :])
@@ -51,22 +48,20 @@ def _reshaped(
     return None
 
 
-def _viewed(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
+def _viewed(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """Do the same to a shadow in which only the sample axis has a stride."""
-    x = args[0]
+    x = op.args[0]
     if not x.numel():
         return kept(layout, x.ndim, out.shape)
-    if func in _TURNS and not kwargs:
-        how = tuple(tuple(dims) if isinstance(dims, list) else dims for dims in args[1:])
-        return layout.placed(_turned(func, x.ndim, layout.axis, how))
+    if op.func in _TURNS and not op.kwargs:
+        how = tuple(tuple(dims) if isinstance(dims, list) else dims for dims in op.args[1:])
+        return layout.placed(_turned(op.func, x.ndim, layout.axis, how))
     size = max(2, x.shape[layout.axis])  # strides say nothing about an axis of length one
     shape = [size if a == layout.axis else s for a, s in enumerate(x.shape)]
     shadow = torch.empty(size, dtype=torch.uint8, device="cpu").as_strided(
         shape, [int(a == layout.axis) for a in range(x.ndim)]
     )
-    view = _one_of(func(shadow, *args[1:], **kwargs), lambda: func(*args, **kwargs), out)
+    view = _one_of(op.again(shadow), lambda: op.again(x), out)
     places = [a for a in range(view.ndim) if view.stride(a)]  # new axes of size one may have a stride, too
     places = [a for a in places if view.shape[a] > 1] or places
     if view.ndim == out.ndim == x.ndim - 1 and not places:  # one sample is taken out
@@ -91,15 +86,14 @@ def _turned(func: Function, ndim: int, axis: int, how: tuple[Any, ...]) -> int:
     return func(shadow, *how).stride().index(1)  # type: ignore[no-any-return]
 
 
-def _distinct(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
+def _distinct(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """Different values, and how often each occurs, are nobody's, however many there are; where each entry's value is
     among them, is the entry's.
     """
-    if not kwargs.get("return_inverse") or kwargs.get("dim") is not None or out.shape != args[0].shape:
+    x = op.args[0]
+    if not op.kwargs.get("return_inverse") or op.kwargs.get("dim") is not None or out.shape != x.shape:
         return None
-    return layout if torch.equal(func(*args, **kwargs)[1], out) else None
+    return layout if torch.equal(op.again(x)[1], out) else None
 
 
 def _one_of(made: Any, again: Callable[[], Any], out: Tensor) -> Tensor:
@@ -138,69 +132,71 @@ def read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
     return None
 
 
-def indexed(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    x, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
-    if out.is_floating_point():  # a sample by a tensor that is its number
-        args = (x, index := tuple(int(i) if _is_number(i) else i for i in index))
+def indexed(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
+    x, index = op.args[0], op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+    if out.is_floating_point() and any(map(_is_number, index)):  # a sample by a tensor that is its number
+        index = tuple(int(i) if _is_number(i) else i for i in index)
+        op = Operation(op.func, (x, index))
     if all(i is None or i is Ellipsis or (isinstance(i, (int, slice)) and not isinstance(i, bool)) for i in index):
-        return _viewed(func, args, kwargs, layout, out)
+        return _viewed(op, layout, out)
     numbers = numbered(layout, x)
     if all(isinstance(i, (slice, Tensor)) for i in index):  # what it doesn't pick from needn't be there
         used = [i.ndim if isinstance(i, Tensor) and i.dtype is torch.bool else 1 for i in index]
         whole = {sum(used[:j]) for j, i in enumerate(index) if i == slice(None)} | {*range(sum(used), x.ndim)}
         numbers = numbers[tuple(slice(0, 1) if a in whole - {layout.axis} else slice(None) for a in range(x.ndim))]
-    return read(layout, func(numbers, *args[1:], **kwargs), out)
+    return read(layout, op.again(numbers), out)
 
 
 def _is_number(i: Any) -> bool:
     return isinstance(i, Tensor) and i.ndim == 0 and i.dtype is not torch.bool
 
 
-def _selected(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    dim, index = bind(args[1:], kwargs, "dim", "index")
-    if dim % max(1, args[0].ndim) != layout.axis:
+def _selected(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
+    dim, index = op.given(1, "dim"), op.given(2, "index")
+    if dim % max(1, op.args[0].ndim) != layout.axis:
         return layout
     return owned(layout.n, layout.axis, layout.owners().to(index.device)[index.reshape(-1)])
 
 
-def _moved(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor) -> Layout | None:
-    return read(layout, func(numbered(layout, args[0]), *args[1:], **kwargs), out)
+def _moved(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
+    return read(layout, op.again(numbered(layout, op.args[0])), out)
 
 
-def _repeated(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
-    if func in named("repeat_interleave"):
-        if len(args) == 1 and "repeats" not in kwargs:  # (counts): every sample's number as often as it says
-            return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(args[0]))
-        dim = bind(args, kwargs, "input", "repeats", "dim")[2]
-        if is_axis(dim) and dim % args[0].ndim != layout.axis:
+def _repeated(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
+    x = op.args[0]
+    if op.func in named("repeat_interleave"):
+        if len(op.args) == 1 and "repeats" not in op.kwargs:  # (counts): every sample's number as often as it says
+            return owned(layout.n, 0, layout.owners().to(out.device).repeat_interleave(x))
+        dim = op.given(2, "dim")
+        if is_axis(dim) and dim % x.ndim != layout.axis:
             return layout  # of tokens or features, each as often as it says
-    return read(layout, func(numbered(layout, args[0], thin=out.ndim > 1), *args[1:], **kwargs), out)
+    return read(layout, op.again(numbered(layout, x, thin=out.ndim > 1)), out)
 
 
-def nonzero_of(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
+def nonzero_of(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """Where a mask is true: as many entries as there are, each of its place's sample."""
-    return owned(layout.n, 0, layout.owners().to(args[0].device)[args[0].nonzero()[:, layout.axis]])
+    return whether(op.args[0], layout)
 
 
-def sorted_along(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
+def whether(mask: Tensor, layout: Layout) -> Layout:
+    """Of the entries at which a mask is true, one after the other: each of its place's sample."""
+    return owned(layout.n, 0, layout.owners().to(mask.device)[mask.nonzero()[:, layout.axis]])
+
+
+def is_choice(op: Operation) -> bool:
+    """``where(condition, this, that)``, not ``where(condition)``."""
+    return len(op.args) > 1 and MOVED.get(op.func) is nonzero_of
+
+
+def sorted_along(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """A list of samples in another order; a table sorted over the samples mixes them."""
-    x = args[0]
-    if sort_axis(func, args, kwargs) != layout.axis:
+    x = op.args[0]
+    if sort_axis(op) != layout.axis:
         return layout
     if x.ndim > 1:
         return None
-    made = func(*args, **kwargs)
-    order = made if func in named("argsort") else made[1] if isinstance(made, tuple) else x.argsort()
+    made = op.again(x)
+    order = made if op.func in named("argsort") else made[1] if isinstance(made, tuple) else x.argsort()
     return owned(layout.n, 0, layout.owners().to(order.device)[order])
 
 
@@ -209,51 +205,41 @@ def is_axis(dim: Any) -> bool:
     return type(dim) is int or (isinstance(dim, Integral) and not isinstance(dim, bool))
 
 
-def sort_axis(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    place = 2 if func in named("topk") else 1
-    given = [a for a in (*args[place : place + 2], kwargs.get("dim")) if is_axis(a)]
-    dim = given[0] if given else 0 if func in named("msort") else -1
-    return int(dim % max(1, args[0].ndim))
+def sort_axis(op: Operation) -> int:
+    place = 2 if op.func in named("topk") else 1
+    given = [a for a in (*op.args[place : place + 2], op.kwargs.get("dim")) if is_axis(a)]
+    dim = given[0] if given else 0 if op.func in named("msort") else -1
+    return int(dim % max(1, op.args[0].ndim))
 
 
 # ---- sequences --------------------------------------------------------------------------------------------------
 
 
-def _packed(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
+def _packed(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """``_pack_padded_sequence(input, lengths, batch_first)``: time-major, the longest sample first."""
-    _, lengths, batch_first = args[:3]
+    _, lengths, batch_first = op.args[:3]
     if layout.axis != (0 if batch_first else 1) or out.shape[:1] != (int(lengths.sum()),):
         return None
     owners = layout.owners()
     return owned(layout.n, 0, torch.cat([owners[: int((lengths > t).sum())] for t in range(int(lengths.max()))]))
 
 
-def _unpacked(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
+def _unpacked(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """``_pad_packed_sequence(data, batch_sizes, batch_first, ...)``: the first step names every sample."""
-    _, batch_sizes, batch_first = args[:3]
+    _, batch_sizes, batch_first = op.args[:3]
     if out.ndim < 2:  # the lengths
         return None
     return owned(layout.n, 0 if batch_first else 1, layout.owners()[: int(batch_sizes[0])])
 
 
-def recurred(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, out: Tensor
-) -> Layout | None:
+def recurred(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """One layer, time first or packed: its outputs, and its last states ``[directions, B, H]``."""
-    if isinstance(args[3], (tuple, list)):  # packed
-        return layout if out.ndim == 2 else owned(layout.n, 1, layout.owners()[: int(args[1][0])])
+    if isinstance(op.args[3], (tuple, list)):  # packed
+        return layout if out.ndim == 2 else owned(layout.n, 1, layout.owners()[: int(op.args[1][0])])
     return layout if layout.fits(out.shape, layout.axis) else None  # if not 1, samples one after the other in time
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
-
-
-def bind(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
 def named(*names: str) -> set[Function]:

@@ -14,7 +14,7 @@ anything else         samples stay where their size is found again; where that c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,61 +24,53 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .aten import UNKNOWN
 from .joining import GATHERS, JOINS, STACKS, bagged, joined, one_by_one, stacked
-from .layout import Layout, Sampled, kept, of_one, only, same
+from .layout import Function, Layout, Operation, kept, of_one, only, same
 from .mixing import PRODUCTS, sample_letters, sums_up
-from .moves import MOVED, Function, bind, indexed, named, nonzero_of
-from .writing import COPIES, SCATTERS, WRITES, Seen, agree, rewritten, scattered, written
+from .moves import MOVED, indexed, is_choice, named, whether
+from .writing import COPIES, SCATTERS, WRITES, agree, rewritten, scattered, written
 
 
-def propagate(
-    func: Function,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    sampled: Sampled,
-    tensors: Sequence[Tensor],
-    out: Tensor,
-    lost: bool = False,
-    seen: Seen = tuple,
-) -> Layout | None:
-    """The layout of ``out = func(*args, **kwargs)``; ``sampled`` are those of its ``tensors`` that have samples.
+def propagate(op: Operation, out: Tensor) -> Layout | None:
+    """The layout of an output.
 
-    ``lost``: there are others, of which it isn't known where the samples are (scores of all samples against all).  What
-    they are multiplied with is guessed by its size: that couples the batch, and only what is behind it is to be served.
-    ``seen`` gives the layouts that tensors had so far.
+    What samples that are lost (scores of all samples against all) are multiplied with is guessed by its size: that
+    couples the batch, and only what is behind it is to be served.
     """
     if out.is_nested:
         return None
-    if sampled[0][1].n == 1:
+    first, layout = op.known[0]
+    if layout.n == 1:
         return lone_sample(out)
-    first, layout = sampled[0]
     inner = (
-        not args or first is not args[0] or layout.axis == first.ndim - 1
+        not op.args or first is not op.args[0] or layout.axis == first.ndim - 1
     )  # most often, it is the first of more axes
-    if inner and func in PRODUCTS and not lost and sums_up(func, args, kwargs, sampled):
+    if inner and op.func in PRODUCTS and not op.lost and sums_up(op):
         return None
-    if func not in _SPECIAL and not (UNKNOWN and func in UNKNOWN) and _stays(func, args, sampled, out):
+    if op.func not in _SPECIAL and not (UNKNOWN and op.func in UNKNOWN) and _stays(op, out):
         return layout
     found: Layout | None = None
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            found = _followed(func, args, kwargs, sampled, tensors, out, lost, seen)
+            found = _followed(op, out)
     except (
         RuntimeError,
         ValueError,
         IndexError,
         TypeError,
         KeyError,
+        AttributeError,
         ArithmeticError,
     ):  # a way to call the function that isn't known
         pass
-    beside = func in _PUTS and len(sampled) < len(tensors)
-    if found is None and not (lost or beside or out.dtype in _COUNTS) and (n := of_one(sampled)) is not None:
+    beside = op.func in _PUTS and len(op.known) < len(op.tensors)
+    if found is None and not (op.lost or beside or out.dtype in _COUNTS) and (n := of_one(op.known)) is not None:
         return Layout(layout.n, alone=n)  # whatever was done to the numbers of one sample
     return found
 
 
-def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor) -> bool:
+def _stays(op: Operation, out: Tensor) -> bool:
     """The short way to what `_followed` finds for most calls: all samples stay where they are."""
+    func, args, sampled = op.func, op.args, op.known
     first, layout = sampled[0]
     shape, axis = out.shape, layout.axis
     if layout.alone is not None or (func is F.embedding and args and first is not args[0]):
@@ -88,17 +80,23 @@ def _stays(func: Function, args: tuple[Any, ...], sampled: Sampled, out: Tensor)
         left, right = (any(x is factor for x, _ in sampled) for factor in args[1:3]) if len(args) > 2 else (False, True)
         return alike and left and (not right or args[2].ndim == 3)
     if len(sampled) == 1:
-        if first.shape == shape:
-            return func not in PRODUCTS or not args or first is args[0]
-        front = first.ndim - _READS.get(func, first.ndim)
-        if axis < front and args and first is args[0] and shape[:front] == first.shape[:front]:
-            return len(shape) <= first.ndim or func is F.embedding  # else new axes were put in front
-        size = layout.size
-        return first.ndim == len(shape) and [a for a, s in enumerate(shape) if s == size] == [axis]
+        return _stays_alone(op, first, layout, shape)
     if all(x.shape == shape and at.axis == axis and same(at, layout) for x, at in sampled):
         return True
     front = len(shape) - _MEETS.get(func, len(shape))
     return axis < front and all(x.ndim == len(shape) and at.axis == axis and same(at, layout) for x, at in sampled)
+
+
+def _stays_alone(op: Operation, x: Tensor, layout: Layout, shape: torch.Size) -> bool:
+    """The same for a single tensor with samples."""
+    first = not op.args or x is op.args[0]
+    if x.shape == shape:
+        return first or op.func not in PRODUCTS
+    front = x.ndim - _READS.get(op.func, x.ndim)
+    if layout.axis < front and first and op.args and shape[:front] == x.shape[:front]:
+        return len(shape) <= x.ndim or op.func is F.embedding  # else new axes were put in front
+    size = layout.size
+    return x.ndim == len(shape) and [a for a, s in enumerate(shape) if s == size] == [layout.axis]
 
 
 def lone_sample(x: Tensor) -> Layout:
@@ -106,70 +104,118 @@ def lone_sample(x: Tensor) -> Layout:
     return Layout(1, inner=len(x)) if x.ndim > 1 and len(x) else Layout(1, alone=0)
 
 
-def _followed(
-    func: Function,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    sampled: Sampled,
-    tensors: Sequence[Tensor],
-    out: Tensor,
-    lost: bool,
-    seen: Seen,
-) -> Layout | None:
-    first, layout = sampled[0]
-    if any(at.alone is not None for _, at in sampled) or (
-        func in GATHERS and of_one(sampled) is None and all(only(at) is not None for _, at in sampled)
-    ):
-        return one_by_one(func, args, kwargs, sampled, out, seen)
-    if args and first is args[0] and (follow := MOVED.get(func)) is not None and not _is_choice(func, args):
-        return follow(func, args, kwargs, layout, out)
-    if (
-        func in _MASKED and len(args) > 1 and first is args[1] and first.dtype is torch.bool
-    ):  # constants picked by a mask
-        return nonzero_of(func, (first,), {}, layout, out)
-    if func in JOINS:
-        return joined(args, kwargs, sampled, out)
-    if func in STACKS:
-        return stacked(func, args, kwargs, sampled, out)
-    if func is F.embedding_bag:
-        return bagged(args, kwargs, sampled, out)
-    if func is F.embedding and (table := bind(args, kwargs, "input", "weight")[1]) is sampled[-1][0]:
-        return indexed(Tensor.__getitem__, (table, args[0] if args else kwargs["input"]), {}, sampled[-1][1], out)
-    if func in SCATTERS:
-        return None if lost else scattered(args, kwargs, sampled, out, seen)
-    if (func in WRITES and args and out is args[0] and out is not first) or (func in COPIES and args[0] is not first):
-        return written(func, args, kwargs, sampled, out, seen)
-    if func in COPIES and len(sampled) > 1:
-        return rewritten(func, args, kwargs, sampled)
-    if func is F.linear and len(sampled) == 1 and len(args) > 1 and first is args[1]:  # samples as a weight's outputs
-        return layout.placed(out.ndim - 1) if layout.axis == 0 and first.ndim == 2 else None
-    if func in _COUNTED and len(sampled) == 1 and args and first is args[0]:  # entry k is of those that are k
-        return agree(out, layout.n, 0, first.flatten(), layout.owners(), seen) if first.ndim == 1 else None
-    if func is torch.cdist:
-        return _distances(args, kwargs, sampled, out)
-    if func in _GROWS or func in _ADDS:
-        axes = _grown(layout, func, args, kwargs, sampled, out)
-        return layout.placed(axes[0]) if len(axes) == 1 else None
-    if func is torch.einsum:
-        return _einsum(args, sampled, out, lost)
-    if func in _REDUCES and len(sampled) == 1:
-        if (axis := _axis_behind(func, args, kwargs, layout.axis, first.ndim)) is not None and layout.fits(
-            out.shape, axis
-        ):
-            return layout.placed(axis)
-        axes = _grown(layout, func, args, kwargs, sampled, out)
-        return layout.placed(axes[0]) if len(axes) == 1 else None
-    if func in UNKNOWN:
-        return _told_by_size(func, args, kwargs, sampled, out)
-    broadcast = func in _SPREADS or any(t.ndim == out.ndim for t in tensors)
+def _followed(op: Operation, out: Tensor) -> Layout | None:
+    first, layout = op.known[0]
+    apart = op.func in GATHERS and of_one(op.known) is None and all(only(at) is not None for _, at in op.known)
+    if apart or any(at.alone is not None for _, at in op.known):
+        return one_by_one(op, out)
+    if op.args and first is op.args[0] and (follow := MOVED.get(op.func)) is not None and not is_choice(op):
+        return follow(op, layout, out)
+    if op.func in _MASKED and len(op.args) > 1 and first is op.args[1] and first.dtype is torch.bool:
+        return whether(first, layout)  # constants picked by a mask
+    if (special := _BY_FUNCTION.get(op.func)) is not None:
+        return special(op, out)
+    return (_told_by_size if op.func in UNKNOWN else _found_again)(op, out)
+
+
+# ---- kinds of functions that look at all of their arguments -----------------------------------------------------
+
+
+def _written(op: Operation, out: Tensor) -> Layout | None:
+    first = op.known[0][0]
+    into = op.func in WRITES and bool(op.args) and out is op.args[0] and out is not first
+    if into or (op.func in COPIES and op.args[0] is not first):
+        return written(op, out)
+    return rewritten(op) if op.func in COPIES and len(op.known) > 1 else _found_again(op, out)
+
+
+def _looked_up(op: Operation, out: Tensor) -> Layout | None:
+    """A table of the samples' own, of which rows are picked."""
+    table, layout = op.known[-1]
+    if op.given(1, "weight") is not table:
+        return _found_again(op, out)
+    return indexed(Operation(Tensor.__getitem__, (table, op.given(0, "input"))), layout, out)
+
+
+def _as_weight(op: Operation, out: Tensor) -> Layout | None:
+    """``linear`` with samples as a weight's outputs."""
+    first, layout = op.known[0]
+    if len(op.known) > 1 or len(op.args) < 2 or first is not op.args[1]:
+        return _found_again(op, out)
+    return layout.placed(out.ndim - 1) if layout.axis == 0 and first.ndim == 2 else None
+
+
+def _counted(op: Operation, out: Tensor) -> Layout | None:
+    """``bincount``: entry ``k`` is of those that are ``k``."""
+    first, layout = op.known[0]
+    if len(op.known) > 1 or not op.args or first is not op.args[0]:
+        return _found_again(op, out)
+    return agree(op, out, layout.n, 0, first.flatten(), layout.owners()) if first.ndim == 1 else None
+
+
+def _reduced(op: Operation, out: Tensor) -> Layout | None:
+    if len(op.known) > 1:
+        return _found_again(op, out)
+    first, layout = op.known[0]
+    axis = _axis_behind(op, layout.axis, first.ndim)
+    return layout.placed(axis) if axis is not None and layout.fits(out.shape, axis) else _longer(op, out)
+
+
+def _axis_behind(op: Operation, axis: int, ndim: int) -> int | None:
+    """Where an axis is after others were reduced, if the call says so in the usual way: ``sum(x, dim, keepdim)``."""
+    place = 1 if op.func in _REDUCES_DIM else len(op.args)
+    dim, keep = op.given(place, "dim"), op.given(place + 1, "keepdim")
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    if not dims or any(type(d) is not int for d in dims) or not isinstance(keep, (bool, type(None))):
+        return None
+    gone = {d % ndim for d in dims}
+    return None if axis in gone else axis if keep else axis - sum(d < axis for d in gone)
+
+
+def _longer(op: Operation, out: Tensor) -> Layout | None:
+    """The one axis on which there is more with more samples."""
+    layout = op.known[0][1]
+    axes = _grown(op, layout, out)
+    return layout.placed(axes[0]) if len(axes) == 1 else None
+
+
+def _distances(op: Operation, out: Tensor) -> Layout | None:
+    """``[*B, P, D]`` and ``[*B, Q, D]`` to ``[*B, P, Q]``, with batches that broadcast."""
+    places = []
+    for i, x in enumerate((op.given(0, "x1"), op.given(1, "x2"))):
+        if (at := op.of(x)) is not None:
+            behind = x.ndim - at.axis - (i if at.axis == x.ndim - 2 else 0)
+            places.append(at.placed(out.ndim - behind))
+            if at.axis == x.ndim - 1 or not at.fits(out.shape, out.ndim - behind):
+                return None
+    first = places[0]
+    return first if all(at.axis == first.axis and same(at, first) for at in places) else None
+
+
+def _einsum(op: Operation, out: Tensor) -> Layout | None:
+    """The sample axis keeps its letter."""
+    first, layout = op.known[0]
+    if (letters := sample_letters(op)) is None:
+        return _longer(op, out)
+    right = op.args[0].replace(" ", "").split("->")[1]
+    if (letter := next((letter for letter in letters if letter in right), None)) is not None:
+        return letters[letter].placed(right.index(letter))
+    return kept(layout, first.ndim, out.shape) if op.lost else None
+
+
+# ---- anything else: where the size is found again ---------------------------------------------------------------
+
+
+def _found_again(op: Operation, out: Tensor) -> Layout | None:
+    broadcast = op.func in _SPREADS or any(t.ndim == out.ndim for t in op.tensors)
     found: Layout | None = None
-    for x, candidate in sorted(sampled, key=lambda pair: -pair[0].numel()):
+    for x, candidate in sorted(op.known, key=lambda pair: -pair[0].numel()):
         place: Layout | None = None
-        aside = x.shape != out.shape or any(y.shape == x.shape and at.axis != candidate.axis for y, at in sampled)
+        aside = x.shape != out.shape or any(y.shape == x.shape and at.axis != candidate.axis for y, at in op.known)
         several = aside and sum(size == candidate.size for size in out.shape) > 1
         picked = candidate.owner is not None and x.ndim != out.ndim  # as many as another axis is long, by chance
         if several or (picked and candidate.size in out.shape):
-            axes = _grown(candidate, func, args, kwargs, sampled, out)
+            axes = _grown(op, candidate, out)
             if len(axes) > 1:
                 return None  # products of samples with samples
             if picked and not axes:
@@ -183,85 +229,37 @@ def _followed(
     return found
 
 
-def _axis_behind(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, ndim: int) -> int | None:
-    """Where an axis is after others were reduced, if the call says so in the usual way: ``sum(x, dim, keepdim)``."""
-    dim, keep = bind(args[1:] if func in _REDUCES_DIM else (), kwargs, "dim", "keepdim")
-    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    if not dims or any(type(d) is not int for d in dims) or not isinstance(keep, (bool, type(None))):
-        return None
-    gone = {d % ndim for d in dims}
-    return None if axis in gone else axis if keep else axis - sum(d < axis for d in gone)
-
-
-def _is_choice(func: Function, args: tuple[Any, ...]) -> bool:
-    """``where(condition, this, that)``, not ``where(condition)``."""
-    return func in _WHERE and len(args) > 1
-
-
-# ---- anything else: where the size is found again ---------------------------------------------------------------
-
-
-def _told_by_size(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
-) -> Layout | None:
+def _told_by_size(op: Operation, out: Tensor) -> Layout | None:
     """Of an operation that isn't known: nothing is guessed where several axes fit."""
     found: Layout | None = None
-    for x, at in sampled:
+    for x, at in op.known:
         axes = [axis for axis in range(out.ndim) if at.fits(out.shape, axis)]
         if len(axes) > 1 or (axes and at.owner is not None and x.shape != out.shape):
-            axes = _grown(at, func, args, kwargs, sampled, out) or axes
+            axes = _grown(op, at, out) or axes
         if len(axes) > 1 or (axes and found is not None and not (found.axis == axes[0] and same(found, at))):
             return None
         found = at.placed(axes[0]) if axes else found
     return found
 
 
-def _grown(
-    layout: Layout, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor
-) -> list[int]:
+def _grown(op: Operation, layout: Layout, out: Tensor) -> list[int]:
     """Call the function once more for its shapes only, with more samples: the axes on which there is more."""
-    axis_of = {id(t): at.axis for t, at in sampled if at.size == layout.size}
+    axis_of = {id(t): at.axis for t, at in op.known if at.size == layout.size}
 
     def grown(t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
         axis = axis_of.get(id(t))
-        if axis is None and func in GATHERS and t.shape[layout.axis : layout.axis + 1] == (layout.size,):
+        if axis is None and op.func in GATHERS and t.shape[layout.axis : layout.axis + 1] == (layout.size,):
             axis = layout.axis  # a shared row, given to each
         return torch.empty([size + (a == axis) for a, size in enumerate(t.shape)], dtype=t.dtype, device="meta")
 
     try:
-        more = func(*tree_map(grown, args), **tree_map(grown, kwargs))
+        more = op.func(*tree_map(grown, op.args), **tree_map(grown, op.kwargs))
     except Exception:  # a function that can't tell shapes, or was told this size as a number
         return []
     shapes = [m.shape for m in tree_leaves(more) if isinstance(m, Tensor) and m.ndim == out.ndim]
     return [a for a in range(out.ndim) if any(shape[a] == out.shape[a] + 1 == layout.size + 1 for shape in shapes)]
-
-
-def _distances(args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor) -> Layout | None:
-    """``[*B, P, D]`` and ``[*B, Q, D]`` to ``[*B, P, Q]``, with batches that broadcast."""
-    layouts = {id(x): at for x, at in sampled}
-    places = []
-    for i, x in enumerate(bind(args, kwargs, "x1", "x2")):
-        if (at := layouts.get(id(x))) is not None:
-            behind = x.ndim - at.axis - (i if at.axis == x.ndim - 2 else 0)
-            places.append(at.placed(out.ndim - behind))
-            if at.axis == x.ndim - 1 or not at.fits(out.shape, out.ndim - behind):
-                return None
-    first = places[0]
-    return first if all(at.axis == first.axis and same(at, first) for at in places) else None
-
-
-def _einsum(args: tuple[Any, ...], sampled: Sampled, out: Tensor, lost: bool) -> Layout | None:
-    """The sample axis keeps its letter."""
-    first, layout = sampled[0]
-    if (letters := sample_letters(args, sampled)) is None:
-        axes = _grown(layout, torch.einsum, args, {}, sampled, out)
-        return layout.placed(axes[0]) if len(axes) == 1 else None
-    right = args[0].replace(" ", "").split("->")[1]
-    if (letter := next((letter for letter in letters if letter in right), None)) is not None:
-        return letters[letter].placed(right.index(letter))
-    return kept(layout, first.ndim, out.shape) if lost else None
 
 
 # ---- kinds of functions -----------------------------------------------------------------------------------------
@@ -272,7 +270,6 @@ _REDUCTIONS = """sum nansum mean nanmean prod amax amin aminmax max min median n
 
 _POOLS = ("avg", "max", "adaptive_avg", "adaptive_max", "lp")
 
-_WHERE = named("where")
 _MASKED = {Tensor.__getitem__} | named("masked_select")
 _SPREADS = named("expand", "expand_as", "broadcast_to")
 _REDUCES = named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
@@ -292,7 +289,6 @@ _MEETS: dict[Function, int] = {
     torch.bilinear: 1,
     **dict.fromkeys((*named("matmul", "bmm", "__matmul__"), F.scaled_dot_product_attention), 2),
 }
-_SPECIAL = {*MOVED, *_WHERE, *_MASKED, *JOINS, *GATHERS, *_SPREADS, *_REDUCES, *WRITES, *COPIES}
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
 _GROWS = {
     *named("tensordot", "inner", "addbmm", "chain_matmul", "as_strided", "transpose_copy", "permute_copy"),
@@ -300,8 +296,21 @@ _GROWS = {
 } - STACKS
 _GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.kron}
 _ADDS = named("addmm", "baddbmm", "addmv", "addr")
-_SPECIAL |= {F.embedding_bag, torch.einsum, torch.cdist, *_GROWS}
-_COUNTED = named("bincount")
-_SPECIAL |= _COUNTED
+# What is special about single functions, where `MOVED` doesn't say it.
+_BY_FUNCTION: dict[Function, Callable[[Operation, Tensor], Layout | None]] = {
+    **dict.fromkeys(_REDUCES, _reduced),
+    **dict.fromkeys(_GROWS | _ADDS, _longer),
+    **dict.fromkeys(WRITES | COPIES, _written),
+    **dict.fromkeys(SCATTERS, lambda op, out: None if op.lost else scattered(op, out)),
+    **dict.fromkeys(JOINS, joined),
+    **dict.fromkeys(STACKS, stacked),
+    **dict.fromkeys(named("bincount"), _counted),
+    F.embedding: _looked_up,
+    F.embedding_bag: bagged,
+    F.linear: _as_weight,
+    torch.einsum: _einsum,
+    torch.cdist: _distances,
+}
+_SPECIAL = {*MOVED, *_MASKED, *_SPREADS, *_BY_FUNCTION} - {F.embedding, F.linear, *_ADDS}  # not to be looked at shortly
 _COUNTS = {torch.int64, torch.int32, torch.bool}  # indices and masks, of whatever they are put to
 _PUTS = {*JOINS, *GATHERS, *WRITES, *COPIES}  # beside constants, which are nobody's

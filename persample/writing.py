@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import Layout, Sampled, kept, owned, same
-from .moves import Function, bind, indexed, named, numbered, read
+from .layout import Layout, Operation, kept, owned, same
+from .moves import indexed, named, numbered, read
 
 _ADDS = "index_add index_reduce scatter_add scatter_reduce"
 _PUTS = f"index_copy index_fill index_put scatter {_ADDS}"
@@ -23,83 +23,58 @@ WRITES |= {f for f in SCATTERS | PLACES if f.__name__.endswith("_")}
 COPIES = named(*_PUTS.split()) | SCATTERS | PLACES
 
 
-Seen = Callable[[], Iterable[Layout]]  # the layouts of what was computed so far
-
-
-def written(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor, seen: Seen
-) -> Layout | None:
+def written(op: Operation, out: Tensor) -> Layout | None:
     """What becomes of a constant into which samples are written."""
-    value, layout = sampled[-1]
-    if func in PLACES:
-        if _written_by(func, args, kwargs)[0] is not value:
+    value, layout = op.known[-1]
+    if op.func in PLACES:
+        if _source(op)[0] is not value:
             return None
-        nobody, numbers = torch.full_like(args[0], -1, dtype=torch.long), numbered(layout, value)
-        return filled(out, layout.n, _replaced(func, nobody, numbers, args, kwargs), seen)
-    if func is Tensor.__setitem__ or "put" in func.__name__:
-        index, given = bind(args[1:], kwargs, "indices", "values")
-        index = tuple(index) if isinstance(index, tuple) or func is not Tensor.__setitem__ else (index,)
-        if value is not given:
+        nobody, numbers = torch.full_like(op.args[0], -1, dtype=torch.long), numbered(layout, value)
+        return filled(op, out, layout.n, _replaced(op, nobody, numbers))
+    if op.func is Tensor.__setitem__ or "put" in op.func.__name__:
+        index = op.given(1, "indices")
+        index = tuple(index) if isinstance(index, tuple) or op.func is not Tensor.__setitem__ else (index,)
+        if value is not op.given(2, "values"):
             if len(index) == 1 and value is index[0] and value.ndim == 1 and value.dtype is not torch.bool:
-                return agree(out, layout.n, 0, value, layout.owners(), seen)  # constants, at places of the samples
-            return _marked(index, sampled, out, seen)
-        return _placed(index, layout, value, out, seen) or _assigned(index, layout, value, out)
-    dim, index, source = bind(args[1:], kwargs, "dim", "index", "source")
-    source = kwargs.get("src", source)
+                return agree(op, out, layout.n, 0, value, layout.owners())  # constants, at places of the samples
+            return _marked(op, index, out)
+        return _placed(op, index, layout, value, out) or _assigned(index, layout, value, out)
+    dim, index, source = op.given(1, "dim"), op.given(2, "index"), op.given(3, "source", "src")
     if dim % out.ndim == layout.axis and (value is source or value is index):
         rows = index.reshape(len(index), -1) if index.ndim < 2 else index.movedim(dim, 0).flatten(1)
         owners = layout.owners()[: len(rows)].repeat_interleave(rows.shape[1])
-        return agree(out, layout.n, layout.axis, rows.flatten(), owners, seen)
+        return agree(op, out, layout.n, layout.axis, rows.flatten(), owners)
     if value.ndim == out.ndim:  # of another size than the whole, maybe, along the axis of the samples
         return layout if layout.fits(out.shape, layout.axis) else None
     return kept(layout, value.ndim, out.shape)
 
 
-def writes_into(func: Function, args: tuple[Any, ...], out: Tensor) -> bool:
+def writes_into(op: Operation, out: Tensor) -> bool:
     """Whether a call writes parts of one tensor into ``out``."""
-    return func in WRITES and bool(args) and out is args[0]
+    return op.func in WRITES and bool(op.args) and out is op.args[0]
 
 
-def rewritten(
-    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sequence[tuple[Tensor, Layout | None]]
-) -> Layout | None:
+def rewritten(op: Operation) -> Layout | None:
     """The layout of a tensor that has samples, after entries of another one were written into it: by doing the same
     with the numbers of the samples.
     """
-    layouts = {id(t): at for t, at in sampled}
-    target, layout, adds = args[0], layouts[id(args[0])], func in ADDS
-    if func in SCATTERS and layout is not None and layout.n > 1:
-        known = [(t, at) for t, at in sampled if at is not None and at.alone is None]
-        return scattered(args, kwargs, known, target, list) if len(known) == len(sampled) else None
-    if func is Tensor.__setitem__:
-        index, value = args[1:3]
-    elif func in PLACES:
-        value, adds = _written_by(func, args, kwargs)
-    elif "put" in func.__name__:
-        index, value, adds = bind(args[1:], kwargs, "indices", "values", "accumulate")
-    else:
-        dim, index, value = bind(args[1:], kwargs, "dim", "index", "source")
-        value = kwargs.get("src", value)
-    if not isinstance(value, Tensor) or id(value) not in layouts:
+    target, layout = op.args[0], op.of(op.args[0])
+    if op.func in SCATTERS and layout is not None and layout.n > 1:
+        alone = any(at is None or at.alone is not None for _, at in op.sampled)
+        return None if alone else scattered(op, target)
+    value, adds = _source(op)
+    if not any(value is x for x, _ in op.sampled):
         return layout  # a constant
-    at = layouts[id(value)]
+    at = op.of(value)
     if at is None or layout is None or layout.n == 1:
         return layout if layout is not None and layout.n == 1 else None
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        if func is Tensor.__setitem__ and _spares(index, layout.axis) and at.alone is None and same(at, layout):
+        if op.func is Tensor.__setitem__ and _spares(op.args[1], layout.axis) and at.alone is None and same(at, layout):
             return layout
         mine = numbered(layout, target)
         theirs = torch.full_like(value, at.alone, dtype=torch.long) if at.alone is not None else numbered(at, value)
         try:
-            if func is Tensor.__setitem__:
-                after = mine.clone()
-                after[index] = theirs
-            elif func in PLACES:
-                after = _replaced(func, mine, theirs, args, kwargs)
-            elif "put" in func.__name__:
-                after = mine.index_put(index, theirs)
-            else:
-                after = (mine.index_copy if "index" in func.__name__ else mine.scatter)(dim, index, theirs)
+            after = _replaced(op, mine, theirs)
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None
         if torch.equal(mine, after):
@@ -107,41 +82,50 @@ def rewritten(
         return None if adds else read(layout, after, target)
 
 
-def _written_by(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
-    """What is put into a tensor by a function that says where, and whether it is added to what is there."""
-    if "put" not in func.__name__:
-        return (args[1] if len(args) > 1 else kwargs["src"]), False
-    source, adds = bind(args[1:], kwargs, "index", "source", "accumulate")[1:]
-    return source, bool(adds)
+def _source(op: Operation) -> tuple[Any, bool]:
+    """What is written into a tensor, and whether it is added to what is there."""
+    if op.func in PLACES and "put" not in op.func.__name__:
+        return op.given(1, "src"), False
+    if op.func is Tensor.__setitem__:
+        return op.args[2], False
+    if "put" in op.func.__name__:
+        return op.given(2, "values", "source"), bool(op.given(3, "accumulate"))
+    return op.given(3, "source", "src"), op.func in ADDS
 
 
-def _replaced(func: Function, target: Tensor, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The same function of other tensors."""
-    if "put" in func.__name__:
-        found: Tensor = target.put(args[1] if len(args) > 1 else kwargs["index"], source)
+def _replaced(op: Operation, target: Tensor, source: Tensor) -> Tensor:
+    """The same with the numbers of samples, which are put even where entries are added."""
+    name = op.func.__name__
+    if op.func in PLACES and "put" not in name:
+        found: Tensor = op.func(target, source, *op.args[2:], **{k: x for k, x in op.kwargs.items() if k != "src"})
+    elif op.func is Tensor.__setitem__:
+        found = target.clone()
+        found[op.args[1]] = source
+    elif op.func in PLACES:
+        found = target.put(op.given(1, "index"), source)
+    elif "put" in name:
+        found = target.index_put(op.given(1, "indices"), source)
     else:
-        found = func(target, source, *args[2:], **{name: x for name, x in kwargs.items() if name != "src"})
+        put = target.index_copy if "index" in name else target.scatter
+        found = put(op.given(1, "dim"), op.given(2, "index"), source)
     return found
 
 
-def scattered(
-    args: tuple[Any, ...], kwargs: dict[str, Any], sampled: Sampled, out: Tensor, seen: Seen
-) -> Layout | None:
+def scattered(op: Operation, out: Tensor) -> Layout | None:
     """``masked_scatter``: the samples are where the target and the mask have them; the values have to be those of the
     samples to whose entries they go.
     """
-    layouts, target = {id(t): at for t, at in sampled}, args[0] if args else kwargs["input"]
-    mask, values = bind(args[1:], kwargs, "mask", "source")
-    whole = [at.placed(at.axis + out.ndim - t.ndim) for t in (target, mask) if (at := layouts.get(id(t))) is not None]
+    target, mask, values = op.given(0, "input"), op.given(1, "mask"), op.given(2, "source")
+    whole = [at.placed(at.axis + out.ndim - t.ndim) for t in (target, mask) if (at := op.of(t)) is not None]
     if any(at.axis != whole[0].axis or not same(at, whole[0]) for at in whole):
         return None
-    by = layouts.get(id(values))
+    by = op.of(values)
     if by is None:
         return whole[0] if whole else None
     with torch._C.DisableTorchFunction(), torch.no_grad():
         if not whole:
             nobody = torch.full_like(out, -1, dtype=torch.long)
-            return filled(out, by.n, nobody.masked_scatter(mask, numbered(by, values)), seen)
+            return filled(op, out, by.n, nobody.masked_scatter(mask, numbered(by, values)))
         return whole[0] if _confirms(whole[0], mask.expand(out.shape), by, values) else None
 
 
@@ -157,7 +141,7 @@ def _confirms(whole: Layout, mask: Tensor, by: Layout, values: Tensor) -> bool:
     return torch.equal(mine, theirs[torch.arange(len(mine), device=mine.device) * block // max(1, behind) % by.size])
 
 
-def filled(out: Tensor, n: int, numbers: Tensor, seen: Seen, axes: Iterable[int] | None = None) -> Layout | None:
+def filled(op: Operation, out: Tensor, n: int, numbers: Tensor, axes: Iterable[int] | None = None) -> Layout | None:
     """The layout of a constant into which entries of samples were put: ``numbers`` says of which, -1 of none."""
     found: list[Layout] = []
     for axis in range(out.ndim) if axes is None else axes:
@@ -165,7 +149,7 @@ def filled(out: Tensor, n: int, numbers: Tensor, seen: Seen, axes: Iterable[int]
         owner = line.amax(1)
         if torch.equal(line.masked_fill(line < 0, n).amin(1).clamp(max=n - 1)[owner >= 0], owner[owner >= 0]):
             places = (owner >= 0).nonzero().squeeze(1)
-            found += candidates(out, n, axis, places, owner[places], seen)
+            found += candidates(op, out, n, axis, places, owner[places])
     return found[0] if len(found) == 1 else None
 
 
@@ -176,17 +160,17 @@ def _spares(index: Any, axis: int) -> bool:
     return plain and (axis >= len(index) or index[axis] == slice(None))
 
 
-def agree(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, seen: Seen) -> Layout | None:
+def agree(op: Operation, out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor) -> Layout | None:
     """The layout of ``out`` in which the entries at ``places`` of its axis belong to their ``owners``.
 
     Where every entry was written, that is all.  If not, whose the others are has to be guessed: those of a tensor of
     the same size that was seen, of which these are a part; or in blocks or turns.  Of several guesses none is taken.
     """
-    found = candidates(out, n, axis, places, owners, seen)
+    found = candidates(op, out, n, axis, places, owners)
     return found[0] if len(found) == 1 else None
 
 
-def candidates(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, seen: Seen) -> list[Layout]:
+def candidates(op: Operation, out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor) -> list[Layout]:
     """What `agree` chooses from."""
     size, places, owners = out.shape[axis], places.reshape(-1).cpu(), owners.cpu()
     owner = torch.full((size,), -1, device="cpu")
@@ -195,7 +179,8 @@ def candidates(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, s
         return []  # several samples in one entry
     if bool((owner >= 0).all()):
         return [owned(n, axis, owner)]
-    known = [owned(n, axis, at.owners().cpu()) for at in seen() if at.alone is None and at.size == size and at.n == n]
+    before = [at for at in op.seen() if at.alone is None and at.size == size and at.n == n]
+    known = [owned(n, axis, at.owners().cpu()) for at in before]
     if not known:
         rest = size % n  # rows at the end that nothing was put into (for what is padding) are nobody's
         orders = [Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)] if size >= n else []
@@ -207,7 +192,7 @@ def candidates(out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor, s
     return found
 
 
-def _placed(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor, seen: Seen) -> Layout | None:
+def _placed(op: Operation, index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
     """``out[index] = value``, where the samples are in front in ``value``: tensors say in which rows each is put."""
     if layout.axis != 0 or not all(isinstance(i, Tensor) for i in index):
         return None
@@ -216,13 +201,12 @@ def _placed(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor, 
         first, used = first.nonzero()[:, 0], first.ndim
     if value.ndim != out.ndim - used + 1 or any(i.ndim != 1 or i.dtype is torch.bool for i in (first, *index[1:])):
         return None
-    return agree(out, layout.n, 0, first, layout.owners(), seen)
+    return agree(op, out, layout.n, 0, first, layout.owners())
 
 
-def _marked(index: tuple[Any, ...], sampled: Sampled, out: Tensor, seen: Seen) -> Layout | None:
+def _marked(op: Operation, index: tuple[Any, ...], out: Tensor) -> Layout | None:
     """``out[index] = constant``, at places that the samples say."""
-    layouts = {id(t): at for t, at in sampled}
-    value, layout = sampled[-1]
+    value, layout = op.known[-1]
     place = next((j for j, i in enumerate(index) if i is value), None)
     if place is None or not all(isinstance(i, Tensor) or i == slice(None) for i in index):
         return None
@@ -231,8 +215,8 @@ def _marked(index: tuple[Any, ...], sampled: Sampled, out: Tensor, seen: Seen) -
         return layout.placed(axis) if layout.fits(out.shape, axis) else None
     numbers = torch.full_like(out, -1, dtype=torch.long)
     numbers[index] = numbered(layout, value)[(..., *[None] * (out.ndim - len(index)))]
-    others = [j for j, i in enumerate(index) if isinstance(i, Tensor) and id(i) not in layouts]
-    return filled(out, layout.n, numbers, seen, others) or filled(out, layout.n, numbers, seen)
+    others = [j for j, i in enumerate(index) if isinstance(i, Tensor) and op.of(i) is None]
+    return filled(op, out, layout.n, numbers, others) or filled(op, out, layout.n, numbers)
 
 
 def _assigned(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
@@ -240,7 +224,7 @@ def _assigned(index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor
     part = out[index]
     for axis in range(out.ndim):
         if out.shape[axis] == layout.size and layout.owner is None:
-            piece = indexed(Tensor.__getitem__, (out, index), {}, layout.placed(axis), part)
+            piece = indexed(Operation(Tensor.__getitem__, (out, index)), layout.placed(axis), part)
             if piece is not None and piece.axis == layout.axis + part.ndim - value.ndim and same(piece, layout):
                 return layout.placed(axis)
     return None

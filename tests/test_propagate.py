@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from persample import layout as layouts
 from persample import propagate
 from persample.capture import Capture
 from persample.followed import SampledTensor
@@ -170,7 +171,7 @@ def test_what_contracts_samples_goes_no_short_way() -> None:
         (torch.matmul, (x, x.mT), [(x, at), (x.mT, Layout(4, 1))]),
         (torch.mul, (x[:, :1], x[:, :1].mT), [(x[:, :1], at), (x[:, :1].mT, Layout(4, 1))]),
     ):
-        assert not propagate._stays(func, args, sampled, func(*args))
+        assert not propagate._stays(layouts.Operation(func, args, known=sampled), func(*args))
 
 
 def test_selection_by_value() -> None:

@@ -186,34 +186,9 @@ class Capture(TorchFunctionMode):
         return list(found.values())
 
     def _record(self, op: Operation, totals: list[Tensor], live: list[Shared], couples: str) -> Any:
-        keep = [id(s.tensor) for s in live]
+        """Run a call in which parameters meet samples, or samples each other, and keep what its rule will need."""
         mutates = rules.mutates(op.func)
-        inputs: list[Node] = []
-        saved: dict[int, Tensor] = {}
-        for t in op.tensors:
-            kept, changes = id(t) in keep, mutates and t is op.args[0]
-            if (not kept or (changes and t._base is not None)) and (node := t.grad_fn) is not None:
-                inputs.append(node)  # of a part that is changed, the rest stays what it was
-            if changes:
-                saved[id(t)] = t.detach().clone()
-                live = [Shared(saved[id(t)], s.derivation) if s.tensor is t else s for s in live]
-            elif not kept and id(t) not in saved:
-                saved[id(t)] = t.detach()
-        swap = lambda t: saved.get(id(t), t)  # noqa: E731
-        call = Call(
-            op.func,
-            mapped(swap, op.args),
-            mapped(swap, op.kwargs),
-            live,
-            {id(saved[id(t)]): layout for t, layout in op.sampled},
-            [],
-            inputs,
-            {id(t): t._version for t in (*saved.values(), *[s.tensor for s in live])},
-            next((name for t in op.tensors if (name := self.names.get(id(t)))), ""),
-            couples,
-            self.followed.lost_in(op),
-            self.listener,
-        )
+        call = self._call(op, live, couples, mutates)
         out = self._run(call, op)
         if op.func in NORMALISE:
             put_right(out)
@@ -237,6 +212,36 @@ class Capture(TorchFunctionMode):
             call.versions.update((id(t), t._version) for t in call.results)
         self._attach(call, [_end(t, op.tensors, mutates) for t in outputs])
         return out
+
+    def _call(self, op: Operation, live: list[Shared], couples: str, mutates: bool) -> Call:
+        """The record of a call that is about to run, with its arguments as they are now."""
+        keep = [id(s.tensor) for s in live]
+        inputs: list[Node] = []
+        saved: dict[int, Tensor] = {}
+        for t in op.tensors:
+            kept, changes = id(t) in keep, mutates and t is op.args[0]
+            if (not kept or (changes and t._base is not None)) and (node := t.grad_fn) is not None:
+                inputs.append(node)  # of a part that is changed, the rest stays what it was
+            if changes:
+                saved[id(t)] = t.detach().clone()
+                live = [Shared(saved[id(t)], s.derivation) if s.tensor is t else s for s in live]
+            elif not kept and id(t) not in saved:
+                saved[id(t)] = t.detach()
+        swap = lambda t: saved.get(id(t), t)  # noqa: E731
+        return Call(
+            op.func,
+            mapped(swap, op.args),
+            mapped(swap, op.kwargs),
+            live,
+            {id(saved[id(t)]): layout for t, layout in op.sampled},
+            [],
+            inputs,
+            {id(t): t._version for t in (*saved.values(), *[s.tensor for s in live])},
+            next((name for t in op.tensors if (name := self.names.get(id(t)))), ""),
+            couples,
+            self.followed.lost_in(op),
+            self.listener,
+        )
 
     def _run(self, call: Call, op: Operation) -> Any:
         """The function itself, or what puts it into a graph that is ours alone."""

@@ -121,6 +121,15 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
         check_not_broadcast(problem.loss_fn, whole, tree, batch.targets, batch.n)
     if each:
         return outputs, whole, [(whole, torch.ones_like(whole), 0)] if whole.requires_grad else [], None
+    losses, seeds = _apart(problem, tree, ends, whole)
+    return outputs, losses, seeds, losses
+
+
+def _apart(problem: Problem, tree: Tree, ends: dict[int, Tensor], whole: Tensor) -> tuple[Tensor, Seeds]:
+    """The losses ``[N]`` behind a criterion that returns ``whole``, in a graph of their own, and their gradients in
+    those outputs that are the samples' (``ends``).
+    """
+    batch = problem.batch
     cut = {i: x.detach().requires_grad_() for i, x in ends.items()}
     tree = Tree([cut.get(i, x) for i, x in enumerate(tree.leaves)], tree.spec, tree.axes)
     losses = lone_losses(problem.loss_fn, tree, batch.targets, batch.n)
@@ -129,7 +138,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
         warn_if_not_mean(problem.loss_fn, whole, losses, tree, batch.targets)
     else:
         losses = losses.masked_fill(bad, 0)
-    seeds = []
+    seeds: Seeds = []
     if cut and losses.requires_grad:
         grads = torch.autograd.grad(
             losses, list(cut.values()), torch.ones_like(losses), allow_unused=True, retain_graph=True
@@ -141,7 +150,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                 raise reduced([tuple(ends[i].shape)], batch.n)
             if g is not None:
                 seeds.append((ends[i], g if bad is None else along(g, ~bad, tree.axes[i]), tree.axes[i]))
-    return outputs, losses, seeds, losses
+    return losses, seeds
 
 
 def told_apart(problem: Problem, tree: Tree, doubtful: list[int]) -> Tree:

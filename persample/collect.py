@@ -60,7 +60,12 @@ class Collect:
             if call.shared and call.layout.n != n:
                 raise SampleAxisError(
                     f"{call.name} saw {call.layout.n} samples, but there are {n} losses: record one batch at a time"
-                    + ("; for a row per token of a sample, see 'Rows per token' in docs/losses.md." if n > 1 else ".")
+                    + (
+                        "; for a row per token of a sample, see 'Rows per token' in docs/losses.md, and for losses of "
+                        "several rows each (pairs of views), gradients(losses, coupled='loss') in a with-block."
+                        if n > 1
+                        else "."
+                    )
                 )
             for shared in call.shared:
                 self._expect(shared)

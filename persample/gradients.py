@@ -19,7 +19,7 @@ from .errors import QuantityError, UnknownParameterError
 from .factors import Dense, Factors, compact, dense, dtype, nbytes, tensors
 from .kept import Checked, Kept, stamps
 from .problem import Pass, Selection, select
-from .quantities import PARTS, Parts, Quantities
+from .quantities import COUPLED, PARTS, Parts, Quantities
 from .report import bytes_text
 from .scratch import fresh
 from .state import unwrapped
@@ -303,7 +303,7 @@ class Sink:
             self.kept[name] = compact(g)
 
     def result(self, run: Pass, note: str = "") -> Result:
-        note = ", ".join(filter(None, [note, "batch-coupled" if run.coupled else ""]))
+        note = ", ".join(filter(None, [note, COUPLED if run.coupled else ""]))
         if self.statistics is not None:
             return self.statistics.finish(run, note)
         kept = {name: self.kept[name] for name in self.parameters}

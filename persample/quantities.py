@@ -205,6 +205,9 @@ class Quantities(abc.ABC):
     def clip(self, max_norm: float) -> dict[str, Tensor]:
         """``sum_n min(1, max_norm / |G_n|) G_n``, ``{name: [*P]}``: the sum of rows, each clipped to an L2 norm over
         all parameters of at most ``max_norm`` (Abadi et al. 2016, algorithm 1, without noise and not divided by N).
+
+        Of coupled samples (BatchNorm in training mode), that bounds the rows, but not what a sample adds to the sum, as
+        it also moves the rows of all others: optimizers that clip refuse them.
         """
         return self._rounded(self.wide_clip(max_norm))
 
@@ -322,6 +325,9 @@ class Quantities(abc.ABC):
                     f"the {what} for '{name}' must be a tensor of shape {[*shape, *[k or 'k'] * behind]}, got {got}."
                 )
         return {name: argument[name] for name in self.names}
+
+
+COUPLED = "batch-coupled"  # the note on rows in which other samples were seen to act
 
 
 def notion_of(G: Any) -> str:

@@ -274,7 +274,9 @@ def _normal(request: Any) -> tuple[str, dict[str, Any]]:
         raise QuantityError(f"unknown quantity {name!r}; a statistics run offers {list(NEEDS)}.{_of_statistics(name)}")
     if unknown := [option for option in options if option != OPTIONS.get(name)]:
         way = f"its option is {OPTIONS[name]!r}" if name in OPTIONS else "it has none"
-        if unknown[0] == "per_parameter":
+        if unknown[0] == "per_parameter" and name == "clip":
+            way += ". For a bound of every layer, keep the rows: G.select(layer).clip(max_norm)"
+        elif unknown[0] == "per_parameter" and name in ("norm", "squared_norm", "gram"):
             way += f". Ask for {name!r}, and the result for its {name}(per_parameter=True)"
         raise QuantityError(f"quantity {name!r} has no option {unknown[0]!r}: {way}.")
     if name == "clip" and "max_norm" not in options:

@@ -118,6 +118,22 @@ def test_going_on_computes_only_what_is_missing(tmp_path: Path, monkeypatch: pyt
     assert len(again) == N and computed == [4, 3]
 
 
+def test_a_reader_knows_the_projection(tmp_path: Path) -> None:
+    net, R = model(), Projection(6, seed=3)
+    store(tmp_path / "projected", net, projection=R).extend(LOSS, loader())
+    store(tmp_path / "rows", net).extend(LOSS, loader())
+    assert GradientStore(tmp_path / "projected").projection == R
+    assert GradientStore(tmp_path / "projected", projection=R).projection == R
+    assert GradientStore(tmp_path / "rows").projection is None
+    for other in (Projection(6), Projection(7, seed=3)):
+        with pytest.raises(StoreError, match="projection"):
+            GradientStore(tmp_path / "projected", projection=other)
+    with pytest.raises(StoreError, match="projection"):
+        GradientStore(tmp_path / "rows", projection=R)
+    with pytest.raises(ArgumentError, match="projection must be"):
+        GradientStore(tmp_path / "rows", projection=7)  # type: ignore[arg-type]
+
+
 def test_another_model_layout_scale_or_projection_is_refused(tmp_path: Path) -> None:
     net, R = model(), Projection(7)
     store(tmp_path, net, projection=R).extend(LOSS, loader())

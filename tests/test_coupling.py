@@ -391,6 +391,8 @@ def test_leave_one_out_is_exact(name: str) -> None:
         w[m] = 0
         torch.testing.assert_close(exact[:, m], setup.losses(theta, w) - C.losses, rtol=0, atol=TIGHT)
     torch.testing.assert_close(C.leave_one_out(), -C.statistic_influence(), rtol=0, atol=0)
+    with pytest.raises(persample.errors.ArgumentError, match=r"exact must be True or False, got 3; .* column \[:, m\]"):
+        C.leave_one_out(3)  # type: ignore[arg-type]
 
 
 def big_mlp(n: int) -> Coupling:

@@ -516,6 +516,9 @@ def test_norms_of_single_parameters_are_asked_of_the_result() -> None:
         persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=[("squared_norm", {"per_parameter": True})])
     S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=["squared_norm"])
     assert set(S.squared_norm(per_parameter=True)) == {"weight", "bias"}
+    bounds = [("clip", {"max_norm": 1.0, "per_parameter": True})]
+    with pytest.raises(persample.QuantityError, match=r"its option is 'max_norm'.*G.select\(layer\).clip\(max_norm\)"):
+        persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=bounds)
 
 
 class Shakes(nn.Module):

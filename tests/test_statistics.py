@@ -269,6 +269,9 @@ def test_noise_of_rows_that_move_each_other_is_warned_of(name: str) -> None:
             else:
                 with pytest.warns(UserWarning, match=f"rows of coupled='{notion}' don't tell.*'influence'"):
                     OF_NOISE[name](G)
+    behind = persample.gradients(net, nn.CrossEntropyLoss(), x, y, params=r"2\.")  # same rows as those of "loss"
+    with pytest.warns(UserWarning, match="rows of coupled samples don't tell.*'influence'"):
+        OF_NOISE[name](behind)
 
 
 @pytest.mark.parametrize("eps", [-1.0, torch.nan, torch.inf, "0"])

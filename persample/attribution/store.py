@@ -15,7 +15,7 @@ from ..api import gradients
 from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection, asked_for, named_parameters
-from ..quantities import Quantities, notion_of
+from ..quantities import COUPLED, Quantities, notion_of
 from ..remembered import Settings, changed, lasting, settings
 from ..state import Buffers, unwrapped
 from ..statistics_run import Statistics
@@ -25,7 +25,6 @@ from .loaders import Unpack, check_ordered, fingerprint, grown, missing
 from .projection import Projection
 
 DTYPES = (torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)  # that numpy knows
-COUPLED = "batch-coupled"  # the note on rows in which other samples were seen to act
 
 
 class GradientStore:
@@ -41,7 +40,8 @@ class GradientStore:
     Args:
         path: a directory; made if needed.
         model: whose gradients are to be added.  ``None``: reading only.
-        projection: keep ``G.project(projection)`` instead of rows.
+        projection: keep ``G.project(projection)`` instead of rows.  Of a store opened for reading, ``projection`` is
+            the one that it was written with: what test rows have to be projected with, too.
         params: which parameters, as in `persample.gradients`.
         scale: what the losses are, in words.  Rows are unscaled; say here if your own loss function is scaled, so
             that two scales are never mixed.
@@ -69,6 +69,10 @@ class GradientStore:
         if model is None:
             if not self.table.there:
                 raise StoreError(f"there is no store at {path}; give a model to begin one.")
+            spec = self.table.meta.get("projection")
+            if projection is not None:
+                self._check_same({"projection": _spec(projection)})
+            self.projection = None if spec is None else Projection(**spec)
             return
         meta = describe(model, params, projection, scale)
         self.names = list(meta["layout"])
@@ -231,14 +235,18 @@ class GradientStore:
 
 def describe(model: nn.Module, params: Selection, projection: Projection | None, scale: str) -> dict[str, Any]:
     """What has to agree between rows that are compared: layout, scale, projection, model."""
-    if projection is not None and not isinstance(projection, Projection):
-        raise ArgumentError(f"projection must be a persample.attribution.Projection, got {type(projection).__name__}.")
     return {
         "layout": {name: list(p.shape) for name, p in asked_for(model, params)[0].items()},
         "scale": scale,
-        "projection": None if projection is None else projection.spec(),
+        "projection": _spec(projection),
         "model": fingerprint(model),
     }
+
+
+def _spec(projection: Any) -> dict[str, int] | None:
+    if projection is not None and not isinstance(projection, Projection):
+        raise ArgumentError(f"projection must be a persample.attribution.Projection, got {type(projection).__name__}.")
+    return None if projection is None else projection.spec()
 
 
 def same_parameters(model: nn.Module, params: Selection) -> Callable[[str, Tensor], bool]:

@@ -312,6 +312,8 @@ class Coupling:
         The default is the first order, ``-T[n, m]`` (`statistic_influence`), whose error is of the order ``1/N^2``
         where the entries are of the order ``1/N``.  ``exact=True`` takes ``N`` forward passes.
         """
+        if not isinstance(exact, bool):
+            raise ArgumentError(f"exact must be True or False, got {exact!r}; of one sample m, take column [:, m].")
         return indices.leave_one_out(self.network) if exact else -self.statistic_influence()
 
     # ---- curvature ----------------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ def flatten(v: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> Tensor:
     if v.keys() != shapes.keys():
         odd = sorted(v.keys() ^ shapes.keys())
         raise DirectionError(
-            f"the direction must have one tensor for each of the {len(shapes)} parameters and no other; see {odd[:4]}"
+            f"the direction must have one tensor for each of the {len(shapes)} parameters and no other; see {odd[:4]}. "
+            "Of more, take {name: v[name] for name in op.names}; of rows, G.select(op.names)."
         )
     for name, shape in shapes.items():
         if v[name].shape != shape:

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from ..arguments import check_at_least, check_positive, number
 from ..errors import ArgumentError, BatchCoupledError
-from ..quantities import Quantities, notion_of
+from ..quantities import COUPLED, Quantities, notion_of
 from .updates import Named, adapt, check_same, descend, named, parts, quantities
 
 Batches = Quantities | Sequence[Quantities]
@@ -83,7 +83,7 @@ class Clipping:
 def check_independent(G: Quantities) -> None:
     """Raise unless the rows are those of independent samples (``coupled="eval"`` included)."""
     if (notion := notion_of(G)) not in ("", "eval"):
-        asked = notion != "batch-coupled"
+        asked = notion != COUPLED
         raise BatchCoupledError(
             f"these gradients are of coupled samples ({f'coupled={notion!r}' if asked else notion}): every sample "
             "moves the rows of all others (also of parameters behind batch statistics), so clipping its own row bounds "

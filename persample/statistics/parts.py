@@ -20,7 +20,7 @@ from ..attribution.called import called
 from ..errors import ArgumentError, EmptyBatchError, QuantityError, warn
 from ..factors import dense, index
 from ..gradients import Gradients
-from ..quantities import NEEDS, Quantities, add_up, notion_of
+from ..quantities import COUPLED, NEEDS, Quantities, add_up, notion_of
 from ..statistics_run import Statistics
 
 BLOCK = 1 << 21  # entries of G at a time
@@ -243,14 +243,16 @@ def check_measured(G: Any) -> None:
 
 
 def check_drawn(G: object) -> None:
-    """Warn of rows whose spread isn't how much a batch gradient varies: those of a coupled batch, but for the two
-    notions that are meant for it.
+    """Warn of rows whose spread isn't how much a batch gradient varies: those of a coupled batch (of parameters behind
+    batch statistics, too), but for the two notions that are meant for it.
     """
-    if (notion := notion_of(G)) in ("loss", "copy", "frozen"):
+    if (notion := notion_of(G)) in ("loss", "copy", "frozen", COUPLED):
+        rows = "of coupled samples" if notion == COUPLED else f"of coupled={notion!r}"
         warn(
-            f"rows of coupled={notion!r} don't tell how much a batch gradient varies, for a sample also moves the "
-            "statistics of all others: for gradient noise take those of coupled='influence' ('eval': of the model with "
-            "its running statistics)."
+            f"rows {rows} don't tell how much a batch gradient varies, for a sample also acts through all others: "
+            "for gradient noise under BatchNorm take persample.gradients(..., coupled='influence') ('eval': of the "
+            "model with its running statistics); under a loss that compares samples, gradients of whole batches of two "
+            "sizes (statistics.noise_scale_of_two)."
         )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import persample
-from persample.attribution import Projection
+from persample.attribution import Projection, grad_dot
 from persample.attribution import projection as source
 from persample.errors import ArgumentError
 from persample.factors import Dense, Outer, cast
@@ -54,6 +54,18 @@ def test_outer_products_that_are_reshaped() -> None:
     g = Outer(outer.left, outer.right, torch.Size((3, 4, 7)))
     R = Projection(5)
     close(R.part("w", g), rows.flatten(1) @ R.matrix("w", g.shape).reshape(-1, 5))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4)])
+def test_complex_rows_are_projected_as_real_ones(shape: tuple[int, ...]) -> None:
+    """To numbers whose inner products are those of the rows on average, also beside rows of real parameters."""
+    torch.manual_seed(0)
+    rows, R = torch.randn(5, *shape, dtype=torch.complex128), Projection(8, tile=2)
+    real = torch.view_as_real(rows).flatten(1)
+    close(R.part("w", Dense(rows)), real @ R.matrix("w", torch.Size((*shape, 2))).reshape(-1, 8))
+    G = persample.Gradients({"w": Dense(rows), "v": Dense(real)}, None)
+    mean = sum(grad_dot(*[G.project(Projection(64, seed))] * 2) for seed in range(200)) / 200
+    assert (mean - G.gram()).abs().max() < 0.1 * G.squared_norm().max()
 
 
 def test_large_factors_are_never_written_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:

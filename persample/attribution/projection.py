@@ -38,7 +38,7 @@ from ..einsum import combine, einsum
 from ..errors import ArgumentError
 from ..factors import Conv, Dense, Factors, Outer, Rows, cast, dense, device, dtype, index
 from ..scratch import kernel
-from ..streaming import pieces
+from ..streaming import pieces, wide
 
 BLOCK = 1 << 22  # entries of intermediate results at a time
 
@@ -75,7 +75,8 @@ class Projection:
 
     @kernel
     def part(self, name: str, g: Factors) -> Tensor:
-        """``G R`` of one parameter, ``[N, dim]``: what `Gradients.project` adds up over parameters."""
+        """``G R`` of one parameter, ``[N, dim]``, real: what `Gradients.project` adds up over parameters."""
+        g = wide(g) if dtype(g).is_complex else g  # an entry is the two real ones that it is to inner products
         kind = torch.float32 if dtype(g).itemsize < 4 else dtype(g)
         p, q = _matrix(g.shape)
         with torch.no_grad():
@@ -85,7 +86,9 @@ class Projection:
             return torch.cat([like.new_zeros(0, self.dim), *parts]) / math.sqrt(self.dim)
 
     def matrix(self, name: str, shape: torch.Size) -> Tensor:
-        """``R [*P, dim]`` of one parameter, as a matrix in float64: the definition."""
+        """``R [*P, dim]`` of one parameter (``[*P, 2]`` is the shape of a complex one), as a matrix in float64: the
+        definition.
+        """
         p, q = _matrix(shape)
         like = torch.empty(0, dtype=torch.float64, device="cpu")
         left, right = self.signs(name, "left", p, like), self.signs(name, "right", q, like)

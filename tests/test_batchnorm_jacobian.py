@@ -517,6 +517,13 @@ def test_evaluation_mode_is_diagonal(shape: tuple[int, ...]) -> None:
         J.train_eval_gap()
 
 
+def test_running_statistics_of_another_layer_are_refused() -> None:
+    J = jacobian(nn.BatchNorm1d(3), torch.randn(5, 3))
+    for mean in (torch.zeros(1), torch.zeros(2), 0.0):  # one number would do for all channels unseen
+        with pytest.raises(BatchNormError, match=r"running_mean must be a tensor \[3\]"):
+            J.train_eval_gap(mean, torch.ones(3))
+
+
 def test_evaluation_without_running_statistics_couples() -> None:
     bn = nn.BatchNorm1d(3, track_running_stats=False, dtype=torch.float64).eval()
     x = like(torch.empty(5, 3, dtype=torch.float64))
@@ -623,7 +630,7 @@ def test_other_inputs_are_refused() -> None:
     with pytest.raises(BatchNormError, match="has 3 channels"):
         jacobian(bn, torch.randn(4, 2, 5, 5))
     with pytest.raises(BatchNormError, match="takes a BatchNorm layer, got GroupNorm"):
-        jacobian(nn.GroupNorm(1, 3), torch.randn(4, 3))  # type: ignore[arg-type]
+        jacobian(nn.GroupNorm(1, 3), torch.randn(4, 3))
     for v in (torch.randn(6, 2), torch.randn(3), torch.randn(6, 3, 1)):
         with pytest.raises(BatchNormError, match=r"the shape of the layer's input, \(6, 3\)"):
             make((6, 3)).J @ v

@@ -394,6 +394,7 @@ def test_ghost_batches_matter_only_where_statistics_are_of_the_batch() -> None:
     for build in (
         lambda: batchnorm.BatchNorm1d(3, virtual_batch_size=0),
         lambda: convert(Net(), virtual_batch_size=-1),
+        lambda: convert(Net(), virtual_batch_size=2.5),
     ):
         with pytest.raises(BatchNormError, match="virtual_batch_size must be at least 1"):
             build()

@@ -231,6 +231,8 @@ def test_the_name_of_a_functional_call() -> None:
         (lambda m, C, x, y: C.gradients("loss", 3), persample.ArgumentError, "samples must be a list"),
         (lambda m, C, x, y: C.gradients(["loss"]), persample.ArgumentError, "say which of"),
         (lambda m, C, x, y: C.T @ [1.0] * N, persample.errors.DirectionError, "one weight per loss"),
+        (lambda m, C, x, y: C @ 1.0, persample.errors.DirectionError, "got float"),
+        (lambda m, C, x, y: C @ dict.fromkeys(C.names, 1.0), persample.errors.DirectionError, "a direction is"),
         (lambda m, C, x, y: persample.gradients(m, CE, x, y, coupled=["loss"]), persample.ArgumentError, "must be one"),
         (lambda m, C, x, y: jacobian(m.norm, m.first(x), groups=[0, 1]), ValueError, "groups needs"),
         (

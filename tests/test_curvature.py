@@ -374,6 +374,8 @@ def test_per_sample_hvp_refuses_random_masks() -> None:
         per_sample_hvp(model, nn.CrossEntropyLoss(), X, LABELS, v)
     with pytest.raises(DirectionError, match=r"\[39\].*\(3,\)"):
         per_sample_hvp(model, nn.CrossEntropyLoss(), X, LABELS, v[:3])
+    with pytest.raises(DirectionError, match=r"\[39\].*1\.0"):
+        per_sample_hvp(model, nn.CrossEntropyLoss(), X, LABELS, 1.0)
 
 
 def test_ignored_targets_have_no_curvature() -> None:

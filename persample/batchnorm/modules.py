@@ -205,6 +205,8 @@ def _refuse(name: str, module: Layer) -> None:
 
 
 def _checked(virtual_batch_size: int) -> int:
-    if virtual_batch_size < 1:
-        raise BatchNormError(f"virtual_batch_size must be at least 1, got {virtual_batch_size}")
+    if not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
+        raise BatchNormError(
+            f"virtual_batch_size must be at least 1, a whole number of samples, got {virtual_batch_size!r}"
+        )
     return virtual_batch_size

@@ -109,12 +109,16 @@ def sample_weight_derivatives(J: BatchNormJacobian) -> WeightDerivatives:
 
 def train_eval_gap(J: BatchNormJacobian, running_mean: Tensor | None, running_var: Tensor | None) -> TrainEvalGap:
     """See ``BatchNormJacobian.train_eval_gap``. Raises ``BatchNormError`` in evaluation mode: there is no batch
-    statistic.
+    statistic; and for running statistics that are not ``[C]``.
     """
     if not J.coupled:
         raise BatchNormError(
             "train_eval_gap() compares batch with running statistics; this Jacobian is in evaluation mode"
         )
+    for name, given in (("running_mean", running_mean), ("running_var", running_var)):
+        if given is not None and (not isinstance(given, Tensor) or given.shape != J.mean.shape[1:]):
+            got = list(given.shape) if isinstance(given, Tensor) else repr(given)
+            raise BatchNormError(f"{name} must be a tensor {list(J.mean.shape[1:])}, one number per channel, got {got}")
     count = J.operator.count
     mean = J.mean if running_mean is None else running_mean.detach().to(J.mean)[None]
     variance = J.variance * count / (count - 1) if running_var is None else running_var.detach().to(J.mean)[None]

@@ -108,6 +108,8 @@ def directional(network: Network, v: Direction | Tensor) -> Tensor:
     """
     parameters = network.problem.parameters
     v = _by_name(network, v) if isinstance(v, Tensor) else v
+    if not isinstance(v, Mapping) or not all(isinstance(x, Tensor) for x in v.values()):
+        raise DirectionError(f"a direction is a tensor [D], or {{name: tensor}}, got {type(v).__name__}.")
     if odd := v.keys() ^ parameters.keys():
         raise DirectionError(f"the direction needs an entry for each of {list(parameters)[:8]}; see {sorted(odd)[:4]}.")
     if all(v[name].shape == p.shape for name, p in parameters.items()):

@@ -81,10 +81,9 @@ def _direction(problem: Problem, v: Tensor | Mapping[str, Tensor] | None) -> Ten
     size = sum(shape.numel() for shape in shapes.values())
     if isinstance(v, Mapping):
         return flatten(v, shapes)
-    if v is None or v.shape != (size,):
-        raise DirectionError(
-            f"v must be a direction [{size}] or one tensor per parameter, got {None if v is None else tuple(v.shape)}"
-        )
+    if not isinstance(v, Tensor) or v.shape != (size,):
+        got = tuple(v.shape) if isinstance(v, Tensor) else repr(v)
+        raise DirectionError(f"v must be a direction [{size}] or one tensor per parameter, got {got}")
     return v.detach()
 
 

@@ -684,6 +684,24 @@ def test_second_moments_of_complex_parts_need_rows() -> None:
     close(flat(net.parameters()), before, 0)
 
 
+@pytest.mark.parametrize("build", [
+    lambda p: optim.ClippedAdam(p, max_norm=1e4),
+    lambda p: optim.PerSampleAdam(p, group_size=None),
+    lambda p: optim.PerSampleAdam(p, group_size=2),
+])  # fmt: skip
+def test_squares_of_large_gradients_in_half_precision_are_finite(build: Any) -> None:
+    """Of 256 and more they aren't, nor is a first average without its bias: the parameter would never move again."""
+    ours, theirs = (nn.Linear(2, 1, bias=False).half() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    mine, other = build(ours.named_parameters()), torch.optim.AdamW(theirs.parameters(), weight_decay=0)
+    x = torch.full((4, 2), 500.0).half()
+    for _ in range(3):
+        mine.step(persample.gradients(ours, lambda out, _: out.sum(1), x))
+        theirs.weight.grad = x[:1].clone()
+        other.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_second_moments_of_half_precision_are_in_single(size: int) -> None:
     G = persample.Gradients({"a": Dense(torch.full((4, 1), 1e-4).half())}, torch.zeros(4))

@@ -6,6 +6,7 @@ takes per-sample gradients.  Names connect the two, and saved states with both; 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -263,7 +264,8 @@ def adapt(optimizer: Optimizer, gradient: Mapping[str, Tensor], square: Mapping[
         t = state["step"] = int(state["step"]) + 1
         x, g, m, v = (parts(z) for z in (p, gradient[name].to(p), state["exp_avg"], state["exp_avg_sq"]))
         m.lerp_(g, 1 - b1)
-        v.lerp_(g.square() if square is None else square[name].to(v), 1 - b2)
+        v.mul_(b2)  # and no square in the type of v, in half precision: it would be infinite from 256 on
+        v.addcmul_(g, g, value=1 - b2) if square is None else v.add_(square[name].to(v.device), alpha=1 - b2)
         x.mul_(1 - group["lr"] * group["weight_decay"])
-        scale = (v / (1 - b2**t)).sqrt_().add_(group["eps"])
+        scale = v.sqrt().div_(math.sqrt(1 - b2**t)).add_(group["eps"])
         x.addcdiv_(m, scale, value=-group["lr"] / (1 - b1**t))

@@ -288,6 +288,8 @@ def _within_batch(problem: Problem, n: int, seed: float = 1.0) -> tuple[Tensor, 
     """The definition where other parameters are coupled: the ordinary gradient of loss ``n`` of this batch."""
     with torch.enable_grad():
         losses = _batch_losses(problem)
+    if not losses.requires_grad:  # they depend on none of the parameters
+        return losses[n].detach(), (None,) * len(problem.parameters)
     seeds = torch.full_like(losses[n], seed)
     found = torch.autograd.grad(losses[n], list(problem.parameters.values()), seeds, allow_unused=True)
     return losses[n].detach(), tuple(None if g is None else strided(g) for g in found)

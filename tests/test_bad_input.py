@@ -177,6 +177,13 @@ def test_losses_that_depend_on_nothing(engine: str) -> None:
     assert set(G.unused) == {"weight", "bias"} and not bool(G.flat().any())
 
 
+def test_losses_that_depend_on_each_other_and_on_no_parameter() -> None:
+    model = Body(lambda w, x: x - x.logsumexp(0))
+    with pytest.warns(UserWarning, match="no loss depends on any of the parameters"):
+        G = persample.gradients(model, square, x())
+    assert not bool(G.flat().any()) and "batch-coupled" in repr(G)
+
+
 @pytest.mark.parametrize("max_bytes", [None, 1, 600])
 @pytest.mark.parametrize("engine", ["hooks", "loop"])
 def test_sparse_inputs(engine: str, max_bytes: int | None) -> None:

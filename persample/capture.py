@@ -21,7 +21,7 @@ from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
 from .layout import Operation
 from .lone import NORMALISE, put_right
-from .mixing import ORDERS, PLACES, in_order, mixes, ranks
+from .mixing import ALONG, ORDERS, PLACES, in_order, mixes, ranks
 from .moves import RESHAPED
 from .state import named_modules
 
@@ -174,6 +174,8 @@ class Capture(TorchFunctionMode):
         else:
             couples = rules.coupling(op.func, op.args, op.kwargs)
         if op.func in ORDERS and (not couples or op.func in PLACES) and ranks(op):
+            if op.func in ALONG and op.sampled[0][0].is_floating_point():  # a softmax of inputs: all act on each
+                self.followed.acts.totals = True
             self.followed.acts.hidden = True
         return couples
 

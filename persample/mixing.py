@@ -26,6 +26,7 @@ EXTREMES = dict.fromkeys(named("amax", "amin", "aminmax", "max", "min", "argmax"
 TESTS = named("any", "all", "count_nonzero")
 # Functions that don't care how numbers are shifted against each other by one for all.
 SHIFTS = named("add", "sub", "subtract", "rsub", "add_", "sub_", "__iadd__", "__isub__", "__radd__", "__rsub__")
+ATTENTION = F.scaled_dot_product_attention
 PRODUCTS = named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
 _FFTN = {getattr(torch.fft, name) for name in ("fftn", "ifftn", "rfftn", "irfftn", "hfftn", "ihfftn")}
 # Functions that give as many entries as they take, each from all along some axes; which argument says so, and what is
@@ -75,6 +76,8 @@ def mixes(op: Operation) -> bool:
     if any(at.alone is not None for _, at in op.known):
         single = op.func in JOINS or op.func in GATHERS or op.func in WRITES or moves or a is None or a.n == 1
         return not single and not all(b is None or same(a, b) for _, b in others)  # type: ignore[arg-type]
+    if others and (_attends(op) if op.func is ATTENTION else op.func in PRODUCTS and _acts_across(op)):
+        return True
     if a is None:
         return False
     if a.n > 1 and (found := _mixes_itself(op, x, a)) is not None:
@@ -122,6 +125,41 @@ def _meet(op: Operation, x: Tensor, a: Layout) -> bool:
     behind = x.ndim - 2 if op.func in PRODUCTS and a.axis < x.ndim - 2 else 0  # batches of matrices
     alike = [b for y, b in op.sampled[1:] if b is not None and b.axis == a.axis and _alike(x, y, a, b, behind)]
     return not all(same(a, b) for b in alike)
+
+
+def _attends(op: Operation) -> bool:
+    """Whether attention runs along the samples (a forgotten ``batch_first``), unless a mask keeps them apart."""
+    x, y, mask = op.given(0, "query"), op.given(1, "key"), op.given(3, "attn_mask")
+    a, b = op.of(x), op.of(y)
+    if a is None or b is None or a.n == 1 or a.axis != x.ndim - 2 or b.axis != y.ndim - 2:
+        return False
+    if mask is None:
+        return True
+    seen = mask if mask.dtype is torch.bool else mask.detach() > -torch.inf
+    return bool((seen & _apart(a, b).to(seen.device)).any())
+
+
+def _acts_across(op: Operation) -> bool:
+    """Whether a product sums over samples with weights that are of samples too, and not zero between different ones:
+    not one with a diagonal or block diagonal matrix.
+    """
+    x, y = op.args[:2]
+    pairs = ((y, _summed(op, y), x, x.ndim - 1), (x, x.ndim - 1, y, _summed(op, y)))
+    for t, axis, weight, along in pairs:
+        at, own = op.of(t), op.of(weight)
+        rows = 2 * weight.ndim - 3 - along  # the other axis of the matrix
+        if at is None or at.n == 1 or at.axis != axis or weight.ndim < 2 or not any(weight is z for z, _ in op.sampled):
+            continue
+        if weight.layout is torch.strided and (own.axis == rows if own is not None else weight.shape[rows] == at.size):
+            apart = _apart(own or at, at).to(weight.device)  # what was lost are products of samples with each other
+            return bool(weight.detach()[..., apart if rows < along else apart.T].any())
+    return False
+
+
+def _apart(a: Layout, b: Layout) -> Tensor:
+    """``[a.size, b.size]``: which entries belong to different samples."""
+    rows, columns = a.owners()[:, None], b.owners()
+    return (rows != columns) & (rows >= 0) & (columns >= 0)
 
 
 def _alike(x: Tensor, y: Tensor, a: Layout, b: Layout, behind: int) -> bool:

@@ -37,6 +37,14 @@ class Between(nn.Module):
         return out
 
 
+class Weighted(Between):
+    """The same, where the function is of the inputs, and gives weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x) * self.function(x))
+        return out
+
+
 def written(h: Tensor) -> Tensor:
     """A mean, one entry of which is written once more."""
     mean = h.mean(0).clone()
@@ -67,6 +75,15 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "cumprod_": lambda h: h.clone().cumprod_(dim=0),
     "fourier": lambda h: torch.fft.fft(h, dim=0).real,
     "covariance": lambda h: h @ (h.mT @ h),
+    "attention": lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None])[0],
+    "attention, causal": lambda h: F.scaled_dot_product_attention(h, h, h, is_causal=True),
+    "attention, masked": lambda h: F.scaled_dot_product_attention(h, h, h, attn_mask=torch.ones(N, N).tril().bool()),
+    "attention by hand": lambda h: (h @ h.mT).softmax(-1) @ h,
+    "attention by hand, transposed": lambda h: (h.mT @ (h @ h.mT).softmax(0)).mT,
+    "attention of a layer without batch_first": lambda h: F.multi_head_attention_forward(
+        *[h.view(N, 2, 3)] * 3, 3, 1, torch.eye(3).repeat(3, 1), None, None, None, False, 0.0, torch.eye(3), None
+    )[0].flatten(1),
+    "kernel": lambda h: (-torch.cdist(h, h)).exp() @ h,
     "linear": lambda h: h * F.linear(h.t(), h.t()).sum(),
     "transposed": lambda h: (h.t() - h.t().mean(1, keepdim=True)).t(),
     "unflattened": lambda h: (h.view(N, 2, 3) * h.view(N, 2, 3).mean((0, 2), keepdim=True)).flatten(1),
@@ -139,6 +156,9 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "stabilised_by_amax": lambda h: (h - h.amax((0, 1))).softmax(1),
     "stabilised_handed_through": lambda h: (h - h.amax((0, 1)).to(h.device)).softmax(1),
     "products": lambda h: (h.unsqueeze(1) @ h.unsqueeze(2)).flatten(1) * h,
+    "diagonal matrices": lambda h: h[:, 0].diag() @ h + ((h @ h.mT) * torch.eye(N)) @ h + (h.mT @ h[:, 1].diag()).mT,
+    "diagonal of products": lambda h: h * (h @ h.mT).diagonal()[:, None],
+    "attention of each to itself": lambda h: F.scaled_dot_product_attention(h, h, h, attn_mask=torch.eye(N).log()),
     "compared": lambda h: h * (h > h.mean(0) * float("inf")),
     "constants": lambda h: h * torch.ones(N, 1).sum(0),
     "by_hand": lambda h: h.amax() + (h - h.amax()).exp().sum(1, keepdim=True).log() - h,
@@ -170,6 +190,15 @@ UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {  # by autograd
     "python": lambda h: h * float(h.detach().mean()),
     "scaled": lambda h: h / h.detach().abs().amax(),
     "clamped": lambda h: h.clamp(max=0.5 * h.max().item()),
+}
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {  # what acts on single samples is of inputs, so there is no gradient
+    "softmax": lambda x: x.softmax(0),
+    "cumsum": lambda x: x.cumsum(0),
+    "fourier": lambda x: torch.fft.fft(x, dim=0).real,
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "attention by hand": lambda x: (x @ x.mT).softmax(-1) @ x,
 }
 
 
@@ -429,3 +458,14 @@ def test_numbers_of_a_criterion_that_sees_one_sample_are_no_coupling(criterion: 
     forwards.clear()
     persample.gradients(model, criterion, x, y)
     assert len(forwards) == 1
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_that_act_on_each_other_are_said(name: str, x: Tensor) -> None:
+    model, reported = Weighted(INPUTS[name]), list[Any]()
+    with persample.extend(model) as recorder:
+        G = recorder.gradients(losses(model(x), Y))
+    with persample.extend(model, reduction="sum", on_backward=reported.append):
+        losses(model(x), Y).sum().backward()
+    for rows in (G, *reported, persample.gradients(model, losses, x, Y, verify=False)):
+        assert "batch-coupled" in repr(rows)

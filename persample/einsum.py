@@ -64,6 +64,8 @@ class Expression:
 
 def parse(expression: str) -> Expression:
     """Read ``"nto,n(ko)i->nkti"``.  Every output letter must occur in an operand, and only once in the output."""
+    if not isinstance(expression, str):
+        raise EinsumError(f"an einsum expression is a string like 'ij,jk->ik', got {type(expression).__name__}")
     text = re.sub(r"\s", "", expression)
     left, arrow, right = text.partition("->")
     if not arrow:
@@ -259,6 +261,8 @@ def einsum(expression: str, *operands: Tensor, **sizes: int) -> Tensor:
     Cost: that of the order of contraction, two operands at a time, with the fewest multiplications.  It is looked for
     once per expression and sizes, in ``3^n`` steps for ``n`` operands.
     """
+    if odd := [type(x).__name__ for x in operands if not isinstance(x, Tensor)]:
+        raise EinsumError(f"the operands of {expression!r} must be tensors, got {odd[0]} (torch.as_tensor makes one)")
     plan = _planned(expression, tuple(x.shape for x in operands), tuple(sizes.items()))
     split = [x.reshape(shape) for x, shape in zip(operands, plan.shapes, strict=True)]
     return _contract(plan.tree, split).reshape(plan.shape)

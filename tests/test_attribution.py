@@ -400,3 +400,9 @@ def test_correlations_with_a_constant_are_nan() -> None:
 def test_a_margin_is_over_other_classes(shape: tuple[int, ...]) -> None:
     with pytest.raises(LossError, match=rf"two classes or more, got shape .*{shape[-1]}\]"):
         attribution.margin(torch.randn(shape), torch.zeros(6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(6), torch.zeros(6, 1, dtype=torch.long)])
+def test_a_margin_is_of_classes(targets: Tensor) -> None:
+    with pytest.raises(LossError, match=r"classes of N = 6 samples, \[N\] and integers, got targets of shape \[6"):
+        attribution.margin(torch.randn(6, 3), targets)

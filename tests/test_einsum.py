@@ -187,6 +187,9 @@ def test_path_avoids_the_large_intermediate() -> None:
         (lambda: combine("(ab)c->abc", {0: "xyzw->(xyz)w"}), r"can't match the groups \(ab\) and \(xyz\)"),
         (lambda: combine(",".join(ascii_letters) + ",z->", {52: "zy->z"}), "more than 52"),
         (lambda: einsum("ab,b->a", tensor(0, 2, 3)), "2 operands, but 1 tensors"),
+        (lambda: einsum("a,b->a", tensor(0, 2), 3.0), "operands of 'a,b->a' must be tensors, got float"),
+        (lambda: einsum(3, tensor(0, 2)), "is a string like 'ij,jk->ik', got int"),
+        (lambda: combine("ab,b->a", {0: 3}), "is a string like 'ij,jk->ik', got int"),
         (lambda: einsum(",".join("a" * 13) + "->", *[tensor(0, 2)] * 13), "13 operands"),
         (lambda: einsum("ab,b->a", tensor(0, 2, 3), tensor(0, 3, 1)), r"operand 1 \('b'\) .*1 axes.*shape \(3, 1\)"),
         (

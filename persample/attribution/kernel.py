@@ -77,12 +77,17 @@ def margin(outputs: Tensor, targets: Tensor) -> Tensor:
     ``1 - p`` is the sigmoid of minus it.  Pass it as ``loss_fn`` to `persample.gradients`.
 
     Raises:
-        LossError: logits of fewer than two classes, which have no ``1 - p``.
+        LossError: logits of fewer than two classes, which have no ``1 - p``; targets that are no classes.
     """
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise LossError(
             f"margin needs logits [N, C] of two classes or more, got shape {list(outputs.shape)}. For a single logit "
             "z of a yes or no, the margin is z or -z: loss_fn=lambda z, y: z.squeeze(1) * (2 * y - 1)."
+        )
+    if targets.dtype not in (torch.int64, torch.int32) or targets.shape != outputs.shape[:1]:
+        raise LossError(
+            f"margin needs the classes of N = {len(outputs)} samples, [N] and integers, got targets of shape "
+            f"{list(targets.shape)} and {targets.dtype}."
         )
     correct = outputs.gather(1, targets[:, None])
     others = outputs.scatter(1, targets[:, None], -torch.inf)

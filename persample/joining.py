@@ -56,8 +56,29 @@ def stacked(op: Operation, out: Tensor) -> Layout | None:
     return first.placed(first.axis + (dim <= first.axis))
 
 
+def picked_in_bags(op: Operation) -> tuple[Layout, bool] | None:
+    """Where constant indices put rows of samples in bags: whose these are, by the first entry of each, and whether
+    there are entries of others in them; nothing where bags are empty.
+    """
+    input, table, offsets = op.given(0, "input"), op.of(op.given(1, "weight")), op.given(2, "offsets")
+    constant = not any(input is x for x, _ in op.sampled)
+    if table is None or table.alone is not None or table.axis != 0 or not constant or not input.numel():
+        return None
+    owner = table.owners().to(input.device)[input]
+    if input.ndim == 2:
+        return owned(table.n, 0, owner[:, 0]), bool((owner != owner[:, :1]).any())
+    starts = offsets[:-1] if op.given(9, "include_last_offset") else offsets
+    counts = torch.cat([starts[1:], starts.new_tensor([len(input)])]) - starts
+    if not bool((counts > 0).all()):
+        return None
+    first = owner[starts]
+    return owned(table.n, 0, first), bool((owner != first.repeat_interleave(counts)).any())
+
+
 def bagged(op: Operation, out: Tensor) -> Layout | None:
     """A bag belongs to the sample of its entries, or of its offset."""
+    if (picked := picked_in_bags(op)) is not None and not picked[1]:
+        return picked[0]
     input, offsets = op.given(0, "input"), op.given(2, "offsets")
     layouts = {id(t): at for t, at in op.known}
     if input.ndim == 2:

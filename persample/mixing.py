@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .joining import GATHERS, JOINS
+from .joining import GATHERS, JOINS, picked_in_bags
 from .layout import Function, Layout, Operation, Sampled, of_one, only, same
 from .moves import MOVED, is_axis, is_choice, named, recurred, sort_axis, sorted_along
 from .writing import COPIES, WRITES
@@ -50,7 +50,7 @@ NORMS |= _RENORMS
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 CHOICES, CHOSEN = named("where"), ("condition", "input", "other")  # of two tensors by a mask, and their names
-_BY_ITSELF = {*MOVED, *ALONG, *NORMS}  # what can mix the entries of one tensor
+_BY_ITSELF = {*MOVED, *ALONG, *NORMS, F.embedding_bag}  # what can mix the entries of one tensor
 BY_PLACE = {*SUMS, *EXTREMES, *TESTS, *ALONG, *MOVED, *PRODUCTS}  # what they act on is looked for in front
 
 
@@ -76,6 +76,8 @@ def mixes(op: Operation) -> bool:
     if any(at.alone is not None for _, at in op.known):
         single = op.func in JOINS or op.func in GATHERS or op.func in WRITES or moves or a is None or a.n == 1
         return not single and not all(b is None or same(a, b) for _, b in others)  # type: ignore[arg-type]
+    if op.func is F.embedding_bag and (picked := picked_in_bags(op)) is not None:
+        return picked[1]
     if others and (_attends(op) if op.func is ATTENTION else op.func in PRODUCTS and _acts_across(op)):
         return True
     if a is None:

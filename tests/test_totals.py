@@ -83,6 +83,7 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "attention of a layer without batch_first": lambda h: F.multi_head_attention_forward(
         *[h.view(N, 2, 3)] * 3, 3, 1, torch.eye(3).repeat(3, 1), None, None, None, False, 0.0, torch.eye(3), None
     )[0].flatten(1),
+    "bags of neighbours": lambda h: F.embedding_bag(torch.stack([torch.arange(N), torch.arange(N).roll(1)], 1), h),
     "kernel": lambda h: (-torch.cdist(h, h)).exp() @ h,
     "linear": lambda h: h * F.linear(h.t(), h.t()).sum(),
     "transposed": lambda h: (h.t() - h.t().mean(1, keepdim=True)).t(),
@@ -156,6 +157,10 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "stabilised_by_amax": lambda h: (h - h.amax((0, 1))).softmax(1),
     "stabilised_handed_through": lambda h: (h - h.amax((0, 1)).to(h.device)).softmax(1),
     "products": lambda h: (h.unsqueeze(1) @ h.unsqueeze(2)).flatten(1) * h,
+    "bags": lambda h: (
+        F.embedding_bag(torch.arange(2 * N).view(N, 2), h.view(2 * N, 3)).repeat(1, 2)
+        + F.embedding_bag(torch.arange(N), h, torch.arange(N + 1), include_last_offset=True)
+    ),
     "diagonal matrices": lambda h: h[:, 0].diag() @ h + ((h @ h.mT) * torch.eye(N)) @ h + (h.mT @ h[:, 1].diag()).mT,
     "diagonal of products": lambda h: h * (h @ h.mT).diagonal()[:, None],
     "attention of each to itself": lambda h: F.scaled_dot_product_attention(h, h, h, attn_mask=torch.eye(N).log()),

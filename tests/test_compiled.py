@@ -194,6 +194,31 @@ def test_a_failed_compilation_leaves_nothing_switched_off() -> None:
         assert model(x).shape == (5, 3)
 
 
+class Solves(nn.Module):
+    """PyTorch's vmap of ``solve`` with one shared matrix has another shape (2.13), which the criterion refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.matrix = nn.Linear(3, 3), nn.Parameter(2 * torch.eye(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.linalg.solve(self.matrix, self.linear(x).unsqueeze(-1)).squeeze(-1)
+        return found
+
+
+class Refuses(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("the model's own")
+
+
+def test_whatever_a_transform_raises_is_named_and_what_the_model_raises_stays() -> None:
+    x, y = torch.randn(5, 3), torch.arange(5) % 3
+    with pytest.raises(CaptureError, match=r"torch.func can't follow this model: Expected input batch_size"):
+        persample.gradients(Solves(), nn.CrossEntropyLoss(), x, y, engine="vmap")
+    with pytest.raises(KeyError, match="the model's own"):
+        persample.gradients(Refuses(3, 3), nn.CrossEntropyLoss(), x, y, engine="vmap")
+
+
 def test_more_versions_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "KEPT", 1)
     model = net()

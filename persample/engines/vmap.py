@@ -85,8 +85,10 @@ def eager(problem: Problem, pieces: Pieces, spec: list[Any]) -> Found:
             return rows_of(*problem.owners, pieces, spec, watch)
     except (PersampleError, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:
-        one_sample(problem, 0, [])  # raises where the real reason is that the batch is coupled
+    except Exception as error:
+        one_sample(
+            problem, 0, []
+        )  # raises where the real reason is that the batch is coupled, or the model's own error
         raise CaptureError(
             f"torch.func can't follow this model: {error}\nUse engine='hooks' or engine='loop'."
         ) from error

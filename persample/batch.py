@@ -108,7 +108,7 @@ class Batch:
     def of(inputs: Any, targets: Any, batch_dim: PyTree = 0) -> Batch:
         if isinstance(inputs, Mapping) and not isinstance(inputs, dict):
             inputs = dict(inputs)  # what tokenizers return is no dict, and pytrees don't know it
-        dims = _three(batch_dim)
+        dims = three_dims(batch_dim)
         given = [
             _axes(tree, dim, what)
             for tree, dim, what in zip((inputs, targets), dims[:2], ("inputs", "targets"), strict=True)
@@ -198,7 +198,8 @@ def _has(x: Any, dim: int, n: int) -> bool:
     return isinstance(x, Tensor) and -x.ndim <= dim < x.ndim and x.shape[dim] == n
 
 
-def _three(batch_dim: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+def three_dims(batch_dim: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    """Of inputs, targets and outputs."""
     if isinstance(batch_dim, int):
         return batch_dim, batch_dim, batch_dim
     if isinstance(batch_dim, tuple) and len(batch_dim) in (2, 3):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .asked import Asked, Asking, asked_in, check_unchanged
-from .batch import Batch, detached, suspended
+from .batch import Batch, detached, suspended, three_dims
 from .calls import Reached, reached
 from .capture import Capture
 from .collect import Collect
@@ -120,6 +120,7 @@ class Recorder:
                 f"a scripted or traced module ({type(model).__name__}) runs where its calls can't be seen. Extend the "
                 "original module, or use persample.gradients(..., engine='loop')."
             )
+        three_dims(batch_dim)  # complain now, not in a forward
         self.model = model
         self.quantities = None if quantities is None else listed(quantities)
         if on_backward is not None and "_is_torch_compile" in vars(model):  # torch.compile says it to the original

@@ -314,6 +314,7 @@ def test_rows_of_several_types_side_by_side() -> None:
     [
         ({"params": "("}, persample.UnknownParameterError, "no regular expression"),
         ({"params": []}, persample.UnknownParameterError, "params= is empty"),
+        ({"batch_dim": "1"}, persample.SampleAxisError, "batch_dim must be an int"),
         ({"quantities": 5}, persample.QuantityError, "quantities= must be"),
         ({"quantities": ["gram", "norms"]}, persample.QuantityError, "unknown quantity 'norms'"),
         ({"quantities": ["norm", "clip"], "reduction": 1, "on_backward": print}, persample.QuantityError, "its bound"),

@@ -21,7 +21,7 @@ from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
 from .layout import Operation
 from .lone import NORMALISE, put_right
-from .mixing import ALONG, ORDERS, PLACES, in_order, mixes, ranks
+from .mixing import ALONG, ORDERS, PLACES, acts_across, in_order, mixes, ranks
 from .moves import RESHAPED
 from .state import named_modules
 
@@ -171,6 +171,10 @@ class Capture(TorchFunctionMode):
             couples = APART
         elif mixes(op) or (totals and self.followed.meet(op, totals)):
             couples = MIXES
+        elif acts_across(op):  # what nobody differentiates may be a number that nobody needs: verification tells
+            differentiable = torch.is_grad_enabled() and any(x.requires_grad for x, _ in op.sampled)
+            couples = MIXES if differentiable else ""
+            self.followed.acts.totals |= not differentiable
         else:
             couples = rules.coupling(op.func, op.args, op.kwargs)
         if op.func in ORDERS and (not couples or op.func in PLACES) and ranks(op):

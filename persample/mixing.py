@@ -78,8 +78,6 @@ def mixes(op: Operation) -> bool:
         return not single and not all(b is None or same(a, b) for _, b in others)  # type: ignore[arg-type]
     if op.func is F.embedding_bag and (picked := picked_in_bags(op)) is not None:
         return picked[1]
-    if others and (_attends(op) if op.func is ATTENTION else op.func in PRODUCTS and _acts_across(op)):
-        return True
     if a is None:
         return False
     if a.n > 1 and (found := _mixes_itself(op, x, a)) is not None:
@@ -129,6 +127,15 @@ def _meet(op: Operation, x: Tensor, a: Layout) -> bool:
     return not all(same(a, b) for b in alike)
 
 
+def acts_across(op: Operation) -> bool:
+    """Whether samples are added up with weights that are of samples too: attention along them, `_sums_across`."""
+    if (op.func not in PRODUCTS and op.func is not ATTENTION) or len(op.sampled) < 2:
+        return False
+    if any(at.alone is not None for _, at in op.known) or of_one(op.sampled) is not None:
+        return False
+    return _attends(op) if op.func is ATTENTION else _sums_across(op)
+
+
 def _attends(op: Operation) -> bool:
     """Whether attention runs along the samples (a forgotten ``batch_first``), unless a mask keeps them apart."""
     x, y, mask = op.given(0, "query"), op.given(1, "key"), op.given(3, "attn_mask")
@@ -137,13 +144,16 @@ def _attends(op: Operation) -> bool:
         return False
     if mask is None:
         return True
-    seen = mask if mask.dtype is torch.bool else mask.detach() > -torch.inf
-    return bool((seen & _apart(a, b).to(seen.device)).any())
+    if mask.dtype is not torch.bool:  # what a softmax leaves of it: -1e9 is as good as none
+        least = torch.finfo(torch.float64).min
+        mask = (mask.detach().double() - mask.detach().double().amax(-1, True).clamp(min=least)).exp() > 0
+    return bool((mask & _apart(a, b).to(mask.device)).any())
 
 
-def _acts_across(op: Operation) -> bool:
+def _sums_across(op: Operation) -> bool:
     """Whether a product sums over samples with weights that are of samples too, and not zero between different ones:
-    not one with a diagonal or block diagonal matrix.
+    not one with a diagonal or block diagonal matrix.  Whose rows they are in weights that were lost (products of
+    samples with each other) is not known: there, rows that take from several samples.
     """
     x, y = op.args[:2]
     pairs = ((y, _summed(op, y), x, x.ndim - 1), (x, x.ndim - 1, y, _summed(op, y)))
@@ -153,8 +163,13 @@ def _acts_across(op: Operation) -> bool:
         if at is None or at.n == 1 or at.axis != axis or weight.ndim < 2 or not any(weight is z for z, _ in op.sampled):
             continue
         if weight.layout is torch.strided and (own.axis == rows if own is not None else weight.shape[rows] == at.size):
-            apart = _apart(own or at, at).to(weight.device)  # what was lost are products of samples with each other
-            return bool(weight.detach()[..., apart if rows < along else apart.T].any())
+            used = weight.detach() != 0
+            used = used if rows < along else used.mT
+            if own is not None:
+                return bool((used & _apart(own, at).to(used.device)).any())
+            owners = at.owners().to(used.device)
+            used &= owners >= 0
+            return bool((torch.where(used, owners, at.n).amin(-1) < torch.where(used, owners, -1).amax(-1)).any())
     return False
 
 

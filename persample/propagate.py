@@ -15,6 +15,7 @@ anything else         samples stay where their size is found again; where that c
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,7 +127,9 @@ def _written(op: Operation, out: Tensor) -> Layout | None:
     into = op.func in WRITES and bool(op.args) and out is op.args[0] and out is not first
     if into or (op.func in COPIES and op.args[0] is not first):
         return written(op, out)
-    return rewritten(op) if op.func in COPIES and len(op.known) > 1 else _found_again(op, out)
+    if op.func not in COPIES or len(op.known) < 2:
+        return _found_again(op, out)
+    return rewritten(replace(op, sampled=op.known))  # numbers of all samples that are written in are refused elsewhere
 
 
 def _looked_up(op: Operation, out: Tensor) -> Layout | None:

@@ -267,7 +267,7 @@ class Averaged:
 
     def __init__(self, begin: Buffers) -> None:
         self.count, self.owners = 0, begin.owners
-        self.first: dict[str, Tensor] = {}  # the parameters after the first forward
+        self.first: list[tuple[str, Tensor]] = []  # the parameters after the first forward
         self.totals = [
             (module, name, value, torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)))
             for module, name, _, value, _ in begin.values
@@ -284,8 +284,8 @@ class Averaged:
 
     def leave(self) -> None:
         """After the last forward; raise where the parameters aren't those of the first."""
-        last = self._parameters()
-        if moved := [name for name, at in self.first.items() if name in last and not torch.equal(at, last[name])]:
+        pairs = zip(self.first, self._parameters(), strict=False)
+        if moved := [name for (name, before), (other, now) in pairs if name == other and not torch.equal(before, now)]:
             raise CaptureError(
                 f"'{moved[0]}' changes whenever the model runs (its forward writes it, by .data or in a way that torch "
                 "doesn't count), so samples that run one after the other have gradients at different values. Change it "
@@ -298,16 +298,20 @@ class Averaged:
                     with _unsafe_preserve_version_counter(now):  # it is the forwards that count
                         now.copy_(total / self.count)
 
-    def _parameters(self) -> dict[str, Tensor]:
-        """The sum of the bits of each parameter, which tells whether it was changed without a copy of it."""
-        held = {name: p.detach() for owner in self.owners for name, p in owner.named_parameters() if not is_lazy(p)}
-        return {name: _bits(p) for name, p in held.items() if p.layout is torch.strided and not p.is_meta}
+    def _parameters(self) -> list[tuple[str, Tensor]]:
+        """A number of each parameter that tells whether it was changed, without a copy of it."""
+        named = [pair for owner in self.owners for pair in owner.named_parameters() if not is_lazy(pair[1])]
+        plain = [(n, p) for n, p in named if type(p).__torch_dispatch__ is Tensor.__torch_dispatch__]
+        return [(name, _digest(p.detach())) for name, p in plain if p.layout is torch.strided and not p.is_meta]
 
 
-def _bits(p: Tensor) -> Tensor:
-    p = torch.view_as_real(p) if p.is_complex() else p
+def _digest(p: Tensor) -> Tensor:
+    """The sum of all bits, some entries at a time, each times its place."""
+    p = torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
     flat = p.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]).reshape(-1)
-    return torch.stack([part.sum() for part in flat.split(2**16)]).sum()  # at once, it would be converted at once
+    place = torch.arange(1, min(2**13, flat.numel()) + 1, device=p.device)
+    sums = [(part * place[: len(part)]).sum() for part in flat.split(2**13)]
+    return torch.stack([total * (2 * i + 1) for i, total in enumerate(sums)]).sum()
 
 
 class undone_on_error:

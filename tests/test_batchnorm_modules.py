@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,6 +108,7 @@ def test_isinstance_and_signature() -> None:
     assert isinstance(bn, nn.BatchNorm2d) and not isinstance(bn, nn.BatchNorm1d)
     assert (bn.eps, bn.momentum, bn.affine, bn.virtual_batch_size) == (0.2, 0.3, False, None)
     assert "virtual_batch_size=4" in repr(batchnorm.BatchNorm1d(3, virtual_batch_size=4))
+    assert batchnorm.BatchNorm1d(3, virtual_batch_size=np.int64(4)).virtual_batch_size == 4  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected 4D input"):
         bn(torch.randn(4, 3))
 

@@ -216,8 +216,21 @@ class Updates(nn.Module):
         return x @ self.weight
 
 
+def _rolled(w: Tensor) -> Tensor:
+    return w.copy_(w.roll(1))
+
+
 def _clamped(w: Tensor) -> Tensor:
     return w.clamp_(-0.5, 0.5)
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return CE(outputs, targets) * self.weight
 
 
 def _grown(w: Tensor) -> Tensor:
@@ -234,8 +247,10 @@ IN_TURNS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", IN_TURNS)
 def test_a_parameter_that_every_forward_changes_is_refused(options: dict[str, Any]) -> None:
     x, y = torch.randn(6, 3), torch.randint(2, (6,))
-    with pytest.raises(persample.CaptureError, match=r"'weight' changes whenever .* outside of the forward"):
-        persample.gradients(Updates(_grown), CE, x, y, verify=False, **options)
+    weighted = Weighted()  # its parameter has the same name
+    for update, criterion in ((_grown, CE), (_rolled, CE), (_grown, weighted)):
+        with pytest.raises(persample.CaptureError, match=r"'weight' changes whenever .* outside of the forward"):
+            persample.gradients(Updates(update), criterion, x, y, verify=False, **options)
     # what stays after the first forward has one value for all
     model = Updates(_clamped)
     G = persample.gradients(model, CE, x, y, verify=False, **options)

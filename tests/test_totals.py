@@ -132,6 +132,11 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "largest_by_feature": lambda h: h * (1 / (1e-3 + h.abs().max(0).values)),
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention with a finite mask": lambda h: F.scaled_dot_product_attention(
+        h, h, h, attn_mask=(1 - torch.eye(N)) * torch.finfo(torch.float32).min
+    ),
+    "attention that nobody needs": lambda h: (F.scaled_dot_product_attention(*[h.detach()] * 3), h)[1],
+    "totals that are put nowhere": lambda h: h.index_put((h > 99,), h.detach().min()),
     "fftn of the last axes": lambda h: torch.fft.irfftn(torch.fft.rfftn(h.view(N, 2, 3), dim=[1, 2]), s=(2, 3)).view(
         N, D
     ),
@@ -279,6 +284,25 @@ def test_what_couples_nothing(name: str, x: Tensor) -> None:
         for (p, _), expected in zip(model.named_parameters(), grads, strict=True):
             torch.testing.assert_close(g[p][n], expected, rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(reported[0][p][n], expected, rtol=1e-9, atol=1e-12)
+
+
+class InTwoOrders(nn.Linear):
+    """Two tokens of every sample, which ask in turns, and answer in blocks; each only those of its own sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        keys, asking = h.view(2 * N, 3), h.view(N, 2, 3).transpose(0, 1).reshape(2 * N, 3)
+        other = torch.arange(N).repeat(2)[:, None] != torch.arange(N).repeat_interleave(2)
+        found = (asking @ keys.T).masked_fill(other, -torch.inf).softmax(-1) @ keys
+        return h.new_zeros(N, 3).index_add(0, torch.arange(N).repeat(2), found)
+
+
+def test_attention_in_two_orders_couples_nothing(x: Tensor) -> None:
+    model = InTwoOrders(D, D).double()
+    g = persample.gradients(model, losses, x.double(), Y, verify=False)
+    out = losses(model(x.double()), Y)
+    expected = [torch.autograd.grad(out[n], model.weight, retain_graph=True)[0] for n in range(N)]
+    torch.testing.assert_close(g["weight"], torch.stack(expected), rtol=1e-9, atol=1e-12)
 
 
 def test_totals_that_meet_only_totals(x: Tensor) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -205,7 +206,8 @@ def _refuse(name: str, module: Layer) -> None:
 
 
 def _checked(virtual_batch_size: int) -> int:
-    if not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
+    integer = isinstance(virtual_batch_size, Integral) and not isinstance(virtual_batch_size, bool)
+    if not integer or virtual_batch_size < 1:
         raise BatchNormError(
             f"virtual_batch_size must be at least 1, a whole number of samples, got {virtual_batch_size!r}"
         )

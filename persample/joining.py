@@ -26,9 +26,11 @@ GATHERS: dict[Function, tuple[int, ...]] = {
 
 
 def joined(op: Operation, out: Tensor) -> Layout | None:
-    """``cat``: along the sample axis each part brings its own samples; along another, they have to agree."""
+    """``cat``, or another name of it: along the sample axis each part brings its own samples; along another, they have
+    to agree.
+    """
     parts = [p for p in op.given(0, "tensors") if p.ndim == out.ndim]  # not the old empty [0]
-    dim = op.given(1, "dim", "axis", default=0) % out.ndim
+    dim = _joins_at(op, parts, out)
     layouts = {id(t): at for t, at in op.known}
     known = [layouts[id(p)] for p in parts if id(p) in layouts]
     if not known:
@@ -145,4 +147,4 @@ def _joins_at(op: Operation, parts: Sequence[Tensor], out: Tensor) -> int:
         return axes[min(max(1, parts[0].ndim), len(axes)) - 1]
     if op.func is torch._C._nn.pad_sequence:
         return 0 if op.given(1, "batch_first") else 1
-    return int(op.given(1, "dim", default=0) % out.ndim)
+    return int(op.given(1, "dim", "axis", default=0) % out.ndim)

@@ -140,6 +140,13 @@ def _looked_up(op: Operation, out: Tensor) -> Layout | None:
     return indexed(Operation(Tensor.__getitem__, (table, op.given(0, "input"))), layout, out)
 
 
+def _gathered(op: Operation, out: Tensor) -> Layout | None:
+    """Tensors behind each other, by a function that may have to give them an axis for that (``column_stack``)."""
+    whole = all(p.ndim == out.ndim for p in op.given(0, "tensors", "sequences"))
+    several = whole and of_one(op.known) is None  # one sample's own parts are its tokens, most likely
+    return (joined(op, out) if several else None) or _longer(op, out)
+
+
 def _as_weight(op: Operation, out: Tensor) -> Layout | None:
     """``linear`` with samples as a weight's outputs."""
     first, layout = op.known[0]
@@ -293,10 +300,7 @@ _MEETS: dict[Function, int] = {
     **dict.fromkeys((*named("matmul", "bmm", "__matmul__"), F.scaled_dot_product_attention), 2),
 }
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
-_GROWS = {
-    *named("tensordot", "inner", "addbmm", "chain_matmul", "as_strided", "transpose_copy", "permute_copy"),
-    *GATHERS,
-} - STACKS
+_GROWS = named("tensordot", "inner", "addbmm", "chain_matmul", "as_strided", "transpose_copy", "permute_copy")
 _GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.kron}
 _ADDS = named("addmm", "baddbmm", "addmv", "addr")
 # What is special about single functions, where `MOVED` doesn't say it.
@@ -306,6 +310,7 @@ _BY_FUNCTION: dict[Function, Callable[[Operation, Tensor], Layout | None]] = {
     **dict.fromkeys(WRITES | COPIES, _written),
     **dict.fromkeys(SCATTERS, lambda op, out: None if op.lost else scattered(op, out)),
     **dict.fromkeys(JOINS, joined),
+    **dict.fromkeys(GATHERS, _gathered),
     **dict.fromkeys(STACKS, stacked),
     **dict.fromkeys(named("bincount"), _counted),
     F.embedding: _looked_up,

@@ -285,7 +285,7 @@ class Averaged:
     def leave(self) -> None:
         """After the last forward; raise where the parameters aren't those of the first."""
         pairs = zip(self.first, self._parameters(), strict=False)
-        if moved := [name for (name, before), (other, now) in pairs if name == other and not torch.equal(before, now)]:
+        if moved := [name for (name, before), (other, now) in pairs if name == other and not _same(before, now)]:
             raise CaptureError(
                 f"'{moved[0]}' changes whenever the model runs (its forward writes it, by .data or in a way that torch "
                 "doesn't count), so samples that run one after the other have gradients at different values. Change it "
@@ -306,12 +306,10 @@ class Averaged:
 
 
 def _digest(p: Tensor) -> Tensor:
-    """The sum of all bits, some entries at a time, each times its place."""
+    """The sum of all entries, and that of the products of neighbours, which tells their order."""
     p = torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
-    flat = p.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]).reshape(-1)
-    place = torch.arange(1, min(2**13, flat.numel()) + 1, device=p.device)
-    sums = [(part * place[: len(part)]).sum() for part in flat.split(2**13)]
-    return torch.stack([total * (2 * i + 1) for i, total in enumerate(sums)]).sum()
+    flat = p.reshape(-1).to(torch.promote_types(p.dtype, torch.float32))
+    return torch.stack([flat.sum(), flat[:-1] @ flat[1:]])
 
 
 class undone_on_error:

@@ -94,6 +94,8 @@ SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "tiled by name": lambda h: torch.tile(input=h, dims=(1, 2))[:, ::2] + h.tile(dims=(2, 1))[: len(h)],
     "transpose_copy": lambda h: torch.transpose_copy(h, 0, 1).T,
     "features": lambda h: h @ torch.eye(N, dtype=h.dtype),
+    "vstack of batches": lambda h: torch.vstack([h, 2 * h])[:N] + torch.row_stack((h.sin(), h))[N:],
+    "hstack of batches": lambda h: torch.hstack([h, 2 * h])[:, 1 : N + 1],
 }
 # What can't be followed is refused, where a parameter meets it.
 REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -102,7 +104,6 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "permuted by a matrix": lambda h: F.one_hot(PERM).to(h.dtype) @ h,
     "index_add": lambda h: zeros(h).index_add(0, PERM, h[PERM]),
     "index_put, added": lambda h: h.index_put((PERM,), h, accumulate=True),
-    "vstack": lambda h: torch.vstack([h, h])[:N],
     "shifted": lambda h: torch.cat([h[1:], h[:1]]) + 0 * into(h, torch.zeros_like, slice(None)),
     "expert slots": lambda h: torch.einsum("nec,nd->ecd", torch.eye(N)[:, None].to(h.dtype), h)[0],
 }

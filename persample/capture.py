@@ -171,10 +171,11 @@ class Capture(TorchFunctionMode):
             couples = APART
         elif mixes(op) or (totals and self.followed.meet(op, totals)):
             couples = MIXES
-        elif acts_across(op):  # what nobody differentiates may be a number that nobody needs: verification tells
+        elif (across := acts_across(op)) is not False:
+            # what can't be told, and what nobody differentiates (a number that nobody needs, maybe), is verified
             differentiable = torch.is_grad_enabled() and any(x.requires_grad for x, _ in op.sampled)
-            couples = MIXES if differentiable else ""
-            self.followed.acts.totals |= not differentiable
+            couples = MIXES if across and differentiable else ""
+            self.followed.acts.totals |= not couples
         else:
             couples = rules.coupling(op.func, op.args, op.kwargs)
         if op.func in ORDERS and (not couples or op.func in PLACES) and ranks(op):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .joining import GATHERS, JOINS, picked_in_bags
-from .layout import Function, Layout, Operation, Sampled, of_one, only, same
+from .layout import Function, Layout, Operation, Sampled, of_one, only, owned, same
 from .moves import MOVED, is_axis, is_choice, named, recurred, sort_axis, sorted_along
 from .writing import COPIES, WRITES
 
@@ -127,8 +127,10 @@ def _meet(op: Operation, x: Tensor, a: Layout) -> bool:
     return not all(same(a, b) for b in alike)
 
 
-def acts_across(op: Operation) -> bool:
-    """Whether samples are added up with weights that are of samples too: attention along them, `_sums_across`."""
+def acts_across(op: Operation) -> bool | None:
+    """Whether samples are added up with weights that are of samples too: attention along them, `_sums_across`;
+    ``None``: that can't be told.
+    """
     if (op.func not in PRODUCTS and op.func is not ATTENTION) or len(op.sampled) < 2:
         return False
     if any(at.alone is not None for _, at in op.known) or of_one(op.sampled) is not None:
@@ -150,10 +152,13 @@ def _attends(op: Operation) -> bool:
     return bool((mask & _apart(a, b).to(mask.device)).any())
 
 
-def _sums_across(op: Operation) -> bool:
+def _sums_across(op: Operation) -> bool | None:
     """Whether a product sums over samples with weights that are of samples too, and not zero between different ones:
-    not one with a diagonal or block diagonal matrix.  Whose rows they are in weights that were lost (products of
-    samples with each other) is not known: there, rows that take from several samples.
+    not one with a diagonal or block diagonal matrix.
+
+    Whose rows they are is not known of weights that were lost (products of samples with each other).  There, rows that
+    take from several samples surely do; rows that take from one each don't, if these are in an order that rows may be
+    in, and else can't be told.
     """
     x, y = op.args[:2]
     pairs = ((y, _summed(op, y), x, x.ndim - 1), (x, x.ndim - 1, y, _summed(op, y)))
@@ -162,14 +167,18 @@ def _sums_across(op: Operation) -> bool:
         rows = 2 * weight.ndim - 3 - along  # the other axis of the matrix
         if at is None or at.n == 1 or at.axis != axis or weight.ndim < 2 or not any(weight is z for z, _ in op.sampled):
             continue
-        if weight.layout is torch.strided and (own.axis == rows if own is not None else weight.shape[rows] == at.size):
+        if weight.layout is torch.strided and (own is None or own.axis == rows):
             used = weight.detach() != 0
             used = used if rows < along else used.mT
             if own is not None:
                 return bool((used & _apart(own, at).to(used.device)).any())
             owners = at.owners().to(used.device)
             used &= owners >= 0
-            return bool((torch.where(used, owners, at.n).amin(-1) < torch.where(used, owners, -1).amax(-1)).any())
+            first, last = (torch.where(used, owners, at.n).amin(-1), torch.where(used, owners, -1).amax(-1))
+            if bool((first < last).any()):
+                return True
+            lines = last.reshape(-1, last.shape[-1])  # of every matrix
+            return False if all(owned(at.n, 0, line).owner is None for line in lines.unique(dim=0)) else None
     return False
 
 

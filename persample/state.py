@@ -268,6 +268,7 @@ class Averaged:
     def __init__(self, begin: Buffers) -> None:
         self.count, self.owners = 0, begin.owners
         self.first: list[tuple[str, Tensor]] = []  # the parameters after the first forward
+        self.second = False  # whether there was another
         self.totals = [
             (module, name, value, torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)))
             for module, name, _, value, _ in begin.values
@@ -276,7 +277,11 @@ class Averaged:
 
     def take(self, n: int) -> None:
         """After a forward of ``n`` samples."""
-        self.first = self.first if self.count else self._parameters()
+        if not self.count:
+            self.first = self._parameters()
+        elif not self.second:  # some changes come back with the third
+            self.second = True
+            self._compare()
         self.count += n
         for module, name, _, total in self.totals:
             if (now := getattr(module, name, None)) is not None and now.shape == total.shape:
@@ -284,13 +289,7 @@ class Averaged:
 
     def leave(self) -> None:
         """After the last forward; raise where the parameters aren't those of the first."""
-        pairs = zip(self.first, self._parameters(), strict=False)
-        if moved := [name for (name, before), (other, now) in pairs if name == other and not _same(before, now)]:
-            raise CaptureError(
-                f"'{moved[0]}' changes whenever the model runs (its forward writes it, by .data or in a way that torch "
-                "doesn't count), so samples that run one after the other have gradients at different values. Change it "
-                "outside of the forward; or run the batch at once: engine='hooks', verify=False, without max_bytes=."
-            )
+        self._compare()
         with torch.no_grad():
             for module, name, before, total in self.totals:
                 now = getattr(module, name, None)
@@ -298,18 +297,38 @@ class Averaged:
                     with _unsafe_preserve_version_counter(now):  # it is the forwards that count
                         now.copy_(total / self.count)
 
+    def _compare(self) -> None:
+        pairs = zip(self.first, self._parameters(), strict=False)
+        if moved := [name for (name, before), (other, now) in pairs if name == other and not _same(before, now)]:
+            raise CaptureError(
+                f"'{moved[0]}' changes whenever the model runs (its forward writes it, by .data or in a way that torch "
+                "doesn't count), so samples that run one after the other have gradients at different values. Change it "
+                "outside of the forward; or run the batch at once: engine='hooks', verify=False, without max_bytes=."
+            )
+
     def _parameters(self) -> list[tuple[str, Tensor]]:
-        """A number of each parameter that tells whether it was changed, without a copy of it."""
+        """Two numbers of each parameter that tell whether it was changed, without a copy of it."""
         named = [pair for owner in self.owners for pair in owner.named_parameters() if not is_lazy(pair[1])]
         plain = [(n, p) for n, p in named if type(p).__torch_dispatch__ is Tensor.__torch_dispatch__]
         return [(name, _digest(p.detach())) for name, p in plain if p.layout is torch.strided and not p.is_meta]
 
 
 def _digest(p: Tensor) -> Tensor:
-    """The sum of all entries, and that of the products of neighbours, which tells their order."""
-    p = torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
-    flat = p.reshape(-1).to(torch.promote_types(p.dtype, torch.float32))
-    return torch.stack([flat.sum(), flat[:-1] @ flat[1:]])
+    """The sum of all entries, and that of each times its place, of some at a time; where some aren't finite, of the
+    others.
+    """
+    p = p.int_repr() if p.is_quantized else torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
+    p = p.permute(sorted(range(p.ndim), key=p.stride, reverse=True))  # channels last, too, as it lies in memory
+    flat = p.reshape(-1) if p.dtype in _SUMMED else p.contiguous().view(torch.uint8).reshape(-1)
+    sums = flat.new_zeros(2, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+    place = torch.arange(1, min(2**16, flat.numel()) + 1, device=p.device, dtype=sums.dtype)
+    for i, part in enumerate(flat.split(2**16)):
+        part = part.to(sums.dtype).nan_to_num(0, 0, 0)
+        sums += torch.stack([part.sum(), part @ place[: len(part)]]) * (1 + i)
+    return sums
+
+
+_SUMMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 class undone_on_error:

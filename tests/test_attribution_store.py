@@ -132,6 +132,10 @@ def test_a_reader_knows_the_projection(tmp_path: Path) -> None:
         GradientStore(tmp_path / "rows", projection=R)
     with pytest.raises(ArgumentError, match="projection must be"):
         GradientStore(tmp_path / "rows", projection=7)  # type: ignore[arg-type]
+    meta = tmp_path / "projected" / "rows.json"
+    meta.write_text(meta.read_text().replace('"tile"', '"tiles"'))
+    with pytest.raises(StoreError, match="can't be read"):
+        GradientStore(tmp_path / "projected")
 
 
 def test_another_model_layout_scale_or_projection_is_refused(tmp_path: Path) -> None:

@@ -220,6 +220,15 @@ def _rolled(w: Tensor) -> Tensor:
     return w.copy_(w.roll(1))
 
 
+def _flipped(w: Tensor) -> Tensor:  # comes back with every second forward
+    return w.copy_(w.flip(0, 1))
+
+
+def _partly(w: Tensor) -> Tensor:
+    w[0] = torch.nan
+    return w[1:].mul_(2)
+
+
 def _clamped(w: Tensor) -> Tensor:
     return w.clamp_(-0.5, 0.5)
 
@@ -246,15 +255,31 @@ IN_TURNS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", IN_TURNS)
 def test_a_parameter_that_every_forward_changes_is_refused(options: dict[str, Any]) -> None:
-    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    x, y = torch.randn(7, 3), torch.randint(2, (7,))
     weighted = Weighted()  # its parameter has the same name
-    for update, criterion in ((_grown, CE), (_rolled, CE), (_grown, weighted)):
+    for update, criterion in ((_grown, CE), (_rolled, CE), (_flipped, CE), (_partly, CE), (_grown, weighted)):
         with pytest.raises(persample.CaptureError, match=r"'weight' changes whenever .* outside of the forward"):
             persample.gradients(Updates(update), criterion, x, y, verify=False, **options)
     # what stays after the first forward has one value for all
     model = Updates(_clamped)
     G = persample.gradients(model, CE, x, y, verify=False, **options)
     want = persample.gradients(model, CE, x, y, quantities=["norm"])
+    torch.testing.assert_close(G.norm(), want.norm())
+
+
+@pytest.mark.parametrize("options", IN_TURNS)
+def test_parameters_of_all_kinds_stay(options: dict[str, Any]) -> None:
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randint(2, (4,))
+    kinds = {
+        "float8": torch.randn(2, 3).to(torch.float8_e4m3fn), "integer": torch.ones(3, dtype=torch.int32),
+        "half": torch.randn(3).half(), "complex": torch.randn(3, dtype=torch.complex64).conj(),
+        "empty": torch.zeros(0, 3), "number": torch.tensor(1.0), "nan": torch.tensor([torch.nan, 1.0]),
+        "last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    }  # fmt: skip
+    for name, value in kinds.items():
+        model.register_parameter(f"kept_{name}", nn.Parameter(value, requires_grad=False))
+    G = persample.gradients(model, CE, x, y, params=["weight"], verify=False, **options)
+    want = persample.gradients(model, CE, x, y, params=["weight"], quantities=["norm"])
     torch.testing.assert_close(G.norm(), want.norm())
 
 

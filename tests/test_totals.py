@@ -305,6 +305,22 @@ def test_attention_in_two_orders_couples_nothing(x: Tensor) -> None:
     torch.testing.assert_close(g["weight"], torch.stack(expected), rtol=1e-9, atol=1e-12)
 
 
+class Nearest(nn.Linear):
+    """Every sample takes from its nearest neighbour alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        scores = (h @ h.T).masked_fill(torch.eye(len(h)).bool(), -torch.inf)
+        return (F.one_hot(scores.argmax(-1), len(h)).to(h.dtype) @ h)[:, :3]
+
+
+def test_neighbours_are_said_without_verification_and_refused_with_it(x: Tensor) -> None:
+    model = Nearest(D, D).double()
+    assert "batch-coupled" in repr(persample.gradients(model, losses, x.double(), Y, verify=False))
+    with pytest.raises((persample.VerificationError, persample.BatchCoupledError)):
+        persample.gradients(model, losses, x.double(), Y)
+
+
 def test_totals_that_meet_only_totals(x: Tensor) -> None:
     """The loss of a backward of one's own, with a penalty on statistics of the batch."""
     model, reported = Between(torch.tanh), list[Any]()

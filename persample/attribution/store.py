@@ -69,10 +69,11 @@ class GradientStore:
         if model is None:
             if not self.table.there:
                 raise StoreError(f"there is no store at {path}; give a model to begin one.")
-            spec = self.table.meta.get("projection")
-            if projection is not None:
-                self._check_same({"projection": _spec(projection)})
-            self.projection = None if spec is None else Projection(**spec)
+            self.projection = self._read_projection()
+            if projection is not None and _spec(projection) != (theirs := _spec(self.projection)):
+                raise StoreError(
+                    f"the store at {path} is {another('projection', theirs, _spec(projection))} Open it with that."
+                )
             return
         meta = describe(model, params, projection, scale)
         self.names = list(meta["layout"])
@@ -81,6 +82,16 @@ class GradientStore:
             kind = {"dtype": np.dtype(str(dtype).removeprefix("torch.")).newbyteorder("<").str}
             self._check_same(meta | (kind if "dtype" in self.table.meta else {}))
         self.table.commit(**meta, settings=self._settings())
+
+    def _read_projection(self) -> Projection | None:
+        spec = self.table.meta.get("projection")
+        try:
+            return None if spec is None else Projection(**spec)
+        except (TypeError, ArgumentError) as error:
+            raise StoreError(
+                f"the projection of the store at {self.table.data.parent} can't be read: {spec!r} ({error}). It may be "
+                "of another version."
+            ) from error
 
     def __len__(self) -> int:
         return len(self.table)

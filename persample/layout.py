@@ -5,7 +5,7 @@ belongs to sample ``(i // inner) % N``: batch-first (``axis=0``), sequence-first
 (``inner=T``), heads folded into the batch (``inner=heads``) are all of this kind.  Where rows were picked by an index
 (packed sequences, experts that see some of the tokens), ``owner`` says to which sample each entry belongs; -1 is
 nobody, which only integers can be.  In a loop over the samples (``for x in batch``), tensors are one sample's alone.
-How operations move samples is in `persample.propagate`.
+How operations move samples is in `persample.propagate`; an `Operation` is one call, as all look at it who follow them.
 """
 
 from __future__ import annotations

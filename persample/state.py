@@ -267,8 +267,8 @@ class Averaged:
 
     def __init__(self, begin: Buffers) -> None:
         self.count, self.owners = 0, begin.owners
-        self.first: list[tuple[str, Tensor]] = []  # the parameters after the first forward
-        self.second = False  # whether there was another
+        self.first: dict[tuple[int, str], Tensor] = {}  # the parameters after the first forward
+        self.passes = 0
         self.totals = [
             (module, name, value, torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)))
             for module, name, _, value, _ in begin.values
@@ -277,10 +277,10 @@ class Averaged:
 
     def take(self, n: int) -> None:
         """After a forward of ``n`` samples."""
-        if not self.count:
+        self.passes += 1
+        if self.passes == 1:
             self.first = self._parameters()
-        elif not self.second:  # some changes come back with the third
-            self.second = True
+        elif self.passes == 2:  # some changes come back with the third
             self._compare()
         self.count += n
         for module, name, _, total in self.totals:
@@ -289,7 +289,8 @@ class Averaged:
 
     def leave(self) -> None:
         """After the last forward; raise where the parameters aren't those of the first."""
-        self._compare()
+        if self.passes > 2:
+            self._compare()
         with torch.no_grad():
             for module, name, before, total in self.totals:
                 now = getattr(module, name, None)
@@ -298,33 +299,47 @@ class Averaged:
                         now.copy_(total / self.count)
 
     def _compare(self) -> None:
-        pairs = zip(self.first, self._parameters(), strict=False)
-        if moved := [name for (name, before), (other, now) in pairs if name == other and not _same(before, now)]:
+        now = self._parameters()
+        if moved := [key for key, before in self.first.items() if key in now and not _same(before, now[key])]:
             raise CaptureError(
-                f"'{moved[0]}' changes whenever the model runs (its forward writes it, by .data or in a way that torch "
-                "doesn't count), so samples that run one after the other have gradients at different values. Change it "
-                "outside of the forward; or run the batch at once: engine='hooks', verify=False, without max_bytes=."
+                f"'{moved[0][1]}' changes whenever the model runs (its forward writes it, by .data or in a way that "
+                "torch doesn't count), so samples that run one after the other have gradients at different values. "
+                "Change it outside of the forward; or run the batch at once: engine='hooks', verify=False, without "
+                "max_bytes=."
             )
 
-    def _parameters(self) -> list[tuple[str, Tensor]]:
+    def _parameters(self) -> dict[tuple[int, str], Tensor]:
         """Two numbers of each parameter that tell whether it was changed, without a copy of it."""
-        named = [pair for owner in self.owners for pair in owner.named_parameters() if not is_lazy(pair[1])]
-        plain = [(n, p) for n, p in named if type(p).__torch_dispatch__ is Tensor.__torch_dispatch__]
-        return [(name, _digest(p.detach())) for name, p in plain if p.layout is torch.strided and not p.is_meta]
+        named = [(i, *pair) for i, owner in enumerate(self.owners) for pair in owner.named_parameters()]
+        return {(i, name): _digest(p.detach()) for i, name, p in named if _has_numbers(p)}
+
+
+def _has_numbers(p: Tensor) -> bool:
+    """Whether its entries can be read: not those of wrappers, lazy and sparse ones."""
+    plain = type(p).__torch_dispatch__ is Tensor.__torch_dispatch__ and not is_lazy(p)
+    return plain and p.layout is torch.strided and not p.is_meta
 
 
 def _digest(p: Tensor) -> Tensor:
-    """The sum of all entries, and that of each times its place, of some at a time; where some aren't finite, of the
-    others.
-    """
+    """The sum of all entries, and that of each times its place; where some aren't finite, of the others."""
     p = p.int_repr() if p.is_quantized else torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
     p = p.permute(sorted(range(p.ndim), key=p.stride, reverse=True))  # channels last, too, as it lies in memory
     flat = p.reshape(-1) if p.dtype in _SUMMED else p.contiguous().view(torch.uint8).reshape(-1)
-    sums = flat.new_zeros(2, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
-    place = torch.arange(1, min(2**16, flat.numel()) + 1, device=p.device, dtype=sums.dtype)
-    for i, part in enumerate(flat.split(2**16)):
-        part = part.to(sums.dtype).nan_to_num(0, 0, 0)
-        sums += torch.stack([part.sum(), part @ place[: len(part)]]) * (1 + i)
+    found = _sums(flat)
+    return found if bool(found.isfinite().all()) else _sums(flat, finite=True)
+
+
+def _sums(flat: Tensor, finite: bool = False) -> Tensor:
+    """Of some entries at a time, so that converted ones take no memory; the weights of no two places are the same."""
+    kind = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    sums, width = flat.new_zeros(2, dtype=kind), min(2**12, max(1, flat.numel()))
+    weight = torch.arange(1, width + 1, device=flat.device, dtype=kind).cos_()
+    for i, part in enumerate(flat.split(2**20)):
+        part = part.to(kind).nan_to_num(0, 0, 0) if finite else part.to(kind)
+        rows, rest = part[: len(part) // width * width].view(-1, width), part[len(part) // width * width :]
+        lines = torch.arange(2, len(rows) + 2, device=flat.device, dtype=kind).sqrt_()
+        weighted = (rows @ weight) @ lines + rest @ weight[: len(rest)]
+        sums += torch.stack([part.sum(), weighted]) * (1 + i)
     return sums
 
 

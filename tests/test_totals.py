@@ -321,6 +321,20 @@ def test_neighbours_are_said_without_verification_and_refused_with_it(x: Tensor)
         persample.gradients(model, losses, x.double(), Y)
 
 
+class Remembers(nn.Linear):
+    """Every sample attends to two memories of all of them: weights of another size than the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return ((h @ torch.cat([h, 2 * h]).T).softmax(-1) @ torch.cat([h, h]))[:, :3]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_attention_to_a_memory_of_all_is_refused(verify: bool, x: Tensor) -> None:
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(Remembers(D, D).double(), losses, x.double(), Y, verify=verify)
+
+
 def test_totals_that_meet_only_totals(x: Tensor) -> None:
     """The loss of a backward of one's own, with a penalty on statistics of the batch."""
     model, reported = Between(torch.tanh), list[Any]()

@@ -128,7 +128,7 @@ def flatten(v: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> Tensor:
         odd = sorted(v.keys() ^ shapes.keys())
         raise DirectionError(
             f"the direction must have one tensor for each of the {len(shapes)} parameters and no other; see {odd[:4]}. "
-            "Of more, take {name: v[name] for name in op.names}; of rows, G.select(op.names)."
+            f"Take those of {list(shapes)[:8]} alone (of rows, G.select(names))."
         )
     for name, shape in shapes.items():
         if v[name].shape != shape:

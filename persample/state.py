@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -267,7 +267,7 @@ class Averaged:
 
     def __init__(self, begin: Buffers) -> None:
         self.count, self.owners = 0, begin.owners
-        self.first: dict[tuple[int, str], Tensor] = {}  # the parameters after the first forward
+        self.first: dict[tuple[int, str], int] = {}  # the parameters after the first forward
         self.passes = 0
         self.totals = [
             (module, name, value, torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)))
@@ -300,7 +300,7 @@ class Averaged:
 
     def _compare(self) -> None:
         now = self._parameters()
-        if moved := [key for key, before in self.first.items() if key in now and not _same(before, now[key])]:
+        if moved := [key for key, before in self.first.items() if now.get(key, before) != before]:
             raise CaptureError(
                 f"'{moved[0][1]}' changes whenever the model runs (its forward writes it, by .data or in a way that "
                 "torch doesn't count), so samples that run one after the other have gradients at different values. "
@@ -308,8 +308,8 @@ class Averaged:
                 "max_bytes=."
             )
 
-    def _parameters(self) -> dict[tuple[int, str], Tensor]:
-        """Two numbers of each parameter that tell whether it was changed, without a copy of it."""
+    def _parameters(self) -> dict[tuple[int, str], int]:
+        """A number of each parameter that tells whether it was changed, without a copy of it."""
         named = [(i, *pair) for i, owner in enumerate(self.owners) for pair in owner.named_parameters()]
         return {(i, name): _digest(p.detach()) for i, name, p in named if _has_numbers(p)}
 
@@ -320,30 +320,24 @@ def _has_numbers(p: Tensor) -> bool:
     return plain and p.layout is torch.strided and not p.is_meta
 
 
-def _digest(p: Tensor) -> Tensor:
-    """The sum of all entries, and that of each times its place; where some aren't finite, of the others."""
+def _digest(p: Tensor) -> int:
+    """The sum of all entries' bits, each times a number that tells its place: no change is too small to be seen."""
     p = p.int_repr() if p.is_quantized else torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
     p = p.permute(sorted(range(p.ndim), key=p.stride, reverse=True))  # channels last, too, as it lies in memory
-    flat = p.reshape(-1) if p.dtype in _SUMMED else p.contiguous().view(torch.uint8).reshape(-1)
-    found = _sums(flat)
-    return found if bool(found.isfinite().all()) else _sums(flat, finite=True)
+    weights, found = _weights(p.device), 0
+    for part in p.reshape(-1).contiguous().view(_BITS[p.element_size()]).split(len(weights)):
+        found = found * 31 + int((part.long() * weights[: len(part)]).sum())
+    return found % 2**64
 
 
-def _sums(flat: Tensor, finite: bool = False) -> Tensor:
-    """Of some entries at a time, so that converted ones take no memory; the weights of no two places are the same."""
-    kind = torch.float64 if flat.dtype == torch.float64 else torch.float32
-    sums, width = flat.new_zeros(2, dtype=kind), min(2**12, max(1, flat.numel()))
-    weight = torch.arange(1, width + 1, device=flat.device, dtype=kind).cos_()
-    for i, part in enumerate(flat.split(2**20)):
-        part = part.to(kind).nan_to_num(0, 0, 0) if finite else part.to(kind)
-        rows, rest = part[: len(part) // width * width].view(-1, width), part[len(part) // width * width :]
-        lines = torch.arange(2, len(rows) + 2, device=flat.device, dtype=kind).sqrt_()
-        weighted = (rows @ weight) @ lines + rest @ weight[: len(rest)]
-        sums += torch.stack([part.sum(), weighted]) * (1 + i)
-    return sums
+@lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
+    """One for each entry of a block; odd, so that every bit of every entry counts."""
+    drawn = torch.randint(2**31, (2**16,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return (drawn | 1).to(device)
 
 
-_SUMMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 class undone_on_error:

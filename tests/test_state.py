@@ -229,6 +229,11 @@ def _partly(w: Tensor) -> Tensor:
     return w[1:].mul_(2)
 
 
+def _hardly(w: Tensor) -> Tensor:  # far less than a sum of all entries would tell
+    w[0, 0] = 1e4
+    return torch.nextafter(w[1:], w.new_tensor(9.0), out=w[1:])
+
+
 def _clamped(w: Tensor) -> Tensor:
     return w.clamp_(-0.5, 0.5)
 
@@ -257,7 +262,8 @@ IN_TURNS: list[dict[str, Any]] = [
 def test_a_parameter_that_every_forward_changes_is_refused(options: dict[str, Any]) -> None:
     x, y = torch.randn(7, 3), torch.randint(2, (7,))
     weighted = Weighted()  # its parameter has the same name
-    for update, criterion in ((_grown, CE), (_rolled, CE), (_flipped, CE), (_partly, CE), (_grown, weighted)):
+    updates = (_grown, _rolled, _flipped, _partly, _hardly)
+    for update, criterion in (*((update, CE) for update in updates), (_grown, weighted)):
         with pytest.raises(persample.CaptureError, match=r"'weight' changes whenever .* outside of the forward"):
             persample.gradients(Updates(update), criterion, x, y, verify=False, **options)
     # what stays after the first forward has one value for all

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import pytest
@@ -43,6 +43,14 @@ class Truth:
     direction: Tensor  # [D]
     projection: Tensor  # [D, 2]
     max_norm: float
+
+    @cached_property
+    def samples(self) -> dict[str, Any]:
+        return sample_space(self)
+
+    @cached_property
+    def parameters(self) -> dict[str, dict[str, Tensor]]:
+        return parameter_space(self)
 
 
 @cache
@@ -136,7 +144,7 @@ def check_quantities(d: Differences, g: Any, t: Truth, tag: str) -> None:
     """All that `Gradients` answers about its own batch."""
     d.close(f"{tag} flat", g.flat(), t.g.flat)
     arguments: dict[str, list[Any]] = {"dot": [t.direction], "project": [t.projection]}
-    for name, want in sample_space(t).items():
+    for name, want in t.samples.items():
         d.close(f"{tag} {name}", getattr(g, name)(*arguments.get(name, [])), want)
     d.close(f"{tag} dot by name", g.dot(t.g.unflatten(t.direction)), t.g.flat @ t.direction)
     d.close(f"{tag} project by name", g.project(t.g.unflatten(t.projection)), t.g.flat @ t.projection)
@@ -146,7 +154,7 @@ def check_quantities(d: Differences, g: Any, t: Truth, tag: str) -> None:
     large = [k for k, f in flat.items() if f.square().sum() > 1e-12 * t.g.flat.square().sum()]  # no root of rounding
     norms = g.norm(per_parameter=True)
     d.close(f"{tag} norms", {k: norms[k] for k in large}, {k: flat[k].norm(dim=1) for k in large})
-    spaces = parameter_space(t)
+    spaces = t.parameters
     for name, got in {
         "mean": g.mean(), "sum": g.sum(), "weighted": g.sum(t.weight), "clip": g.clip(t.max_norm),
         "second_moment": g.second_moment(), "variance": g.variance(), "std": g.std(),
@@ -186,11 +194,11 @@ def check_model_side(d: Differences, g: Any, t: Truth) -> None:
     parameters = {k: p for k, p in model.named_parameters() if k in t.g.rows}
     try:
         g.backward()
-        mean = {k: m for k, m in parameter_space(t)["mean"].items() if k not in t.g.unused}
+        mean = {k: m for k, m in t.parameters["mean"].items() if k not in t.g.unused}
         d.equal("backward of unused", {k for k, p in parameters.items() if p.grad is None}, {*t.g.unused})
         d.close("backward", {k: p.grad for k, p in parameters.items() if k in mean}, mean)
         g.backward(t.weight)
-        both = {k: m + parameter_space(t)["weighted"][k] for k, m in mean.items()}
+        both = {k: m + t.parameters["weighted"][k] for k, m in mean.items()}
         d.close("backward again", {k: p.grad for k, p in parameters.items() if k in both}, both)
     finally:
         model.zero_grad()
@@ -207,9 +215,9 @@ def requests(t: Truth, engine: str) -> list[Any]:
 def check_statistics(d: Differences, s: Any, t: Truth, engine: str, single: bool) -> None:
     """The run that reduces on arrival."""
     arguments = {"dot": [t.direction], "project": [t.projection]}
-    for name, want in sample_space(t).items():
+    for name, want in t.samples.items():
         d.close(f"statistics {name}", getattr(s, name)(*arguments.get(name, [])), want)
-    for name, wanted in parameter_space(t).items():
+    for name, wanted in t.parameters.items():
         if name == "clip":
             d.close("statistics clip", s.clip(t.max_norm), wanted)
         elif name in ("variance1", "std1"):

@@ -324,10 +324,10 @@ def _digest(p: Tensor) -> int:
     """The sum of all entries' bits, each times a number that tells its place: no change is too small to be seen."""
     p = p.int_repr() if p.is_quantized else torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
     p = p.permute(sorted(range(p.ndim), key=p.stride, reverse=True))  # channels last, too, as it lies in memory
-    weights, found = _weights(p.device), 0
+    weights, found = _weights(p.device), torch.zeros((), dtype=torch.int64, device=p.device)
     for part in p.reshape(-1).contiguous().view(_BITS[p.element_size()]).split(len(weights)):
-        found = found * 31 + int((part.long() * weights[: len(part)]).sum())
-    return found % 2**64
+        found = found * 31 + (part.long() * weights[: len(part)]).sum()  # modulo 2**64
+    return int(found)
 
 
 @lru_cache(maxsize=8)

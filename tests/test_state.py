@@ -234,6 +234,17 @@ def _hardly(w: Tensor) -> Tensor:  # far less than a sum of all entries would te
     return torch.nextafter(w[1:], w.new_tensor(9.0), out=w[1:])
 
 
+class Late:
+    """Nothing in the first forwards."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, w: Tensor) -> Tensor:
+        self.calls += 1
+        return w.mul_(2) if self.calls > 3 else w
+
+
 def _clamped(w: Tensor) -> Tensor:
     return w.clamp_(-0.5, 0.5)
 
@@ -262,7 +273,7 @@ IN_TURNS: list[dict[str, Any]] = [
 def test_a_parameter_that_every_forward_changes_is_refused(options: dict[str, Any]) -> None:
     x, y = torch.randn(7, 3), torch.randint(2, (7,))
     weighted = Weighted()  # its parameter has the same name
-    updates = (_grown, _rolled, _flipped, _partly, _hardly)
+    updates = (_grown, _rolled, _flipped, _partly, _hardly, Late())
     for update, criterion in (*((update, CE) for update in updates), (_grown, weighted)):
         with pytest.raises(persample.CaptureError, match=r"'weight' changes whenever .* outside of the forward"):
             persample.gradients(Updates(update), criterion, x, y, verify=False, **options)

@@ -81,11 +81,30 @@ def moments(g: Rows) -> tuple[Tensor, Tensor]:
     """Sum and centred sum of squares; a sample that did not look an entry up counts as zero there."""
     e = entries(g)
     total = zeros(e.value, *g.shape).index_add_(0, e.entry, e.value)
+    return total, zeros(e.value, *g.shape).index_add_(0, e.entry, _gaps(e, len(g), total))
+
+
+def centred(g: Rows) -> Tensor:
+    """The second one of `moments`, in the memory that held the first."""
+    e = entries(g)
+    found = zeros(e.value, *g.shape).index_add_(0, e.entry, e.value)
+    gaps = _gaps(e, len(g), found)
+    return found.index_fill_(0, e.entry, 0).index_add_(0, e.entry, gaps)
+
+
+def _gaps(e: Entries, n: int, total: Tensor) -> Tensor:
+    """What each row adds to the centred squares of its entry, ``[R, D]``, with a share of the samples that have none
+    there; overwrites the rows.
+    """
     count = e.value.new_zeros(len(total)).index_add_(0, e.entry, e.real.to(e.value.dtype))
-    mean = total.index_select(0, e.entry).div_(max(1, len(g)))
-    others = count.neg().add_(len(g)).div_(count.clamp_(min=1)).index_select(0, e.entry)  # that didn't, for each
-    gaps = e.value.sub_(mean).square_().addcmul_(mean.square_(), others.unsqueeze(1)).mul_(e.real.unsqueeze(1))
-    return total, zeros(e.value, *g.shape).index_add_(0, e.entry, gaps)
+    share = count.neg().add_(n).div_(count.clamp_(min=1)).unsqueeze(1)
+    step = cost.chunk(total.shape[1])
+    for i in range(0, len(e.entry), step):
+        entry, value, real = (x[i : i + step] for x in (e.entry, e.value, e.real))
+        mean = total.index_select(0, entry).div_(n)
+        others = share.index_select(0, entry)
+        value.sub_(mean).square_().addcmul_(mean.square_(), others).mul_(real.unsqueeze(1))
+    return e.value
 
 
 def dot(g: Rows, v: Tensor) -> Tensor:

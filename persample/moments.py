@@ -88,6 +88,8 @@ def centred(g: Factors) -> Tensor:
         return centred(wide(g)).sum(-1)
     g = wide(g)
     match g:
+        case Rows():
+            return lookup.centred(g)
         case Outer() if _how(g) == "products":
             return _product_moments(g)
         case Pulled(rows, Tensor() as back):

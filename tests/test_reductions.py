@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.measure import peak
 from forms import examples, flat, forms, make_conv, make_dense, make_outer, make_rows, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -292,6 +293,13 @@ def test_moments_around_a_large_mean(form: str, spread: float, variant: str) -> 
     expected = centred(rows)
     noise = float((n * rows.mean(0).square()).max()) * 1e-11  # what rounding the rows to float32 makes of no variance
     assert_close(square.double(), expected, rtol=2e-3 if spread < 1e-2 else 1e-4, atol=noise)
+
+
+def test_the_variance_of_a_table_takes_the_memory_of_one() -> None:
+    table = torch.Size((2000, 50))
+    g = factors.Rows(torch.arange(12).view(4, 3), randn(0, 4, 3, 50).float(), table)
+    most, _ = peak(lambda: reductions.centred(g))
+    assert 1 <= most / (4 * table.numel()) < 1.2
 
 
 def test_products_of_tokens_stream_the_entries_that_cancel() -> None:

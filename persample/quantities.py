@@ -328,6 +328,7 @@ class Quantities(abc.ABC):
 
 
 COUPLED = "batch-coupled"  # the note on rows in which other samples were seen to act
+PART = "of some samples"  # the note on rows of a coupled batch that are not all of them
 
 
 def notion_of(G: Any) -> str:
@@ -342,14 +343,16 @@ def notion_of(G: Any) -> str:
 def check_adds_up(G: Quantities, weight: Tensor | None = None) -> None:
     """Raise for rows of a notion whose (weighted) sum isn't the gradient of the (weighted) sum of the losses."""
     notion = notion_of(G)
-    if notion not in ("frozen", "copy", "influence"):
+    if notion in ("", "loss", "eval", COUPLED):
         return
+    part = f" {PART}" if str(getattr(G, "note", "")).endswith(PART) else ""
+    whole = notion in ("copy", "influence") and not part
     uneven = weight is not None and bool((weight != weight[:1]).any())
-    if uneven or notion == "frozen":
-        way = "'loss'" if uneven else "'copy' (one backward pass) or 'loss'"
+    if uneven or not whole:
+        way = "'loss'" if uneven or part else "'copy' (one backward pass) or 'loss'"
         raise BatchCoupledError(
-            f"{'with these weights, ' if uneven else ''}rows of coupled={notion!r} don't add up to the gradient of the "
-            "batch's loss, for a sample also acts through the statistics of all others: take those of coupled="
+            f"{'with these weights, ' if uneven else ''}rows of coupled={notion!r}{part} don't add up to the gradient "
+            "of the batch's loss, for a sample also acts through the statistics of all others: take those of coupled="
             f"{way}. Parameters behind the last BatchNorm (params=) need no coupled=. The sum of rows itself is "
             "sum(weight)."
         )

@@ -204,6 +204,21 @@ def test_rows_that_do_not_add_up_are_no_direction_of_a_step() -> None:
         uneven.step(copied)
 
 
+def test_parts_of_a_coupled_batch_are_no_gradient_of_it() -> None:
+    setup = setups["mlp"]()
+    coupling = persample.coupling(setup.net, nn.CrossEntropyLoss(), setup.x, setup.y)
+    parts = [coupling.via_statistics(), coupling.row(0), coupling.column(1), coupling.T @ torch.ones_like(setup.y)]
+    parts += [coupling.gradients(notion, [0, 2]) for notion in ("copy", "influence")]
+    for G in parts:
+        with pytest.raises(persample.BatchCoupledError, match="don't add up"):
+            G.backward()
+        with pytest.raises(persample.BatchCoupledError, match="don't add up"):
+            optim.PerSampleAdam(setup.net.named_parameters()).step(G)
+    assert all(p.grad is None for p in setup.net.parameters())
+    coupling.gradients("copy", range(len(setup.x))).backward()  # all of them
+    coupling.gradients("loss", [0, 2]).backward()  # the gradient of these losses
+
+
 def test_notions_that_a_recorder_does_not_have() -> None:
     setup = setups["mlp"]()
     with persample.extend(setup.net) as recorder:

@@ -21,6 +21,7 @@ from ..factors import Dense, Factors, dense, index
 from ..gradients import Gradients, Sink
 from ..losses import LossFunction
 from ..problem import Emit, Pass, Selection, pose
+from ..quantities import PART
 from ..scratch import kernel
 from ..state import unwrapped
 from ..telling import telling
@@ -167,7 +168,8 @@ class Coupling:
             raise ArgumentError(f"samples must be a list of their numbers, got {samples!r}.")
         some = None if samples is None else [self._sample(n) for n in samples]
         at = None if some is None else torch.tensor(some, dtype=torch.int64, device=self.losses.device)
-        return self._collect(notion, lambda emit: notions.NOTIONS[notion](self.network, emit, at))
+        part = "" if some is None or sorted(some) == [*range(len(self))] else f", {PART}"
+        return self._collect(notion + part, lambda emit: notions.NOTIONS[notion](self.network, emit, at))
 
     def _sample(self, n: Any) -> int:
         """The number of a sample, also if it is counted from the end."""

@@ -35,6 +35,7 @@ from persample.attribution import GradientStore, cross_gram
 from persample.attribution import called as names
 from persample.attribution import loaders as source
 from persample.errors import ArgumentError, StoreError
+from persample.statistics import Moments, accumulate
 
 N = 12
 LOSS = nn.CrossEntropyLoss()
@@ -223,6 +224,25 @@ def test_batches_must_be_pairs(tmp_path: Path) -> None:
 
 
 # ---- digests ----------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_is_no_loader(tmp_path: Path) -> None:
+    """Its items would be taken for batches, with the positions of a sequence for samples."""
+    net, sequences = (
+        nn.Linear(3, 1).double(),
+        TensorDataset(torch.randn(6, 4, 3).double(), torch.randn(6, 4, 1).double()),
+    )
+    batches = DataLoader(sequences, batch_size=3)
+    for wrong, match in ((sequences, "DataLoader.dataset"), (None, "got NoneType")):
+        for ask in (
+            lambda wrong=wrong: GradientStore(tmp_path, net).extend(nn.MSELoss(), wrong),
+            lambda wrong=wrong: cross_gram(net, nn.MSELoss(), wrong, batches),
+            lambda wrong=wrong: cross_gram(net, nn.MSELoss(), batches, wrong),
+            lambda wrong=wrong: accumulate(net, nn.MSELoss(), wrong, Moments()),
+        ):
+            with pytest.raises(ArgumentError, match=match):
+                ask()
+    assert cross_gram(net, nn.MSELoss(), batches, [sequences[:2]]).shape == (6, 2)
 
 
 def test_digests_tell_what_differs() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -116,6 +117,19 @@ def _check_batches(mine: Batches, theirs: Batches, done: int, coupled: Any) -> N
         )
 
 
+def check_loader(loader: Any) -> None:
+    """Raise for what gives no batches: nothing to iterate over, or a data set, which gives sample after sample."""
+    if isinstance(loader, Dataset) and not hasattr(loader, "__iter__"):
+        raise ArgumentError(
+            f"a loader gives batches, and a {type(loader).__name__} gives single samples, whose first axis would be "
+            "taken for that of the samples: DataLoader(dataset, batch_size=32); batch_size=None, if it gives batches."
+        )
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ArgumentError(
+            f"a loader gives batches one after the other (a DataLoader, or a list of them), got {type(loader).__name__}"
+        )
+
+
 # ---- order ------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +139,7 @@ def check_ordered(loader: Iterable[Any]) -> None:
     Those of PyTorch are known; of others, two iterations are compared.  What an `IterableDataset` or any other
     iterable gives can't be known before.
     """
+    check_loader(loader)
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return
     if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):

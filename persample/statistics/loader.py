@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..api import gradients
-from ..attribution.loaders import unpacked
+from ..attribution.loaders import check_loader, unpacked
 from ..errors import ArgumentError
 from ..losses import LossFunction
 from ..progress import bar
@@ -32,6 +32,9 @@ def accumulate(
     """
     if wrong := [a for a in accumulators if not isinstance(a, Accumulator)]:
         raise ArgumentError(f"accumulators are objects such as Moments(), got {wrong[0]!r}.")
+    if not accumulators:
+        raise ArgumentError("there is nothing to accumulate: give one accumulator or more, such as Moments().")
+    check_loader(loader)
     if "quantities" in options:
         raise ArgumentError("accumulators say by themselves what they need: leave quantities= out.")
     needs = (

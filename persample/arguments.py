@@ -6,7 +6,7 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ArgumentError
 
@@ -15,6 +15,12 @@ def number(x: Any) -> float:
     """A finite number as such; NaN for anything else, which compares with nothing."""
     x = x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
     return float(x) if isinstance(x, Real) and math.isfinite(x) else math.nan
+
+
+def check_module(model: Any) -> None:
+    """Raise for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def check_positive(**options: Any) -> None:

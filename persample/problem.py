@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from . import replicas
+from .arguments import check_module
 from .batch import Batch
 from .calls import reached
 from .errors import NOTIONS, ArgumentError, BatchCoupledError, CaptureError, LossError, UnknownParameterError
@@ -132,6 +133,7 @@ def select(
 
 def asked_for(model: nn.Module, params: Selection) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
     """The parameters that a selection means, by their first name, and the further names of these."""
+    check_module(model)
     found, aliases = named_parameters(model)
     frozen = (name for name, p in model.named_parameters() if not p.requires_grad)
     chosen = {name: found[name] for name in select(found, aliases, params, frozen)}
@@ -156,8 +158,7 @@ def _some(names: Iterable[str]) -> str:
 
 def check_model(model: Any) -> None:
     """Raise for what is no module, for one without values, and where there can be no graph; remember copies."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     made = [p for p in parameters_of(model) if not is_lazy(p)]
     if empty := [p for p in made if p.is_meta]:
         raise ArgumentError(

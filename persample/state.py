@@ -187,14 +187,19 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def check_generator(generator: Any) -> None:
+    """Raise for what is neither a generator nor ``None``, the global one."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise RandomnessError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+
+
 def seed_of(generator: torch.Generator | None, below: int = 2**63 - 1) -> int:
     """The next draw of a generator (``None``: the global one), as the seed of another.
 
     So what is drawn has a stream of its own: from the global state itself, targets would be made of the same random
     numbers as the dropout masks of the forward pass, which begin there too.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise RandomnessError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+    check_generator(generator)
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(below, (), generator=generator, device=device))
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 from zoo.case import call, sample
 
 import persample
+from persample import attribution, batchnorm, optim, statistics
+from persample.errors import BatchNormError
 
 N, D = 4, 5
 ENGINES = ["hooks", "vmap", "loop"]
@@ -397,6 +400,33 @@ def test_explain_says_what_it_does_not_look_at() -> None:
     report = persample.explain(linear(), lambda z, _: (z @ z.mT).logsumexp(1), x())
     for shown in (str(report), report._repr_html_().replace("&#x27;", "'")):
         assert "coupling that calls don't show is for persample.check" in shown
+
+
+def test_wrong_arguments_of_what_is_built_on_rows_are_named(tmp_path: Path) -> None:
+    at, bn, c, rows = attribution, nn.BatchNorm1d(D).double(), nn.MSELoss(), torch.ones(3, 2)
+    J, params = persample.batchnorm.jacobian(bn, x()), linear().named_parameters()
+    asks: list[tuple[Callable[[], Any], type[Exception], str]] = [
+        *((lambda f=f: f(3), persample.ArgumentError, "model must be") for f in (batchnorm.convert, batchnorm.revert)),
+        (lambda: at.cross_gram(3, c, [x()], [x()]), persample.ArgumentError, "model must be"),
+        (lambda: at.GradientStore(tmp_path, 3), persample.ArgumentError, "model must be"),
+        (lambda: at.GradientStore(tmp_path, linear()).append(3), persample.ArgumentError, "gradients of a batch.*int"),
+        (lambda: at.tracin(None), persample.ArgumentError, "list or generator.*NoneType"),
+        (lambda: at.self_influence(3), persample.ArgumentError, "list or generator.*int"),
+        (lambda: at.trak(rows, rows, None), persample.QuantityError, r"residual must be \[n_train\] = \[3\].*NoneType"),
+        (lambda: at.trak(None, rows, rows[:, 0]), persample.QuantityError, "train must be features"),
+        (lambda: at.influence_from_gram(None, rows, 1.0), persample.QuantityError, "K and cross must be tensors"),
+        (lambda: at.linear_datamodelling_score(rows, None, rows), persample.QuantityError, "subsets must be a tensor"),
+        (lambda: at.margin({"logits": rows}, rows), persample.LossError, "got dict.*out.logits"),
+        (lambda: statistics.accumulate(linear(), c, []), persample.ArgumentError, "nothing to accumulate"),
+        (lambda: optim.ClippedSGD(params, max_norm=1.0, generator=3), persample.RandomnessError, "generator must be"),
+        (lambda: batchnorm.jacobian(bn, [1.0]), BatchNormError, "a tensor.*got list"),
+        (lambda: J @ None, BatchNormError, "a vector for this operator.*NoneType"),
+    ]
+    for ask, error, match in asks:
+        with pytest.raises(error, match=match):
+            ask()
+    scores, subsets, outputs = torch.randn(4, 2), np.eye(4, dtype=bool), np.random.default_rng(0).normal(size=(4, 2))
+    assert at.linear_datamodelling_score(scores, subsets, outputs).isfinite().all()  # arrays are taken, too
 
 
 @pytest.mark.parametrize("ask", [persample.check, persample.explain, persample.coupling], ids=lambda f: f.__name__)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import gradients
+from ..arguments import check_module
 from ..errors import ArgumentError, StoreError
 from ..losses import LossFunction
 from ..problem import Selection
@@ -62,6 +63,7 @@ def cross_gram(
             same for every block, or ``out`` of something else, or damaged.
     """
     _check(train_loader, test_loader, block, options)
+    check_module(model)
     runs, model = model, unwrapped(model)[0]  # with what was put around it; names are those inside
     chosen = same_parameters(model, params)
 

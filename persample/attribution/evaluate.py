@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,13 @@ def linear_datamodelling_score(scores: Tensor, subsets: Tensor, outputs: Tensor)
     Raises:
         QuantityError: shapes that don't fit, ``subsets`` that aren't bools (or 0 and 1), numbers that aren't finite.
     """
-    if subsets.ndim != 2 or scores.shape != (subsets.shape[1], outputs.shape[1]) or len(subsets) != len(outputs):
+    scores, subsets, outputs = _tensors(scores=scores, subsets=subsets, outputs=outputs)
+    if (
+        subsets.ndim != 2
+        or outputs.ndim != 2
+        or scores.shape != (subsets.shape[1], outputs.shape[1])
+        or len(subsets) != len(outputs)
+    ):
         raise QuantityError(
             "expected scores [n_train, n_test], subsets [models, n_train] and outputs [models, n_test], got "
             f"{list(scores.shape)}, {list(subsets.shape)} and {list(outputs.shape)}."
@@ -43,6 +51,7 @@ def leave_one_out_correlation(scores: Tensor, changes: Tensor) -> Tensor:
     Raises:
         QuantityError: shapes that don't fit, or numbers that aren't finite.
     """
+    scores, changes = _tensors(scores=scores, changes=changes)
     if scores.shape != changes.shape or scores.ndim != 2:
         raise QuantityError(
             f"scores and changes must both be [n, n_test], got {list(scores.shape)} and {list(changes.shape)}."
@@ -61,7 +70,7 @@ def mislabel_auc(scores: Tensor, wrong: Tensor) -> float:
         QuantityError: shapes that don't fit, ``wrong`` that aren't bools (or 0 and 1) or all the same, scores that
             aren't finite.
     """
-    scores, wrong = (x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu") for x in (scores, wrong))
+    scores, wrong = _tensors(scores=scores, wrong=wrong)
     if scores.ndim != 1 or scores.shape != wrong.shape:
         raise QuantityError(f"scores and wrong must both be [n], got {list(scores.shape)} and {list(wrong.shape)}.")
     _check(scores=scores)
@@ -91,6 +100,18 @@ def ranks(x: Tensor) -> Tensor:
     _, which, counts = x.unique(return_inverse=True, return_counts=True)
     rank: Tensor = counts.cumsum(0) - (counts - 1) / 2
     return rank[which].double()
+
+
+def _tensor(what: str, x: Any) -> Tensor:
+    """As a tensor, also of an array or a list."""
+    try:
+        return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise QuantityError(f"{what} must be a tensor of numbers, got {type(x).__name__}.") from None
+
+
+def _tensors(**given: Any) -> list[Tensor]:
+    return [_tensor(what, x) for what, x in given.items()]
 
 
 def _check(**given: Tensor) -> None:

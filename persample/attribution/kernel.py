@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..arguments import check_at_least
 from ..errors import ArgumentError, LossError, QuantityError
-from ..quantities import Quantities
 from .features import both, check_finite
 
 Several = Tensor | Sequence[Tensor]
@@ -49,14 +48,15 @@ def trak(train: Several, test: Several, residual: Several, *, damping: float = 0
     torch.Size([20, 20])
     """
     check_at_least(0, damping=damping)
-    lists = [[x] if isinstance(x, (Tensor, Quantities)) else list(x) for x in (train, test, residual)]
-    kinds = {isinstance(x, (Tensor, Quantities)) for x in (train, test, residual)}
+    lists = [list(x) if isinstance(x, (list, tuple)) else [x] for x in (train, test, residual)]
+    kinds = {isinstance(x, (list, tuple)) for x in (train, test, residual)}
     if len(kinds) > 1 or not lists[0] or len({len(x) for x in lists}) > 1:
         raise ArgumentError(
             "train, test and residual must be a tensor each (one model), or a list each with a tensor per model, got "
             f"{', '.join(type(x).__name__ for x in (train, test, residual))} of {[len(x) for x in lists]} model(s)."
         )
     models = list(zip(*lists, strict=True))
+    pairs = [both(a, b, project=True) for a, b, _ in models]
     for a, b, q in models:
         if not isinstance(q, Tensor) or not q.dtype.is_floating_point or q.shape != (len(a),):
             got = f"{q.dtype} of shape {list(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
@@ -66,7 +66,7 @@ def trak(train: Several, test: Several, residual: Several, *, damping: float = 0
                 "there must be features of the same samples for all models, and of at least one to train on."
             )
         check_finite(residual=q)
-    kernels = [_kernel(*both(a, b, project=True), damping, a.dtype) for a, b, _ in models]
+    kernels = [_kernel(*pair, damping, a.dtype) for pair, (a, _, _) in zip(pairs, models, strict=True)]
     missing = torch.stack([q for _, _, q in models]).mean(0)
     return missing[:, None] * torch.stack(kernels).mean(0)
 
@@ -79,6 +79,11 @@ def margin(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         LossError: logits of fewer than two classes, which have no ``1 - p``; targets that are no classes.
     """
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        raise LossError(
+            f"margin needs logits [N, C] and classes [N], got {type(outputs).__name__} and {type(targets).__name__}. "
+            "Where the model returns more than logits: loss_fn=lambda out, y: margin(out.logits, y)."
+        )
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise LossError(
             f"margin needs logits [N, C] of two classes or more, got shape {list(outputs.shape)}. For a single logit "

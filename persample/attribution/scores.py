@@ -125,6 +125,8 @@ def influence_from_gram(K: Tensor, cross: Tensor, damping: float) -> Tensor:
         QuantityError: shapes that don't fit, numbers that aren't finite, or a ``K`` that is no Gram matrix (or one
             whose rounding errors are larger than ``n damping``).
     """
+    if not isinstance(K, Tensor) or not isinstance(cross, Tensor):
+        raise QuantityError(f"K and cross must be tensors, got {_what(K)} and {_what(cross)}.")
     n = len(K)
     if K.shape != (n, n) or cross.shape[:1] != (n,) or cross.ndim != 2:
         raise QuantityError(f"K must be [n, n] and cross [n, n_test], got {list(K.shape)} and {list(cross.shape)}.")
@@ -186,8 +188,10 @@ def _what(x: Any) -> str:
 
 def _checkpoints(checkpoints: Iterable[Any], form: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
     """Checkpoints, each looked at."""
-    if isinstance(checkpoints, (Quantities, Tensor)):
-        raise ArgumentError(f"give checkpoints ({', '.join(form)}) in a list or generator, not one alone.")
+    if isinstance(checkpoints, (Quantities, Tensor)) or not isinstance(checkpoints, Iterable):
+        raise ArgumentError(
+            f"give checkpoints ({', '.join(form)}) in a list or generator, not one alone: got {_what(checkpoints)}."
+        )
     for checkpoint in checkpoints:
         if not isinstance(checkpoint, (tuple, list)) or len(checkpoint) != len(form):
             raise ArgumentError(f"a checkpoint is a tuple ({', '.join(form)}), got {_what(checkpoint)}.")

@@ -113,6 +113,10 @@ class GradientStore:
                 written to since ``G`` was computed), rows of another notion (``coupled=``) than those that are there,
                 or that the store's dtype can't hold, or another handle has written since.
         """
+        if not isinstance(G, Quantities):
+            raise ArgumentError(
+                f"append() takes the gradients of a batch (persample.gradients(...)), got {type(G).__name__}."
+            )
         samples = self.table.meta.get("samples", {"first": None})
         batches = [] if first else grown(samples.get("batches", []), len(G))
         self._append(G, first, samples={**samples, "last": None, "batches": batches})

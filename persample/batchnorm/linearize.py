@@ -135,6 +135,8 @@ def _labels(groups: int | Tensor, x: Tensor) -> Tensor:
 def _check(bn: Layer, x: Tensor) -> None:
     if not isinstance(bn, Layer):
         raise BatchNormError(f"jacobian() takes a BatchNorm layer, got {type(bn).__name__}")
+    if not isinstance(x, Tensor):
+        raise BatchNormError(f"x must be the input of the layer, a tensor [N, C, *S], got {type(x).__name__}")
     kind = type(bn).__name__
     if type(bn).forward.__module__ not in PLAIN:
         raise BatchNormError(

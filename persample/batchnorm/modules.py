@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from persample.arguments import check_module
 from persample.batchnorm.jacobian import BatchNormJacobian
 from persample.batchnorm.linearize import Layer, ghost_batches, linearize, running_statistics, uses_batch_statistics
 from persample.errors import BatchNormError, InplaceError, warn
@@ -150,6 +151,7 @@ def convert(model: Model, virtual_batch_size: int | None = None) -> Model:
     which one sees only its own input) and for lazy modules (run the model once first). Subclasses of other people are
     left alone, with a warning: what they compute is theirs to say.
     """
+    check_module(model)
     size = None if virtual_batch_size is None else _checked(virtual_batch_size)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
     for name, module in layers.items():
@@ -170,6 +172,7 @@ def revert(model: Model) -> Model:
 
     Forgets the last forward and ``virtual_batch_size``, which torch's modules do not have.
     """
+    check_module(model)
     for module in model.modules():
         if type(module) in REVERTED:
             module.__class__ = REVERTED[type(module)]

@@ -168,10 +168,10 @@ class RankTwo:
     def _positions_last(self, v: Tensor) -> Tensor:
         """``[..., N, C, *S] -> [..., N, C, P]``."""
         shape = self.normed.shape
-        if v.shape[v.ndim - len(shape) :] != shape:
+        if not isinstance(v, Tensor) or v.shape[v.ndim - len(shape) :] != shape:
             raise BatchNormError(
-                f"a vector for this operator has the shape of the layer's input, {tuple(shape)}, "
-                f"with any leading dimensions for several vectors; got {tuple(v.shape)}"
+                f"a vector for this operator has the shape of the layer's input, {tuple(shape)}, with any leading "
+                f"dimensions for several vectors; got {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}"
             )
         return v.reshape(*v.shape[: v.ndim - len(shape)], shape[0], shape[1], -1)
 

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from ..arguments import check_at_least, check_positive, number
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import COUPLED, Quantities, notion_of
+from ..state import check_generator
 from .updates import Named, adapt, check_same, descend, named, parts, quantities
 
 Batches = Quantities | Sequence[Quantities]
@@ -53,6 +54,7 @@ class Clipping:
                 f"max_norm must be finite with noise, of standard deviation noise_multiplier * max_norm: got "
                 f"noise_multiplier={self.noise_multiplier} and max_norm=inf. Bound the norms, or leave the noise out."
             )
+        check_generator(self.generator)
         if self.expected_batch_size is not None:
             check_positive(expected_batch_size=self.expected_batch_size)
 

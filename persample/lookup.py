@@ -98,7 +98,7 @@ def _gaps(e: Entries, n: int, total: Tensor) -> Tensor:
     """
     count = e.value.new_zeros(len(total)).index_add_(0, e.entry, e.real.to(e.value.dtype))
     share = count.neg().add_(n).div_(count.clamp_(min=1)).unsqueeze(1)
-    step = cost.chunk(total.shape[1])
+    step = cost.chunk(total.shape[1], cost.costs().block // 4)  # two of them live at a time
     for i in range(0, len(e.entry), step):
         entry, value, real = (x[i : i + step] for x in (e.entry, e.value, e.real))
         mean = total.index_select(0, entry).div_(n)

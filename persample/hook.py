@@ -24,7 +24,7 @@ class Hook:
         self.recorder, self.method = recorder, method
         self.__name__ = f"persample{method}"  # some who list hooks ask for it
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None, *output: Any) -> None:
         if "torch._dynamo" in sys.modules:  # a model that was compiled in place would have its hooks compiled, too
             torch.compiler.disable(Hook._act)(self, module, args, kwargs, *output)
         else:
@@ -60,7 +60,7 @@ class Hook:
                 capture.active = active
 
     def _leave(self, module: nn.Module) -> None:
-        """A copy's hooks take themselves off at the first call."""
+        """A copy's hooks take themselves off at the first call (those of further recorders are called once more)."""
         for hooks in _kept_by(module):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook) and hook.recorder is None]:
                 for kept in _kept_by(module):

@@ -12,12 +12,13 @@ is touched.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from .listener import Listener, Reduction, alive
 from .losses import ways_out
 from .problem import Pass, Selection, check_model, check_no_hooks
 from .refusals import check_complete, check_uncoupled
-from .state import modules_of
+from .state import modules_of, unwrapped
 from .statistics_run import Request, Statistics, listed
 from .verify import chosen, compared, raise_if_wrong, row_of
 
@@ -74,7 +75,7 @@ def extend(
     part of it that is called by itself is not.
     Parameters that act in the loss outside the model's forward (penalties) are not part of those rows.
 
-    ``params``, ``batch_dim`` (an int, or a dict for keyword arguments) and ``quantities`` are as for
+    ``params``, ``batch_dim`` (a dict: all arguments by name, those given by position too) and ``quantities`` are as for
     `persample.gradients`.  The handle does not go along when the model is copied or pickled.  Batch-coupled models
     raise `BatchCoupledError`.
 
@@ -268,8 +269,12 @@ class Recorder:
                 "the extended model was compiled in place (model.compile()), and its calls can't be seen there. Use "
                 "torch.compile(model) instead, or a with-block, which runs it as it was written."
             )
-        dims = (0, self.batch_dim) if isinstance(self.batch_dim, dict) else self.batch_dim
-        batch = Batch.of([list(args), kwargs], None, [dims[0], dims[1]] if isinstance(dims, tuple) else dims)
+        dims, inputs = three_dims(self.batch_dim)[0], cast(Any, [list(args), kwargs])
+        if isinstance(dims, dict):  # by name, also of what is given by position
+            inputs = {**inspect.signature(unwrapped(self.model)[0].forward).bind_partial(*args).arguments, **kwargs}
+        elif not isinstance(dims, int):
+            dims = [dims, 0]
+        batch = Batch.of(inputs, None, dims)
         if not self._entered:
             self._record()
         self._begin(batch)

@@ -133,6 +133,46 @@ def test_persistent_handle_unscales_every_reduction(reduce: Any, reduction: Any)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+class Sequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # [T, N, 6], [N, T]
+        return self.layer(x.tanh()).square().sum(2).T * mask
+
+
+@pytest.mark.parametrize("by_name", [0, 1, 2])
+@pytest.mark.parametrize("batch_dim", [{"x": 1, "mask": 0}, ((1, 0), 0), [1, 0]], ids=str)
+def test_a_handle_has_the_samples_where_batch_dim_says(batch_dim: Any, by_name: int) -> None:
+    model, got = Sequences().double(), list[Any]()
+    inputs = {"x": torch.randn(7, N, 6, dtype=torch.float64), "mask": torch.ones(N, 7, dtype=torch.float64)}
+    args, kwargs = list(inputs.values())[: 2 - by_name], dict(list(inputs.items())[2 - by_name :])
+    handle = persample.extend(model, on_backward=got.append, reduction="sum", batch_dim=batch_dim)
+    if by_name and not isinstance(batch_dim, dict):  # axes of positional arguments
+        with pytest.raises(persample.SampleAxisError, match="batch_dim does not fit"):
+            model(*args, **kwargs)
+        return
+    model(*args, **kwargs).sum().backward()
+    handle.remove()
+    truth = persample.gradients(
+        model, lambda out, _: out.sum(1), inputs, batch_dim=({"x": 1, "mask": 0}, 0), engine="loop"
+    )
+    assert close(got[0].flat(), truth.flat())
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["plain", "parallel", "compiled"])
+def test_axes_by_name_are_those_of_positional_arguments_too(wrap: Any) -> None:
+    model, got = wrap(nn.Sequential(nn.Linear(6, 5))), list[Any]()
+    with persample.extend(model, batch_dim={"input": 1}, on_backward=got.append, reduction="sum"):
+        model(torch.randn(7, N, 6)).sum().backward()
+    assert len(got[0]) == N  # not 7
+    with persample.extend(model, batch_dim={"x": 1}), pytest.raises(persample.SampleAxisError, match="no entry"):
+        model(torch.randn(7, N, 6))
+    with persample.extend(model, batch_dim=(1, 0)) as recorder:
+        assert len(recorder.gradients(model(input=torch.randn(7, N, 6)).sum((0, 2)))) == N
+
+
 def test_several_forwards_before_their_backwards_in_any_order() -> None:
     model, got = net(), []
     handle = persample.extend(model, on_backward=got.append, reduction="mean")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -256,17 +257,22 @@ def _grown(op: Operation, layout: Layout, out: Tensor) -> list[int]:
     """Call the function once more for its shapes only, with more samples: the axes on which there is more."""
     axis_of = {id(t): at.axis for t, at in op.known if at.size == layout.size}
 
-    def grown(t: Any) -> Any:
+    def grown(repeated: bool, t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
         axis = axis_of.get(id(t))
-        if axis is None and op.func in GATHERS and t.shape[layout.axis : layout.axis + 1] == (layout.size,):
+        if axis is None and repeated and t.shape[layout.axis : layout.axis + 1] == (layout.size,):
             axis = layout.axis  # a shared row, given to each
         return torch.empty([size + (a == axis) for a, size in enumerate(t.shape)], dtype=t.dtype, device="meta")
 
-    try:
-        more = op.func(*tree_map(grown, op.args), **tree_map(grown, op.kwargs))
-    except Exception:  # a function that can't tell shapes, or was told this size as a number
+    for repeated in (op.func in GATHERS, True):
+        try:
+            args, kwargs = tree_map(partial(grown, repeated), (op.args, op.kwargs))
+            more = op.func(*args, **kwargs)
+            break
+        except Exception:  # a function that can't tell shapes, or was told this size as a number
+            continue
+    else:
         return []
     shapes = [m.shape for m in tree_leaves(more) if isinstance(m, Tensor) and m.ndim == out.ndim]
     return [a for a in range(out.ndim) if any(shape[a] == out.shape[a] + 1 == layout.size + 1 for shape in shapes)]

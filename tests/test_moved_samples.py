@@ -426,6 +426,10 @@ PUT: dict[str, Callable[[Tensor], Tensor]] = {
     "cdist, swapped": lambda h: torch.cdist(W.expand(N, N, N), h[:, None], p=1.0).squeeze(2),
     "cdist of samples": lambda h: torch.cdist(x1=h[:, None], x2=h.view(N, 2, 2).tile(2)).flatten(1).tile(2),
     "cdist, with one more axis": lambda h: torch.cdist(W.expand(N, 2, N, N), h.view(N, 1, 1, N))[:, 0].squeeze(2),
+    "solve with a repeated constant": lambda h: torch.linalg.solve(h.exp().diag_embed(), W.expand(N, N, N))[:, :, 0],
+    "solved triangles": lambda h: torch.linalg.solve_triangular(
+        h.exp().diag_embed() + h[:, None].tril(), W[:, :2].repeat(N, 1, 1), upper=False
+    )[:, :, 1],
 }  # fmt: skip
 
 

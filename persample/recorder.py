@@ -30,7 +30,7 @@ from .capture import Capture
 from .collect import Collect
 from .engines.hooks import eager
 from .engines.loop import emit_stacked
-from .errors import ArgumentError, CaptureError, InplaceError, LossError, warn
+from .errors import ArgumentError, CaptureError, InplaceError, LossError, SampleAxisError, warn
 from .factors import Factors, strided
 from .gradients import Result, Sink
 from .hook import Hook
@@ -323,13 +323,20 @@ class Recorder:
         if self._listener is not None and output is not None:
             self._listener.forward_ends(output, capture.followed.couples)
 
-    def samples(self, *inputs: Any) -> None:
+    def samples(self, *inputs: Any, **named: Any) -> None:
         """Say which tensors hold the samples, before other methods of the model than its forward are called with them
-        (``agent.get_value(x)``, ``module.training_step(batch)``); ``batch_dim`` as for `extend`.
+        (``agent.get_value(x)``, ``module.training_step(batch)``); ``batch_dim`` as for `extend`: where it is a dict, by
+        its names (``recorder.samples(x=x)``).
         """
         if self._capture is None or not self._entered:
             raise CaptureError("samples() belongs inside a with-block: `with persample.extend(model) as recorder:`.")
-        self._begin(Batch.of(inputs, None, self.batch_dim))
+        if inputs and isinstance(three_dims(self.batch_dim)[0], dict):
+            raise SampleAxisError(
+                f"batch_dim={self.batch_dim!r} goes by names: give samples() its inputs by name, too, as in "
+                "recorder.samples(x=x)."
+            )
+        given: Any = [list(inputs), named] if inputs and named else inputs or named
+        self._begin(Batch.of(given, None, self.batch_dim))
 
     # ---- losses given -------------------------------------------------------------------------------------------
 

@@ -173,6 +173,21 @@ def test_axes_by_name_are_those_of_positional_arguments_too(wrap: Any) -> None:
         assert len(recorder.gradients(model(input=torch.randn(7, N, 6)).sum((0, 2)))) == N
 
 
+def test_samples_are_said_by_name_where_batch_dim_is() -> None:
+    """Where another method than the forward is called."""
+    model, x = Sequences().double(), torch.randn(7, N, 6, dtype=torch.float64)
+    for batch_dim, args, kwargs in (({"x": 1}, (), {"x": x}), (1, (x,), {}), (1, (), {"x": x}), (1, (x,), {"y": x})):
+        with persample.extend(model, batch_dim=batch_dim) as recorder:
+            recorder.samples(*args, **kwargs)
+            losses = model.layer(x).square().sum((0, 2))
+            G = recorder.gradients(losses)
+        rows = [torch.autograd.grad(model.layer(x[:, n]).square().sum(), [*model.parameters()]) for n in range(N)]
+        assert close(G.flat(), torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+    by_name = pytest.raises(persample.SampleAxisError, match="by name, too")
+    with persample.extend(model, batch_dim={"x": 1}) as recorder, by_name:
+        recorder.samples(x)
+
+
 def test_several_forwards_before_their_backwards_in_any_order() -> None:
     model, got = net(), []
     handle = persample.extend(model, on_backward=got.append, reduction="mean")

@@ -97,7 +97,7 @@ class Call:
     couples: str = ""  # why this call makes samples depend on each other
     lost: str = ""  # the call in which it was lost where the samples of its arguments are
     listener: Callable[[Call, Sequence[Tensor | None]], None] | None = None  # gets the gradients of the outputs
-    begun: Callable[[int], None] | None = None  # is told that a backward has come here
+    begun: Callable[[Call, int], None] | None = None  # is told that a backward has come here
     results: tuple[Tensor, ...] = ()  # the outputs, detached, where the rule needs them
     replay: Any = None  # what a node of ours in the graph has to hand on (see `rules.REPLAYED`)
     expected: int = 0  # how many outputs the losses depend on
@@ -120,7 +120,7 @@ class Call:
         if (task := torch._C._current_graph_task_id()) != self.task:
             self.task, self.parts = task, {}
             if self.begun is not None:
-                self.begun(task)
+                self.begun(self, task)
         self.parts[i] = grad
         if len(self.parts) >= (self.expected or len(self.outputs)):
             self.flush()

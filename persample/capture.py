@@ -40,7 +40,7 @@ class Capture(TorchFunctionMode):
         once: bool = False,
         owner: Any = None,
         asked: Any = None,
-        begun: Callable[[int], None] | None = None,
+        begun: Callable[[Call, int], None] | None = None,
     ) -> None:
         """``wanted``: ids of the parameters to record calls for; ``listener``: of all calls, from the start;
         ``couplers``: which calls, counted from the start, are known to couple the batch although their function

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -80,6 +81,9 @@ class Collect:
             check_no_hook(shared.tensor, key)
             self.leaves[key] = [p for p in leaves_of(key) if id(p) in self.names]
             self.pending.update(id(p) for p in self.leaves[key])
+            if not self.listen:  # in a backward that frees the graph as it goes
+                task = torch._C._current_graph_task_id()
+                key.out.node.register_prehook(partial(_passes, weakref.ref(self), weakref.ref(key), task))
 
     def detach(self) -> None:
         """Stop listening."""
@@ -140,6 +144,16 @@ class Collect:
         self.emitted.add(name)
         self.emit(name, rows)
 
+    def last_chance(self, key: Derivation) -> None:
+        """The graph of a derivation is about to be freed: uses that haven't arrived by now never will."""
+        for call in self.found.calls:
+            if any(shared.derivation is key for shared in call.shared):
+                call.flush()
+        if self.pending[key] > 0:
+            self.pending[key] = 0
+            with torch._C.DisableTorchFunction():
+                self._complete(key)
+
     # ---- the end ------------------------------------------------------------------------------------------------
 
     def direct(self, losses: Tensor) -> None:
@@ -191,6 +205,15 @@ class Collect:
                     (func, f"{how} of a derived tensor") for func, how in self.served.get(d, [])
                 ]
         return found
+
+
+def _passes(collect: weakref.ref[Collect], key: weakref.ref[Derivation], task: int, _: Any) -> None:
+    """Before this backward (and no other: not one that leads rows back) goes through a derivation; the graph, which
+    keeps this, keeps neither of them.
+    """
+    listening, derivation = collect(), key()
+    if listening is not None and derivation is not None and task == torch._C._current_graph_task_id():
+        listening.last_chance(derivation)
 
 
 # ---- one call -----------------------------------------------------------------------------------------------------

@@ -123,11 +123,14 @@ class Listener:
     def _live(self) -> list[Call]:
         return [call for ref in [*self._calls, *self.running] if (call := ref()) is not None]
 
-    def begun(self, task: int) -> None:
-        """A backward has come to a recorded call: be there when it ends."""
+    def begun(self, call: Call, task: int) -> None:
+        """A backward has come to a recorded call: be there when it ends, and when it goes through derivations."""
         if task != self._ends and not self.asleep():
             self._ends = task
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
+            if call.shared and len(call.outputs) > 1:  # that may not all have a gradient
+                with self._lock:
+                    self._collecting(call, task)
 
     def listen(self, call: Call, grads: Any) -> None:
         """The first arrival of a backward begins a collection; the end of that backward completes it."""

@@ -168,6 +168,39 @@ def test_user_backward_frees_the_graph_of_a_derivation() -> None:
         torch.testing.assert_close(results[0].clip(0.5)["w"], expected.clip(0.5)["w"])
 
 
+def _aside(p: Any, x: Tensor) -> Tensor:
+    w = torch.matrix_exp(p.w)
+    p.head = F.linear(x, w)  # of which no loss is made
+    return F.linear(x, w)
+
+
+def _nested(p: Any, x: Tensor) -> Tensor:
+    """Rows of the one are led back through the other, of which a use has yet to arrive."""
+    w = torch.matrix_exp(p.w)
+    p.head = F.linear(x, w)
+    return F.linear(F.linear(x, w).tanh(), torch.matrix_exp(w / 3))
+
+
+def _recurrent(p: Any, x: Tensor) -> Tensor:
+    state = [f(p.h.expand(1, len(x), D)) for f in (torch.tanh, torch.exp)]
+    return torch.lstm(x[None], state, [p.w, p.w], False, 1, 0.0, False, False, False)[0][0]
+
+
+@pytest.mark.parametrize("uses", [_aside, _nested, _recurrent])
+def test_uses_that_a_backward_does_not_come_to_when_it_frees_the_graph(uses: Any) -> None:
+    model = Fn(uses, w=torch.randn(4 * D if uses is _recurrent else D, D) / 3, h=torch.randn(1, 1, D))
+    x = torch.randn(N, D)
+    expected = persample.gradients(model, losses, x, engine="loop")
+    results: list[Any] = []
+    handle = persample.extend(model, on_backward=results.append, reduction="sum")
+    losses(model(x)).sum().backward()
+    torch.autograd.grad(losses(model(x.requires_grad_())).sum(), x)  # comes to no derivation
+    handle.remove()
+    for result in results:
+        torch.testing.assert_close(result.flat(), expected.flat())
+    assert len(results) == 2
+
+
 def _unit(w: Tensor) -> Tensor:
     return w / w.norm(dim=1, keepdim=True)
 

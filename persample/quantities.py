@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import display, reductions
 from .errors import BatchCoupledError, QuantityError, UnknownParameterError, warn
-from .factors import Factors
+from .factors import Factors, strided
 from .kept import PAST, Elsewhere, Stamp, stamps
 from .replicas import check_only_copy
 from .streaming import joined
@@ -268,7 +268,7 @@ class Quantities(abc.ABC):
             if p.grad is None and name in self.unused:
                 continue
             value = value.to(p.dtype)
-            p.grad = value if p.grad is None else p.grad + value
+            p.grad = value if p.grad is None else value + p.grad  # which may be sparse
 
     # ---- to be looked at ----------------------------------------------------------------------------------------
 
@@ -304,7 +304,7 @@ class Quantities(abc.ABC):
                     f"a flat {what} must have shape [{size}{', k' * behind}] for these parameters, got "
                     f"{list(argument.shape)}."
                 )
-            pieces = argument.split([shape.numel() for shape in self.shapes.values()])
+            pieces = strided(argument).split([shape.numel() for shape in self.shapes.values()])
             return {
                 name: x.reshape((*shape, *x.shape[1:]))
                 for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)
@@ -324,7 +324,7 @@ class Quantities(abc.ABC):
                 raise QuantityError(
                     f"the {what} for '{name}' must be a tensor of shape {[*shape, *[k or 'k'] * behind]}, got {got}."
                 )
-        return {name: argument[name] for name in self.names}
+        return {name: strided(argument[name]) for name in self.names}  # gradients of embeddings may be sparse
 
 
 COUPLED = "batch-coupled"  # the note on rows in which other samples were seen to act

@@ -659,3 +659,20 @@ def test_out_of_two_parameters_must_not_share_memory() -> None:
     found = G.dense(out={"weight": side_by_side[:, :6].view(4, 2, 3), "bias": side_by_side[:, 6:]})
     assert torch.equal(found["weight"], G["weight"])
     assert torch.equal(found["bias"], G["bias"])
+
+
+def test_gradients_of_embeddings_may_be_sparse() -> None:
+    """As directions, projections, and in the `.grad` that `backward` adds to."""
+    model, x = nn.Sequential(nn.Embedding(7, D, sparse=True), nn.Flatten(), nn.Linear(T * D, 5)), ids() % 7
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    y = torch.arange(N)
+    loss(model(x), y).backward()
+    direction = {name: p.grad for name, p in model.named_parameters()}
+    G = persample.gradients(model, loss, x, y)
+    torch.testing.assert_close(G.dot(direction), G.gram().sum(1))
+    S = persample.gradients(model, loss, x, y, quantities=[("dot", {"direction": direction})])
+    torch.testing.assert_close(S.dot(direction), G.gram().sum(1))
+    matrix = torch.eye(G.flat().shape[1])[:, ::3]
+    torch.testing.assert_close(G.project(matrix.to_sparse()), G.flat()[:, ::3])
+    G.backward(torch.ones(N))
+    torch.testing.assert_close(model[0].weight.grad, 2 * G.sum()["0.weight"])

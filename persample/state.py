@@ -277,7 +277,7 @@ class Averaged:
         self.totals = [
             (module, name, value, torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)))
             for module, name, _, value, _ in begin.values
-            if value.is_floating_point()
+            if value.is_floating_point() or value.is_complex()
         ]
 
     def take(self, n: int) -> None:

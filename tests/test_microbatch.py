@@ -180,11 +180,21 @@ def test_every_slice_sees_the_same_buffers() -> None:
 
 @pytest.mark.parametrize("options", [{"max_bytes": 1}, {"quantities": ["gram"], "max_bytes": 1}, {"engine": "loop"}])
 def test_what_is_left_of_buffers_is_that_of_one_forward(options: dict[str, Any]) -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.ones(3, dtype=torch.complex128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean.lerp_(torch.fft.fft(x.detach()).mean(0), 0.1)
+            return x
+
     whole = nn.Sequential(
         nn.Conv1d(2, 3, 2),
         nn.InstanceNorm1d(3, affine=True, track_running_stats=True),
         nn.Flatten(),
         nn.utils.parametrizations.spectral_norm(nn.Linear(12, 3)),
+        Spectrum(),
     ).double()
     parts = copy.deepcopy(whole)
     x, y = torch.randn(N, 2, 5, dtype=torch.float64), torch.randint(3, (N,))

@@ -129,6 +129,9 @@ def test_torchjd_weighting_and_aggregator_agree() -> None:
     model, (x, y) = net(), batch()
     G = persample.gradients(model, CE, x, y)
     aggregated = adapters.torchjd.aggregate(G, UPGrad())
+    with pytest.raises(persample.ArgumentError, match=r"weights \[N\], a tensor, got NoneType"):
+        adapters.torchjd.backward(G, lambda K: None)
+    assert all(p.grad is None for p in model.parameters())
     weight = adapters.torchjd.backward(G, UPGradWeighting())
     assert weight.shape == (N,)
     for name, p in model.named_parameters():

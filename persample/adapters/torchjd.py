@@ -11,12 +11,15 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..curvature.operator import unflatten
+from ..errors import ArgumentError
 from ..gradients import Gradients
 
 
 def backward(G: Gradients, weighting: Callable[[Tensor], Tensor]) -> Tensor:
     """Add ``w^T G`` to ``.grad``, with ``w = weighting(G G^T)``; returns ``w [N]``.  Never writes ``[N, D]``."""
     weight = weighting(G.gram())
+    if not isinstance(weight, Tensor):  # None would be the mean
+        raise ArgumentError(f"weighting must return weights [N], a tensor, got {type(weight).__name__}.")
     G.backward(weight)
     return weight
 

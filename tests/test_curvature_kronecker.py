@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -350,9 +351,12 @@ def test_draws_without_a_generator_are_new_ones_every_time(make: Any) -> None:
     torch.manual_seed(11)
     close(make(model, CE, X, LABELS).dense(), one.dense(), 1e-14)
     close(make(model, CE, X, LABELS).dense(), other.dense(), 1e-14)
+
+
+def test_draws_without_a_generator_are_right_in_the_mean() -> None:
+    model, draws = mlp(), 200
     exact = kflr(model, CE, X, LABELS).dense()
-    draws = 400
-    mean = sum(kfac(model, CE, X, LABELS).dense() for _ in range(draws)) / draws
+    mean = sum(kfac(model, CE, X, LABELS, verify=False).dense() for _ in range(draws)) / draws
     assert (mean - exact).norm() < 6 / math.sqrt(draws * N) * exact.norm()
 
 
@@ -440,7 +444,7 @@ def test_a_sample_that_is_not_convex_is_not_hidden_behind_another(dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("make", [kflr, kfra, lambda *args: ekfac(*args, type="exact")])
+@pytest.mark.parametrize("make", [kflr, kfra, partial(ekfac, type="exact")])
 def test_classifiers_that_are_sure_are_convex(make: Any, dtype: torch.dtype) -> None:
     """Their Hessians are nothing but rounding errors, of numbers that are much larger."""
     for seed in range(20):
@@ -448,7 +452,7 @@ def test_classifiers_that_are_sure_are_convex(make: Any, dtype: torch.dtype) -> 
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).to(dtype)
         with torch.no_grad():
             model[2].weight.mul_(10 ** (2 * torch.rand(())))
-        k = make(model, CE, X[seed % N :][:1].to(dtype), LABELS[:1])
+        k = make(model, CE, X[seed % N :][:1].to(dtype), LABELS[:1], verify=False)
         exact = ggn(model, CE, X[seed % N :][:1].to(dtype), LABELS[:1]).dense()
         scale = model[2].weight.square().sum().detach() + 1  # of what a curvature of 1 at the outputs gives
         assert (k.blocks["2.weight"].dense() - exact[16:, 16:]).abs().max() < 1e2 * torch.finfo(dtype).eps * scale

@@ -109,14 +109,18 @@ def gradients(
     if verify not in (None, True, False):
         raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}.")
 
+    begun: list[Problem] = []  # the first slice, in whose place all of this call are verified once more
+
     def sliced(part: Problem, emit: Emit, replay: bool) -> tuple[Pass, str]:
-        return _verified(part, engine, emit, False if replay else verify)
+        later = bool(begun)
+        begun.append(part)
+        return _verified(part, engine, emit, False if replay else verify, later=later)
 
     def tried(part: Problem) -> bool:
         if verify is False or coupled is not None:
             return False
         known = recall(part, engine)
-        return verify is True or known is None or known.ragged
+        return verify is True or known is None or (known.ragged and not begun)
 
     with _drawing(generator), undone_on_error(*problem.owners):
         if quantities is not None and max_bytes is not None:
@@ -138,8 +142,11 @@ def _verified(
     verify: bool | None,
     max_bytes: int | None = None,
     coupled: str | None = None,
+    later: bool = False,
 ) -> tuple[Pass, str]:
-    """Run the engine; at the first call of its kind, hold one row against the definition."""
+    """Run the engine; at the first call of its kind, hold one row against the definition.  ``later``: a further slice
+    of a batch of which one was.
+    """
     if coupled is not None:
         from .batchnorm.notions import coupled_pass
 
@@ -153,7 +160,7 @@ def _verified(
         return ENGINES[engine](problem, emit)
 
     known = recall(problem, engine)
-    due = verify is None and known is not None and known.due()  # another batch may lie otherwise
+    due = verify is None and known is not None and not later and known.due()  # another batch may lie otherwise
     if verify is False or (verify is None and known is not None and not due):
         result = run(emit, known.couplers if known is not None else ())
         acts = (

@@ -25,7 +25,8 @@ from .layout import Layout, samples_first
 KEY = "persample"  # of a recorded call in its autograd node's metadata
 
 
-# What is called inside of functions that users write.
+# What is called inside of functions that users write; and, as they are asked for, the names of torch's functions: it
+# touches the filters of warnings to look one up, and whatever was said once would be said again.
 _WRITTEN: dict[Callable[..., Any], str] = {
     torch._C._VariableFunctions._pad_packed_sequence: "torch.nn.utils.rnn.pad_packed_sequence (which pads to the "
     "longest of the batch, unless total_length=x.shape[1] says otherwise)"
@@ -34,7 +35,9 @@ _WRITTEN: dict[Callable[..., Any], str] = {
 
 def function_name(func: Callable[..., Any]) -> str:
     """How a user would write the function: ``torch.nn.functional.linear``."""
-    return _WRITTEN.get(func) or resolve_name(func) or getattr(func, "__qualname__", None) or repr(func)
+    if func not in _WRITTEN and (name := resolve_name(func)):
+        _WRITTEN[func] = name
+    return _WRITTEN.get(func) or getattr(func, "__qualname__", None) or repr(func)
 
 
 @dataclass(eq=False)

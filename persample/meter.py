@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ class Meter(TorchDispatchMode):
         self.now = self.most = 0
         self.resting = False
 
+    def __enter__(self) -> Meter:
+        self._token = _counting.set(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _counting.reset(self._token)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.resting:
             return func(*args, **(kwargs or {}))
@@ -35,11 +45,11 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Without counting what is computed inside, or by a function decorated with it."""
-        self.resting = True
+        before, self.resting = self.resting, True
         try:
             yield
         finally:
-            self.resting = False
+            self.resting = before
 
     def _see(self, t: Any, computed: bool) -> None:
         if not isinstance(t, Tensor) or t.layout is not torch.strided:
@@ -54,3 +64,14 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         del self.known[key]
         self.now -= size
+
+
+_counting: ContextVar[Meter | None] = ContextVar("counting", default=None)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """`Meter.paused` of whichever is active: for what is no part of the computation, such as verifying it."""
+    meter = _counting.get()
+    with nullcontext() if meter is None else meter.paused():
+        yield

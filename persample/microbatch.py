@@ -16,8 +16,8 @@ Slices that are run again draw the same random numbers.  Every slice finds the b
 and what they leave is averaged.
 
 What a sample takes is measured on a first slice of two samples: the most that tensors hold at a time during its pass.
-Where that one was verified, and not all others would fit at once, it is measured on a second slice.
-What the user gets (kept rows, results), the model, and the blocks in which reductions stream come on top.
+What the user gets (kept rows, results), the model, the blocks in which reductions stream, and the row that is verified
+(two numbers for each of the parameters') come on top.
 
 Slices of a batch whose samples are coupled are other functions of these samples: `BatchCoupledError`.
 """
@@ -227,7 +227,7 @@ def _cross(grams: Parts, kept: dict[str, Factors], rows: slice, columns: slice, 
 
 def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pass]) -> Iterator[Slice]:
     """Run ``once`` on slice after slice, all but the first about as large, and as large as ``max_bytes`` allows."""
-    n, start, size, measured = problem.batch.n, 0, FIRST, True
+    n, start, size = problem.batch.n, 0, FIRST
     buffers = Buffers(*problem.owners)
     averaged = Averaged(buffers)
     while start < n:
@@ -235,7 +235,7 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
         part = Slice(at, replace(problem, batch=narrowed(problem.batch, at)), buffers, random_state(problem.model))
         buffers.restore()
         meter = Meter()
-        with meter if measured else nullcontext(), numbered_as(range(at.start, at.stop)):
+        with nullcontext() if start else meter, numbered_as(range(at.start, at.stop)):
             result = once(part.problem, meter)
         averaged.take(at.stop - at.start)
         if result.coupled and at.stop - at.start < n:
@@ -244,12 +244,9 @@ def sweep(problem: Problem, max_bytes: int, once: Callable[[Problem, Meter], Pas
                 "another function of its samples. Leave max_bytes out."
             )
         yield part
-        if measured:
+        if not start:
             most = max(1, max_bytes * (at.stop - start) // max(1, meter.most))
             size = -(-(n - at.stop) // max(1, -(-(n - at.stop) // most)))
-            measured = not start and result.checked and size < n - at.stop
-            if measured:  # once more: it took gradients of all parameters to verify this one
-                size = min(FIRST, most)
         start = at.stop
     averaged.leave()
 

@@ -58,7 +58,6 @@ class Pass:
     served: dict[str, list[tuple[Callable[..., Any], str]]] = field(
         default_factory=dict
     )  # the functions that used a parameter, and how
-    checked: bool = False  # a sample was run alone beside it
 
 
 def named_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:

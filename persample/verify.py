@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import reductions
+from . import cost, reductions
 from .batch import call_model
 from .calls import APART
 from .dropout import NoDropout, RecomputedDropout
@@ -29,6 +29,7 @@ from .engines.loop import one_sample
 from .errors import BatchCoupledError, PersampleError, VerificationError
 from .factors import Factors, dense, device, index, strided
 from .losses import batch_losses
+from .meter import uncounted
 from .problem import Emit, Pass, Problem
 from .remembered import counting, mistrust, recall, remember, signature
 from .rounding import Types, computing_in, inside, slack, tolerance
@@ -62,6 +63,7 @@ class Probe:
     says nothing, the largest.
     """
 
+    @uncounted()
     def __init__(self, problem: Problem, n: int) -> None:
         self.problem, self.n = with_own_inputs(problem), n
         self.rows: dict[str, Tensor] = {}
@@ -77,6 +79,7 @@ class Probe:
 
         return both
 
+    @uncounted()
     def keep(self, name: str, g: Factors) -> None:
         self.rows[name] = row = row_of(g, self.n)
         if len(g) > 1 and not bool(row.any()):
@@ -85,6 +88,7 @@ class Probe:
                 largest = int(sizes.argmax())
                 self.others.setdefault(largest, {})[name] = row_of(g, largest)
 
+    @uncounted()
     def verdicts(self, run: Pass, engine: str) -> tuple[list[Verdict], str]:
         """Row ``n`` against sample ``n`` alone; and a note on how that was done.  Raises where the loss itself
         differs.
@@ -150,7 +154,7 @@ def with_own_inputs(problem: Problem) -> Problem:
 
 def row_of(g: Factors, n: int) -> Tensor:
     """Row ``n``, ``[*P]``."""
-    return dense(index(g, torch.tensor([n], device=device(g))))[0].clone()
+    return dense(index(g, torch.tensor([n], device=device(g))))[0]
 
 
 def compared(
@@ -164,17 +168,15 @@ def compared(
     times a number, from another backward pass.
     """
     wanted = {name: torch.zeros_like(row) if (g := grads[name]) is None else g for name, row in rows.items()}
-    sizes = torch.stack([_double(g).norm() for g in wanted.values()])
-    whole = torch.stack([_double(g).norm() for g in grads.values() if g is not None] or [sizes.new_zeros(())])
+    norms = {name: _norm(g) for name, g in {**grads, **wanted}.items() if g is not None}
+    sizes, whole = torch.stack([norms[name] for name in wanted]), torch.stack([*norms.values()])
     scale = whole[whole.isfinite()].norm()
     tol = tolerance(precision, *(g.dtype for g in wanted.values()))
-    offs = {name: (_double(rows[name]) - _double(g)).norm() for name, g in wanted.items()}
+    offs = {name: _norm(rows[name], g) for name, g in wanted.items()}
     right = []
     for (name, g), size in zip(wanted.items(), sizes, strict=True):
         ok = bool(offs[name] <= tol * (size + slack(g.dtype) * scale))
-        right.append(
-            ok or not bool(size.isfinite() | _double(rows[name]).norm().isfinite())
-        )  # NaN agrees with NaN only
+        right.append(ok or not bool(size.isfinite() | _norm(rows[name]).isfinite()))  # NaN agrees with NaN only
     if not all(right):
         noise = roundings(wanted, again)
         right = [ok or float(offs[name]) <= noise[name] for ok, name in zip(right, wanted, strict=True)]
@@ -193,7 +195,7 @@ def roundings(grads: Mapping[str, Tensor], again: Callable[[float], Mapping[str,
     def change(seed: float) -> dict[str, float]:
         found = again(seed)
         return {
-            name: 0.0 if (again_g := found[name]) is None else float((_double(again_g) / seed - _double(g)).norm())
+            name: 0.0 if (again_g := found[name]) is None else float(_norm(again_g, g, seed))
             for name, g in grads.items()
         }
 
@@ -250,6 +252,7 @@ def inner_types(problem: Problem) -> frozenset[torch.dtype]:
     return frozenset(d for d in types.seen if torch.finfo(d).eps > coarsest)
 
 
+@uncounted()
 @judged_by_inner_types
 def check_alone(problem: Problem, n: int, told: bool = True) -> None:
     """For engines that run samples alone: raise where sample ``n`` has another loss within the batch (dropout off).
@@ -346,10 +349,10 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         return run_verified(problem, engine, emit, run, other.n)
     if not acts:  # a mask that is full now may not be so in the next batch
         remember(problem, engine, couplers, result.called, result.ragged or result.read)
-    result = replace(result, checked=True)
     return result, note
 
 
+@uncounted()
 def moved_by_others(problem: Problem, begin: Buffers | None = None) -> LossDiffers | None:
     """A sample that has another loss alone: where numbers of the whole batch act by comparisons or branches, they do so
     on some samples only.  Looked for among those that have another loss in half of the batch, and among eight others;
@@ -428,3 +431,11 @@ def raise_if_wrong(verdicts: list[Verdict], engine: str | None) -> None:
 def _double(x: Tensor) -> Tensor:
     """In double precision, complex numbers as such."""
     return x.to(torch.promote_types(x.dtype, torch.float64))
+
+
+def _norm(a: Tensor, b: Tensor | None = None, divided: float = 1.0) -> Tensor:
+    """``|a / divided - b|`` in double precision, some entries at a time: there may be as many as of the model."""
+    parts = [x.flatten().split(max(1, cost.costs().block // 8)) for x in ((a,) if b is None else (a, b))]
+    found = [(_double(x) / divided - sum(map(_double, other))).norm() for x, *other in zip(*parts, strict=True)]
+    norm: Tensor = torch.stack(found).norm()
+    return norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -255,6 +256,18 @@ OF_NOISE: dict[str, Callable[[Any], Any]] = {
     "by_cabs": persample.optim.by_cabs(LR),
     "by_norm_test": persample.optim.by_norm_test(1.0),
 }
+
+
+def test_warnings_are_shown_once() -> None:
+    """As Python shows those of one line, also where steps in between look at many functions."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Softplus(), nn.Linear(4, 2))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(4):
+            x, y = torch.randn(6, 3), torch.randint(2, (6,))
+            G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, coupled="loss")
+            persample.statistics.noise_scale(G)
+    assert len(said) <= 2  # and again, once the names of all functions are known
 
 
 @pytest.mark.parametrize("name", OF_NOISE)

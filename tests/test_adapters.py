@@ -139,6 +139,21 @@ def test_torchjd_weighting_and_aggregator_agree() -> None:
     assert torch.allclose(aggregated["0.weight"].flatten(), UPGrad()(rows(model, x, y).flat())[: D * 4], atol=1e-6)
 
 
+def test_torchjd_weightings_and_aggregators_are_told_apart() -> None:
+    """An aggregator makes ``[N]`` numbers of a Gram matrix, too."""
+    from torchjd.aggregation import Mean, UPGrad, UPGradWeighting
+
+    model, (x, y) = net(), batch()
+    G = persample.gradients(model, CE, x, y)
+    for aggregator in (UPGrad(), Mean()):
+        with pytest.raises(persample.ArgumentError, match="is an Aggregator"):
+            adapters.torchjd.backward(G, aggregator)
+    with pytest.raises(persample.ArgumentError, match="is a Weighting"):
+        adapters.torchjd.aggregate(G, UPGradWeighting())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.allclose(adapters.torchjd.backward(G, torch.diagonal), G.squared_norm(), rtol=1e-9)
+
+
 def test_captum_influence_is_the_inner_product_of_gradients() -> None:
     from captum.influence import TracInCP
 

@@ -55,7 +55,7 @@ def is_per_sample(losses: Any, n: int) -> bool:
 def ways_out(losses: Tensor, n: int) -> str:
     """For losses of a shape that isn't ``[N]``: how they become ``[N]``, if the shape tells; begins with a space."""
     shape = tuple(losses.shape)
-    if shape == (n, n):
+    if shape == (n, n) and n > 1:
         return " Outputs [N, 1] against targets [N] broadcast to [N, N]: outputs.squeeze(-1)."
     per_token = "for a row per token, see 'Rows per token' in docs/losses.md"
     if len(shape) > 1 and shape[0] == n:

@@ -389,6 +389,14 @@ def test_losses_per_token_are_told_the_ways_out(loss_fn: Any, match: str) -> Non
         persample.gradients(linear(), loss_fn, scores(T, C), labels(T))
 
 
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_losses_of_one_column_are_no_broadcasting(engine: str) -> None:
+    """Of a sample alone they are ``[1, 1]``, as if all samples were compared with all."""
+    with pytest.raises(persample.LossError, match=r"losses.flatten\(1\).sum\(1\)") as raised:
+        persample.gradients(linear(), lambda out, y: out.sum(1, keepdim=True), scores(C), labels(), engine=engine)
+    assert "squeeze" not in str(raised.value)
+
+
 def test_warnings_point_to_the_line_of_the_user() -> None:
     model, x, y = linear(), scores(C), labels()
     with pytest.warns(UserWarning, match="whole batch") as seen:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -65,6 +65,8 @@ def _registrar(table: dict[Function, Any], functions: tuple[Function, ...]) -> C
         raise TypeError("name the function(s) to register for, e.g. @rule(torch.nn.functional.linear)")
 
     def register(entry: R) -> R:
+        if not callable(entry) or isinstance(entry, MethodType):
+            raise TypeError(f"what is registered must be a function, which gets a remove(); got {entry!r}")
         for f in functions:
             _LAYERS.setdefault((id(table), f), [table.get(f)]).append(entry)
             table[f] = entry

@@ -34,8 +34,8 @@ def check_complete(found: Reached, parameters: Mapping[str, Tensor]) -> None:
         )
     if found.opaque:
         raise CaptureError(
-            "torch.utils.checkpoint with use_reentrant=True hides the calls inside it from autograd's graph. Use "
-            "use_reentrant=False, or engine='loop'."
+            "torch.utils.checkpoint with use_reentrant=True hides the calls inside it from autograd's graph, "
+            "and can't be differentiated by any engine. Use use_reentrant=False."
         )
 
 

@@ -251,6 +251,11 @@ def ignored(loss_fn: LossFunction, losses: Tensor, outputs: Tree, targets: Tree,
             bad = bad & lone_losses(loss_fn, replace(outputs, leaves=others), targets, n).isnan()
     if not bool(bad.any()):
         return None
+    if n > 1 and bool(bad.all()):  # a mean over nothing is NaN for the batch, too
+        with torch.no_grad():
+            whole = loss_fn(outputs.whole(), targets.whole())
+        if bool(whole.isfinite()):
+            raise _compares(whole, "NaN")
     tell((bad.nonzero().flatten() + first).tolist())
     return bad
 
@@ -298,11 +303,7 @@ def warn_if_not_mean(loss_fn: LossFunction, whole: Tensor, losses: Tensor, outpu
     """
     if not _made_of(whole, losses):
         if bool(whole.isfinite() & ~losses.any()):
-            raise LossError(
-                f"loss_fn is {float(whole.detach()):.6g} for the batch and 0 for every sample alone: it compares "
-                "samples (a contrastive or triplet loss over the batch). Let it return [N] losses of the batch: "
-                "`with persample.extend(model) as recorder: recorder.gradients(losses, coupled='loss')`."
-            )
+            raise _compares(whole, "0")
         _check_any_size(loss_fn, outputs, targets, len(losses))
         warn(
             f"the criterion of the whole batch is {float(whole.detach()):.6g}, the mean of the samples' own losses "
@@ -311,6 +312,14 @@ def warn_if_not_mean(loss_fn: LossFunction, whole: Tensor, losses: Tensor, outpu
             "[N, 1] with [N]), or the criterion looks at several samples at once (contrastive losses): let loss_fn "
             "return [N] losses."
         )
+
+
+def _compares(whole: Tensor, alone: str) -> LossError:
+    return LossError(
+        f"loss_fn is {float(whole.detach()):.6g} for the batch and {alone} for every sample alone: it compares "
+        "samples (a contrastive or triplet loss, a deviation or correlation over the batch). Let it return [N] losses "
+        "of the batch: `with persample.extend(model) as recorder: recorder.gradients(losses, coupled='loss')`."
+    )
 
 
 def _check_any_size(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> None:

@@ -475,6 +475,25 @@ def test_losses_that_are_zero_alone_compare_samples() -> None:
     assert persample.gradients(model, lambda z, _: (z - 99).relu().mean(), x).losses.eq(0).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")
+def test_losses_that_are_nan_alone_are_not_ignored_targets() -> None:
+    """The deviation of one sample is not a number: its row was zero, as if its target were ignored."""
+    model, x, y = linear(), scores(C), labels()
+    spread = lambda out, y: F.cross_entropy(out, y) - out.std(0).mean()  # noqa: E731
+    for engine in ("hooks", "vmap", "loop"):
+        with pytest.raises(persample.LossError, match="NaN for every sample alone: it compares"):
+            persample.gradients(model, spread, x, y, engine=engine)
+    for engine in ("hooks", "vmap"):
+        with pytest.raises(persample.LossError, match="NaN for every sample alone: it compares"):
+            persample.gradients(model, spread, x, y, engine=engine, verify=False)
+    assert not persample.check(model, spread, x, y).ok
+    with pytest.raises(persample.LossError, match="NaN for every sample alone: it compares"):
+        per_sample(spread, x, y)
+    with pytest.warns(UserWarning, match="every target"):
+        G = persample.gradients(model, F.cross_entropy, x, torch.full_like(y, -100))
+    assert not G.flat().any()
+
+
 def test_criteria_that_want_many_samples_are_no_closures() -> None:
     """And are asked once only, and from the state that they are in."""
 

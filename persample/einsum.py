@@ -265,7 +265,12 @@ def einsum(expression: str, *operands: Tensor, **sizes: int) -> Tensor:
         raise EinsumError(f"the operands of {expression!r} must be tensors, got {odd[0]} (torch.as_tensor makes one)")
     plan = _planned(expression, tuple(x.shape for x in operands), tuple(sizes.items()))
     split = [x.reshape(shape) for x, shape in zip(operands, plan.shapes, strict=True)]
-    return _contract(plan.tree, split).reshape(plan.shape)
+    try:
+        return _contract(plan.tree, split).reshape(plan.shape)
+    except RuntimeError as error:  # which pairs of types can be multiplied depends on the order
+        if len(kinds := sorted({str(x.dtype) for x in operands})) == 1:
+            raise
+        raise EinsumError(f"the operands of {expression!r} are of {' and '.join(kinds)}: give them one type") from error
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,11 @@ def test_errors_name_the_operand_or_index(call: Any, message: str) -> None:
     assert isinstance(caught.value, PersampleError)
 
 
+def test_types_that_do_not_fit_are_named() -> None:
+    with pytest.raises(EinsumError, match=r"are of torch\.float32 and torch\.float64: give"):
+        einsum("ij,jk->ik", torch.ones(2, 3), torch.ones(3, 2, dtype=torch.float64))
+
+
 def test_documentation_runs() -> None:
     result = doctest.testmod(sys.modules["persample.einsum"])
     assert result.attempted >= 4

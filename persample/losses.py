@@ -88,7 +88,7 @@ def unreduced(loss_fn: Any, outputs: Any, targets: Any, n: int) -> Tensor | None
         return None
     ignore: int | None
     if type(loss_fn) in CRITERIA and all(b is None for b in loss_fn._buffers.values()):
-        if any(getattr(loss_fn, hooks) for hooks in HOOKS):
+        if any(getattr(loss_fn, hooks) for hooks in HOOKS) or nn.modules.module._has_any_global_hook():
             return None
         each, reduction, ignore = _not_reducing(loss_fn), loss_fn.reduction, getattr(loss_fn, "ignore_index", None)
     elif any(loss_fn is f for f in CRITERIA.values()):

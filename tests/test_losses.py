@@ -475,6 +475,20 @@ def test_losses_that_are_zero_alone_compare_samples() -> None:
     assert persample.gradients(model, lambda z, _: (z - 99).relu().mean(), x).losses.eq(0).all()
 
 
+def test_hooks_of_all_modules_act_on_criteria() -> None:
+    criterion, out, y = nn.CrossEntropyLoss(), scores(C), labels()
+    double = lambda module, _, loss: 2 * loss if module is criterion else None  # noqa: E731
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        G, truth = (
+            persample.gradients(linear(), criterion, out, y, verify=v, engine=e)
+            for v, e in ((False, "hooks"), (None, "loop"))
+        )
+    finally:
+        handle.remove()
+    assert torch.allclose(G.flat(), truth.flat(), atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")
 def test_losses_that_are_nan_alone_are_not_ignored_targets() -> None:
     """The deviation of one sample is not a number: its row was zero, as if its target were ignored."""

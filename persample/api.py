@@ -177,7 +177,7 @@ def _verified(
         return result, "verify=False" if verify is False else ""
     n = chosen(problem.batch.n, known.calls if known is not None and due else 0)
     if engine != "hooks":
-        check_alone(problem, n)
+        check_alone(problem, *{n, (n + 1) % problem.batch.n})  # one of them may attain a maximum, say
     if engine == "loop":  # the definition
         remember(problem, engine)
         return run(emit, ()), ""

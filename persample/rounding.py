@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -13,17 +13,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
+LOSS = {**TOLERANCE, torch.float32: 1e-3}  # of a loss, in which no ReLU turns the other way
 # Where a part of the numbers goes through a coarser type: a few roundings of it.
 INNER = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 _INSIDE: ContextVar[frozenset[torch.dtype]] = ContextVar("inside", default=frozenset())
 
 
-def tolerance(*dtypes: torch.dtype) -> float:
+def tolerance(*dtypes: torch.dtype, of: Mapping[torch.dtype, float] = TOLERANCE) -> float:
     """That of the coarsest type that takes part, autocast included."""
     cast = [torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     inner = [INNER.get(d, 1e-2) for d in _INSIDE.get()]
-    return max(*inner, *(TOLERANCE.get(d.to_real(), 0.2) for d in (*dtypes, *cast)), 0.0)
+    return max(*inner, *(of.get(d.to_real(), 0.2) for d in (*dtypes, *cast)), 0.0)
 
 
 def slack(dtype: torch.dtype) -> float:

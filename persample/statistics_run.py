@@ -125,6 +125,12 @@ class Statistics(Quantities):
         """There are no rows."""
         raise QuantityError(f"this run has kept no rows, so there is none of {name!r}: leave quantities= out for them.")
 
+    def dense(self, *_: Any, **__: Any) -> NoReturn:
+        """There are no rows."""
+        raise QuantityError("this run has kept no rows: leave quantities= out for them.")
+
+    flat = dense
+
     def finish(self, run: Pass, note: str = "") -> Statistics:
         """Look at what was put off, take what the engine reports, and make the clipped sum."""
         self._settle()

@@ -16,7 +16,7 @@ from .engines.hooks import forward
 from .followed import SampledTensor, results_of
 from .layout import one_sample as part_of
 from .problem import Problem
-from .rounding import tolerance
+from .rounding import LOSS, tolerance
 from .rules import mutates
 from .state import restored
 
@@ -80,4 +80,4 @@ def influence(problem: Problem, n: int) -> int:
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=tolerance(a.dtype), atol=1e-3 * tolerance(a.dtype), equal_nan=True)
+    return torch.allclose(a, b, rtol=tolerance(a.dtype, of=LOSS), atol=1e-3 * tolerance(a.dtype), equal_nan=True)

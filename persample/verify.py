@@ -32,7 +32,7 @@ from .losses import batch_losses
 from .meter import uncounted
 from .problem import Emit, Pass, Problem
 from .remembered import counting, mistrust, recall, remember, signature
-from .rounding import Types, computing_in, inside, slack, tolerance
+from .rounding import LOSS, Types, computing_in, inside, slack, tolerance
 from .state import Buffers, drawn_since, random_state, restored, set_random_state
 from .telling import numbered_as
 from .trace import find_coupling, influence
@@ -254,28 +254,31 @@ def inner_types(problem: Problem) -> frozenset[torch.dtype]:
 
 @uncounted()
 @judged_by_inner_types
-def check_alone(problem: Problem, n: int, told: bool = True) -> None:
-    """For engines that run samples alone: raise where sample ``n`` has another loss within the batch (dropout off).
-    ``told``: as for `_batch_losses`.
+def check_alone(problem: Problem, *samples: int, told: bool = True) -> None:
+    """For engines that run samples alone: raise where one of ``samples`` has another loss within the batch (dropout
+    off).  ``told``: as for `_batch_losses`.
     """
     with restored(*problem.owners), NoDropout(), torch.enable_grad():
         before, buffers = random_state(problem.model), Buffers(*problem.owners)
-        alone = one_sample(problem, n, [])[0]
-        buffers.restore()
-        batch = _batch_losses(problem, told)[n]
+        losses = {}
+        for n in samples:
+            losses[n] = one_sample(problem, n, [])[0]
+            buffers.restore()
+        batch = _batch_losses(problem, told)
         if drawn_since(before, problem.model):
             return  # other random draws than dropout: nothing to compare
-    if _differ(batch, alone, problem):
-        raise LossDiffers(n, float(batch.detach()), float(alone), find_coupling(problem, n)[0])
+    for n, alone in losses.items():
+        if _differ(batch[n], alone, problem):
+            raise LossDiffers(n, float(batch[n].detach()), float(alone), find_coupling(problem, n)[0])
 
 
 def _differ(a: Tensor, b: Tensor, problem: Problem) -> bool:
     """Whether two losses are different beyond rounding."""
-    tol = tolerance(b.dtype, *(p.dtype for p in problem.parameters.values()))
+    types = b.dtype, *(p.dtype for p in problem.parameters.values())
     x, y = _double(a.detach()), _double(b.detach())
     if not bool(x.isfinite() & y.isfinite()):
         return bool(x.isfinite() | y.isfinite())
-    return not bool((x - y).abs() <= tol * (x.abs() + y.abs()) + 1e-3 * tol)
+    return not bool((x - y).abs() <= tolerance(*types, of=LOSS) * (x.abs() + y.abs()) + 1e-3 * tolerance(*types))
 
 
 def _batch_losses(problem: Problem, told: bool = False) -> Tensor:
@@ -303,6 +306,9 @@ class LossDiffers(BatchCoupledError):
 
     def __init__(self, n: int, batch: float, alone: float, call: str = "") -> None:
         what = f": {call} {APART}" if call else ""
+        times = alone / batch if batch else 0.0
+        if (size := round(times)) > 1 and abs(times - size) < 1e-4 * size:
+            what += f", {size} times as much (is it divided by the number of samples?)"
         super().__init__(
             f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone{what}. Either the model (or the "
             "loss) couples the samples, and 'the gradient of sample n' is not one thing; let it act on every sample "
@@ -333,20 +339,21 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
         couplers, probe = (ordinal,), Probe(problem, n)
         result = run(probe.listen(emit), couplers)  # raises for what is upstream of that call, serves what is behind it
         verdicts, note = probe.verdicts(result, engine)
-    if engine == "hooks" and not couplers and not all(v.ok for v in verdicts) and (ordinal := influence(problem, n)):
+    wrong = not all(v.ok for v in verdicts)
+    if engine == "hooks" and not couplers and wrong and (ordinal := influence(problem, n)):
         run(lambda *_: None, (ordinal,))  # raises for what is upstream of that call
-    raise_if_wrong(verdicts, None if note == WITHIN else engine)
     acts = result.totals or result.hidden
     known = recall(problem, engine)
     another = result.ragged or (result.read and (known is None or result.called not in known.called))
     another = another and problem.batch.n > 1  # a sample as long as the longest tells nothing of the others
     if (
-        (acts or another)
+        (acts or another or wrong)
         and not couplers
         and (other := moved_by_others(problem, probe.buffers)) is not None
         and other.n != n
     ):
-        return run_verified(problem, engine, emit, run, other.n)
+        return run_verified(problem, engine, emit, run, other.n)  # where the others move this one's loss, too
+    raise_if_wrong(verdicts, None if note == WITHIN else engine)
     if not acts:  # a mask that is full now may not be so in the next batch
         remember(problem, engine, couplers, result.called, result.ragged or result.read)
     return result, note

@@ -247,6 +247,18 @@ def test_rows_by_number_and_of_a_run_that_keeps_none() -> None:
         persample.gradients(linear(), square, x())[wrong]
     with pytest.raises(persample.QuantityError, match="kept no rows, so there is none of 'weight'"):
         persample.gradients(linear(), square, x(), quantities=["norm"])["weight"]
+    for method in ("dense", "flat"):
+        with pytest.raises(persample.QuantityError, match="kept no rows: leave quantities= out"):
+            getattr(persample.gradients(linear(), square, x(), quantities=["norm"]), method)()
+
+
+def test_losses_that_are_divided_by_the_number_of_samples() -> None:
+    def share(outputs: Tensor, _: Any) -> Tensor:
+        return outputs.square().sum(1) / len(outputs)
+
+    n = len(x())
+    with pytest.raises(persample.BatchCoupledError, match=f"alone, {n} times as much .is it divided by the number"):
+        persample.gradients(linear(), share, x())
 
 
 def test_wrong_arguments_of_quantities_are_named() -> None:

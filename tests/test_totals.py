@@ -528,3 +528,24 @@ def test_inputs_that_act_on_each_other_are_said(name: str, x: Tensor) -> None:
         losses(model(x), Y).sum().backward()
     for rows in (G, *reported, persample.gradients(model, losses, x, Y, verify=False)):
         assert "batch-coupled" in repr(rows)
+
+
+@pytest.mark.parametrize("by", [lambda x: x - x.mean(0), lambda x: x / x.abs().max()], ids=["mean", "maximum"])
+def test_inputs_that_are_normalised_by_the_batch(by: Any) -> None:
+    """In single precision, whatever the numbers: a loss that others hardly move, or not at all, is no proof."""
+
+    class Normalised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(by(x))
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model, x, y = Normalised(6, 3), torch.randn(5, 6), torch.randint(3, (5,))
+        G = persample.gradients(model, nn.CrossEntropyLoss(), x, y)
+        assert G.note == "batch-coupled"
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        rows = [torch.autograd.grad(loss, model.weight, retain_graph=True)[0] for loss in losses]
+        torch.testing.assert_close(G["weight"], torch.stack(rows))
+        for engine in ("loop", "vmap"):
+            with pytest.raises(persample.BatchCoupledError, match="within the batch"):
+                persample.gradients(model, nn.CrossEntropyLoss(), x, y, engine=engine)

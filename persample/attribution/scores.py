@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..arguments import number
 from ..errors import ArgumentError, QuantityError
+from ..gradients import Gradients
 from ..quantities import Quantities
 from .features import Features, both, check_finite, unit, wide
 
@@ -157,7 +158,7 @@ def influence(train: Quantities, test: Any, solve: Callable[[Tensor], Tensor]) -
         ArgumentError: ``solve`` is no function (an operator is none).
         QuantityError: ``train`` or ``test`` are no gradients, or of other parameters; ``solve`` changed the shape.
     """
-    if not (isinstance(train, Quantities) and isinstance(test, Quantities) and hasattr(test, "flat")):
+    if not (isinstance(train, Quantities) and isinstance(test, Gradients)):
         raise QuantityError(
             "train and test must be Gradients (persample.gradients without quantities=), got "
             f"{type(train).__name__} and {type(test).__name__}. For features, solve yourself: train @ solve(test.mT)."

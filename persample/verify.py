@@ -307,7 +307,7 @@ class LossDiffers(BatchCoupledError):
     def __init__(self, n: int, batch: float, alone: float, call: str = "") -> None:
         what = f": {call} {APART}" if call else ""
         times = alone / batch if batch else 0.0
-        if (size := round(times)) > 1 and abs(times - size) < 1e-4 * size:
+        if math.isfinite(times) and (size := round(times)) > 1 and abs(times - size) < 1e-4 * size:
             what += f", {size} times as much (is it divided by the number of samples?)"
         super().__init__(
             f"sample {n} has loss {batch:.6g} within the batch and {alone:.6g} alone{what}. Either the model (or the "

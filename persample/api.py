@@ -109,18 +109,18 @@ def gradients(
     if verify not in (None, True, False):
         raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}.")
 
-    begun: list[Problem] = []  # the first slice, in whose place all of this call are verified once more
+    begun: set[int] = set()  # sizes of slices: one of each is verified once more, in place of all of this call
 
     def sliced(part: Problem, emit: Emit, replay: bool) -> tuple[Pass, str]:
-        later = bool(begun)
-        begun.append(part)
+        later = part.batch.n in begun
+        begun.add(part.batch.n)
         return _verified(part, engine, emit, False if replay else verify, later=later)
 
     def tried(part: Problem) -> bool:
         if verify is False or coupled is not None:
             return False
         known = recall(part, engine)
-        return verify is True or known is None or (known.ragged and not begun)
+        return verify is True or known is None or (known.ragged and part.batch.n not in begun)
 
     with _drawing(generator), undone_on_error(*problem.owners):
         if quantities is not None and max_bytes is not None:
@@ -145,7 +145,7 @@ def _verified(
     later: bool = False,
 ) -> tuple[Pass, str]:
     """Run the engine; at the first call of its kind, hold one row against the definition.  ``later``: a further slice
-    of a batch of which one was.
+    of a batch of which one as large was.
     """
     if coupled is not None:
         from .batchnorm.notions import coupled_pass

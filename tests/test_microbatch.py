@@ -311,7 +311,7 @@ class Packed(nn.Module):
 
 
 def test_packed_sequences_are_verified_once_for_a_call() -> None:
-    """Not in every slice of the first batches."""
+    """Not in every slice of the first batches, but in one of each size."""
     model, x, lengths = Packed(), torch.randn(24, 6, 4), torch.arange(24) % 6 + 1
     y = torch.randint(5, (24,))
     for number in range(2):
@@ -319,3 +319,26 @@ def test_packed_sequences_are_verified_once_for_a_call() -> None:
         persample.gradients(model, F.cross_entropy, (x, lengths), y, quantities=["norm"], max_bytes=1)
         if number:  # the others' kind is known by now
             assert 22 + 1 < model.sizes.count(1) < 22 + 12 and model.sizes.count(2) < 4
+
+
+class Capacity(nn.Module):
+    """An expert that takes the first twenty rows that are sent to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sent = (x[:, 0] > 0).nonzero().flatten()[:20]
+        return x.index_copy(0, sent, self.expert(x[sent]).tanh())
+
+
+def test_large_slices_are_verified_in_the_first_batches_too() -> None:
+    """What couples many samples doesn't show in the first two."""
+    model, y = Capacity().double(), torch.randn(40, 3, dtype=torch.float64)
+    x = torch.randn(40, 3, dtype=torch.float64).abs()
+    few = torch.where(torch.arange(40).unsqueeze(1) % 4 == 0, x, -x)
+    for _ in range(2):
+        persample.gradients(model, F.mse_loss, few, y, max_bytes=10**9)
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(model, F.mse_loss, x, y, max_bytes=10**9)

@@ -144,9 +144,10 @@ class Collect:
         self.emitted.add(name)
         self.emit(name, rows)
 
+    @kernel
     def last_chance(self, key: Derivation) -> None:
         """The graph of a derivation is about to be freed: uses that haven't arrived by now never will."""
-        for call in self.found.calls:
+        for call in self.found.calls if self.pending[key] > 0 else ():
             if any(shared.derivation is key for shared in call.shared):
                 call.flush()
         if self.pending[key] > 0:

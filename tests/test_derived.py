@@ -201,6 +201,28 @@ def test_uses_that_a_backward_does_not_come_to_when_it_frees_the_graph(uses: Any
     assert len(results) == 2
 
 
+def _squared(p: Any, x: Tensor) -> Tensor:
+    w = p.w @ p.w
+    p.head = F.linear(x, w)
+    return F.linear(x, w)
+
+
+def test_what_a_backward_goes_through_is_led_back_in_full_precision() -> None:
+    """Also inside an autocast region, and where the backward is itself recorded."""
+    model, x, results = Fn(_squared, w=torch.randn(D, D) / 3), torch.randn(N, D), list[Any]()
+    expected = persample.gradients(model, losses, x, engine="loop")
+    handle = persample.extend(model, on_backward=results.append, reduction="sum")
+    total = losses(model(x)).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        total.backward(retain_graph=True)
+    torch.autograd.grad(total, [*model.parameters()], create_graph=True)
+    handle.remove()
+    for result in results:
+        assert not result.flat().requires_grad
+        torch.testing.assert_close(result.flat(), expected.flat())
+    assert len(results) == 2
+
+
 def _unit(w: Tensor) -> Tensor:
     return w / w.norm(dim=1, keepdim=True)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from . import cost, rules
 from .calls import Call, Derivation, Reached, Shared, arguments, function_name, leaves_of, reached
@@ -57,6 +58,7 @@ class Collect:
         self.served: dict[Key, list[Served]] = {}  # by which function, and how
         self.pending = Counter[Key]()
         self.leaves: dict[Derivation, list[Tensor]] = {}
+        self.hooks: list[RemovableHandle] = []  # on derivations
         for call in found.calls:
             if call.shared and call.layout.n != n:
                 raise SampleAxisError(
@@ -83,10 +85,13 @@ class Collect:
             self.pending.update(id(p) for p in self.leaves[key])
             if not self.listen:  # in a backward that frees the graph as it goes
                 task = torch._C._current_graph_task_id()
-                key.out.node.register_prehook(partial(_passes, weakref.ref(self), weakref.ref(key), task))
+                hook = partial(_passes, weakref.ref(self), weakref.ref(key), task)
+                self.hooks.append(key.out.node.register_prehook(hook))
 
     def detach(self) -> None:
         """Stop listening."""
+        while self.hooks:  # a graph that is kept would collect them
+            self.hooks.pop().remove()
         for call in self.found.calls if self.listen else ():
             call.listener, call.parts = None, {}
 

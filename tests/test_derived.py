@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from zoo.case import Fn
 from zoo.oracle import matrix, rows
 
 import persample
-from persample import cost
+from persample import collect, cost
 from persample.factors import Outer, Pulled, dense, times
 from persample.rules.scaling import ENTRYWISE
 
@@ -221,6 +223,17 @@ def test_what_a_backward_goes_through_is_led_back_in_full_precision() -> None:
         assert not result.flat().requires_grad
         torch.testing.assert_close(result.flat(), expected.flat())
     assert len(results) == 2
+
+
+def test_backwards_leave_nothing_on_a_graph_that_is_kept() -> None:
+    model, results = Fn(_aside, w=torch.randn(D, D) / 3), list[Any]()
+    handle = persample.extend(model, on_backward=results.append, reduction="sum")
+    total = losses(model(torch.randn(N, D))).sum()
+    for _ in range(5):
+        total.backward(retain_graph=True)
+    left = [x for x in gc.get_objects() if isinstance(x, partial) and x.func is collect._passes]
+    handle.remove()
+    assert len(results) == 5 and not left
 
 
 def _unit(w: Tensor) -> Tensor:

@@ -126,9 +126,9 @@ def test_names_are_needed() -> None:
 
 
 def test_what_can_not_be_removed_is_not_registered() -> None:
-    """Methods take no attribute: the error came when they were in the table."""
+    """Methods and built-in functions take no attribute: the error came when they were in the table."""
     before = RULES[nn.functional.linear]
-    for entry in (3, nn.Linear(2, 2).forward):
+    for entry in (3, nn.Linear(2, 2).forward, torch.addmm):
         with pytest.raises(TypeError, match="must be a function"):
             persample.rule(nn.functional.linear)(entry)  # type: ignore[type-var]
     assert RULES[nn.functional.linear] is before

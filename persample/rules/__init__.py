@@ -13,9 +13,10 @@ A **pull-back** is the same for tensors derived from parameters only (``weight.t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -65,13 +66,6 @@ def _registrar(table: dict[Function, Any], functions: tuple[Function, ...]) -> C
         raise TypeError("name the function(s) to register for, e.g. @rule(torch.nn.functional.linear)")
 
     def register(entry: R) -> R:
-        if not callable(entry) or isinstance(entry, MethodType):
-            raise TypeError(f"what is registered must be a function, which gets a remove(); got {entry!r}")
-        for f in functions:
-            _LAYERS.setdefault((id(table), f), [table.get(f)]).append(entry)
-            table[f] = entry
-        _VERSION[0] += 1
-
         def remove() -> None:
             for f in functions:
                 layers = _LAYERS[id(table), f]
@@ -83,7 +77,14 @@ def _registrar(table: dict[Function, Any], functions: tuple[Function, ...]) -> C
                         table[f] = layers[-1]
             _VERSION[0] += 1
 
-        entry.remove = remove  # type: ignore[attr-defined]
+        with contextlib.suppress(AttributeError):  # methods and built-in functions take none
+            entry.remove = remove  # type: ignore[attr-defined]
+        if not callable(entry) or getattr(entry, "remove", None) is not remove:
+            raise TypeError(f"what is registered must be a function, which gets a remove(); got {entry!r}")
+        for f in functions:
+            _LAYERS.setdefault((id(table), f), [table.get(f)]).append(entry)
+            table[f] = entry
+        _VERSION[0] += 1
         return entry
 
     return register

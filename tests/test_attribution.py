@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -222,7 +223,8 @@ def test_trak_of_several_models() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b, q = (torch.rand(3, n, *k, generator=generator).double() for n, k in ((N, (2,)), (M, (2,)), (N, ())))
     kernels = torch.stack([x @ torch.linalg.inv(x.T @ x) @ y.T for x, y in zip(a, b, strict=True)])
-    close(attribution.trak(list(a), list(b), list(q)), torch.diag(q.mean(0)) @ kernels.mean(0))
+    for several in (list, iter, deque):
+        close(attribution.trak(*map(several, (a, b, q))), torch.diag(q.mean(0)) @ kernels.mean(0))
 
 
 def spectrum(n: int, k: int, values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def trak(train: Several, test: Several, residual: Several, *, damping: float = 0
     torch.Size([20, 20])
     """
     check_at_least(0, damping=damping)
-    lists = [list(x) if isinstance(x, (list, tuple)) else [x] for x in (train, test, residual)]
-    kinds = {isinstance(x, (list, tuple)) for x in (train, test, residual)}
+    lists = [list(x) if isinstance(x, (Sequence, Iterator)) else [x] for x in (train, test, residual)]
+    kinds = {isinstance(x, (Sequence, Iterator)) for x in (train, test, residual)}
     if len(kinds) > 1 or not lists[0] or len({len(x) for x in lists}) > 1:
         raise ArgumentError(
             "train, test and residual must be a tensor each (one model), or a list each with a tensor per model, got "

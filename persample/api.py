@@ -68,10 +68,11 @@ def gradients(
             ``"loss"`` or ``"influence"``; see `persample.coupling`.
         quantities: names of `Gradients` methods or ``(name, options)`` pairs; the run then reduces on arrival and
             returns `Statistics`.
-        max_bytes: a bound for the memory of a pass, beyond the model, the result, and the blocks in which reductions
-            stream: the batch is run in slices of as many samples as fit, at least one.  Results don't depend on it,
-            but for random draws (dropout), which are other ones in slices, and, with ``verify=False``, for samples
-            that act on each other where no call shows it, which they then do within slices.
+        max_bytes: a bound for the memory of a pass, beyond the model, the result, the blocks in which reductions
+            stream, and a row and a gradient where one is verified: the batch is run in slices of as many samples as
+            fit, at least one.  Results don't depend on it, but for random draws (dropout), which are other ones in
+            slices, and, with ``verify=False``, for samples that act on each other where no call shows it, which they
+            then do within slices.
             A Gram matrix in ``S`` slices costs about ``(S + 3) / 2`` passes, everything else one.
         verify: run one sample alone and compare; by default at the first call for a model, shapes, mode and engine, and
             at every call in which numbers of the whole batch act on single samples; where samples were picked by

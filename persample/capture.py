@@ -23,6 +23,7 @@ from .layout import Operation
 from .lone import NORMALISE, put_right
 from .mixing import ALONG, ORDERS, PLACES, acts_across, in_order, mixes, ranks
 from .moves import RESHAPED
+from .patched import unpatched
 from .state import named_modules
 
 Listener = Callable[[Call, Sequence[Tensor | None]], None]
@@ -118,6 +119,7 @@ class Capture(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = unpatched(func)
         kwargs = kwargs or {}
         if not self.active or func in rules.ASKS:
             return func(*args, **kwargs)

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from . import aten
 from .capture import saves_elsewhere
 from .errors import PersampleError
+from .patched import unpatched
 from .rules import DROPS
 
 
@@ -29,6 +30,7 @@ class NoDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = unpatched(func)
         kwargs = dict(kwargs or {})
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .patched import unpatched
+
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a row's norm; half precision: 0.2
 LOSS = {**TOLERANCE, torch.float32: 1e-3}  # of a loss, in which no ReLU turns the other way
 # Where a part of the numbers goes through a coarser type: a few roundings of it.
@@ -57,6 +59,7 @@ class Types(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = unpatched(func)
         out = func(*args, **(kwargs or {}))
         self.seen.update(x.dtype.to_real() for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad)
         return out

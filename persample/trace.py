@@ -15,6 +15,7 @@ from .dropout import NoDropout
 from .engines.hooks import forward
 from .followed import SampledTensor, results_of
 from .layout import one_sample as part_of
+from .patched import unpatched
 from .problem import Problem
 from .rounding import LOSS, tolerance
 from .rules import mutates
@@ -32,6 +33,7 @@ class _Trace(Capture):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = unpatched(func)
         ordinal = self.ordinal + 1
         out = super().__torch_function__(func, types, args, kwargs)
         if self.active:

@@ -15,6 +15,7 @@ from .calls import arguments, behind, function_name, tensors_in
 from .errors import NOTIONS, BatchCoupledError, CaptureError
 from .followed import is_wrapped
 from .lone import NORMALISE, put_right
+from .patched import unpatched
 
 
 class Watch(TorchFunctionMode):
@@ -51,6 +52,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = unpatched(func)
         kwargs = kwargs or {}
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:

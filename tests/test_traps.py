@@ -233,6 +233,31 @@ def test_batch_norm_patched_for_functorch_is_no_instance_norm(engine: str) -> No
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["normalize", "layer_norm", "group_norm", "relu", "Tensor.norm", "batch_norm"])
+def test_wrappers_in_the_place_of_functions_run_once(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode is told the wrapper, which ran already, for it has the name of the function that it calls."""
+    place, name = (Tensor, name[7:]) if name.startswith("Tensor") else (F, name)
+    original = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *args, **kwargs: 2 * original(*args, **kwargs))
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(super().forward(F.normalize(x, dim=1)))
+            return x * x.detach().norm(dim=1, keepdim=True)
+
+    norms = {"layer_norm": nn.LayerNorm(4), "group_norm": nn.GroupNorm(2, 4), "batch_norm": nn.BatchNorm1d(4).eval()}
+    model = Net(nn.Linear(D, 4), norms.get(name, nn.Identity())).double()
+    x = float64()
+    rows = [torch.autograd.grad(readout(model(x[n : n + 1]), None).sum(), [*model.parameters()]) for n in range(N)]
+    for verify in (True, False):
+        G = persample.gradients(model, readout, x, engine=engine, verify=verify)
+        assert same(G.flat(), torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+    if name == "batch_norm":
+        with pytest.raises(persample.BatchCoupledError):
+            persample.gradients(model.train(), readout, x, engine=engine, verify=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_dropout_rows_belong_to_the_masks_of_the_outputs(engine: str) -> None:
     """Elsewhere the mask of the gradients is another than that of the forward the user saw."""
     model, x = nn.Sequential(nn.Linear(D, 40), nn.Dropout(0.5)).double(), float64()

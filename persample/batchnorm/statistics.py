@@ -39,6 +39,7 @@ from ..capture import Capture
 from ..errors import BatchCoupledError, BatchNormError
 from ..followed import SharedTensor
 from ..layout import Layout
+from ..patched import unpatched
 
 Layer = nn.modules.batchnorm._BatchNorm
 
@@ -232,6 +233,7 @@ class Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = unpatched(func)
         kwargs = kwargs or {}
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:

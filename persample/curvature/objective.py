@@ -30,6 +30,7 @@ from ..batch import Tree, call_model
 from ..capture import Capture
 from ..errors import ArgumentError, CaptureError, LossError
 from ..losses import batch_losses
+from ..patched import unpatched
 from ..problem import Problem
 from ..state import AutocastState, RandomState, autocast_as, autocast_state, random_state, restored, set_random_state
 from ..verify import with_own_inputs
@@ -134,6 +135,7 @@ class WrittenOut(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = unpatched(func)
         kwargs = kwargs or {}
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:

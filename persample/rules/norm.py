@@ -17,6 +17,10 @@ from ..factors import Dense
 from . import Yields, couples, rule
 from .conv import channels
 
+# As they are now: somebody may put wrappers in their places.
+_layer_norm, _rms_norm, _group_norm = F.layer_norm, F.rms_norm, F.group_norm
+_instance_norm, _batch_norm = F.instance_norm, F.batch_norm
+
 
 def _features(call: Call, g: Tensor, p: Tensor) -> Dense:
     """A parameter on the last axes: ``[N, T, *P]`` summed over ``T``."""
@@ -35,7 +39,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Yields:
     if weight is not None:
-        yield weight, lambda: _features(call, F.layer_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
+        yield weight, lambda: _features(call, _layer_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
     if bias is not None:
         yield bias, lambda: _features(call, g, bias)
 
@@ -45,7 +49,7 @@ def rms_norm(
     call: Call, g: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Yields:
     if weight is not None:
-        yield weight, lambda: _features(call, F.rms_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
+        yield weight, lambda: _features(call, _rms_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
 
 
 @rule(F.group_norm)
@@ -59,7 +63,7 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Yields:
     if weight is not None:
-        yield weight, lambda: channels(call, F.group_norm(call.read(input), num_groups, eps=eps).mul_(g))
+        yield weight, lambda: channels(call, _group_norm(call.read(input), num_groups, eps=eps).mul_(g))
     if bias is not None:
         yield bias, lambda: channels(call, g)
 
@@ -79,8 +83,8 @@ def instance_norm(
 ) -> Yields:
     def normalised() -> Tensor:
         if use_input_stats:
-            return F.instance_norm(call.read(input), eps=eps)
-        return F.instance_norm(call.read(input), running_mean, running_var, use_input_stats=False, eps=eps)
+            return _instance_norm(call.read(input), eps=eps)
+        return _instance_norm(call.read(input), running_mean, running_var, use_input_stats=False, eps=eps)
 
     if weight is not None:
         yield weight, lambda: channels(call, normalised().mul_(g))
@@ -103,7 +107,7 @@ def batch_norm(
 ) -> Yields:
     def normalised() -> Tensor:
         batch = training or running_mean is None
-        return F.batch_norm(
+        return _batch_norm(
             call.read(input), None if batch else running_mean, None if batch else running_var, training=batch, eps=eps
         )
 

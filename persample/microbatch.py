@@ -16,8 +16,8 @@ Slices that are run again draw the same random numbers.  Every slice finds the b
 and what they leave is averaged.
 
 What a sample takes is measured on a first slice of two samples: the most that tensors hold at a time during its pass.
-What the user gets (kept rows, results), the model, the blocks in which reductions stream, and the row that is verified
-(two numbers for each of the parameters') come on top.
+What the user gets (kept rows, results), the model, the blocks in which reductions stream, and a row and a gradient
+where one is verified, come on top.
 
 Slices of a batch whose samples are coupled are other functions of these samples: `BatchCoupledError`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,7 +129,8 @@ def test_names_are_needed() -> None:
 def test_what_can_not_be_removed_is_not_registered() -> None:
     """Methods and built-in functions take no attribute: the error came when they were in the table."""
     before = RULES[nn.functional.linear]
-    for entry in (3, nn.Linear(2, 2).forward, torch.addmm):
+    other = types.SimpleNamespace()
+    for entry in (3, other, nn.Linear(2, 2).forward, torch.addmm):
         with pytest.raises(TypeError, match="must be a function"):
             persample.rule(nn.functional.linear)(entry)  # type: ignore[type-var]
-    assert RULES[nn.functional.linear] is before
+    assert RULES[nn.functional.linear] is before and not vars(other)

@@ -78,8 +78,9 @@ def _registrar(table: dict[Function, Any], functions: tuple[Function, ...]) -> C
             _VERSION[0] += 1
 
         with contextlib.suppress(AttributeError):  # methods and built-in functions take none
-            entry.remove = remove  # type: ignore[attr-defined]
-        if not callable(entry) or getattr(entry, "remove", None) is not remove:
+            if callable(entry):
+                entry.remove = remove  # type: ignore[attr-defined]
+        if getattr(entry, "remove", None) is not remove:
             raise TypeError(f"what is registered must be a function, which gets a remove(); got {entry!r}")
         for f in functions:
             _LAYERS.setdefault((id(table), f), [table.get(f)]).append(entry)

@@ -68,6 +68,7 @@ class Shared:
 
     tensor: Tensor
     derivation: Derivation | None  # None: a parameter
+    places: int = 1  # how many arguments of the call it is
 
 
 def leaves_of(d: Derivation) -> list[Tensor]:
@@ -211,7 +212,7 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     for x in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(x, Tensor):
             found.append(x)
-        elif isinstance(x, _CONTAINERS):
+        elif isinstance(x, _CONTAINERS) and not _SCALARS.issuperset(map(type, x)):
             if isinstance(x, dict) or any(isinstance(item, _CONTAINERS) for item in x):
                 return [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             found.extend(item for item in x if isinstance(item, Tensor))
@@ -219,6 +220,7 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 _CONTAINERS = (tuple, list, dict)
+_SCALARS = {int, float, bool, str, type(None)}
 
 
 def tensors_in(out: Any) -> Iterator[Tensor]:
@@ -235,12 +237,14 @@ def mapped(f: Callable[[Tensor], Any], tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return f(tree)
     kind = type(tree)
+    if kind in _SCALARS:
+        return tree
+    if kind is tuple and _SCALARS.issuperset(map(type, tree)):  # a stride, a shape
+        return tree
     if kind is tuple or kind is list:
-        return kind([f(x) if isinstance(x, Tensor) else x if x is None else mapped(f, x) for x in tree])
+        return kind([f(x) if isinstance(x, Tensor) else x if type(x) in _SCALARS else mapped(f, x) for x in tree])
     if kind is dict:
         return {key: mapped(f, x) for key, x in tree.items()} if tree else tree
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return tree
     return tree_map(lambda x: f(x) if isinstance(x, Tensor) else x, tree)
 
 

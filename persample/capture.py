@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -190,7 +191,9 @@ class Capture(TorchFunctionMode):
         """Those of the shared arguments whose gradient is asked for, each once."""
         found: dict[int, Shared] = {}
         for t, kind in shared:
-            if (kind.derivation is not None or id(t) in self.wanted) and t.requires_grad:
+            if id(t) in found:
+                found[id(t)].places += 1
+            elif (kind.derivation is not None or id(t) in self.wanted) and t.requires_grad:
                 found[id(t)] = Shared(t, kind.derivation)
         return list(found.values())
 
@@ -233,7 +236,7 @@ class Capture(TorchFunctionMode):
                 inputs.append(node)  # of a part that is changed, the rest stays what it was
             if changes:
                 saved[id(t)] = t.detach().clone()
-                live = [Shared(saved[id(t)], s.derivation) if s.tensor is t else s for s in live]
+                live = [replace(s, tensor=saved[id(t)]) if s.tensor is t else s for s in live]
             elif not kept and id(t) not in saved:
                 saved[id(t)] = t.detach()
         swap = lambda t: saved.get(id(t), t)  # noqa: E731

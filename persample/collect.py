@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from . import cost, rules
-from .calls import Call, Derivation, Reached, Shared, arguments, function_name, leaves_of, reached
+from .calls import Call, Derivation, Reached, Shared, function_name, leaves_of, reached
 from .errors import CaptureError, InplaceError, PersampleError, SampleAxisError
 from .factors import INDICES, Dense, Factors, Outer, Pulled, add, cast, dense, nothing, strided, tensors
 from .problem import Emit
@@ -234,9 +234,8 @@ def factors_of(call: Call, grads: Sequence[Tensor | None]) -> Iterator[tuple[Sha
     except CaptureError:
         if call.n > 1:  # one sample's rows are the gradient, however its tensors lie
             raise
-    given = [id(x) for x in arguments(call.args, call.kwargs)]
     times = [id(t) for t, _ in served]
-    known = {i for i in times if times.count(i) == given.count(i)}  # an argument may stand in several places
+    known = {i for i in times if times.count(i) == shared[i].places}
     yield from ((shared[id(t)], rows, "rule") for t, rows in served if id(t) in known)
     if rest := [s.tensor for i, s in shared.items() if i not in known]:
         one = 0 if call.n == 1 else call.layout.alone
@@ -252,8 +251,9 @@ def _by_rule(call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, R
     g = grads[0] if len(grads) == 1 else grads
     if not _takes(rule, 2 + len(call.args), tuple(call.kwargs)):
         return []
-    if any(isinstance(x, Tensor) and x.layout is not torch.strided for x in call.args):
-        return []
+    for x in call.args:
+        if isinstance(x, Tensor) and x.layout is not torch.strided:
+            return []
     found: list[tuple[Tensor, Rowlike]] = []
     unusual: set[int] = set()
     try:

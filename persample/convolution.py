@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Any
@@ -64,13 +65,14 @@ class Geometry:
         return prod(self.reach(positions))
 
 
-def sizes(input: Tensor, grad: Tensor, geo: Geometry) -> cost.Convolution:
-    """What decides which kernel is the fastest."""
-    positions, k = tuple(grad.shape[2:]), geo.groups
+@lru_cache(maxsize=4096)
+def sizes(input: Size, grad: Size, geo: Geometry) -> cost.Convolution:
+    """What decides which kernel is the fastest, from the shapes of both sides."""
+    positions, k = tuple(grad[2:]), geo.groups
     pixels, tokens = geo.pixels(positions), geo.tokens(positions)
-    channels, outputs = input.shape[1] // max(1, k), grad.shape[1] // max(1, k)
+    channels, outputs = input[1] // max(1, k), grad[1] // max(1, k)
     dilated = any(e > 1 for e in geo.dilation)
-    return cost.Convolution(len(grad) * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets, dilated)
+    return cost.Convolution(grad[0] * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets, dilated)
 
 
 def shifted(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, list[Tensor]]:
@@ -134,7 +136,7 @@ def dense(input: Tensor, grad: Tensor, geo: Geometry, shape: Size, out: Tensor |
     By kernel offset, the fastest layout in memory has the kernel's dims first; it is what a new tensor gets.
     """
     n, step = len(input), cost.chunk(input[:1].numel() + grad[:1].numel())
-    how = cost.conv_rows(grad, sizes(input, grad, geo), out is not None)
+    how = cost.conv_rows(grad, sizes(input.shape, grad.shape, geo), out is not None)
     if how == "native":
         step = cost.shared(shape.numel())
     elif how == "offsets" and out is None:
@@ -188,7 +190,7 @@ def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
 def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     """All rows ``[N, K O, I, *kernel]``: the weight gradient of one convolution with ``N K`` groups; up to 3 dims."""
     n, k, channels, outputs = len(input), geo.groups, input.shape[1] // geo.groups, grad.shape[1] // geo.groups
-    full, full_outputs = cost.vectors(grad, sizes(input, grad, geo))
+    full, full_outputs = cost.vectors(grad, sizes(input.shape, grad.shape, geo))
     one, one_grad = _as_one(input, k, full), _as_one(grad, k, full_outputs)
     rows = _weight_gradient(one, one_grad, replace(geo, groups=n * k)).view(n, k, full_outputs, full, *geo.kernel)
     return rows[:, :, :outputs, :channels].flatten(1, 2)

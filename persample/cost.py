@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Costs:
     """The figures; counts are numbers of entries."""
 
@@ -182,7 +183,12 @@ def conv_slice(like: Tensor, conv: Convolution, n: int, groups: int) -> int:
 
 def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str, float]:
     """What the rows cost by each kernel, in multiplications."""
-    c = costs()
+    native = like.ndim <= 5 and like.device.type == "cpu" and like.dtype == torch.float32 and _mkldnn()
+    return _rows_of(like.ndim, conv, native, transposed, costs())
+
+
+@lru_cache(maxsize=4096)
+def _rows_of(ndim: int, conv: Convolution, native: bool, transposed: bool, c: Costs) -> dict[str, float]:
     n, channels, outputs, pixels, positions, tokens, offsets, _ = conv
     row = outputs * channels * offsets
     if 1 in (offsets, positions):  # an outer product as it stands
@@ -193,23 +199,23 @@ def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str
     found = {"offsets": n * (row * (tokens + entry) + each) + call * offsets}
     entry, other, call = c.unfolded
     found["tokens"] = n * positions * (row + entry * channels * offsets + other * outputs) + call
-    if like.ndim <= 5 and like.device.type == "cpu" and like.dtype == torch.float32 and _mkldnn():
-        found["native"] = n * min(_grouped(like, conv).values()) + c.native[3]
+    if native:
+        found["native"] = n * min(_grouped(ndim, conv, c).values()) + c.native[3]
     return found
 
 
-def _grouped(like: Tensor, conv: Convolution) -> dict[tuple[int, int], float]:
+@lru_cache(maxsize=4096)
+def _grouped(ndim: int, conv: Convolution, c: Costs) -> dict[tuple[int, int], float]:
     """What one group costs in torch's grouped convolution, by the channels and outputs that it is filled up to with
     zeros: as it is, or to multiples of 8, for which a CPU has fast kernels.
 
     Other numbers of channels are unfolded and multiplied, most slowly where the number of positions is a multiple of
     1024, so that rows collide in cache (unless there are so many that threads share in one group).
     """
-    c = costs()
     _, channels, outputs, pixels, positions, _, offsets, dilated = conv
     entry, pixel, group, _ = c.native
     full = width, height = channels + -channels % 8, outputs + -outputs % 8
-    slow = c.slow if dilated or (like.ndim == 5 and outputs < 8) else 1
+    slow = c.slow if dilated or (ndim == 5 and outputs < 8) else 1
     copied = (width != channels) * pixels * width + (height != outputs) * positions * height
     work = width * height * (slow * positions + entry) * offsets
     found = {full: work + pixel * pixels * width + c.filled * copied + group}
@@ -218,7 +224,7 @@ def _grouped(like: Tensor, conv: Convolution) -> dict[tuple[int, int], float]:
         each = unfolded * (colliding if positions % 1024 == 0 and positions < 12_000 else 1)
         pairs: float = channels * (each + outputs) + other * outputs / offsets
         if channels == outputs == 1:
-            pairs = 8 if like.ndim == 4 and offsets == 9 else c.depthwise  # 3x3 has a kernel of its own
+            pairs = 8 if ndim == 4 and offsets == 9 else c.depthwise  # 3x3 has a kernel of its own
         work = (pairs * positions + entry * channels * outputs) * offsets
         found[channels, outputs] = work + pixel * pixels * channels + group
     return found
@@ -228,7 +234,7 @@ def vectors(like: Tensor, conv: Convolution) -> tuple[int, int]:
     """The channels and outputs to which a group is filled up with zeros before torch's grouped convolution."""
     if like.device.type != "cpu":
         return conv.channels, conv.outputs
-    found = _grouped(like, conv)
+    found = _grouped(like.ndim, conv, costs())
     return min(found, key=found.__getitem__)
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Size, Tensor
@@ -123,7 +124,7 @@ class Conv:
     def __len__(self) -> int:
         return self.input.shape[0]
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         deep = self.input.ndim > len(self.shape)
         kernel = (1,) * deep + tuple(self.shape[2:])

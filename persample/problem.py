@@ -158,7 +158,8 @@ def _some(names: Iterable[str]) -> str:
 def check_model(model: Any) -> None:
     """Raise for what is no module, for one without values, and where there can be no graph; remember copies."""
     check_module(model)
-    made = [p for p in parameters_of(model) if not is_lazy(p)]
+    modules = modules_of(model)
+    made = [p for module in modules for p in module._parameters.values() if p is not None and not is_lazy(p)]
     if empty := [p for p in made if p.is_meta]:
         raise ArgumentError(
             f"parameter '{_name(model, empty[0])}' is on the device 'meta', where it has no values. Give it some first "
@@ -175,7 +176,7 @@ def check_model(model: Any) -> None:
             "arrive at them. Take per-sample gradients of the model before it is sharded (DistributedDataParallel "
             "works), or of a copy with the full state."
         )
-    if any(isinstance(module, torch.jit.ScriptModule) for module in modules_of(model)):
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
         _check_scripted(model)
     replicas.see(model)
 

@@ -40,29 +40,32 @@ class _Pool(threading.local):
 _pool = _Pool()
 
 
-@contextmanager
-def borrow(like: Tensor, *shape: int) -> Iterator[Tensor]:
+class borrow:
     """An uninitialised tensor of the given shape, with the dtype and device of ``like``, until the end of the block."""
-    size = prod(shape)
-    if like.device.type != "cpu":
-        yield like.new_empty(shape)
-        return
-    free = _pool.free.setdefault(like.dtype, [])
-    fitting = [b for b in free if b.numel() >= size]
-    if fitting:
-        buffer = min(fitting, key=Tensor.numel)
-        free[:] = [b for b in free if b is not buffer]
-    else:
-        if free:  # grow instead of keeping every size
-            del free[0]
-        with torch.inference_mode(False):  # or the next one could not write into it
-            buffer = torch.empty(size, dtype=like.dtype, device=like.device)
-    try:
-        yield buffer[:size].view(shape)
-    finally:
-        if buffer.numel() * buffer.element_size() <= KEPT:
-            free.append(buffer)
-            free.sort(key=Tensor.numel)
+
+    def __init__(self, like: Tensor, *shape: int) -> None:
+        self.like, self.shape = like, shape
+        self.buffer: Tensor | None = None
+
+    def __enter__(self) -> Tensor:
+        like, size = self.like, prod(self.shape)
+        if like.device.type != "cpu":
+            return like.new_empty(self.shape)
+        self.free = _pool.free.setdefault(like.dtype, [])  # from the smallest to the largest
+        at = next((i for i, b in enumerate(self.free) if b.numel() >= size), None)
+        if at is not None:
+            self.buffer = self.free.pop(at)
+        else:
+            if self.free:  # grow instead of keeping every size
+                del self.free[0]
+            with torch.inference_mode(False):  # or the next one could not write into it
+                self.buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self.buffer[:size].view(self.shape)
+
+    def __exit__(self, *_: object) -> None:
+        if self.buffer is not None and self.buffer.numel() * self.buffer.element_size() <= KEPT:
+            self.free.append(self.buffer)
+            self.free.sort(key=Tensor.numel)
 
 
 def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -37,7 +37,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     found = {model: None}
     queue = [model]
     for module in queue:
-        for child in module._modules.values():
+        for child in module._modules.values() if module._modules else ():
             if child is not None and child not in found:
                 found[child] = None
                 queue.append(child)

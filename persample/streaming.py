@@ -127,7 +127,7 @@ def _formed(g: Factors) -> Iterator[Dense]:
 
 
 def sizes_of(g: Conv) -> cost.Convolution:
-    return convolution.sizes(g.input, g.grad, g.geometry)
+    return convolution.sizes(g.input.shape, g.grad.shape, g.geometry)
 
 
 def joined(parts: list[Tensor], split: str, shape: Size) -> Tensor:

@@ -24,6 +24,9 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
 
 def _images(call: Call, x: Tensor) -> tuple[Tensor, int]:
     """``[N * k, C, *S]``, the ``k`` images of a sample in a row, and ``k``."""
+    at = call.layouts.get(id(x)) or call.layout
+    if at.plain and at.axis == 0:
+        return call.read(x), 1
     x = call.samples(x)
     return x.flatten(0, 1), x.shape[1]
 
@@ -42,9 +45,12 @@ def _kernel(call: Call, x: Tensor, g: Tensor, weight: Tensor, geometry: Placing)
 
 def channels(call: Call, g: Tensor) -> Dense:
     """A bias per channel: ``[N, k, C, *S]`` summed over everything else."""
-    if call.layout.axis == 1:
+    at = call.layout
+    if at.axis == 1:
         raise NotImplementedError  # samples among the channels, each with a part of the bias
-    g = call.samples(g).movedim(2 if call.layout.axis == 0 else 3, 1)  # behind an axis that stood before the samples
+    if at.plain and at.axis == 0 and g.ndim > 2:
+        return Dense(g.sum(tuple(range(2, g.ndim))))
+    g = call.samples(g).movedim(2 if at.axis == 0 else 3, 1)  # behind an axis that stood before the samples
     return Dense(g.flatten(2).sum(2))
 
 

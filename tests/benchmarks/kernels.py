@@ -73,7 +73,7 @@ def compared(g: Conv, quantity: str = "norms") -> tuple[float, dict[str, float]]
 
     unit = seconds(lambda: convolution.summed(g.input, g.grad, g.geometry))
     chosen, each = seconds(compute) / unit, {}
-    sizes = convolution.sizes(g.input, g.grad, g.geometry)
+    sizes = convolution.sizes(g.input.shape, g.grad.shape, g.geometry)
     pairs = sizes.batch * sizes.pixels**2 * (len(g) if quantity == "gram" else 1)
     for name, forced in KERNELS.items():
         if name != "pixels" or (pairs < 1e9 and sizes.pixels**2 <= cost.costs().block):  # or it takes forever

@@ -6,6 +6,7 @@ from .kfac import ekfac, kfac, kflr
 from .kfra import kfra
 from .kronecker import Kronecker
 from .matrices import empirical_fisher, fisher, ggn, hvp
+from .merging import merge
 from .operator import Operator
 from .per_sample import per_sample_hvp
 
@@ -20,5 +21,6 @@ __all__ = [
     "kfac",
     "kflr",
     "kfra",
+    "merge",
     "per_sample_hvp",
 ]

@@ -94,6 +94,7 @@ def kfac(
     Cost: one forward pass, one backward pass per column, and the products ``A`` and ``G``.  "exact" has as many
     columns as the output has entries ``F`` per sample, and forms the loss Hessian ``[N, F, F]``.
     """
+    one_of("approximation", approximation, ("expand", "reduce"))
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
     with recorded(objective, type, samples, generator, bias, verify, strict=params is not None) as run:
         return _factors(run, approximation, f"KFAC ({type}, {approximation}, {reduction})")
@@ -111,7 +112,7 @@ def ekfac(
     model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any = None, *,
     type: str = "mc", approximation: str = "expand", bias: str = "joined", samples: int = 1,
     generator: torch.Generator | None = None, params: Selection = None, batch_dim: Any = 0, reduction: str = "mean",
-    verify: bool | None = None,
+    verify: bool | None = None, basis: Kronecker | None = None,
 ) -> Kronecker:  # fmt: skip
     """`kfac` with corrected eigenvalues (George et al. 2018): the matrix's own diagonal in the basis ``U_G (x) U_A``.
 
@@ -120,14 +121,20 @@ def ekfac(
     (Frobenius norm).  Where a factor has equal eigenvalues (transposed convolutions whose stride is the size of their
     kernel; zeros, if there are fewer samples than inputs), the eigenvectors are those that keep its entries apart.
 
-    Arguments and errors as in `kfac`; costs a second backward pass per column, and the eigenvectors of all factors.
+    ``basis``: factors whose eigenvectors are taken, in place of those of this batch; see `merge`.  Other arguments and
+    errors as in `kfac`; costs a second backward pass per column (not with a ``basis``), and the eigenvectors of all
+    factors.
     """
+    one_of("approximation", approximation, ("expand", "reduce"))
     objective = Objective.of(pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim), reduction)
     with recorded(objective, type, samples, generator, bias, verify, strict=params is not None) as run:
-        plain = _factors(run, approximation, f"EKFAC ({type}, {approximation}, {reduction})")
+        title = f"EKFAC ({type}, {approximation}, {reduction})"
+        plain = _factors(run, approximation, title) if basis is None else _with_vectors(basis, run, title)
         moments = {name: torch.zeros_like(block.eigenvalues) for name, block in plain.blocks.items()}
 
         def receive(layer: Layer, inputs: Tensor, grads: Tensor) -> None:
+            if layer.weight not in plain.blocks or plain.blocks[layer.weight].layer != layer:
+                raise KroneckerError(f"basis= has no block for '{layer.weight}' as it is here, with bias={bias!r}.")
             g, a = plain.blocks[layer.weight].bases
             rows = outer(grads.to(g.dtype) @ g, inputs.to(a.dtype) @ a, moments[layer.weight].shape)
             moments[layer.weight].add_(square_sum(rows), alpha=objective.scale)
@@ -304,8 +311,8 @@ def root(matrices: Tensor, scale: Callable[[], Tensor] | None = None) -> Tensor:
 
 def _factors(run: Run, approximation: str, title: str) -> Kronecker:
     """The factors ``A`` and ``G`` of every block."""
-    one_of("approximation", approximation, ("expand", "reduce"))
     layers: dict[str, Layer] = {}
+    tokens: dict[str, int] = {}
     inputs_sums: dict[str, Tensor] = {}
     gradient_sums: dict[str, Tensor] = {}
 
@@ -315,7 +322,8 @@ def _factors(run: Run, approximation: str, title: str) -> Kronecker:
         name = layer.weight
         if name not in layers:  # the inputs are the same for every column
             layers[name] = layer
-            inputs_sums[name] = _gram(inputs) / (inputs.shape[0] * inputs.shape[2])
+            tokens[name] = inputs.shape[0] * inputs.shape[2]
+            inputs_sums[name] = _gram(inputs) / tokens[name]
             gradient_sums[name] = torch.zeros_like(_gram(grads))
         gradient_sums[name].add_(_gram(grads), alpha=run.objective.scale)
 
@@ -324,10 +332,19 @@ def _factors(run: Run, approximation: str, title: str) -> Kronecker:
         reasons = "; ".join(f"'{name}': {why}" for name, why in list(run.uncovered.items())[:4])
         raise KroneckerError(f"none of the chosen parameters belongs to a linear layer or a convolution ({reasons})")
     names = [name for name in run.objective.parameters if name in layers]
-    blocks = {name: Block(layers[name], inputs_sums[name], gradient_sums[name]) for name in names}
+    blocks = {name: Block(layers[name], inputs_sums[name], gradient_sums[name], tokens=tokens[name]) for name in names}
     covered = {name: shape for block in blocks.values() for name, shape in block.layer.shapes.items()}
     shapes = {name: covered[name] for name in run.objective.parameters if name in covered}
-    return Kronecker(title, blocks, shapes, run.uncovered)
+    return Kronecker(title, blocks, shapes, run.uncovered, run.objective.problem.batch.n, run.objective.reduction)
+
+
+def _with_vectors(basis: Kronecker, run: Run, title: str) -> Kronecker:
+    """The blocks of ``basis``, as those of this batch."""
+    problem = run.objective.problem
+    if lost := [name for name in basis.shapes if name not in problem.parameters or name in run.uncovered]:
+        reason = run.uncovered.get(lost[0], "it isn't among its parameters")
+        raise KroneckerError(f"basis= is about parameter '{lost[0]}', and this batch is not: {reason}.")
+    return Kronecker(title, basis.blocks, basis.shapes, run.uncovered, problem.batch.n, run.objective.reduction)
 
 
 def _gram(tokens: Tensor) -> Tensor:

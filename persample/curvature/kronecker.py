@@ -37,6 +37,7 @@ class Block:
     inputs: Tensor  # A [K, I, I]
     gradients: Tensor  # G [K, O, O]
     moments: Tensor | None = field(default=None, repr=False)  # [K, O, I], replaces the products of eigenvalues
+    tokens: int = 1  # how many ``A`` is the mean of
 
     @cached_property
     def _spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,6 +138,8 @@ class Kronecker:
     blocks: dict[str, Block]
     shapes: dict[str, Size]
     uncovered: dict[str, str]
+    samples: int  # of the batch (or batches) that it is about
+    reduction: str
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class Objective:
     """``scale * sum_n l_n`` of a batch, at the model's current parameters."""
 
     problem: Problem
-    scale: float
+    reduction: str
     start: Start
     silent: list[bool] = field(default_factory=lambda: [True])  # whether it was said what the losses aren't; once
 
@@ -69,8 +69,12 @@ class Objective:
         """``reduction="mean"``: scale ``1/N``; ``"sum"``: 1."""
         if reduction not in ("mean", "sum"):
             raise ArgumentError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        scale = 1 / problem.batch.n if reduction == "mean" else 1.0
-        return Objective(problem, scale, Start.now(problem.model), silent=[False])
+        return Objective(problem, reduction, Start.now(problem.model), silent=[False])
+
+    @property
+    def scale(self) -> float:
+        """``c``, ``1/N`` or 1."""
+        return 1 / self.problem.batch.n if self.reduction == "mean" else 1.0
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -38,6 +38,8 @@ class Operator:
     device: torch.device
     apply: Callable[[Tensor], Tensor] = field(repr=False)  # [D, k] -> [D, k]
     uncovered: tuple[str, ...] = ()  # parameters of the model that it is not about
+    samples: int = 1  # of the batch (or batches) whose mean or sum it is
+    reduction: str = "mean"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -132,7 +132,7 @@ def _by_loop(problem: Problem, direction: Tensor) -> Tensor:
     rows = []
     for n in range(problem.batch.n):
         alone = replace(problem, batch=problem.batch.select(torch.tensor([n], device="cpu")))
-        objective = Objective(alone, 1.0, Start.now(problem.model))
+        objective = Objective(alone, "sum", Start.now(problem.model))
         with numbered_as([n]):
             rows.append(hessian(objective)(direction[:, None]).squeeze(1))
     return torch.stack(rows)

@@ -48,10 +48,12 @@ Middle = Callable[[Tensors], Tensors]
 
 def operator(title: str, objective: Objective, apply: Callable[[Tensor], Tensor]) -> Operator:
     """An `Operator` over the objective's parameters."""
+    samples = objective.problem.batch.n
     parameters = objective.parameters
     kind = reduce(torch.promote_types, (p.dtype for p in parameters.values()))
     shapes, device = {name: p.shape for name, p in parameters.items()}, next(iter(parameters.values())).device
-    return Operator(title, shapes, kind, device, Products(title, apply))
+    products = Products(title, apply)
+    return Operator(title, shapes, kind, device, products, samples=samples, reduction=objective.reduction)
 
 
 @dataclass(frozen=True, eq=False)

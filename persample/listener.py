@@ -242,7 +242,10 @@ def alive(calls: Iterable[weakref.ref[Call]]) -> list[weakref.ref[Call]]:
 
 def _gets_gradient(p: Tensor) -> bool:
     """Whether the backward that runs comes to this parameter."""
-    return p.requires_grad and torch._C._will_engine_execute_node(get_gradient_edge(p).node)
+    try:
+        return p.requires_grad and torch._C._will_engine_execute_node(get_gradient_edge(p).node)
+    except RuntimeError:  # so PyTorch says it of a leaf that autograd.grad was asked for
+        return True
 
 
 def _second(call: Call, grads: Any) -> None:

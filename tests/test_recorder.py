@@ -709,6 +709,21 @@ def test_a_listener_in_a_with_block_knows_the_calls_of_the_loss_too() -> None:
         assert close(got[2].flat()[n], torch.cat([g.flatten() for g in expected[n]]))
 
 
+def test_gradients_towards_parameters_that_the_forward_does_not_use() -> None:
+    """They are unused, or act in the loss alone: as in a backward into ``.grad``."""
+    torch.manual_seed(0)
+    model, (x, y), got = Gated().double(), batch(), list[persample.Gradients]()
+    parameters = list(model.parameters())
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    expected = torch.autograd.grad(losses_of(model, x, y).mean(), parameters, allow_unused=True)
+    assert got[0].unused == ("log_std",)
+    for (name, _), g in zip(model.named_parameters(), expected, strict=True):
+        assert close(got[0].mean()[name], 0 if g is None else g)
+    with pytest.raises(persample.CaptureError, match=r"'log_std' gets a gradient.*with-block"):
+        torch.autograd.grad(F.cross_entropy(model(x) / model.log_std.exp(), y), parameters)
+    handle.remove()
+
+
 PICKLED = """
 import sys, torch
 from torch.utils.hooks import RemovableHandle

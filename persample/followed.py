@@ -257,7 +257,7 @@ class Followed:
             layout = self._probed(op, t)
         if op.func in rules.FRESH or (op.func in rules.SHAPED and (layout is None or layout.alone is not None)):
             return  # a constant
-        total = level or (extent(op) if layout is None else 0)
+        total = level or (extent(op, t) if layout is None else 0)
         if total == 2 and not (level or t.is_floating_point()):
             total = 3  # the place of the largest number, which nobody subtracts before an exponential
         self.mark(t, self._found(op, t, layout, total))

@@ -20,6 +20,9 @@ SUMS: dict[Function, int] = {
     **dict.fromkeys(named("norm", "quantile", "nanquantile", "kthvalue"), 2),
     **dict.fromkeys((torch.linalg.vector_norm, torch.linalg.norm), 2),
 }
+# Which sum, too, unless they are told not to.
+LOSSES = {getattr(F, name) for name in dir(F) if name.endswith("_loss")}
+LOSSES |= {F.cross_entropy, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.kl_div}
 # Largest and smallest numbers.
 EXTREMES = dict.fromkeys(named("amax", "amin", "aminmax", "max", "min", "argmax", "argmin"), 1)
 # Whether there are some, and how many.
@@ -198,14 +201,16 @@ def _alike(x: Tensor, y: Tensor, a: Layout, b: Layout, behind: int) -> bool:
     return fits or a.axis < behind
 
 
-def sums_up(op: Operation) -> bool:
-    """Whether what a call gives is surely made of all samples together: their axis is reduced, or summed over in a
-    product of two tensors that both have it.  A largest number is none of these: it is mostly there to be subtracted
-    before an exponential, which changes nothing.
+def sums_up(op: Operation, scalar: bool = False) -> bool:
+    """Whether what a call gives (a ``scalar``?) is surely made of all samples together: their axis is reduced, or
+    summed over in a product of two tensors that both have it.  A largest number is none of these: it is mostly there to
+    be subtracted before an exponential, which changes nothing.
     """
     known = [(x, at) for x, at in op.known if at.alone is None and at.n > 1]
     if not known or len(known) < len(op.sampled) or of_one(known) is not None:
         return False
+    if op.func in LOSSES:
+        return scalar
     if op.func is torch.einsum:
         letters = sample_letters(op)
         return letters is not None and not {*letters} & {*op.args[0].split("->")[1]}
@@ -234,7 +239,7 @@ def _summed(op: Operation, second: Tensor) -> int:
     return second.ndim - 1 if op.func is F.linear else max(0, second.ndim - 2)
 
 
-def extent(op: Operation) -> int:
+def extent(op: Operation, out: Tensor) -> int:
     """Whether a call gives what is made of all samples together: 3, their sum; 2, the largest or smallest of them; 1,
     what is counted or tested (any number of integers, or a flag).
     """
@@ -244,7 +249,7 @@ def extent(op: Operation) -> int:
         if at is None or only(at) is not None or at.n == 1 or not op.args or x is not op.args[0]:
             return 0
         return (1 if counts else 2) * _reduced(op, 1, at.axis, x.ndim)
-    return (1 if counts else 3) * sums_up(op)
+    return (1 if counts else 3) * sums_up(op, not out.ndim)
 
 
 def ranks(op: Operation) -> bool:

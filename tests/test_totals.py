@@ -129,6 +129,9 @@ COUPLED: dict[str, Callable[[Tensor], Tensor]] = {
     "instance_norm": lambda h: F.instance_norm(h.mT.unsqueeze(0)).squeeze(0).mT,
     "handed_through": lambda h: h - h.mean(0).contiguous().to(h.dtype),
     "changed_in_place": lambda h: h / h.square().mean(0, keepdim=True).add_(1e-3).sqrt_(),
+    "criterion": lambda h: h * F.mse_loss(h, -h),
+    "criterion of shared targets": lambda h: h + F.cross_entropy(h, Y, reduction="sum"),
+    "criterion by name": lambda h: h / F.huber_loss(target=torch.zeros_like(h), input=h),
     "largest_by_feature": lambda h: h * (1 / (1e-3 + h.abs().max(0).values)),
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -167,6 +170,7 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
         + F.embedding_bag(torch.arange(N), h, torch.arange(N + 1), include_last_offset=True)
     ),
     "diagonal matrices": lambda h: h[:, 0].diag() @ h + ((h @ h.mT) * torch.eye(N)) @ h + (h.mT @ h[:, 1].diag()).mT,
+    "criteria": lambda h: h * F.l1_loss(h, -h, reduction="none") * torch.stack([F.mse_loss(a, -a) for a in h])[:, None],
     "diagonal of products": lambda h: h * (h @ h.mT).diagonal()[:, None],
     "attention of each to itself": lambda h: F.scaled_dot_product_attention(h, h, h, attn_mask=torch.eye(N).log()),
     "compared": lambda h: h * (h > h.mean(0) * float("inf")),

@@ -84,6 +84,9 @@ class Capture(TorchFunctionMode):
         if not self.active:
             self.followed.forget()
             self.ordinal = 0
+        for mode in _get_current_function_mode_stack():
+            if isinstance(mode, Capture):
+                mode.over()
         self.followed.begin(n, self.roots, inputs)
         self.active = True
 
@@ -95,6 +98,12 @@ class Capture(TorchFunctionMode):
     def stop(self) -> None:
         self.active = False
         self.followed.forget()
+
+    def over(self) -> bool:
+        """Whether there is nothing to record any more: also where a forward was interrupted, which nobody says."""
+        if self.active and self.owner is not None and self.owner.interrupted():
+            self.stop()  # and stay, as a call that runs puts this mode back where it was
+        return not self.active
 
     def leave(self) -> None:
         """Take this mode off, wherever it is: with-blocks of several tasks (asyncio) end in any order, and what is
@@ -125,6 +134,8 @@ class Capture(TorchFunctionMode):
         if not self.active or func in rules.ASKS:
             return func(*args, **kwargs)
         self.ordinal += 1
+        if not self.ordinal % OFTEN and self.over():
+            return func(*args, **kwargs)
         self.called.add(func)
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:  # all that is known of functions is known by this spelling
@@ -285,6 +296,8 @@ class Capture(TorchFunctionMode):
 
     def _differentiate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A backward pass of the model's own."""
+        if self.over():
+            return func(*args, **kwargs)
         position = 4 if func is torch.autograd.grad else 3
         own = is_wrapped(arguments(args, kwargs))  # a torch.func transform of the user's
         if not own and kwargs.get("create_graph", len(args) > position and args[position]):
@@ -300,6 +313,7 @@ class Capture(TorchFunctionMode):
             self.differentiates = False
 
 
+OFTEN = 256  # calls between which a forward that was interrupted may go unnoticed
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 

@@ -284,16 +284,25 @@ class Recorder:
         caller = sys._getframe()
         while caller.f_back is not None and caller.f_code is not nn.Module._call_impl.__code__:
             caller = caller.f_back
-        if not self._depth or self._thread != threading.get_ident():
-            self._frame = caller
+        if self._depth and self._thread != threading.get_ident():
             return
-        while caller is not None and caller is not self._frame:
-            caller = caller.f_back  # type: ignore[assignment]
-        if caller is None:
+        if self._depth and not self._runs():
             self._depth = 0
             if not self._entered:
                 self._leave_forward()
-            self._recover()
+        if not self._depth:
+            self._frame = caller
+
+    def _runs(self) -> bool:
+        """Whether this is inside of the forward that is recorded."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
+
+    def interrupted(self) -> bool:
+        """Whether the forward that is recorded ended without a word."""
+        return not self._entered and not self._runs()
 
     def _leave_forward(self) -> None:
         if (capture := self._capture) is None:

@@ -564,6 +564,38 @@ def test_a_forward_that_is_interrupted_from_outside_can_be_cleaned_up() -> None:
     assert not torch.overrides._get_current_function_mode_stack() and no_hooks(model)
 
 
+@pytest.mark.parametrize("first", ["create_graph", "backward", "another model", "many calls"])
+def test_a_forward_that_is_interrupted_from_outside_is_in_nobodys_way(first: str) -> None:
+    """Nobody says that it was: it is noticed before what it listens to would be taken for its own."""
+    model, other, (x, y), got = net(), net(), batch(), list[Any]()
+    coupled = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double()
+    expected = persample.gradients(coupled, nn.CrossEntropyLoss(), x, y, coupled="loss").flat()
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    before = losses_of(model, x, y).mean()
+    hook = model[1].register_forward_hook(lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        model(x)
+    hook.remove()
+    (left,) = torch.overrides._get_current_function_mode_stack()
+    assert left.active
+    if first == "create_graph":
+        z = x.clone().requires_grad_()
+        torch.autograd.grad(other(z).sum(), z, create_graph=True)
+    elif first == "another model":
+        assert close(persample.gradients(coupled, nn.CrossEntropyLoss(), x, y, coupled="loss").flat(), expected)
+    elif first == "many calls":
+        for _ in range(300):
+            x.sum()
+    else:
+        before.backward()
+        assert len(got) == 1
+    assert not left.active
+    losses_of(model, x, y).mean().backward()
+    assert not torch.overrides._get_current_function_mode_stack()
+    handle.remove()
+    assert close(got[-1].flat(), persample.gradients(model, nn.CrossEntropyLoss(), x, y).flat())
+
+
 def test_a_handle_that_listens_takes_no_losses() -> None:
     model, (x, y) = net(), batch()
     handle = persample.extend(model, on_backward=print, reduction="mean")

@@ -239,6 +239,15 @@ def test_per_sample_hvp(name: str, engine: str) -> None:
     close(per_sample_hvp(model, loss_fn, x, y, {k: named[k].view_as(p) for k, p in model.named_parameters()}), rows)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.bfloat16])
+def test_per_sample_hvp_has_the_type_of_the_parameters_whatever_that_of_the_direction(kind: torch.dtype) -> None:
+    model, loss_fn, x, y = case("cross entropy")
+    v = (torch.arange(sum(p.numel() for p in model.parameters())) % 3).to(kind)
+    rows = per_sample_hvp(model, loss_fn, x, y, v, engine="loop")
+    close(rows, per_sample_hvp(model, loss_fn, x, y, v.double(), engine="vmap"))
+    close(rows.mean(0), hvp(model, loss_fn, x, y) @ v)
+
+
 class TwoNames(nn.Module):
     """One module under two names, with a buffer."""
 

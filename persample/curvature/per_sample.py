@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -80,11 +81,12 @@ def _direction(problem: Problem, v: Tensor | Mapping[str, Tensor] | None) -> Ten
     shapes = {name: p.shape for name, p in problem.parameters.items()}
     size = sum(shape.numel() for shape in shapes.values())
     if isinstance(v, Mapping):
-        return flatten(v, shapes)
+        v = flatten(v, shapes)
     if not isinstance(v, Tensor) or v.shape != (size,):
         got = tuple(v.shape) if isinstance(v, Tensor) else repr(v)
         raise DirectionError(f"v must be a direction [{size}] or one tensor per parameter, got {got}")
-    return v.detach()
+    kind = reduce(torch.promote_types, (p.dtype for p in problem.parameters.values()))
+    return v.detach().to(kind)  # products have its type: integers would cut them off
 
 
 def _check_repeatable(problem: Problem) -> None:

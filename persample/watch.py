@@ -63,7 +63,7 @@ class Watch(TorchFunctionMode):
             where = next((f" (with '{name}')" for name in names if name), "")
             raise BatchCoupledError(
                 f"{function_name(func)}{where} {reason}, so a sample alone is another function than a sample of this "
-                f"batch. Use engine='hooks'. {NOTIONS}"
+                f"batch. Of persample.gradients, use engine='hooks'. {NOTIONS}"
             )
         if self.hidden:
             for t in arguments(args, kwargs):
@@ -71,7 +71,8 @@ class Watch(TorchFunctionMode):
                     raise CaptureError(
                         f"parameter '{name}' is used through a reference of its own, or through a value that was "
                         "computed from it beforehand, not through the model's attribute, so torch.func does "
-                        "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='hooks'."
+                        "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='loop' (of "
+                        "persample.gradients also 'hooks')."
                     )
         out = func(*args, **kwargs)
         if func in NORMALISE:

@@ -248,6 +248,16 @@ def test_per_sample_hvp_has_the_type_of_the_parameters_whatever_that_of_the_dire
     close(rows.mean(0), hvp(model, loss_fn, x, y) @ v)
 
 
+def test_per_sample_hvp_of_a_loss_that_holds_a_parameter() -> None:
+    model, _, x, y = case("cross entropy")
+    held = next(model.parameters())
+    args = model, lambda out, y: nn.functional.cross_entropy(out, y) + held.pow(4).sum(), x, y
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    close(per_sample_hvp(*args, v).mean(0), hvp(*args) @ v)
+    with pytest.raises(CaptureError, match="engine='loop'"):
+        per_sample_hvp(*args, v, engine="vmap")
+
+
 class TwoNames(nn.Module):
     """One module under two names, with a buffer."""
 

@@ -69,11 +69,12 @@ def per_sample_hvp(
             return _by_loop(problem, direction)
         try:
             return _by_vmap(problem, direction)
-        except PersampleError:
-            raise
         except RuntimeError as error:
-            if engine == "auto":
+            ours = isinstance(error, PersampleError)
+            if engine == "auto" and (not ours or isinstance(error, CaptureError)):
                 return _by_loop(problem, direction)
+            if ours:
+                raise
             raise CaptureError(f"torch.func can't follow this model: {error}\nUse engine='loop'.") from error
 
 

@@ -248,6 +248,22 @@ def test_per_sample_hvp_has_the_type_of_the_parameters_whatever_that_of_the_dire
     close(rows.mean(0), hvp(model, loss_fn, x, y) @ v)
 
 
+def test_losses_may_change_outputs_in_place() -> None:
+    model, _, x, y = case("cross entropy")
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(
+            out.masked_fill_(out.new_tensor([0, 0, 1]).bool(), -1e9), y, reduction="none"
+        )
+
+    def same(out: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out.masked_fill(out.new_tensor([0, 0, 1]).bool(), -1e9), y)
+
+    y = y.clamp(max=1)
+    for matrix in (hvp, ggn, empirical_fisher, kflr):
+        close(matrix(model, loss_fn, x, y).dense(), matrix(model, same, x, y).dense())
+
+
 def test_per_sample_hvp_of_a_loss_that_holds_a_parameter() -> None:
     model, _, x, y = case("cross entropy")
     held = next(model.parameters())

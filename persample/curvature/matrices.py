@@ -179,7 +179,7 @@ def hessian_at(objective: Objective, outputs: Any) -> Callable[[Tensor], Callabl
 
     def at(f: Tensor) -> Callable[[Tensor], Tensor]:
         leaf = wide(f.detach()).requires_grad_()
-        moved = leaf.movedim(0, axis)
+        moved = leaf.movedim(0, axis).clone()  # which loss_fn may change in place
         replaced = Tree([moved if x is end else x for x in tree.leaves], tree.spec, tree.axes).whole()
         try:
             losses = objective.losses(replaced)

@@ -109,7 +109,8 @@ class Objective:
         tree = self.problem.batch.outputs(outputs)
         ends = list({id(x): x for x in tree.leaves if isinstance(x, Tensor) and x.requires_grad}.values())
         cut = {id(x): x.detach().requires_grad_() for x in ends}
-        losses = self.losses(Tree([cut.get(id(x), x) for x in tree.leaves], tree.spec, tree.axes).whole())
+        given = {key: leaf.clone() for key, leaf in cut.items()}  # which loss_fn may change in place
+        losses = self.losses(Tree([given.get(id(x), x) for x in tree.leaves], tree.spec, tree.axes).whole())
         if losses.requires_grad:
             self._refuse_penalties(losses)
         return ends, list(cut.values()), losses

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from .batch import Batch, Tree, taken_apart
+from .batch import Batch, Tree, flatten, taken_apart
 from .errors import LossError, warn
 from .layout import spreads
 from .state import restored
@@ -168,6 +168,24 @@ def hinted(outputs: Any, targets: Any) -> Iterator[None]:
 def _note(error: Exception, text: str) -> None:
     if hasattr(error, "add_note"):  # from Python 3.11 on
         error.add_note(text)
+
+
+def valued(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
+    """What a criterion says of a batch; an error if it is a scalar, for which samples alone are next, and outputs are
+    no longer what they were.
+    """
+    with torch._C.DisableTorchFunction():  # every attribute of a tensor is a call to a mode
+        before = [(x, x._version) for x in flatten(outputs)[0] if isinstance(x, Tensor)]
+    with hinted(outputs, targets):
+        whole = loss_fn(outputs, targets)
+    with torch._C.DisableTorchFunction():
+        if any(x._version != version for x, version in before) and isinstance(whole, Tensor) and not whole.ndim:
+            raise LossError(
+                "loss_fn changes outputs in place and returns a scalar, so that it is called once more, for every "
+                "sample alone, with what it has left of them. Use operations that are not in place (masked_fill "
+                "instead of masked_fill_, out = out / 2 instead of out /= 2), or return [N] losses."
+            )
+    return whole
 
 
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
@@ -360,8 +378,7 @@ def per_sample(loss_fn: LossFunction, outputs: Any, targets: Any = None, batch_d
 def batch_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int, told: bool = False) -> Tensor:
     """``[N]``: the losses of a batch, whatever the criterion returns; ``told``: see `warn_if_not_mean`."""
     own, given = outputs.whole(), targets.whole()
-    with hinted(own, given):
-        whole = loss_fn(own, given)
+    whole = valued(loss_fn, own, given)
     each = is_per_sample(whole, n)
     check_not_broadcast(loss_fn, whole, outputs, targets, n)
     if each:

@@ -248,6 +248,20 @@ def test_losses_of_the_wrong_shape(loss_fn: Any, match: str) -> None:
             persample.gradients(linear(), loss_fn, scores(C), labels(), engine=engine)
 
 
+def test_a_scalar_criterion_that_changes_outputs_in_place_is_refused() -> None:
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(out.mul_(2), y)
+
+    model, x = nn.Linear(3, C).double(), scores(3)
+    for run in (persample.gradients, curvature.empirical_fisher, curvature.hvp, curvature.kflr):
+        with pytest.raises(persample.LossError, match="in place"):
+            run(model, loss_fn, x, labels()).dense()
+    rows = persample.gradients(model, lambda out, y: F.cross_entropy(out.mul_(2), y, reduction="none"), x, labels())
+    torch.testing.assert_close(
+        rows.flat(), persample.gradients(model, lambda out, y: F.cross_entropy(out * 2, y), x, labels()).flat()
+    )
+
+
 def test_losses_of_another_batch() -> None:
     with pytest.raises(persample.LossError, match=r"\(2,\) for N = 4"):
         persample.gradients(linear(), lambda out, y: out[:2].sum(1), scores(C), labels())

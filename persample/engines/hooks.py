@@ -25,13 +25,13 @@ from ..errors import PersampleError, SampleAxisError
 from ..losses import (
     check_not_broadcast,
     check_outputs,
-    hinted,
     ignored,
     is_per_sample,
     lone_losses,
     reduced,
     unreduced,
     unrelated,
+    valued,
     warn_if_not_mean,
 )
 from ..problem import Emit, Pass, Problem, check_no_hooks
@@ -102,8 +102,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
                         ordered = whole = unreduced(problem.loss_fn, outputs, targets, batch.n)
             if whole is None:  # containers of its own, which it may take things out of
                 own = outputs if isinstance(outputs, Tensor) else unflatten(*flatten(outputs))
-                with hinted(own, targets):
-                    whole = problem.loss_fn(own, targets)
+                whole = valued(problem.loss_fn, own, targets)
         # outside of the mode, to which every attribute of a tensor is a call
         if each := is_per_sample(whole, batch.n):
             followed.check_order(whole if ordered is None else outputs)

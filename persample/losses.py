@@ -171,18 +171,19 @@ def _note(error: Exception, text: str) -> None:
 
 
 def valued(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
-    """What a criterion says of a batch; an error if it is a scalar, for which samples alone are next, and outputs are
-    no longer what they were.
+    """What a criterion says of a batch; an error if it is a scalar, for which samples alone are next, and outputs or
+    targets are no longer what they were.
     """
     with torch._C.DisableTorchFunction():  # every attribute of a tensor is a call to a mode
-        before = [(x, x._version) for x in flatten(outputs)[0] if isinstance(x, Tensor)]
+        given = *flatten(outputs)[0], *flatten(targets)[0]
+        before = [(x, x._version) for x in given if isinstance(x, Tensor)]
     with hinted(outputs, targets):
         whole = loss_fn(outputs, targets)
     with torch._C.DisableTorchFunction():
         if any(x._version != version for x, version in before) and isinstance(whole, Tensor) and not whole.ndim:
             raise LossError(
-                "loss_fn changes outputs in place and returns a scalar, so that it is called once more, for every "
-                "sample alone, with what it has left of them. Use operations that are not in place (masked_fill "
+                "loss_fn changes outputs or targets in place and returns a scalar, so that it is called once more, for "
+                "every sample alone, with what it has left of them. Use operations that are not in place (masked_fill "
                 "instead of masked_fill_, out = out / 2 instead of out /= 2), or return [N] losses."
             )
     return whole

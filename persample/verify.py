@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import cost, reductions
-from .batch import call_model
+from .batch import Tree, call_model
 from .calls import APART
 from .dropout import NoDropout, RecomputedDropout
 from .engines import ENGINES
@@ -147,9 +147,11 @@ def chosen(count: int, call: int = 0) -> int:
 
 def with_own_inputs(problem: Problem) -> Problem:
     """The same, with inputs of its own: a forward may change those that it is given in place."""
-    batch = problem.batch
-    inputs = replace(batch.inputs, leaves=[x.clone() if isinstance(x, Tensor) else x for x in batch.inputs.leaves])
-    return replace(problem, batch=replace(batch, inputs=inputs))
+    return replace(problem, batch=replace(problem.batch, inputs=_own(problem.batch.inputs)))
+
+
+def _own(tree: Tree) -> Tree:
+    return replace(tree, leaves=[x.clone() if isinstance(x, Tensor) else x for x in tree.leaves])
 
 
 def row_of(g: Factors, n: int) -> Tensor:
@@ -287,7 +289,7 @@ def _batch_losses(problem: Problem, told: bool = False) -> Tensor:
     tree = batch.outputs(call_model(problem.model, batch.inputs.map(lambda x, _: x.clone())))
     several = [i for i, axis in enumerate(tree.axes) if axis is not None]
     tree = told_apart(problem, tree, several) if len(several) > 1 else tree
-    return batch_losses(problem.loss_fn, tree, batch.targets, batch.n, told)
+    return batch_losses(problem.loss_fn, tree, _own(batch.targets), batch.n, told)
 
 
 def _within_batch(problem: Problem, n: int, seed: float = 1.0) -> tuple[Tensor, Grads]:

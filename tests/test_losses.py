@@ -262,6 +262,18 @@ def test_a_scalar_criterion_that_changes_outputs_in_place_is_refused() -> None:
     )
 
 
+def test_targets_that_a_criterion_changes_in_place() -> None:
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        return (out - y.mul_(2)).square().mean(1)
+
+    model, x, y = nn.Linear(3, C).double(), scores(3), scores(C)
+    rows = persample.gradients(model, loss_fn, x, y.clone(), engine="loop", verify=True)
+    torch.testing.assert_close(rows.flat(), persample.gradients(model, nn.MSELoss(), x, 2 * y).flat())
+    for verify in (True, False):
+        with pytest.raises(persample.LossError, match="targets in place"):
+            persample.gradients(model, lambda out, y: F.mse_loss(out, y.mul_(2)), x, y.clone(), verify=verify)
+
+
 def test_losses_of_another_batch() -> None:
     with pytest.raises(persample.LossError, match=r"\(2,\) for N = 4"):
         persample.gradients(linear(), lambda out, y: out[:2].sum(1), scores(C), labels())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from .batch import Batch, Tree, flatten, taken_apart
+from .batch import Batch, Tree, flatten, taken_apart, unflatten
 from .errors import LossError, warn
 from .layout import spreads
 from .state import restored
@@ -171,22 +171,34 @@ def _note(error: Exception, text: str) -> None:
 
 
 def valued(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
-    """What a criterion says of a batch; an error if it is a scalar, for which samples alone are next, and outputs or
-    targets are no longer what they were.
+    """What a criterion says of a batch; an error if it is a scalar, for which samples alone are next, and outputs are
+    no longer what they were, or targets, which would be changed again.
     """
     with torch._C.DisableTorchFunction():  # every attribute of a tensor is a call to a mode
-        given = *flatten(outputs)[0], *flatten(targets)[0]
-        before = [(x, x._version) for x in given if isinstance(x, Tensor)]
+        given = [[x for x in flatten(tree)[0] if isinstance(x, Tensor)] for tree in (outputs, targets)]
+        before = [[x._version for x in own] for own in given]
     with hinted(outputs, targets):
         whole = loss_fn(outputs, targets)
     with torch._C.DisableTorchFunction():
-        if any(x._version != version for x, version in before) and isinstance(whole, Tensor) and not whole.ndim:
+        changed = [[x._version for x in own] != versions for own, versions in zip(given, before, strict=True)]
+        again = any(changed) and isinstance(whole, Tensor) and not whole.ndim
+        if again and (changed[0] or not _settled(loss_fn, outputs, targets, whole)):
             raise LossError(
                 "loss_fn changes outputs or targets in place and returns a scalar, so that it is called once more, for "
                 "every sample alone, with what it has left of them. Use operations that are not in place (masked_fill "
                 "instead of masked_fill_, out = out / 2 instead of out /= 2), or return [N] losses."
             )
     return whole
+
+
+def _settled(loss_fn: LossFunction, outputs: Any, targets: Any, whole: Tensor) -> bool:
+    """Whether a criterion that has changed targets (``y[y == 255] = -100``) now leaves them, and says the same."""
+    leaves, spec = flatten(targets)
+    own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+    with torch.no_grad():
+        again = loss_fn(outputs, unflatten(own, spec))
+    pairs = zip(own, leaves, strict=True)
+    return torch.equal(again, whole) and all(torch.equal(x, y) for x, y in pairs if isinstance(y, Tensor))
 
 
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
@@ -210,7 +222,8 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
         raise
     except Exception:  # data-dependent criterions: one by one, which raises the user's own error if there is one
         try:
-            return torch.stack([_scalar(loss_fn(outputs.sample(i), targets.sample(i))) for i in range(n)])
+            own = [targets.select(torch.tensor([i], device="cpu")).whole() for i in range(n)]  # which it may write into
+            return torch.stack([_scalar(loss_fn(outputs.sample(i), y)) for i, y in enumerate(own)])
         except Exception as error:
             _note(
                 error,

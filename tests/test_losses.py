@@ -262,6 +262,23 @@ def test_a_scalar_criterion_that_changes_outputs_in_place_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("engine", ["hooks", "loop"])
+def test_a_scalar_criterion_may_change_targets_that_it_leaves_then(engine: str, verify: bool) -> None:
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        y[y == 255] = -100
+        return F.cross_entropy(out, y)
+
+    def same(out: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(out, y, ignore_index=255)
+
+    torch.manual_seed(0)
+    model, x, y = nn.Conv1d(3, C, 1).double(), scores(3, 5), labels(5)
+    y[:, 1::2] = 255
+    rows = persample.gradients(model, loss_fn, x, y.clone(), engine=engine, verify=verify)
+    torch.testing.assert_close(rows.flat(), persample.gradients(model, same, x, y, engine="loop").flat())
+
+
 def test_targets_that_a_criterion_changes_in_place() -> None:
     def loss_fn(out: Tensor, y: Tensor) -> Tensor:
         return (out - y.mul_(2)).square().mean(1)

@@ -29,7 +29,7 @@ from .rounding import computing_in, slack, tolerance
 from .state import Buffers, random_state, restored, set_random_state, taking_turns
 from .telling import telling
 from .trace import find_coupling
-from .verify import DRAWN, WITHIN, LossDiffers, Probe, check_alone, inner_types, moved_by_others, roundings
+from .verify import DRAWN, WITHIN, LossDiffers, Probe, check_alone, double, inner_types, moved_by_others, roundings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -223,11 +223,10 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
         return _coupled(problem, engine, chosen, moved)
     ordinary, of_criterion = _summed(problem)
     note = "; ".join(filter(None, [note, of_criterion]))
-    total = torch.stack([g.double().norm() for g in ordinary.values()]).norm()
-    offs = {name: (sums[name].double() - g.double()).norm() for name, g in ordinary.items()}
-    lost = {
-        n for n, g in ordinary.items() if offs[n] > tolerance(g.dtype) * (g.double().norm() + slack(g.dtype) * total)
-    }
+    sizes = {name: double(g).norm() for name, g in ordinary.items()}
+    total = torch.stack(list(sizes.values())).norm()
+    offs = {name: (double(sums[name]) - double(g)).norm() for name, g in ordinary.items()}
+    lost = {n for n, g in ordinary.items() if offs[n] > tolerance(g.dtype) * (sizes[n] + slack(g.dtype) * total)}
 
     def again(seed: float) -> Mapping[str, Tensor]:
         buffers.restore()
@@ -239,7 +238,7 @@ def _checked(problem: Problem, engine: str, chosen: list[int], couplers: tuple[i
         lost = {name for name in lost if not float(offs[name]) <= noise[name]}
     rows = []
     for name, g in ordinary.items():
-        off, size, summed_wrong = offs[name], g.double().norm(), name in lost
+        off, size, summed_wrong = offs[name], sizes[name], name in lost
         verdict = "wrong" if name in bad or summed_wrong else "unused" if name in run.unused else "exact"
         error, sum_error = max(errors[name]), float(off / size) if size > 0 else float(off)
         if not bool(g.isfinite().all()):  # NaN agrees with nothing, not even itself

@@ -277,7 +277,7 @@ def check_alone(problem: Problem, *samples: int, told: bool = True) -> None:
 def _differ(a: Tensor, b: Tensor, problem: Problem) -> bool:
     """Whether two losses are different beyond rounding."""
     types = b.dtype, *(p.dtype for p in problem.parameters.values())
-    x, y = _double(a.detach()), _double(b.detach())
+    x, y = double(a.detach()), double(b.detach())
     if not bool(x.isfinite() & y.isfinite()):
         return bool(x.isfinite() | y.isfinite())
     return not bool((x - y).abs() <= tolerance(*types, of=LOSS) * (x.abs() + y.abs()) + 1e-3 * tolerance(*types))
@@ -437,7 +437,7 @@ def raise_if_wrong(verdicts: list[Verdict], engine: str | None) -> None:
         )
 
 
-def _double(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
     """In double precision, complex numbers as such."""
     return x.to(torch.promote_types(x.dtype, torch.float64))
 
@@ -445,6 +445,6 @@ def _double(x: Tensor) -> Tensor:
 def _norm(a: Tensor, b: Tensor | None = None, divided: float = 1.0) -> Tensor:
     """``|a / divided - b|`` in double precision, some entries at a time: there may be as many as of the model."""
     parts = [x.flatten().split(max(1, cost.costs().block // 8)) for x in ((a,) if b is None else (a, b))]
-    found = [(_double(x) / divided - sum(map(_double, other))).norm() for x, *other in zip(*parts, strict=True)]
+    found = [(double(x) / divided - sum(map(double, other))).norm() for x, *other in zip(*parts, strict=True)]
     norm: Tensor = torch.stack(found).norm()
     return norm

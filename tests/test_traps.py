@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from zoo.case import Problem, readout
 from zoo.oracle import rows
 
 import persample
-from persample import cost, errors
+from persample import cost, errors, reductions
 from persample.factors import Dense, Outer
 
 pytestmark = [
@@ -502,6 +503,14 @@ def test_sum_of_rows_catches_a_wrong_rule() -> None:
         rule.remove()
     assert [row.verdict for row in report.rows] == ["wrong", "exact", "wrong", "exact"]
     assert all(row.sum_error > 0.5 for row in report.rows[::2]) and "don't add up" in report.rows[0].reason
+
+
+def test_sum_of_rows_catches_wrong_imaginary_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, right = importlib.import_module("persample.check"), reductions.weighted_sum
+    monkeypatch.setattr(check, "weighted_sum", lambda g: right(g).conj())
+    model, x = nn.Linear(3, 2, dtype=torch.complex128), torch.randn(N, 3, dtype=torch.complex128)
+    report = persample.check(model, lambda out, _: out.abs().square().sum(1), x, samples=0)
+    assert [row.verdict for row in report.rows] == ["wrong", "wrong"]
 
 
 def test_only_a_sample_alone_catches_rows_of_other_samples() -> None:

@@ -113,8 +113,8 @@ def _followed(op: Operation, out: Tensor) -> Layout | None:
         return one_by_one(op, out)
     if op.args and first is op.args[0] and (follow := MOVED.get(op.func)) is not None and not is_choice(op):
         return follow(op, layout, out)
-    if op.func in _MASKED and len(op.args) > 1 and first is op.args[1] and first.dtype is torch.bool:
-        return whether(first, layout)  # constants picked by a mask
+    if op.func in _MASKED and first.dtype is torch.bool and (picked := _picked(op, out)) is not None:
+        return picked
     if (special := _BY_FUNCTION.get(op.func)) is not None:
         return special(op, out)
     return (_told_by_size if op.func in UNKNOWN else _found_again)(op, out)
@@ -131,6 +131,19 @@ def _written(op: Operation, out: Tensor) -> Layout | None:
     if op.func not in COPIES or len(op.known) < 2:
         return _found_again(op, out)
     return rewritten(replace(op, sampled=op.known))  # numbers of all samples that are written in are refused elsewhere
+
+
+def _picked(op: Operation, out: Tensor) -> Layout | None:
+    """Constants picked by a mask: ``table[mask]``, ``table[:, mask]``, ``masked_select(table, mask)``."""
+    (mask, layout), given = op.known[0], op.given(1, "mask")
+    if op.func is not Tensor.__getitem__:  # the mask may have to broadcast
+        mask = mask.expand(torch.broadcast_shapes(mask.shape, op.given(0, "input").shape))
+        return whether(mask, layout.placed(layout.axis + mask.ndim - given.ndim))
+    index = [i for i in (given if isinstance(given, tuple) else (given,)) if type(i) is not int]  # these take an axis
+    at = [k for k, i in enumerate(index) if not (i is None or i is Ellipsis or isinstance(i, slice))]
+    if len(at) != 1 or index[at[0]] is not mask:
+        return None
+    return whether(mask, layout).placed(out.ndim - len(index) + at[0] if Ellipsis in index[: at[0]] else at[0])
 
 
 def _looked_up(op: Operation, out: Tensor) -> Layout | None:

@@ -194,7 +194,9 @@ def candidates(op: Operation, out: Tensor, n: int, axis: int, places: Tensor, ow
 
 def _placed(op: Operation, index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:
     """``out[index] = value``, where the samples are in front in ``value``: tensors say in which rows each is put."""
-    if layout.axis != 0 or not all(isinstance(i, Tensor) for i in index):
+    while index and (index[-1] is Ellipsis or (isinstance(index[-1], slice) and index[-1] == slice(None))):
+        index = index[:-1]
+    if layout.axis != 0 or not index or not all(isinstance(i, Tensor) for i in index):
         return None
     first, used = index[0], len(index)
     if used == 1 and first.dtype is torch.bool:

@@ -412,12 +412,19 @@ class Then(nn.Module):
         return self.move(x)
 
 
+def rows_by_mask(h: Tensor) -> Tensor:
+    out = torch.zeros_like(W)
+    out[torch.arange(N) > 1, :] = h[2:]
+    return out
+
+
 W = torch.randn(N, N, generator=torch.Generator().manual_seed(0)).double()
 PUT: dict[str, Callable[[Tensor], Tensor]] = {
     "index_put": lambda h: torch.zeros_like(W).index_put((PERM,), h[PERM]),
     "index_put, added": lambda h: W.index_put((PERM,), h[PERM], accumulate=True),
     "index_put_": lambda h: torch.zeros_like(W).index_put_((PERM,), h[PERM]),
     "index_put by mask": lambda h: W.index_put((torch.arange(N) > 1,), h[2:]),
+    "rows by mask": rows_by_mask,
     "index_put by pairs": lambda h: h.new_zeros(N, 3, N).index_put(
         (torch.arange(N).repeat_interleave(2), torch.tensor([0, 2] * N)), h.repeat_interleave(2, 0)
     ).sum(1),
@@ -791,6 +798,40 @@ def test_a_row_of_zeros_says_nothing_so_another_is_verified(monkeypatch: pytest.
 
 
 # ---- where samples lie by the values of a batch -----------------------------------------------------------------
+
+
+class Picks(nn.Module):
+    """One table for all samples, of which each takes the rows that its mask says."""
+
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table, self.first, self.pick = nn.Parameter(torch.randn(N, N)), nn.Linear(N, N), pick
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, mask = self.first(x), x > 0
+        picked = self.pick(self.table.expand(len(x), N, N), mask)
+        return h.index_add(0, mask.nonzero()[:, 0], (picked * h[mask][:, None]).expand(-1, N))[:, :2]
+
+
+PICKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "all of an axis": lambda t, mask: t[mask, :],
+    "an entry": lambda t, mask: t[mask, 0][:, None],
+    "behind an axis": lambda t, mask: t.movedim(2, 0)[:, mask].T,
+    "behind all axes": lambda t, mask: t.movedim(2, 0)[..., mask].T,
+    "behind a new axis": lambda t, mask: t[None, mask, 1:].sum(2).T,
+    "masked_select": lambda t, mask: torch.masked_select(t, mask[..., None]).view(-1, N),
+    "masked_select behind an axis": lambda t, mask: torch.masked_select(t.movedim(2, 0), mask).view(N, -1).T,
+}
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_rows_of_a_table_that_a_mask_of_the_samples_picks(name: str) -> None:
+    x, y = batch()
+    for marks in (x, x * 0 + torch.eye(N) - 0.5):  # the second picks as many as there are samples
+        model = Picks(PICKED[name]).double()
+        g = persample.gradients(model, losses, marks, y, verify=False)
+        for parameter, rows in expected(model, marks, y).items():
+            torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)
 
 
 class Asked(nn.Module):

@@ -162,6 +162,14 @@ def _moved(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     return read(layout, op.again(numbered(layout, op.args[0])), out)
 
 
+def _strided(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
+    """Of a tensor that fills its memory: numbers that lie there as the entries do."""
+    x = op.args[0]
+    if x.storage_offset() or not x.is_contiguous():
+        return None
+    return read(layout, op.again(numbered(layout, x).contiguous()), out)
+
+
 def _repeated(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     x = op.args[0]
     if op.func in named("repeat_interleave"):
@@ -268,6 +276,7 @@ MOVED: dict[Function, Follow] = {
     **dict.fromkeys(
         named("masked_select", "gather", "take_along_dim", "take", "roll", "flip", "flipud", "fliplr", "rot90"), _moved
     ),
+    **dict.fromkeys(named("as_strided"), _strided),
     **dict.fromkeys(named("repeat", "tile", "repeat_interleave"), _repeated),
     **dict.fromkeys(named("nonzero", "argwhere", "where"), nonzero_of),
     **dict.fromkeys(named("sort", "argsort", "msort", "topk"), sorted_along),

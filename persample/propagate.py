@@ -319,7 +319,7 @@ _MEETS: dict[Function, int] = {
     **dict.fromkeys((*named("matmul", "bmm", "__matmul__"), F.scaled_dot_product_attention), 2),
 }
 # Where the axis isn't told by its size: it is looked where there is more with more samples.
-_GROWS = named("tensordot", "inner", "addbmm", "chain_matmul", "as_strided", "transpose_copy", "permute_copy")
+_GROWS = named("tensordot", "inner", "addbmm", "chain_matmul", "transpose_copy", "permute_copy")
 _GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.kron}
 _ADDS = named("addmm", "baddbmm", "addmv", "addr")
 # What is special about single functions, where `MOVED` doesn't say it.

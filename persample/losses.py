@@ -122,6 +122,12 @@ def _not_reducing(criterion: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 def reduced(shapes: list[tuple[int, ...]], n: int) -> LossError:
     """What is wrong with a criterion of outputs that have no sample axis."""
+    if not shapes:
+        return LossError(
+            f"loss_fn returns one number for the batch, and the model no tensors, none with N = {n} samples, of which "
+            "it could be given one alone (other objects than tuples, lists, dicts and dataclasses, such as "
+            "distributions, can't be taken apart): let loss_fn return [N] losses, or the model tensors."
+        )
     return LossError(
         f"loss_fn uses outputs of the model of shape(s) {shapes}, none with N = {n} samples: a loss that the model has "
         "already reduced can't be taken apart. Let the model return its predictions (for transformers: leave out "

@@ -309,6 +309,23 @@ def test_a_loss_that_the_model_has_already_reduced() -> None:
         persample.gradients(Reduces(), lambda out, _: out, {"x": scores(C), "labels": labels()})
 
 
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_outputs_that_can_not_be_taken_apart(engine: str) -> None:
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = linear()
+
+        def forward(self, x: Tensor) -> torch.distributions.Distribution:
+            return torch.distributions.Categorical(logits=self.l(x))
+
+    model, x, y = Policy(), scores(C), labels()
+    with pytest.raises(persample.LossError, match=r"such as distributions.*return \[N\] losses"):
+        persample.gradients(model, lambda out, y: -out.log_prob(y).mean(), x, y, engine=engine)
+    each = persample.gradients(model, lambda out, y: -out.log_prob(y), x, y, engine="hooks")
+    torch.testing.assert_close(each.flat(), persample.gradients(model.l, F.cross_entropy, x, y).flat())
+
+
 def test_a_loss_function_that_raises_shows_its_own_error() -> None:
     def loss_fn(out: Tensor, y: Tensor) -> Tensor:
         raise KeyError("mine")

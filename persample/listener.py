@@ -161,7 +161,8 @@ class Listener:
         if task in self._displaced:
             raise CaptureError(
                 "another backward of the extended model ran in the middle of this one, so its rows are lost. Let them "
-                "take turns, or give each thread a copy of the model."
+                "take turns, or give each thread a copy of the model. Where a hook of the model differentiates it "
+                "(implicit layers), take a with-block, or persample.gradients."
             )
         if self._collect is None or task not in (self._task, -1):
             if self._collect is not None:  # it may also have raised half way

@@ -7,7 +7,8 @@ is left as it is, so whoever owns it may differentiate it as usual.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from . import aten, rules
-from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, mapped, metadata
+from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, mapped, metadata, reached
 from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
 from .layout import Operation
@@ -294,13 +295,20 @@ class Capture(TorchFunctionMode):
         call.owner, call.asked, call.begun = self if self.owner is None else self.owner, self.asked, self.begun
         self.recorded.append(weakref.ref(call))
 
+    def _holds_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what is differentiated depends on recorded parameters, and not on another model's alone."""
+        ends = arguments(args[:1], {key: x for key, x in kwargs.items() if key in ("outputs", "tensors")})
+        found = reached((t.grad_fn for t in ends), self if self.owner is None else self.owner)
+        return not ends or any(call.shared for call in found.calls) or bool(found.leaves & self.wanted)
+
     def _differentiate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A backward pass of the model's own."""
         if self.over():
             return func(*args, **kwargs)
         position = 4 if func is torch.autograd.grad else 3
         own = is_wrapped(arguments(args, kwargs))  # a torch.func transform of the user's
-        if not own and kwargs.get("create_graph", len(args) > position and args[position]):
+        again = kwargs.get("create_graph", len(args) > position and args[position])
+        if again and not own and self._holds_parameters(args, kwargs):
             raise HigherOrderError(
                 f"torch.autograd.{func.__name__} with create_graph=True inside the model's forward or the loss: they "
                 "differentiate the model, and its parameters act through a gradient. Let the model's forward compute "
@@ -315,6 +323,21 @@ class Capture(TorchFunctionMode):
 
 OFTEN = 256  # calls between which a forward that was interrupted may go unnoticed
 _DIFFERENTIATES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, passes are the library's own: whoever records at this moment doesn't see them, whatever model they are
+    of.
+    """
+    recording = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Capture) and mode.active]
+    for mode in recording:
+        mode.active = False
+    try:
+        yield
+    finally:
+        for mode in recording:
+            mode.active = True
 
 
 _INDEXES = {Tensor.__getitem__, Tensor.__setitem__}

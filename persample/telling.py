@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from .capture import unrecorded
 from .errors import warn
 
 P = ParamSpec("P")
@@ -20,18 +21,21 @@ _NUMBERS: ContextVar[Sequence[int] | None] = ContextVar("numbers", default=None)
 
 
 def telling(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function say once which samples are ignored in it, as part of another that does so nothing of its own."""
+    """Let a function say once which samples are ignored in it, as part of another that does so nothing of its own; and
+    run its passes unseen by recordings that the user has begun.
+    """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _HEARD.get() is not None:
-            return function(*args, **kwargs)
-        heard = set[int]()
-        token = _HEARD.set(heard)
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            _HEARD.reset(token)
+        with unrecorded():
+            if _HEARD.get() is not None:
+                return function(*args, **kwargs)
+            heard = set[int]()
+            token = _HEARD.set(heard)
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                _HEARD.reset(token)
         _say(heard)
         return result
 

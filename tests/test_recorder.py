@@ -596,6 +596,67 @@ def test_a_forward_that_is_interrupted_from_outside_is_in_nobodys_way(first: str
     assert close(got[-1].flat(), persample.gradients(model, nn.CrossEntropyLoss(), x, y).flat())
 
 
+def coupled_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 5)).double()
+
+
+def slopes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The gradient of a gradient penalty, as in every training of a critic."""
+    z = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(losses_of(model, z, y).sum(), z, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), next(model.parameters()))[0]
+
+
+CE = nn.CrossEntropyLoss()
+IN_BETWEEN = {
+    **{
+        kind: lambda m, x, y, kind=kind: persample.gradients(m, CE, x, y, coupled=kind).flat()
+        for kind in ("loss", "influence", "frozen", "copy")
+    },
+    "table": lambda m, x, y: persample.coupling(m, CE, x, y).norms(),
+    "ggn": lambda m, x, y: persample.curvature.ggn(m, CE, x, y).dense(),
+    "hvp": lambda m, x, y: persample.curvature.hvp(m, CE, x, y).dense(),
+    "kfac": lambda m, x, y: persample.curvature.kflr(m.eval(), CE, x, y).dense(),
+    "penalty": slopes,
+    "alone": lambda m, x, y: persample.gradients(m.eval(), CE, x, y).flat(),
+}
+
+
+@pytest.mark.parametrize("way", ["with", "handle"])
+@pytest.mark.parametrize("what", IN_BETWEEN)
+def test_other_models_are_seen_by_nobody_in_a_recording(what: str, way: str) -> None:
+    """A with-block goes on listening after the forward, as losses may use parameters: of its own model."""
+    model, (x, y), got = net(), batch(), list[persample.Gradients]()
+    expected = IN_BETWEEN[what](coupled_net(), x, y)
+    rows = persample.gradients(model, CE, x, y).flat()
+    if way == "with":
+        with persample.extend(model) as recorder:
+            losses = losses_of(model, x, y)
+            found = IN_BETWEEN[what](coupled_net(), x, y)
+            recorded = recorder.gradients(losses)
+    else:
+        handle = persample.extend(model, on_backward=got.append, reduction="sum")
+        losses = losses_of(model, x, y)
+        found = IN_BETWEEN[what](coupled_net(), x, y)
+        losses.sum().backward()
+        handle.remove()
+        (recorded,) = got
+    assert close(found, expected) and close(recorded.flat(), rows) and "coupled" not in recorded.note
+
+
+@pytest.mark.parametrize("what", ["ggn", "hvp", "kfac", "alone"])
+def test_the_model_itself_is_not_recorded_in_passes_of_the_library(what: str) -> None:
+    model, (x, y) = net(), batch()
+    expected, rows = IN_BETWEEN[what](model, x, y), persample.gradients(model, CE, x, y).flat()
+    with persample.extend(model) as recorder:
+        losses = losses_of(model, x, y)
+        assert close(IN_BETWEEN[what](model, x, y), expected)
+        assert close(recorder.gradients(losses).flat(), rows)
+    with persample.extend(model), pytest.raises(persample.HigherOrderError, match="create_graph"):
+        slopes(model, x, y)
+
+
 def test_a_handle_that_listens_takes_no_losses() -> None:
     model, (x, y) = net(), batch()
     handle = persample.extend(model, on_backward=print, reduction="mean")

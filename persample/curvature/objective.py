@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import aten
 from ..batch import Tree, call_model
-from ..capture import Capture
+from ..capture import Capture, unrecorded
 from ..errors import ArgumentError, CaptureError, LossError
 from ..losses import batch_losses
 from ..patched import unpatched
@@ -50,7 +50,8 @@ class Start:
     @contextmanager
     def again(self, problem: Problem) -> Iterator[None]:
         """Inside, a pass begins there and can be differentiated twice; afterwards, it has left no trace."""
-        with restored(*problem.owners), torch.enable_grad(), twice_differentiable(), autocast_as(self.autocast):
+        twice = twice_differentiable()
+        with unrecorded(), restored(*problem.owners), torch.enable_grad(), twice, autocast_as(self.autocast):
             set_random_state(self.random)
             yield
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
 
 from . import replicas
 from .arguments import check_module
@@ -253,6 +254,12 @@ def pose(
         raise LossError(
             f"loss_fn must be a function (outputs, targets) or a criterion, got a {type(loss_fn).__name__}. "
             "The order is (model, loss_fn, inputs, targets)."
+        )
+    if isinstance(inputs, (DataLoader, Dataset)):
+        raise ArgumentError(
+            f"inputs is a {type(inputs).__name__}, and this takes one batch: for x, y in loader, give x and y. The "
+            "curvature of all batches is curvature.merge(ggn(model, loss_fn, x, y) for x, y in loader), or kfac in the "
+            "place of ggn; statistics of all are those of persample.statistics.accumulate."
         )
     if targets is None and (type(loss_fn).__module__ == "torch.nn.modules.loss" or loss_fn in CRITERIA.values()):
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)

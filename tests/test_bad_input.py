@@ -628,3 +628,11 @@ def test_cosines_of_rows_that_are_not_finite() -> None:
     data[1] = torch.nan
     C = persample.gradients(linear(), square, data).cosine()
     assert C[1].isnan().all() and abs(C[0, 0] - 1) < 1e-12 and C[0, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("run", [persample.gradients, persample.curvature.kfac, persample.curvature.hvp])
+def test_a_loader_in_the_place_of_a_batch(run: Callable[..., Any]) -> None:
+    data = torch.utils.data.TensorDataset(x(), torch.zeros(N, dtype=torch.int64))
+    for given_as_inputs in (data, torch.utils.data.DataLoader(data, batch_size=2)):
+        with pytest.raises(persample.ArgumentError, match=r"takes one batch: for x, y in loader.*curvature.merge"):
+            run(linear(), nn.CrossEntropyLoss(), given_as_inputs)

@@ -115,10 +115,12 @@ def test_what_cannot_be_merged_is_refused() -> None:
     model = net()
     part = partial(kfac, model, CE, type="empirical")
     x, y = BATCHES[0]
-    with pytest.raises(PersampleError, match="got nothing"):
+    with pytest.raises(PersampleError, match=r"for x, y in loader\); got list"):
         merge([])
-    with pytest.raises(PersampleError, match="got Tensor"):
+    with pytest.raises(PersampleError, match="got a Tensor first"):
         merge([x])
+    with pytest.raises(PersampleError, match=r"for x, y in loader\); got Kronecker"):
+        merge(part(x, y))  # type: ignore[arg-type]
     for other in (ggn(model, CE, x, y), part(x, y, reduction="sum"), part(x, y, params="5"), kfac(model, CE, x, y), 1):
         with pytest.raises(PersampleError, match="of one kind, with one reduction and of the same parameters"):
             merge([part(x, y), other])

@@ -85,6 +85,8 @@ def kfac(
     for each group.  The block is exact for deep linear networks with squared loss: without sharing; with "expand" if
     the loss is a sum over positions; with "reduce" if the network averages or sums over positions.
 
+    The factors of a whole data set are `merge` of those of its batches.
+
     Raises:
         BatchCoupledError: if samples depend on each other through the chosen parameters.
         VerificationError: if the gradient of a sample is not that of the sample alone.

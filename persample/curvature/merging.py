@@ -39,12 +39,13 @@ def merge(parts: Iterable[Matrix]) -> Matrix:
         ArgumentError: nothing to merge; matrices of different kinds, parameters or reductions.
         KroneckerError: corrected eigenvalues for different eigenvectors, or a layer that is in some of them only.
     """
-    rest = iter(parts)
+    rest = iter([] if isinstance(parts, (Operator, Kronecker)) else parts)
     first = next(rest, None)
     if not isinstance(first, (Operator, Kronecker)):
         raise ArgumentError(
-            "merge takes operators, or Kronecker factors, of several batches (hvp, ggn, fisher, empirical_fisher; "
-            f"kfac, kflr, kfra, ekfac), got {'nothing' if first is None else type(first).__name__}."
+            "merge takes operators, or Kronecker factors, one after the other (hvp, ggn, fisher, empirical_fisher; "
+            f"kfac, kflr, kfra, ekfac), as in merge(kfac(model, loss_fn, x, y) for x, y in loader); got "
+            f"{type(parts).__name__ if first is None else f'a {type(first).__name__} first'}."
         )
     if isinstance(first, Operator):
         operators = [first]

@@ -2,7 +2,9 @@
 
 Functions of one batch ``fn(G, ...)`` take `persample.Gradients`, or `persample.Statistics` of a run that was asked
 for what they need; accumulators take one batch after another.  Rows are gradients of *unscaled* per-sample losses,
-always.
+always.  ``by=`` takes parameters apart: ``None`` (all in one), ``"layer"`` (those of one module), ``"parameter"``, or a
+function from a parameter's name to that of its group (`signal_to_noise` also ``"element"``: every entry by itself);
+results are then ``{group: ...}``.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def noise_scale(G: HasMoments, by: By = None) -> Any:
 
         ``tr Sigma = B/(B - 1) (mean_i |g_i|^2 - |gbar|^2)``,  ``|G|^2 = (B |gbar|^2 - mean_i |g_i|^2) / (B - 1)``.
 
-    The first is the trace of the unbiased (``ddof=1``) covariance.  Needs norms and mean: ``quantities=["norm",
-    "mean"]``.
+    The first is the trace of the unbiased (``ddof=1``) covariance.  Needs ``quantities=["norm", "mean"]``, or
+    ``["mean", "variance"]``.
     """
     n = several(G, "the noise scale")
     check_drawn(G)

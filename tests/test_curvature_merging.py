@@ -68,6 +68,15 @@ def test_factors_of_an_averaged_recursion_are_averaged() -> None:
     assert same(block.gradients, sum(n * p.blocks["0.weight"].gradients for n, p in zip(SIZES, parts)) / len(X))  # noqa: B905
 
 
+def test_many_batches_are_added_up_in_single_precision_at_least() -> None:
+    model = nn.Linear(12, 3).bfloat16()
+    part = ggn(model, CE, X.flatten(1).bfloat16(), Y)
+    v = torch.ones(part.shape[0], dtype=torch.bfloat16)
+    merged = merge([part] * 600) @ v
+    assert merged.dtype is torch.bfloat16
+    torch.testing.assert_close(merged, part @ v)
+
+
 def test_tokens_weigh_the_same_in_sequences_of_any_length() -> None:
     model = nn.Sequential(nn.Linear(2, 3, bias=False)).double()
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, KroneckerError
 from .kronecker import Block, Kronecker
+from .likelihood import wide
 from .operator import Operator
 from .products import Products
 
@@ -73,10 +74,10 @@ def _summed(parts: Sequence[Operator]) -> Operator:
     weights = [part.samples / samples if part.reduction == "mean" else 1.0 for part in parts]
 
     def apply(matrix: Tensor) -> Tensor:
-        total = torch.zeros_like(matrix)
+        total = torch.zeros_like(wide(matrix))  # in half precision, the last of many batches would be lost
         for weight, part in zip(weights, parts, strict=True):
             total.add_(part.apply(matrix), alpha=weight)
-        return total
+        return total.to(matrix.dtype)
 
     return replace(parts[0], apply=Products(parts[0].title, apply), samples=samples)
 

@@ -77,6 +77,21 @@ def test_many_batches_are_added_up_in_single_precision_at_least() -> None:
     torch.testing.assert_close(merged, part @ v)
 
 
+def test_parameters_in_another_order_are_refused() -> None:
+    class Two(nn.Module):
+        def __init__(self, names: str) -> None:
+            super().__init__()
+            for name in names:
+                setattr(self, name, nn.Linear(3, 3, bias=False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh())
+
+    x = X[:, 0, :3].float()
+    with pytest.raises(PersampleError, match="of the same parameters"):
+        merge(hvp(Two(names), CE, x, Y) for names in ("ab", "ba"))
+
+
 def test_tokens_weigh_the_same_in_sequences_of_any_length() -> None:
     model = nn.Sequential(nn.Linear(2, 3, bias=False)).double()
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def merge(parts: Iterable[Matrix]) -> Matrix:
 
 
 def _check_alike(a: Operator | Kronecker, b: object) -> None:
-    if not isinstance(b, type(a)) or b.title != a.title or b.shapes != a.shapes:
+    if not isinstance(b, type(a)) or b.title != a.title or [*b.shapes.items()] != [*a.shapes.items()]:
         kind = str(b) if isinstance(b, (Operator, Kronecker)) else type(b).__name__
         raise ArgumentError(
             f"only matrices of one kind, with one reduction and of the same parameters can be merged: got [{a}] "

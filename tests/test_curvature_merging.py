@@ -152,6 +152,10 @@ def test_what_cannot_be_merged_is_refused() -> None:
         merge([ggn(model, CE, x, y), hvp(model, CE, x, y)])
     with pytest.raises(KroneckerError, match=r"basis= to ekfac"):
         merge(ekfac(model, CE, x, y) for x, y in BATCHES)
+    with pytest.raises(KroneckerError, match=r"'0.weight' is in another block .* joined .* apart"):
+        merge(part(x, y, bias=bias) for bias in ("joined", "apart"))
+    with pytest.raises(PersampleError, match=r"basis= takes Kronecker factors .* got Operator"):
+        ekfac(model, CE, x, y, basis=ggn(model, CE, x, y))
     with pytest.raises(KroneckerError, match=r"no block for '5.weight' as it is here, with bias='apart'"):
         ekfac(model, CE, x, y, basis=part(x, y), bias="apart")
     with pytest.raises(KroneckerError, match=r"basis= is about parameter '0.weight', .* isn't among its parameters"):

@@ -343,6 +343,9 @@ def _factors(run: Run, approximation: str, title: str) -> Kronecker:
 def _with_vectors(basis: Kronecker, run: Run, title: str) -> Kronecker:
     """The blocks of ``basis``, as those of this batch."""
     problem = run.objective.problem
+    if not isinstance(basis, Kronecker):
+        kind = basis.__class__.__name__
+        raise ArgumentError(f"basis= takes Kronecker factors (of kfac, kflr, kfra, or merge of these), got {kind}.")
     if lost := [name for name in basis.shapes if name not in problem.parameters or name in run.uncovered]:
         reason = run.uncovered.get(lost[0], "it isn't among its parameters")
         raise KroneckerError(f"basis= is about parameter '{lost[0]}', and this batch is not: {reason}.")

@@ -37,8 +37,9 @@ def merge(parts: Iterable[Matrix]) -> Matrix:
         K = merge(ekfac(model, loss_fn, x, y, basis=basis) for x, y in loader)
 
     Raises:
-        ArgumentError: nothing to merge; matrices of different kinds, parameters or reductions.
-        KroneckerError: corrected eigenvalues for different eigenvectors, or a layer that is in some of them only.
+        ArgumentError: nothing to merge; matrices of different kinds, parameters or reductions, also where a layer is in
+            some of them only.
+        KroneckerError: corrected eigenvalues for different eigenvectors, or biases that are apart in some of them only.
     """
     rest = iter([] if isinstance(parts, (Operator, Kronecker)) else parts)
     first = next(rest, None)
@@ -83,10 +84,11 @@ def _summed(parts: Sequence[Operator]) -> Operator:
 
 
 def _both(a: Kronecker, b: Kronecker) -> Kronecker:
-    if odd := sorted(a.blocks.keys() ^ b.blocks.keys()):
-        reason = a.uncovered.get(odd[0]) or b.uncovered.get(odd[0])
+    pairs = [[matrix.blocks.get(name) for matrix in (a, b)] for name in a.shapes]
+    if odd := [name for name, (x, y) in zip(a.shapes, pairs, strict=True) if (x and x.layer) != (y and y.layer)]:
         raise KroneckerError(
-            f"parameter '{odd[0]}' has Kronecker factors in some of the batches only: in another, {reason}."
+            f"parameter '{odd[0]}' is in another block in some of the batches: biases are joined to weights in all of "
+            "them, or apart in all."
         )
     samples = a.samples + b.samples
     ours, theirs = (a.samples / samples, b.samples / samples) if a.reduction == "mean" else (1.0, 1.0)

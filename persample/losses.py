@@ -181,14 +181,14 @@ def valued(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
     no longer what they were, or targets, which would be changed again.
     """
     with torch._C.DisableTorchFunction():  # every attribute of a tensor is a call to a mode
-        given = [[x for x in flatten(tree)[0] if isinstance(x, Tensor)] for tree in (outputs, targets)]
-        before = [[x._version for x in own] for own in given]
+        given = [flatten(tree) for tree in (outputs, targets)]
+        before = [_versions(leaves) for leaves, _ in given]
     with hinted(outputs, targets):
         whole = loss_fn(outputs, targets)
     with torch._C.DisableTorchFunction():
-        changed = [[x._version for x in own] != versions for own, versions in zip(given, before, strict=True)]
+        changed = [_versions(leaves) != versions for (leaves, _), versions in zip(given, before, strict=True)]
         again = any(changed) and isinstance(whole, Tensor) and not whole.ndim
-        if again and (changed[0] or not _settled(loss_fn, outputs, targets, whole)):
+        if again and (changed[0] or not _settled(loss_fn, unflatten(*given[0]), *given[1], whole)):
             raise LossError(
                 "loss_fn changes outputs or targets in place and returns a scalar, so that it is called once more, for "
                 "every sample alone, with what it has left of them. Use operations that are not in place (masked_fill "
@@ -197,14 +197,17 @@ def valued(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
     return whole
 
 
-def _settled(loss_fn: LossFunction, outputs: Any, targets: Any, whole: Tensor) -> bool:
+def _versions(leaves: list[Any]) -> list[int]:
+    return [x._version for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
+
+
+def _settled(loss_fn: LossFunction, outputs: Any, leaves: list[Any], spec: Any, whole: Tensor) -> bool:
     """Whether a criterion that has changed targets (``y[y == 255] = -100``) now leaves them, and says the same."""
-    leaves, spec = flatten(targets)
     own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
     with torch.no_grad():
         again = loss_fn(outputs, unflatten(own, spec))
-    pairs = zip(own, leaves, strict=True)
-    return torch.equal(again, whole) and all(torch.equal(x, y) for x, y in pairs if isinstance(y, Tensor))
+    pairs = [(again, whole), *[(x, y) for x, y in zip(own, leaves, strict=True) if isinstance(y, Tensor)]]
+    return all(bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in pairs)  # NaN as well: all are ignored
 
 
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:

@@ -277,6 +277,11 @@ def test_a_scalar_criterion_may_change_targets_that_it_leaves_then(engine: str, 
     y[:, 1::2] = 255
     rows = persample.gradients(model, loss_fn, x, y.clone(), engine=engine, verify=verify)
     torch.testing.assert_close(rows.flat(), persample.gradients(model, same, x, y, engine="loop").flat())
+    rows = persample.gradients(model, lambda out, y: loss_fn(out, y.pop("y")), x, {"y": y.clone()}, verify=verify)
+    torch.testing.assert_close(rows.flat(), persample.gradients(model, same, x, y).flat())
+    with pytest.warns(UserWarning, match="ignored"):
+        rows = persample.gradients(model, loss_fn, x, torch.full_like(y, 255), verify=verify)
+    assert not rows.flat().any()
 
 
 def test_targets_that_a_criterion_changes_in_place() -> None:
@@ -289,6 +294,20 @@ def test_targets_that_a_criterion_changes_in_place() -> None:
     for verify in (True, False):
         with pytest.raises(persample.LossError, match="targets in place"):
             persample.gradients(model, lambda out, y: F.mse_loss(out, y.mul_(2)), x, y.clone(), verify=verify)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "loop"])
+def test_outputs_beside_that_were_made_in_inference_mode(engine: str) -> None:
+    class Counts(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.inference_mode():
+                count = x.detach().gt(0).sum(1)
+            return super().forward(x), count
+
+    model, x, y = Counts(3, C).double(), scores(3), labels()
+    rows = persample.gradients(model, lambda out, y: F.cross_entropy(out[0], y), x, y, engine=engine)
+    each = persample.gradients(model, lambda out, y: F.cross_entropy(out[0], y, reduction="none"), x, y, engine=engine)
+    torch.testing.assert_close(rows.flat(), each.flat())
 
 
 def test_losses_of_another_batch() -> None:

@@ -180,3 +180,21 @@ def test_a_layer_of_some_batches_only_is_refused() -> None:
         merge([first, second])
     with pytest.raises(KroneckerError, match=r"basis= is about parameter 'b.weight', .* no loss depends on it"):
         ekfac(model, CE, X[:, :, 0], Y, basis=first)
+
+
+def test_a_layer_without_tokens_in_a_batch_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(2, 3, 2), nn.Linear(3, 3)
+            self.twice = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            again = nn.functional.conv1d(x, self.a.weight, self.a.bias, stride=2).mean(2) if self.twice else 0
+            return self.b(self.a(x).mean(2) + again)
+
+    model = Twice().double()
+    basis = kfac(model, CE, X, Y, type="empirical")
+    model.twice = True
+    with pytest.raises(KroneckerError, match=r"basis= is about parameter 'a.weight', .* no factored form in common"):
+        ekfac(model, CE, X, Y, basis=basis)

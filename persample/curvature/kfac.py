@@ -142,6 +142,8 @@ def ekfac(
             moments[layer.weight].add_(square_sum(rows), alpha=objective.scale)
 
         run.sweep(receive)
+        if basis is not None:
+            _check_all_met(basis, run)
     return replace(plain, blocks={name: replace(block, moments=moments[name]) for name, block in plain.blocks.items()})
 
 
@@ -342,14 +344,18 @@ def _factors(run: Run, approximation: str, title: str) -> Kronecker:
 
 def _with_vectors(basis: Kronecker, run: Run, title: str) -> Kronecker:
     """The blocks of ``basis``, as those of this batch."""
-    problem = run.objective.problem
     if not isinstance(basis, Kronecker):
         kind = basis.__class__.__name__
         raise ArgumentError(f"basis= takes Kronecker factors (of kfac, kflr, kfra, or merge of these), got {kind}.")
-    if lost := [name for name in basis.shapes if name not in problem.parameters or name in run.uncovered]:
+    n = run.objective.problem.batch.n
+    return Kronecker(title, basis.blocks, basis.shapes, run.uncovered, n, run.objective.reduction)
+
+
+def _check_all_met(basis: Kronecker, run: Run) -> None:
+    """Raise for blocks of ``basis`` that this batch has no tokens for, as is known after a sweep."""
+    if lost := [name for name in basis.shapes if name not in run.objective.parameters or name in run.uncovered]:
         reason = run.uncovered.get(lost[0], "it isn't among its parameters")
         raise KroneckerError(f"basis= is about parameter '{lost[0]}', and this batch is not: {reason}.")
-    return Kronecker(title, basis.blocks, basis.shapes, run.uncovered, problem.batch.n, run.objective.reduction)
 
 
 def _gram(tokens: Tensor) -> Tensor:

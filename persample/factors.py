@@ -129,7 +129,8 @@ class Conv:
         deep = self.input.ndim > len(self.shape)
         kernel = (1,) * deep + tuple(self.shape[2:])
         groups = self.input.shape[1] // self.shape[1]
-        return Geometry(groups, kernel, self.stride, self.padding, self.dilation, deep)
+        stride, padding, dilation = map(tuple, (self.stride, self.padding, self.dilation))  # a rule's own may be lists
+        return Geometry(groups, kernel, stride, padding, dilation, deep)
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,6 +152,12 @@ def test_no_samples() -> None:
         assert len(fold(g, 2)) == 0
 
 
+def test_a_convolution_of_lists() -> None:
+    x, g, shape = randn(0, 2, 3, 5, 5), randn(1, 2, 4, 2, 2), Size((4, 3, 3, 3))
+    lists = Conv(x, g, [2, 2], [0, 0], [1, 1], shape)  # type: ignore[arg-type]
+    assert torch.equal(dense(lists), dense(Conv(x, g, (2, 2), (0, 0), (1, 1), shape)))
+
+
 def test_factors_that_do_not_fit_together() -> None:
     x = randn
     with pytest.raises(ValueError, match=r"left \[N, K, T, O\].*got left \(2, 1, 3, 4\), right \(2, 1, 4, 5\)"):

@@ -103,7 +103,7 @@ class Capture(TorchFunctionMode):
     def over(self) -> bool:
         """Whether there is nothing to record any more: also where a forward was interrupted, which nobody says."""
         if self.active and self.owner is not None and self.owner.interrupted():
-            self.stop()  # and stay, as a call that runs puts this mode back where it was
+            self.stop()  # without leaving: the call that asks puts this mode back where it was
         return not self.active
 
     def leave(self) -> None:
@@ -330,7 +330,7 @@ def unrecorded() -> Iterator[None]:
     """Inside, passes are the library's own: whoever records at this moment doesn't see them, whatever model they are
     of.
     """
-    recording = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Capture) and mode.active]
+    recording = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Capture) and not mode.over()]
     for mode in recording:
         mode.active = False
     try:

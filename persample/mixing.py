@@ -20,7 +20,7 @@ SUMS: dict[Function, int] = {
     **dict.fromkeys(named("norm", "quantile", "nanquantile", "kthvalue"), 2),
     **dict.fromkeys((torch.linalg.vector_norm, torch.linalg.norm), 2),
 }
-# Which sum, too, unless they are told not to.
+# Criteria, which sum too unless `reduction` says not to.
 LOSSES = {getattr(F, name) for name in dir(F) if name.endswith("_loss")}
 LOSSES |= {F.cross_entropy, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.kl_div}
 # Largest and smallest numbers.
@@ -202,9 +202,9 @@ def _alike(x: Tensor, y: Tensor, a: Layout, b: Layout, behind: int) -> bool:
 
 
 def sums_up(op: Operation, scalar: bool = False) -> bool:
-    """Whether what a call gives (a ``scalar``?) is surely made of all samples together: their axis is reduced, or
-    summed over in a product of two tensors that both have it.  A largest number is none of these: it is mostly there to
-    be subtracted before an exponential, which changes nothing.
+    """Whether what a call gives, which may be a ``scalar``, is surely made of all samples together: their axis is
+    reduced, or summed over in a product of two tensors that both have it.  A largest number is none of these: it is
+    mostly there to be subtracted before an exponential, which changes nothing.
     """
     known = [(x, at) for x, at in op.known if at.alone is None and at.n > 1]
     if not known or len(known) < len(op.sampled) or of_one(known) is not None:

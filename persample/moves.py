@@ -163,7 +163,7 @@ def _moved(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
 
 
 def _strided(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
-    """Of a tensor that fills its memory: numbers that lie there as the entries do."""
+    """``as_strided`` reads memory: where entries lie there in order, the numbers of their samples do so, too."""
     x = op.args[0]
     if x.storage_offset() or not x.is_contiguous():
         return None

@@ -248,6 +248,22 @@ def test_per_sample_hvp_has_the_type_of_the_parameters_whatever_that_of_the_dire
     close(rows.mean(0), hvp(model, loss_fn, x, y) @ v)
 
 
+def test_complex_directions_of_real_parameters_are_refused() -> None:
+    """Their imaginary part was dropped."""
+    model, loss_fn, x, y = case("cross entropy")
+    H = hvp(model, loss_fn, x, y)
+    v = 1j * torch.ones(H.shape[0], dtype=torch.complex128)
+    runs = (
+        lambda: H @ v,
+        lambda: H.to_scipy() @ v.numpy(),
+        lambda: kflr(model, loss_fn, x, y).solve(v, damping=1.0),
+        lambda: per_sample_hvp(model, loss_fn, x, y, v),
+    )
+    for run in runs:
+        with pytest.raises(DirectionError, match=r"complex, and the parameters are real.*v\.real"):
+            run()
+
+
 def test_losses_may_change_outputs_in_place() -> None:
     model, _, x, y = case("cross entropy")
 

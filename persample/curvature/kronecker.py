@@ -37,7 +37,7 @@ class Block:
     inputs: Tensor  # A [K, I, I]
     gradients: Tensor  # G [K, O, O]
     moments: Tensor | None = field(default=None, repr=False)  # [K, O, I], replaces the products of eigenvalues
-    tokens: int = 1  # how many ``A`` is the mean of
+    tokens: int = 1  # as many as ``A`` is the mean over
 
     @cached_property
     def _spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -69,6 +69,7 @@ class Operator:
                 f"or [D, k], of its parameters {_few(self.names)}{left_out}. Rows of these alone are "
                 "G.select(names), with its .names."
             )
+        check_real(v, self.dtype)
         matrix = v.to(self.device, self.dtype)
         product: Tensor = _Product.apply(matrix if v.ndim == 2 else matrix[:, None], self.apply)  # type: ignore[no-untyped-call]
         return product if v.ndim == 2 else product[:, 0]
@@ -89,7 +90,7 @@ class Operator:
             raise ImportError("to_scipy() needs scipy: pip install persample[scipy]") from error
 
         def product(v: Any) -> Any:
-            return (self @ torch.as_tensor(v, device="cpu").to(self.device, self.dtype)).cpu().numpy()
+            return (self @ torch.as_tensor(v, device="cpu")).cpu().numpy()
 
         kind = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=kind)
@@ -105,6 +106,14 @@ class Operator:
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         return f"{self.title}: {self.shape[0]} x {self.shape[1]}, {kind}, {len(self.shapes)} parameters"
+
+
+def check_real(v: Tensor, dtype: torch.dtype) -> None:
+    """Raise for a complex direction of real parameters: its imaginary part would be dropped."""
+    if v.is_complex() and not dtype.is_complex:
+        raise DirectionError(
+            "the direction is complex, and the parameters are real: take the products with v.real and v.imag."
+        )
 
 
 def _few(names: tuple[str, ...], most: int = 8) -> str:

@@ -28,7 +28,7 @@ from ..telling import numbered_as, telling
 from ..verify import check_alone, with_own_inputs
 from ..watch import Watch
 from .objective import Objective, Start, named_derivatives, refuse_once_differentiable, twice_differentiable
-from .operator import flatten, unflatten
+from .operator import check_real, flatten, unflatten
 from .products import hessian
 
 ENGINES = ("auto", "vmap", "loop")
@@ -87,6 +87,7 @@ def _direction(problem: Problem, v: Tensor | Mapping[str, Tensor] | None) -> Ten
         got = tuple(v.shape) if isinstance(v, Tensor) else repr(v)
         raise DirectionError(f"v must be a direction [{size}] or one tensor per parameter, got {got}")
     kind = reduce(torch.promote_types, (p.dtype for p in problem.parameters.values()))
+    check_real(v, kind)
     return v.detach().to(kind)  # products have its type: integers would cut them off
 
 

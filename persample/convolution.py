@@ -190,10 +190,23 @@ def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
 def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     """All rows ``[N, K O, I, *kernel]``: the weight gradient of one convolution with ``N K`` groups; up to 3 dims."""
     n, k, channels, outputs = len(input), geo.groups, input.shape[1] // geo.groups, grad.shape[1] // geo.groups
+    if cost.correlates(grad, sizes(input.shape, grad.shape, geo)):
+        return _correlated(input, grad, geo)
     full, full_outputs = cost.vectors(grad, sizes(input.shape, grad.shape, geo))
     one, one_grad = _as_one(input, k, full), _as_one(grad, k, full_outputs)
     rows = _weight_gradient(one, one_grad, replace(geo, groups=n * k)).view(n, k, full_outputs, full, *geo.kernel)
     return rows[:, :, :outputs, :channels].flatten(1, 2)
+
+
+def _correlated(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
+    """The same for groups of one channel and one output: each image of ``input`` convolved by that of ``grad``, with
+    stride and dilation in each other's place.  A CPU is several times as fast at this as at a weight gradient.
+    """
+    images = _read(input, tuple(grad.shape[2:]), geo).flatten(0, 1).unsqueeze(0)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geo.kernel) - 1]
+    kernels = grad.flatten(0, 1).unsqueeze(1)
+    found = convolve(images, kernels, None, geo.dilation, 0, geo.stride, len(kernels))
+    return found.view(*grad.shape[:2], 1, *geo.kernel)
 
 
 def _as_one(x: Tensor, groups: int, full: int) -> Tensor:

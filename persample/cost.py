@@ -45,6 +45,7 @@ class Costs:
     filled: float = 30  # per entry of a side that is filled up to whole vectors
     odd: tuple[float, ...] = (40, 15, 4)  # per entry unfolded for other channels, of the other side; if colliding
     depthwise: float = 16  # per entry unfolded, where groups have one channel and one output
+    correlated: tuple[float, ...] = (3, 230, 3e6)  # the same by a convolution: per multiplication, position, call
     pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
     formed: float = 20  # per entry of rows of all samples that are formed first, and read again
     few: int = 6  # up to so many samples, moments are always centred while streaming
@@ -201,6 +202,8 @@ def _rows_of(ndim: int, conv: Convolution, native: bool, transposed: bool, c: Co
     found["tokens"] = n * positions * (row + entry * channels * offsets + other * outputs) + call
     if native:
         found["native"] = n * min(_grouped(ndim, conv, c).values()) + c.native[3]
+        if channels == outputs == 1:
+            found["native"] = min(found["native"], _correlated(conv, c))
     return found
 
 
@@ -224,7 +227,7 @@ def _grouped(ndim: int, conv: Convolution, c: Costs) -> dict[tuple[int, int], fl
         each = unfolded * (colliding if positions % 1024 == 0 and positions < 12_000 else 1)
         pairs: float = channels * (each + outputs) + other * outputs / offsets
         if channels == outputs == 1:
-            pairs = 8 if ndim == 4 and offsets == 9 else c.depthwise  # 3x3 has a kernel of its own
+            pairs = 8 if ndim == 4 and offsets == 9 else c.depthwise * (3 if ndim == 3 else 1)  # 3x3 has its own kernel
         work = (pairs * positions + entry * channels * outputs) * offsets
         found[channels, outputs] = work + pixel * pixels * channels + group
     return found
@@ -236,6 +239,19 @@ def vectors(like: Tensor, conv: Convolution) -> tuple[int, int]:
         return conv.channels, conv.outputs
     found = _grouped(like.ndim, conv, costs())
     return min(found, key=found.__getitem__)
+
+
+def correlates(like: Tensor, conv: Convolution) -> bool:
+    """Whether the rows of groups of one channel and one output are computed as a convolution, not as its gradient."""
+    c = costs()
+    if like.device.type != "cpu" or not conv.channels == conv.outputs == 1:
+        return False
+    return _correlated(conv, c) < conv.batch * min(_grouped(like.ndim, conv, c).values()) + c.native[3]
+
+
+def _correlated(conv: Convolution, c: Costs) -> float:
+    each, position, call = c.correlated
+    return conv.batch * conv.positions * (each * conv.offsets + position) + call
 
 
 def _pairs(conv: Convolution) -> int:

@@ -13,11 +13,12 @@ from forms import examples, flat, forms, make_conv, make_dense, make_outer, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 from torch.testing import assert_close
 
-from persample import cost, doubt, factors, lookup, reductions, scratch
+from persample import convolution, cost, doubt, factors, lookup, reductions, scratch
 from persample import moments as moments_file
-from persample.factors import Dense, Factors, Outer
+from persample.factors import Conv, Dense, Factors, Outer, dense
 
 EXAMPLES, SECOND, LARGER = examples(), examples(seed=5), examples(seed=5, n=5)
 same = pytest.mark.parametrize("name", EXAMPLES)
@@ -579,6 +580,30 @@ def test_the_cost_model_decides_by_shape() -> None:
         with cost.using(**filled_or_not(filled)):
             assert [cost.vectors(like, c) for c in odd] == sizes
             assert [cost.vectors(like.to("meta"), c) for c in odd] == FILLED[False]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 0, 1), (1, 2, 2), (3, 4, 2)])
+def test_depthwise_convolutions_are_convolutions_of_images_with_gradients(
+    dims: int, stride: int, padding: int, dilation: int
+) -> None:
+    """Rows of one channel and one output for each group, as another convolution or as a weight gradient."""
+    torch.manual_seed(0)
+    input = torch.randn(3, 4, *(7, 9, 6)[:dims], dtype=torch.float64)
+    kernel = (3, 2, 1)[:dims]
+    weight = torch.randn(4, 1, *kernel, dtype=torch.float64)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    grad = torch.randn_like(convolve(input, weight, None, stride, padding, dilation, 4))
+    g = Conv(input, grad, *((value,) * dims for value in (stride, padding, dilation)), weight.shape)
+    with cost.using(conv_rows="tokens"):
+        expected = dense(g)
+    sizes = convolution.sizes(input.shape, grad.shape, g.geometry)
+    for each, chosen in ((0.0, True), (1e9, False)):
+        with cost.using(conv_rows="native", correlated=(each, each, each)):
+            assert cost.correlates(grad, sizes) is chosen
+            assert_close(dense(g), expected, rtol=1e-12, atol=1e-12)
+            assert_close(reductions.row_dot(g, g), expected.flatten(1).square().sum(1), rtol=1e-12, atol=1e-12)
+    assert not cost.correlates(grad.to("meta"), sizes) and not cost.correlates(grad, sizes._replace(outputs=2))
 
 
 @pytest.mark.parametrize("filled", [True, False])

@@ -71,8 +71,8 @@ def sizes(input: Size, grad: Size, geo: Geometry) -> cost.Convolution:
     positions, k = tuple(grad[2:]), geo.groups
     pixels, tokens = geo.pixels(positions), geo.tokens(positions)
     channels, outputs = input[1] // max(1, k), grad[1] // max(1, k)
-    dilated = any(e > 1 for e in geo.dilation)
-    return cost.Convolution(grad[0] * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets, dilated)
+    unfolds = any(e > 1 for e in geo.dilation) or geo.kernel[-1] >= 14
+    return cost.Convolution(grad[0] * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets, unfolds)
 
 
 def shifted(input: Tensor, grad: Tensor, geo: Geometry) -> tuple[Tensor, list[Tensor]]:
@@ -141,6 +141,8 @@ def dense(input: Tensor, grad: Tensor, geo: Geometry, shape: Size, out: Tensor |
         step = cost.shared(shape.numel())
     elif how == "offsets" and out is None:
         out = fresh(grad, *shape[2:], n, *shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
+    elif how == "offsets":
+        step = min(step, cost.chunk(shape.numel()))
     elif how == "tokens":
         step = min(step, cost.chunk(unfolded_size(input, grad, geo)))
     out = fresh(grad, n, *shape) if out is None else out
@@ -152,8 +154,19 @@ def dense(input: Tensor, grad: Tensor, geo: Geometry, shape: Size, out: Tensor |
 
 def _write_offsets(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
     left, rights = shifted(input, grad, geo)
-    for offset, right in zip(product(*map(range, out.shape[3:])), rights, strict=True):
-        write_products(left, right, out[_at(offset)])
+    rows = out.movedim((0, 1, 2), (-3, -2, -1))
+    offsets = list(product(*map(range, out.shape[3:])))
+    if rows[offsets[0]].is_contiguous():
+        _write_each(left, rights, offsets, rows)
+        return
+    with borrow(grad, *rows.shape) as block:  # entries of one offset are far from each other
+        _write_each(left, rights, offsets, block)
+        rows.copy_(block)
+
+
+def _write_each(left: Tensor, rights: list[Tensor], offsets: list[tuple[int, ...]], out: Tensor) -> None:
+    for offset, right in zip(offsets, rights, strict=True):
+        write_products(left, right, out[offset])
 
 
 def _write_tokens(input: Tensor, grad: Tensor, geo: Geometry, out: Tensor) -> None:
@@ -199,14 +212,24 @@ def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
 
 
 def _correlated(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
-    """The same for groups of one channel and one output: each image of ``input`` convolved by that of ``grad``, with
-    stride and dilation in each other's place.  A CPU is several times as fast at this as at a weight gradient.
+    """The same as a convolution of images with output gradients, stride and dilation in each other's place: channels of
+    a group are images of a batch, its outputs are kernels.
+
+    A CPU has fast kernels for that, also where its weight gradients unfold.
     """
-    images = _read(input, tuple(grad.shape[2:]), geo).flatten(0, 1).unsqueeze(0)
+    channels, outputs = input.shape[1] // geo.groups, grad.shape[1] // geo.groups
+    images = input.reshape(-1, channels, *input.shape[2:])
+    kernels = grad.reshape(len(images), outputs, *grad.shape[2:])
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geo.kernel) - 1]
-    kernels = grad.flatten(0, 1).unsqueeze(1)
-    found = convolve(images, kernels, None, geo.dilation, 0, geo.stride, len(kernels))
-    return found.view(*grad.shape[:2], 1, *geo.kernel)
+    step, full = cost.correlated(len(images), channels, outputs)
+    found = []
+    for i in range(0, len(images), step):
+        image = _read(images[i : i + step].transpose(0, 1), tuple(grad.shape[2:]), geo)
+        kernel = _as_one(kernels[i : i + step], 1, full)[0].unsqueeze(1)
+        rows = convolve(image, kernel, None, geo.dilation, 0, geo.stride, image.shape[1])
+        found.append(rows.unflatten(1, (-1, full))[:, :, :outputs].movedim(0, 2))
+    rows = torch.cat(found) if len(found) > 1 else found[0]
+    return rows.reshape(*grad.shape[:2], channels, *geo.kernel)
 
 
 def _as_one(x: Tensor, groups: int, full: int) -> Tensor:
@@ -248,9 +271,17 @@ def unfolded_size(input: Tensor, grad: Tensor, geo: Geometry) -> int:
 
 
 def summed(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
-    """The sum of all rows, ``[K O, I, *kernel]``: the ordinary weight gradient."""
+    """The sum of all rows, ``[K O, I, *kernel]``: the ordinary weight gradient, or of rows, where these take less."""
     input, grad, geo = _without_depth(input, grad, geo)
-    return _weight_gradient(input, grad, geo)
+    if not grad.numel() or not input.numel() or not cost.summed(grad, sizes(input.shape, grad.shape, geo), geo.groups):
+        return _weight_gradient(input, grad, geo)
+    shape = Size((grad.shape[1], input.shape[1] // geo.groups, *geo.kernel))
+    total, step = grad.new_zeros(shape), cost.shared(shape.numel())
+    with borrow(grad, min(step, len(grad)), *shape) as block:
+        for i in range(0, len(grad), step):
+            some = grad[i : i + step]
+            total += dense(input[i : i + step], some, geo, shape, block[: len(some)]).sum(0)
+    return total
 
 
 def applied(input: Tensor, grad: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
@@ -366,11 +397,16 @@ def _read(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> Tensor:
     return F.pad(F.pad(input, before), after)  # `F.pad` cuts first, and can't cut zeros that it is about to add
 
 
-def _padded(input: Tensor, positions: tuple[int, ...], geo: Geometry) -> tuple[Tensor, tuple[int, ...]]:
-    """``input`` and a symmetric padding with which torch's convolution gives exactly these positions."""
+def _padded(
+    input: Tensor, positions: tuple[int, ...], geo: Geometry, first: bool = False
+) -> tuple[Tensor, tuple[int, ...]]:
+    """``input`` and a symmetric padding with which torch's convolution gives exactly these positions.
+
+    ``first``: the input is padded beforehand.
+    """
     reach = zip(input.shape[2:], geo.padding, geo.kernel, geo.stride, geo.dilation, strict=True)
     lengths = tuple((size + 2 * p - (k - 1) * e - 1) // s + 1 for size, p, k, s, e in reach)
-    if lengths == positions:
+    if lengths == positions and not first:
         return input, geo.padding
     return _read(input, positions, geo), (0,) * len(positions)
 
@@ -379,7 +415,7 @@ def _weight_gradient(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     shape = (grad.shape[1], input.shape[1] // geo.groups, *geo.kernel)
     if not grad.numel() or not input.numel():
         return grad.new_zeros(shape)
-    input, padding = _padded(input, tuple(grad.shape[2:]), geo)
+    input, padding = _padded(input, tuple(grad.shape[2:]), geo, first=input.ndim == 5)  # or else a CPU would unfold
     found: Tensor = torch.ops.aten.convolution_backward(
         grad, input, grad.new_empty(shape), None,
         geo.stride, padding, geo.dilation, False, [0] * len(padding), geo.groups, (False, True, False),

@@ -36,18 +36,20 @@ class Costs:
     token_gram: float = 1.1  # the same for all pairs of samples, of rows that are more than a block
     pixel_gram: float = 1.0  # inner products of convolutions from products of pixels
     pixel_pass: float = 80  # multiplications that one pass over products of pixels is worth
-    # What else the kernels of convolutions cost, beside multiplications and in their unit:
-    offsets: tuple[float, ...] = (7, 10, 2e3, 55, 7e6)  # per entry of a side, of a row, product, entry copied, call
-    transposed: float = 60  # per entry of a row that is written in the parameter's layout, one offset at a time
-    unfolded: tuple[float, ...] = (40, 10, 1e7)  # per entry unfolded, of the other side, call
-    native: tuple[float, ...] = (30, 35, 2.6e4, 1.5e7)  # per entry of a row, pixel of a channel, group, call
-    slow: float = 2.5  # how much slower its multiplications are in dims and dilations that it is not made for
-    filled: float = 30  # per entry of a side that is filled up to whole vectors
-    odd: tuple[float, ...] = (40, 15, 4)  # per entry unfolded for other channels, of the other side; if colliding
+    # What the kernels of convolutions cost, in multiplications of `offsets`:
+    offsets: tuple[float, ...] = (10, 55, 5e3, 84, 5e6)  # per entry of a side, of a row, product, entry copied, call
+    streamed: tuple[float, ...] = (1.5, 1.1)  # how much dearer rows are in pieces: by offsets, unfolded
+    transposed: float = 100  # per entry of a row by offsets that is copied into the parameter's layout
+    unfolded: tuple[float, ...] = (1.3, 18, 690, 33, 33, 1.6e7)  # per multiplication, entry unfolded, line, row, side
+    native: tuple[float, ...] = (1.85, 94, 40, 48, 3.1e7)  # per multiplication, entry of a row, pixel, position; call
+    filled: float = 20  # per entry of a side that is filled up to whole vectors
+    odd: tuple[float, ...] = (1.2, 72, 109, 74, 28, 1e5)  # where it unfolds, as `unfolded`; the last is for each group
     depthwise: float = 16  # per entry unfolded, where groups have one channel and one output
-    correlated: tuple[float, ...] = (3, 230, 3e6)  # the same by a convolution: per multiplication, position, call
-    pixels: tuple[float, ...] = (1.2, 36, 1.2e4, 1.2e7)  # per multiplication, product of two pixels, group, call
+    correlated: tuple[float, ...] = (1.2, 12, 176, 71, 41, 2.8e7)  # per multiplication, entry, row, pixel, side; call
+    single: tuple[float, ...] = (3, 230)  # the same for one channel and one output: per multiplication, position
+    pixels: tuple[float, ...] = (1.4, 110, 3.6e4, 4.2e7)  # per multiplication, product of two pixels, group, call
     formed: float = 20  # per entry of rows of all samples that are formed first, and read again
+    added: tuple[float, ...] = (1.2, 2e7)  # rows that are formed and added up, against a weight gradient: margin, call
     few: int = 6  # up to so many samples, moments are always centred while streaming
     pairs: int = 4  # up to so many tokens, moments are made of products of pairs of them
     outer_norm: Literal["tokens", "stream"] | None = None  # None: decide by shape
@@ -120,7 +122,7 @@ class Convolution(NamedTuple):
     positions: int  # of the output
     tokens: int  # the same with what separates rows in a view that is shifted
     offsets: int  # of the kernel
-    dilated: bool = False
+    unfolds: bool = False  # a CPU's weight gradient does, for this geometry
 
 
 def conv_norm(like: Tensor, conv: Convolution) -> str:
@@ -130,7 +132,7 @@ def conv_norm(like: Tensor, conv: Convolution) -> str:
         return c.conv_norm or "stream"
     each, pair, group, call = c.pixels
     products = each * _pairs(conv) + pair * (conv.pixels**2 + conv.positions**2) + group
-    return "pixels" if conv.batch * products + call < min(_rows(like, conv).values()) else "stream"
+    return "pixels" if conv.batch * products + call < min(_rows(like, conv, streamed=True).values()) else "stream"
 
 
 def conv_alone(conv: Convolution) -> bool:
@@ -147,16 +149,16 @@ def conv_gram(n: int, m: int, conv: Convolution) -> str:
     return c.conv_gram or ("pixels" if fits and gram < c.pixel_gram * rows else "stream")
 
 
-def conv_rows(like: Tensor, conv: Convolution, transposed: bool = False) -> str:
-    """How the rows of a convolution are computed: unfolded to tokens, per kernel offset, by a grouped convolution.
+def conv_rows(like: Tensor, conv: Convolution, transposed: bool = False, streamed: bool = False) -> str:
+    """How the rows of a convolution are computed: unfolded to tokens, per kernel offset, by a convolution of torch.
 
-    ``like`` is the output gradient; ``transposed``: rows are wanted in the parameter's layout.
+    ``like`` is the output gradient; ``transposed``: rows are wanted in the parameter's layout; ``streamed``: in pieces.
     """
     possible = like.ndim <= 5  # dims of torch's convolutions
     forced = costs().conv_rows
     if forced and (possible or forced != "native"):
         return forced
-    found = _rows(like, conv, transposed)
+    found = _rows(like, conv, transposed, streamed)
     return min(found, key=found.__getitem__)
 
 
@@ -179,17 +181,18 @@ def conv_slice(like: Tensor, conv: Convolution, n: int, groups: int) -> int:
         return 0
     one = conv._replace(batch=n * step // conv.outputs) if groups > 1 else conv._replace(batch=n, outputs=step)
     sliced = -(-outputs // step) * min(_rows(like, one, transposed=True).values()) + c.formed * size
-    return step if sliced < _rows(like, conv._replace(batch=n * groups))["offsets"] else 0
+    return step if sliced < _rows(like, conv._replace(batch=n * groups), streamed=True)["offsets"] else 0
 
 
-def _rows(like: Tensor, conv: Convolution, transposed: bool = False) -> dict[str, float]:
+def _rows(like: Tensor, conv: Convolution, transposed: bool = False, streamed: bool = False) -> dict[str, float]:
     """What the rows cost by each kernel, in multiplications."""
-    native = like.ndim <= 5 and like.device.type == "cpu" and like.dtype == torch.float32 and _mkldnn()
-    return _rows_of(like.ndim, conv, native, transposed, costs())
+    return _rows_of(like.ndim, conv, like.ndim <= 5 and _vectorized(like), transposed, streamed, costs())
 
 
 @lru_cache(maxsize=4096)
-def _rows_of(ndim: int, conv: Convolution, native: bool, transposed: bool, c: Costs) -> dict[str, float]:
+def _rows_of(
+    ndim: int, conv: Convolution, native: bool, transposed: bool, streamed: bool, c: Costs
+) -> dict[str, float]:
     n, channels, outputs, pixels, positions, tokens, offsets, _ = conv
     row = outputs * channels * offsets
     if 1 in (offsets, positions):  # an outer product as it stands
@@ -198,39 +201,54 @@ def _rows_of(ndim: int, conv: Convolution, native: bool, transposed: bool, c: Co
     entry += c.transposed * transposed
     each = offsets * (tokens * side * (outputs + channels) + product) + copied * (pixels * channels + tokens * outputs)
     found = {"offsets": n * (row * (tokens + entry) + each) + call * offsets}
-    entry, other, call = c.unfolded
-    found["tokens"] = n * positions * (row + entry * channels * offsets + other * outputs) + call
+    each, unfolded, line, entry, side, call = c.unfolded
+    unfolded = (unfolded + line / _line(ndim, conv)) * channels * offsets
+    found["tokens"] = n * (positions * (each * row + unfolded + side * outputs) + entry * row) + call
+    if streamed:
+        found = {how: found[how] * factor for how, factor in zip(found, c.streamed, strict=True)}
     if native:
-        found["native"] = n * min(_grouped(ndim, conv, c).values()) + c.native[3]
-        if channels == outputs == 1:
-            found["native"] = min(found["native"], _correlated(conv, c))
+        gradient = n * min(_grouped(ndim, conv, c).values()) + c.native[-1]
+        found["native"] = min(gradient, _correlated(conv, c))
     return found
 
 
 @lru_cache(maxsize=4096)
 def _grouped(ndim: int, conv: Convolution, c: Costs) -> dict[tuple[int, int], float]:
-    """What one group costs in torch's grouped convolution, by the channels and outputs that it is filled up to with
-    zeros: as it is, or to multiples of 8, for which a CPU has fast kernels.
+    """What one group costs in the weight gradient of torch's grouped convolution, by the channels and outputs that it
+    is filled up to with zeros: as it is, or to multiples of 8, for which a CPU has fast kernels.
 
-    Other numbers of channels are unfolded and multiplied, most slowly where the number of positions is a multiple of
-    1024, so that rows collide in cache (unless there are so many that threads share in one group).
+    Other numbers of channels, and some geometries, are unfolded and multiplied.
     """
-    _, channels, outputs, pixels, positions, _, offsets, dilated = conv
-    entry, pixel, group, _ = c.native
-    full = width, height = channels + -channels % 8, outputs + -outputs % 8
-    slow = c.slow if dilated or (ndim == 5 and outputs < 8) else 1
-    copied = (width != channels) * pixels * width + (height != outputs) * positions * height
-    work = width * height * (slow * positions + entry) * offsets
-    found = {full: work + pixel * pixels * width + c.filled * copied + group}
-    if full != (channels, outputs):
-        unfolded, other, colliding = c.odd
-        each = unfolded * (colliding if positions % 1024 == 0 and positions < 12_000 else 1)
-        pairs: float = channels * (each + outputs) + other * outputs / offsets
-        if channels == outputs == 1:
-            pairs = 8 if ndim == 4 and offsets == 9 else c.depthwise * (3 if ndim == 3 else 1)  # 3x3 has its own kernel
-        work = (pairs * positions + entry * channels * outputs) * offsets
-        found[channels, outputs] = work + pixel * pixels * channels + group
+    full = width, height = conv.channels + -conv.channels % 8, conv.outputs + -conv.outputs % 8
+    found = {}
+    if not conv.unfolds:
+        copied = (width != conv.channels) * conv.pixels * width + (height != conv.outputs) * conv.positions * height
+        found[full] = _by_vectors(conv, c) + c.filled * copied
+    if conv.unfolds or full != (conv.channels, conv.outputs):
+        found[conv.channels, conv.outputs] = _by_unfolding(ndim, conv, c)
     return found
+
+
+def _by_vectors(conv: Convolution, c: Costs, rows: int = 1) -> float:
+    """A weight gradient with all channels and outputs filled up, and ``rows`` for each group to be written."""
+    width, height = conv.channels + -conv.channels % 8, conv.outputs + -conv.outputs % 8
+    each, entry, pixel, position, _ = c.native
+    work = (each * conv.positions + entry * rows) * width * height * conv.offsets
+    return work + pixel * conv.pixels * width + position * conv.positions * height
+
+
+def _by_unfolding(ndim: int, conv: Convolution, c: Costs, rows: int = 1) -> float:
+    _, channels, outputs, _, positions, _, offsets, _ = conv
+    each, unfolded, line, entry, position, group = c.odd
+    row, unfolded = outputs * channels * offsets, (unfolded + line / _line(ndim, conv)) * channels * offsets
+    if channels == outputs == 1:  # 3x3 has a kernel of its own
+        each, unfolded = 0, (8 if ndim == 4 and offsets == 9 else c.depthwise * (3 if ndim == 3 else 1)) * offsets
+    return positions * (each * row + unfolded + position * outputs) + entry * rows * row + group
+
+
+def _line(ndim: int, conv: Convolution) -> float:
+    """About how many positions there are in a line."""
+    return float(conv.positions ** (1 / max(1, ndim - 2)))
 
 
 def vectors(like: Tensor, conv: Convolution) -> tuple[int, int]:
@@ -242,24 +260,56 @@ def vectors(like: Tensor, conv: Convolution) -> tuple[int, int]:
 
 
 def correlates(like: Tensor, conv: Convolution) -> bool:
-    """Whether the rows of groups of one channel and one output are computed as a convolution, not as its gradient."""
+    """Whether rows are a convolution of images with output gradients, not a weight gradient."""
     c = costs()
-    if like.device.type != "cpu" or not conv.channels == conv.outputs == 1:
+    if like.device.type != "cpu":
         return False
-    return _correlated(conv, c) < conv.batch * min(_grouped(like.ndim, conv, c).values()) + c.native[3]
+    return _correlated(conv, c) < conv.batch * min(_grouped(like.ndim, conv, c).values()) + c.native[-1]
 
 
+def summed(like: Tensor, conv: Convolution, groups: int) -> bool:
+    """Whether rows that are formed and added up take less than the ordinary weight gradient, of one group or several:
+    where this unfolds, or fills up few channels.
+    """
+    c, single = costs(), conv.channels == conv.outputs == 1
+    if like.ndim > 5 or not _vectorized(like) or 1 in (conv.offsets, conv.positions):
+        return False
+    if single and like.ndim == 4 and conv.offsets == 9 and not conv.unfolds:  # has a kernel of its own
+        return False
+    unfolds = conv.unfolds or (groups > 1 and bool(conv.channels % 8 or conv.outputs % 8))
+    gradient = _by_unfolding(like.ndim, conv, c, 0) if unfolds else _by_vectors(conv, c, 0)
+    formed = c.formed * conv.batch * conv.channels * conv.outputs * conv.offsets
+    rows, margin, call = min(_rows(like, conv, transposed=True).values()), *c.added
+    return margin * (rows + formed) + call < conv.batch * gradient
+
+
+def correlated(batch: int, channels: int, outputs: int) -> tuple[int, int]:
+    """How many groups that convolution has at a time, and up to how many outputs they are filled up: so that a CPU has
+    fast kernels.
+    """
+    return (batch, 1) if channels == outputs == 1 else (4, outputs + -outputs % 8)
+
+
+@lru_cache(maxsize=4096)
 def _correlated(conv: Convolution, c: Costs) -> float:
-    each, position, call = c.correlated
-    return conv.batch * conv.positions * (each * conv.offsets + position) + call
+    n, channels, outputs, pixels, positions, _, offsets, _ = conv
+    each, read, entry, pixel, position, call = c.correlated
+    if channels == outputs == 1:
+        each, position = c.single
+        return n * positions * (each * offsets + position) + call
+    step, full = correlated(n, channels, outputs)
+    row = full * channels * offsets
+    group = positions * (each * row + read * channels * offsets + position * full) + pixel * pixels * channels
+    return n * (group + entry * row) + call * -(-n // step)
+
+
+def _vectorized(like: Tensor) -> bool:
+    """Whether torch's convolutions are those that the figures are of."""
+    return like.device.type == "cpu" and like.dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())
 
 
 def _pairs(conv: Convolution) -> int:
     return conv.pixels**2 * conv.channels + conv.positions**2 * conv.outputs
-
-
-def _mkldnn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())
 
 
 def chunk(row: int, entries: int | None = None) -> int:

@@ -28,7 +28,7 @@ def split_of(g: Factors) -> str:
     """The cheapest way to take the rows of ``g`` apart: not at all ("whole"), or as `persample.cost.conv_rows` says."""
     if not isinstance(g, Conv):
         return "whole"
-    return cost.conv_rows(g.grad, sizes_of(g))
+    return cost.conv_rows(g.grad, sizes_of(g), streamed=True)
 
 
 def chunks(g: Factors, split: str) -> Iterator[tuple[slice, Factors]]:

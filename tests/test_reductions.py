@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -491,7 +492,8 @@ FILLED = {
 
 def filled_or_not(filled: bool) -> dict[str, Any]:
     """Whether torch's grouped convolutions get whole vectors of channels, whatever it costs."""
-    return {"odd": (1e9, 0, 1), "depthwise": 1e9} if filled else {"filled": 1e9}
+    ways: dict[str, Any] = {"odd": (0, 0, 0, 0, 0, 1e15)} if filled else {"filled": 1e9}
+    return ways | {"correlated": (1e9,) * 6, "single": (1e9, 1e9)}
 
 
 @pytest.mark.parametrize("t", [2, 3, 4])
@@ -555,10 +557,13 @@ def test_the_cost_model_decides_by_shape() -> None:
     assert cost.conv_gram(32, 32, conv(256, 256, 4)) == "pixels"
     assert cost.conv_gram(32, 32, conv(128, 128, 8)) == "stream"
     assert cost.conv_rows(like, conv(3, 64, 32)) == "tokens"
-    assert cost.conv_rows(like, conv(64, 64, 32)) == "native"
+    assert cost.conv_rows(like, conv(32, 32, 28)) == "native"
+    assert cost.conv_rows(like, conv(64, 64, 28)) == "offsets"
+    assert cost.conv_rows(like, conv(64, 64, 28), streamed=True) == "native"
     assert cost.conv_rows(like, conv(256, 256, 4)) == "tokens"
     assert cost.conv_rows(like.double(), conv(256, 64, 16)) == "offsets"
-    assert cost.conv_rows(like.double(), conv(256, 64, 16), transposed=True) == "tokens"
+    assert cost.conv_rows(like.double(), conv(256, 64, 8)) == "offsets"
+    assert cost.conv_rows(like.double(), conv(256, 64, 8), transposed=True) == "tokens"
     assert cost.conv_rows(like, conv(128, 128, 8, kernel=1)) == "tokens"
     assert cost.conv_rows(like, conv(3, 64, 1024, dims=1)) == "tokens"
     assert "native" not in (cost.conv_rows(x, conv(64, 64, 32)) for x in (like.double(), like[..., None, None, None]))
@@ -573,9 +578,9 @@ def test_the_cost_model_decides_by_shape() -> None:
     with cost.using(conv_rows="tokens", wide=20 * 32 * 2 * 9):
         assert cost.conv_slice(like, conv(2, 72, 8), 32, 1) == 32  # whole vectors
     odd = [conv(*sizes, 28) for sizes in ((3, 20), (4, 8), (20, 1), (64, 32))]
-    assert cost.vectors(like, conv(3, 32, 32)) == (8, 32)
+    assert cost.vectors(like, conv(12, 32, 32)) == (16, 32)
     assert cost.vectors(like, conv(3, 64, 8, 7)) == (3, 64)
-    assert cost.vectors(like, conv(3, 32, 32)._replace(dilated=True)) == (3, 32)
+    assert cost.vectors(like, conv(12, 32, 32)._replace(unfolds=True)) == (12, 32)
     for filled, sizes in FILLED.items():
         with cost.using(**filled_or_not(filled)):
             assert [cost.vectors(like, c) for c in odd] == sizes
@@ -584,26 +589,48 @@ def test_the_cost_model_decides_by_shape() -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 0, 1), (1, 2, 2), (3, 4, 2)])
-def test_depthwise_convolutions_are_convolutions_of_images_with_gradients(
-    dims: int, stride: int, padding: int, dilation: int
+@pytest.mark.parametrize(("groups", "channels", "outputs"), [(4, 1, 1), (1, 2, 3), (3, 2, 1), (2, 1, 8)])
+def test_convolutions_are_convolutions_of_images_with_gradients(
+    dims: int, stride: int, padding: int, dilation: int, groups: int, channels: int, outputs: int
 ) -> None:
-    """Rows of one channel and one output for each group, as another convolution or as a weight gradient."""
+    """Rows, and their sum, as another convolution or as a weight gradient; also of more groups than it takes."""
     torch.manual_seed(0)
-    input = torch.randn(3, 4, *(7, 9, 6)[:dims], dtype=torch.float64)
-    kernel = (3, 2, 1)[:dims]
-    weight = torch.randn(4, 1, *kernel, dtype=torch.float64)
+    input = torch.randn(5, groups * channels, *(7, 9, 6)[:dims], dtype=torch.float64)
+    weight = torch.randn(groups * outputs, channels, *(3, 2, 1)[:dims], dtype=torch.float64)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    grad = torch.randn_like(convolve(input, weight, None, stride, padding, dilation, 4))
+    grad = torch.randn_like(convolve(input, weight, None, stride, padding, dilation, groups))
     g = Conv(input, grad, *((value,) * dims for value in (stride, padding, dilation)), weight.shape)
     with cost.using(conv_rows="tokens"):
         expected = dense(g)
     sizes = convolution.sizes(input.shape, grad.shape, g.geometry)
+    single = replace(g, input=input.float(), grad=grad.float())
     for each, chosen in ((0.0, True), (1e9, False)):
-        with cost.using(conv_rows="native", correlated=(each, each, each)):
+        ways: dict[str, Any] = {"correlated": (each,) * 6, "single": (each, each)}
+        with cost.using(conv_rows="native", added=(0.0, -1.0 if chosen else math.inf), **ways):
             assert cost.correlates(grad, sizes) is chosen
             assert_close(dense(g), expected, rtol=1e-12, atol=1e-12)
             assert_close(reductions.row_dot(g, g), expected.flatten(1).square().sum(1), rtol=1e-12, atol=1e-12)
-    assert not cost.correlates(grad.to("meta"), sizes) and not cost.correlates(grad, sizes._replace(outputs=2))
+            ordinary = dims == 2 and (channels, outputs, dilation) == (1, 1, 1) and sizes.offsets == 9
+            assert cost.summed(single.grad, sizes, groups) is (chosen and not ordinary)
+            for form in (single, factors.fold(single, 1)):
+                assert_close(reductions.weighted_sum(form).double(), expected.sum(0), rtol=1e-4, atol=1e-4)
+    assert not cost.correlates(grad.to("meta"), sizes) and not cost.summed(grad, sizes, groups)
+
+
+def test_sums_of_rows_against_weight_gradients() -> None:
+    """Where an ordinary pass unfolds, or fills up a single channel, rows are cheaper: by shape."""
+    like = torch.empty(1, 1, 1, 1)
+
+    def conv(channels: int, outputs: int, side: int, kernel: int, unfolds: bool = False, n: int = 16) -> Any:
+        reach = side + kernel - 1
+        return cost.Convolution(n, channels, outputs, reach**2, side**2, side * reach, kernel**2, unfolds)
+
+    depthwise = [cost.summed(like, conv(1, 1, 28, k, n=16 * 64), 64) for k in (1, 3, 5, 7)]
+    assert depthwise == [False, False, True, True]
+    assert cost.summed(like, conv(1, 64, 56, 7), 1) and not cost.summed(like, conv(3, 16, 16, 3), 1)
+    assert cost.summed(like, conv(48, 8, 48, 3, unfolds=True), 1) and not cost.summed(like, conv(48, 48, 28, 3), 1)
+    assert not cost.summed(like, conv(1, 1, 1, 7, n=16 * 64), 64)
+    assert not cost.summed(like.to("meta"), conv(1, 64, 56, 7), 1)
 
 
 @pytest.mark.parametrize("filled", [True, False])

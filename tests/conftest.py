@@ -26,6 +26,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def youth() -> None:
+    """Nor is what the modules before made, and the libraries that they have imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers, whatever ran before."""

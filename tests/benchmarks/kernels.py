@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -20,9 +21,10 @@ from persample import convolution, cost, reductions
 from persample.factors import Conv
 
 STREAM, PIXELS = ({"conv_norm": how, "conv_gram": how} for how in ("stream", "pixels"))
-KERNELS = {
+KERNELS: dict[str, dict[str, Any]] = {
     "offsets": STREAM | {"conv_rows": "offsets"},
-    "native": STREAM | {"conv_rows": "native"},
+    "gradient": STREAM | {"conv_rows": "native", "correlated": (1e9,) * 6, "single": (1e9, 1e9)},
+    "correlated": STREAM | {"conv_rows": "native", "correlated": (0.0,) * 6, "single": (0.0, 0.0)},
     "tokens": STREAM | {"conv_rows": "tokens"},
     "pixels": PIXELS,
 }

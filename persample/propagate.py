@@ -171,6 +171,23 @@ def _as_weight(op: Operation, out: Tensor) -> Layout | None:
     return layout.placed(out.ndim - 1) if layout.axis == 0 and first.ndim == 2 else None
 
 
+def _in_groups(layout: Layout, groups: int, out: Tensor, axis: int) -> Layout | None:
+    """Channels of which every group makes a group of the output's, where no group has those of several samples."""
+    owners = layout.owners().view(groups, -1)
+    if not torch.equal(owners, owners[:, :1].expand_as(owners)):
+        return None
+    return owned(layout.n, axis, owners[:, 0].repeat_interleave(out.shape[axis] // groups))
+
+
+def _cut(op: Operation, out: Tensor) -> Layout | None:
+    """``unfold``, ``pixel_shuffle``: every channel becomes several, or several become one."""
+    x, layout = op.known[0]
+    channels = x.ndim - (2 if op.func is F.fold else 3)
+    if layout.axis != channels:
+        return _found_again(op, out)
+    return _in_groups(layout, min(x.shape[channels], out.shape[channels]), out, channels)
+
+
 def _convolved(op: Operation, out: Tensor) -> Layout | None:
     """A convolution: samples among the channels, too, where no group has those of several samples."""
     x, weight, groups = op.given(0, "input"), op.given(1, "weight"), op.given(6, "groups", default=1)
@@ -180,9 +197,7 @@ def _convolved(op: Operation, out: Tensor) -> Layout | None:
         if t is x and at.axis != channels:
             place: Layout | None = at if at.axis == channels - 1 else _found_again(op, out)
         elif t is x or (transposed and t is weight and at.axis == 0):
-            owners = at.owners().view(groups, -1)
-            each = owners[:, 0].repeat_interleave(out.shape[channels] // groups)
-            place = owned(at.n, channels, each) if torch.equal(owners, owners[:, :1].expand_as(owners)) else None
+            place = _in_groups(at, groups, out, channels)
         else:  # of a weight, or a bias, those for each channel of the output
             fits = at.axis == (1 if transposed and t is weight and groups == 1 else 0)
             place = at.placed(channels) if fits else None
@@ -363,6 +378,7 @@ _BY_FUNCTION: dict[Function, Callable[[Operation, Tensor], Layout | None]] = {
     torch.einsum: _einsum,
     torch.cdist: _distances,
     **dict.fromkeys(_CONVS, _convolved),
+    **dict.fromkeys((F.unfold, F.fold, *named("pixel_shuffle", "pixel_unshuffle")), _cut),
 }
 _SPECIAL = {*MOVED, *_MASKED, *_SPREADS, *_BY_FUNCTION}  # not to be looked at shortly
 _SPECIAL -= {F.embedding, F.linear, *_ADDS, *_CONVS}

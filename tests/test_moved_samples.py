@@ -996,6 +996,34 @@ def test_samples_as_groups_of_a_convolution(transposed: bool, shared: bool, n: i
     close(persample.gradients(model, loss, inputs, verify=False).flat(), expected)
 
 
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "unfold": lambda h: F.unfold(h, 3),
+    "fold": lambda h: F.fold(F.unfold(h, 2, stride=2), h.shape[-2:], 2, stride=2),
+    "pixel_shuffle": lambda h: F.pixel_shuffle(h, 2),
+    "pixel_unshuffle": lambda h: F.pixel_unshuffle(h, 2),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("n", [2, 4])
+def test_samples_among_channels_that_are_cut(name: str, n: int) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(2, 4, 1), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = CUTS[name](self.first(x).view(1, -1, 4, 6))
+            out: Tensor = self.last(h.reshape(len(x), -1, 2))
+            return out
+
+    torch.manual_seed(0)
+    model, x = Cut().double(), torch.randn(n, 2, 4, 6, dtype=torch.float64)
+    loss = lambda o, _: o.square().sum((1, 2))  # noqa: E731
+    expected = persample.gradients(model, loss, x, engine="loop").flat()
+    close(persample.gradients(model, loss, x, verify=False).flat(), expected)
+
+
 def test_samples_as_channels_that_a_convolution_adds_up() -> None:
     class Meet(nn.Module):
         def __init__(self) -> None:

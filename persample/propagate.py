@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .aten import UNKNOWN
 from .joining import GATHERS, JOINS, STACKS, bagged, joined, one_by_one, stacked
-from .layout import Function, Layout, Operation, kept, of_one, only, same
+from .layout import Function, Layout, Operation, kept, of_one, only, owned, same
 from .mixing import PRODUCTS, sample_letters, sums_up
 from .moves import MOVED, indexed, is_choice, named, whether
 from .writing import COPIES, SCATTERS, WRITES, agree, rewritten, scattered, written
@@ -76,6 +76,8 @@ def _stays(op: Operation, out: Tensor) -> bool:
     first, layout = sampled[0]
     shape, axis = out.shape, layout.axis
     if layout.alone is not None or (func is F.embedding and args and first is not args[0]):
+        return False
+    if axis and func in _CONVS:  # among channels, whatever their number is behind
         return False
     if func in _ADDS:  # samples of the first factor (of both, if they are batches of matrices) stay where they are
         alike = all(at.axis == 0 and same(at, layout) for _, at in sampled)
@@ -167,6 +169,42 @@ def _as_weight(op: Operation, out: Tensor) -> Layout | None:
     if len(op.known) > 1 or len(op.args) < 2 or first is not op.args[1]:
         return _found_again(op, out)
     return layout.placed(out.ndim - 1) if layout.axis == 0 and first.ndim == 2 else None
+
+
+def _in_groups(layout: Layout, groups: int, out: Tensor, axis: int) -> Layout | None:
+    """Channels of which every group makes a group of the output's, where no group has those of several samples."""
+    owners = layout.owners().view(groups, -1)
+    if not torch.equal(owners, owners[:, :1].expand_as(owners)):
+        return None
+    return owned(layout.n, axis, owners[:, 0].repeat_interleave(out.shape[axis] // groups))
+
+
+def _cut(op: Operation, out: Tensor) -> Layout | None:
+    """``unfold``, ``pixel_shuffle``: every channel becomes several, or several become one."""
+    x, layout = op.known[0]
+    channels = x.ndim - (2 if op.func is F.fold else 3)
+    if layout.axis != channels:
+        return _found_again(op, out)
+    return _in_groups(layout, min(x.shape[channels], out.shape[channels]), out, channels)
+
+
+def _convolved(op: Operation, out: Tensor) -> Layout | None:
+    """A convolution: samples among the channels, too, where no group has those of several samples."""
+    x, weight, groups = op.given(0, "input"), op.given(1, "weight"), op.given(6, "groups", default=1)
+    channels, transposed = out.ndim - weight.ndim + 1, op.func in _TRANSPOSED
+    places: list[Layout] = []
+    for t, at in op.known:
+        if t is x and at.axis != channels:
+            place: Layout | None = at if at.axis == channels - 1 else _found_again(op, out)
+        elif t is x or (transposed and t is weight and at.axis == 0):
+            place = _in_groups(at, groups, out, channels)
+        else:  # of a weight, or a bias, those for each channel of the output
+            fits = at.axis == (1 if transposed and t is weight and groups == 1 else 0)
+            place = at.placed(channels) if fits else None
+        if place is None or any(place.axis != other.axis or not same(place, other) for other in places):
+            return None
+        places.append(place)
+    return places[0]
 
 
 def _counted(op: Operation, out: Tensor) -> Layout | None:
@@ -322,6 +360,8 @@ _MEETS: dict[Function, int] = {
 _GROWS = named("tensordot", "inner", "addbmm", "chain_matmul", "transpose_copy", "permute_copy")
 _GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.kron}
 _ADDS = named("addmm", "baddbmm", "addmv", "addr")
+_TRANSPOSED = {getattr(F, f"conv_transpose{d}d") for d in (1, 2, 3)}
+_CONVS = _TRANSPOSED | {getattr(F, f"conv{d}d") for d in (1, 2, 3)}
 # What is special about single functions, where `MOVED` doesn't say it.
 _BY_FUNCTION: dict[Function, Callable[[Operation, Tensor], Layout | None]] = {
     **dict.fromkeys(_REDUCES, _reduced),
@@ -337,7 +377,10 @@ _BY_FUNCTION: dict[Function, Callable[[Operation, Tensor], Layout | None]] = {
     F.linear: _as_weight,
     torch.einsum: _einsum,
     torch.cdist: _distances,
+    **dict.fromkeys(_CONVS, _convolved),
+    **dict.fromkeys((F.unfold, F.fold, *named("pixel_shuffle", "pixel_unshuffle")), _cut),
 }
-_SPECIAL = {*MOVED, *_MASKED, *_SPREADS, *_BY_FUNCTION} - {F.embedding, F.linear, *_ADDS}  # not to be looked at shortly
+_SPECIAL = {*MOVED, *_MASKED, *_SPREADS, *_BY_FUNCTION}  # not to be looked at shortly
+_SPECIAL -= {F.embedding, F.linear, *_ADDS, *_CONVS}
 _COUNTS = {torch.int64, torch.int32, torch.bool}  # indices and masks, of whatever they are put to
 _PUTS = {*JOINS, *GATHERS, *WRITES, *COPIES}  # beside constants, which are nobody's

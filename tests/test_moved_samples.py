@@ -967,6 +967,78 @@ def test_inputs_that_are_expanded_along_the_samples() -> None:
         )
 
 
+class OwnKernels(nn.Module):
+    """A convolution with kernels of each sample's own, as one with samples among channels and ``c`` groups for each."""
+
+    def __init__(self, transposed: bool, shared: bool, c: int) -> None:
+        super().__init__()
+        self.transposed, self.shared, self.c = transposed, shared, c
+        self.start, self.kernels = nn.Parameter(torch.randn(1, c, 4)), nn.Linear(3, 4 * 3)
+        self.bias, self.last = nn.Linear(3, 4), nn.Conv1d(4, 2, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        n, convolve = len(z), F.conv_transpose1d if self.transposed else F.conv1d
+        x = self.start.repeat(n, 1, 1) if self.shared else x
+        w = self.kernels(z).view(-1, 4 // self.c, 3) if self.transposed else self.kernels(z).view(-1, 1, 3)
+        h = convolve(x.reshape(1, -1, 4), w, self.bias(z).flatten(), padding=1, groups=n * self.c)
+        return self.last(h.view(n, 4, -1).tanh())
+
+
+@pytest.mark.parametrize("c", [2, 4])
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_samples_as_groups_of_a_convolution(transposed: bool, shared: bool, n: int, c: int) -> None:
+    torch.manual_seed(0)
+    model, loss = OwnKernels(transposed, shared, c).double(), lambda o, _: o.square().sum((1, 2))
+    inputs = (torch.randn(n, c, 4, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64))
+    expected = persample.gradients(model, loss, inputs, engine="loop").flat()
+    close(persample.gradients(model, loss, inputs, verify=False).flat(), expected)
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "unfold": lambda h: F.unfold(h, 3),
+    "fold": lambda h: F.fold(F.unfold(h, 2, stride=2), h.shape[-2:], 2, stride=2),
+    "pixel_shuffle": lambda h: F.pixel_shuffle(h, 2),
+    "pixel_unshuffle": lambda h: F.pixel_unshuffle(h, 2),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("n", [2, 4])
+def test_samples_among_channels_that_are_cut(name: str, n: int) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(2, 4, 1), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = CUTS[name](self.first(x).view(1, -1, 4, 6))
+            out: Tensor = self.last(h.reshape(len(x), -1, 2))
+            return out
+
+    torch.manual_seed(0)
+    model, x = Cut().double(), torch.randn(n, 2, 4, 6, dtype=torch.float64)
+    loss = lambda o, _: o.square().sum((1, 2))  # noqa: E731
+    expected = persample.gradients(model, loss, x, engine="loop").flat()
+    close(persample.gradients(model, loss, x, verify=False).flat(), expected)
+
+
+def test_samples_as_channels_that_a_convolution_adds_up() -> None:
+    class Meet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight, self.last = nn.Linear(4, 4), torch.randn(N, N, 1), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(F.conv1d(self.first(x).unsqueeze(0), self.weight).squeeze(0))
+            return out
+
+    for verify in (None, False):
+        with pytest.raises((persample.BatchCoupledError, persample.SampleAxisError)):
+            persample.gradients(Meet(), lambda o, _: o.square().sum(1), torch.randn(N, 4), verify=verify)
+
+
 def test_samples_as_the_weight_of_a_linear_map() -> None:
     class Weight(nn.Module):
         def __init__(self) -> None:

@@ -119,6 +119,28 @@ def test_an_expert_without_tokens(how: str) -> None:
     check(model, torch.randn(2, 2, D))
 
 
+class Kept(nn.Module):
+    """Stochastic depth that runs a layer for the samples that keep it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(2, 3)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        kept = keep.nonzero().squeeze(1)
+        return self.head(x.index_add(0, kept, self.layer(x[kept])).flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_without_images(layer: Any, groups: int) -> None:
+    model = Kept(layer(2, 2, 3, padding=1, groups=groups))
+    check(model, (torch.randn(N, 2, 4, 4), torch.zeros(N)))
+    inputs = (torch.randn(N, 2, 4, 4), torch.tensor([0, 0, 1, 1]))  # nobody in the first slice
+    S = persample.gradients(model, losses, inputs, None, quantities=["gram"], max_bytes=1)
+    torch.testing.assert_close(S.gram(), persample.gradients(model, losses, inputs, None).gram())
+
+
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_mixtral(experts: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -28,6 +28,8 @@ def _images(call: Call, x: Tensor) -> tuple[Tensor, int]:
     if at.plain and at.axis == 0:
         return call.read(x), 1
     x = call.samples(x)
+    if not x.shape[1]:  # nobody has any: a black one each
+        x = x.new_zeros(len(x), 1, *x.shape[2:])
     return x.flatten(0, 1), x.shape[1]
 
 

@@ -22,6 +22,7 @@ from . import DROPS, mutates, spellings
 from .apart import Lone
 
 _DRAWS = DROPS.union(spellings("rrelu", "bernoulli", "gumbel_softmax"))
+_CHANNELS = {f: -1 - d for d in (1, 2, 3) for f in spellings(f"conv{d}d", f"conv_transpose{d}d")}  # their axis
 
 
 def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor]) -> Iterator[tuple[Tensor, Dense]]:
@@ -29,12 +30,19 @@ def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor])
     if call.func in _DRAWS:
         raise _random(call)
     try:
-        rows = _one_by_one(call, grads, wanted) if call.couples else _vectorised(call, grads, wanted)
+        together = call.couples or _in_groups(call)
+        rows = _one_by_one(call, grads, wanted) if together else _vectorised(call, grads, wanted)
     except InplaceError:
         raise
     except Exception:  # vmap has many ways to refuse; the loop below is always right
         rows = _one_by_one(call, grads, wanted)
     yield from ((t, Dense(strided(r))) for t, r in zip(wanted, rows, strict=True))
+
+
+def _in_groups(call: Call) -> bool:
+    """Whether samples are among the channels of a convolution: one alone would be cut into the groups of all."""
+    shape, at = call.outputs[0]
+    return call.func in _CHANNELS and at is not None and at.axis == len(shape) + _CHANNELS[call.func]
 
 
 def _random(call: Call) -> RandomnessError:

@@ -201,7 +201,9 @@ def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
-    """All rows ``[N, K O, I, *kernel]``: the weight gradient of one convolution with ``N K`` groups; up to 3 dims."""
+    """All rows ``[N, K O, I, *kernel]`` by a convolution of torch, of up to 3 dims: the weight gradient of one with
+    ``N K`` groups, or `_correlated`.
+    """
     n, k, channels, outputs = len(input), geo.groups, input.shape[1] // geo.groups, grad.shape[1] // geo.groups
     if cost.correlates(grad, sizes(input.shape, grad.shape, geo)):
         return _correlated(input, grad, geo)

@@ -40,7 +40,7 @@ class Costs:
     offsets: tuple[float, ...] = (10, 55, 5e3, 84, 5e6)  # per entry of a side, of a row, product, entry copied, call
     streamed: tuple[float, ...] = (1.5, 1.1)  # how much dearer rows are in pieces: by offsets, unfolded
     transposed: float = 100  # per entry of a row by offsets that is copied into the parameter's layout
-    unfolded: tuple[float, ...] = (1.3, 18, 690, 33, 33, 1.6e7)  # per multiplication, entry unfolded, line, row, side
+    unfolded: tuple[float, ...] = (1.3, 18, 690, 33, 33, 1.6e7)  # each product, entry unfolded, line, row, side, call
     native: tuple[float, ...] = (1.85, 94, 40, 48, 3.1e7)  # per multiplication, entry of a row, pixel, position; call
     filled: float = 20  # per entry of a side that is filled up to whole vectors
     odd: tuple[float, ...] = (1.2, 72, 109, 74, 28, 1e5)  # where it unfolds, as `unfolded`; the last is for each group

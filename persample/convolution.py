@@ -138,7 +138,7 @@ def dense(input: Tensor, grad: Tensor, geo: Geometry, shape: Size, out: Tensor |
     n, step = len(input), cost.chunk(input[:1].numel() + grad[:1].numel())
     how = cost.conv_rows(grad, sizes(input.shape, grad.shape, geo), out is not None)
     if how == "native":
-        step = cost.shared(shape.numel())
+        step = native_step(input, grad, shape)
     elif how == "offsets" and out is None:
         out = fresh(grad, *shape[2:], n, *shape[:2]).movedim((-3, -2, -1), (0, 1, 2))
     elif how == "offsets":
@@ -200,11 +200,18 @@ def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
             rows.copy_(torch.bmm(left[at], right[at], out=block[: len(rows) * k]).view(rows.shape))
 
 
+def native_step(input: Tensor, grad: Tensor, shape: Size) -> int:
+    """For how many samples at a time: both sides may be copied, and rows are formed."""
+    return min(cost.shared(shape.numel()), cost.chunk(input[:1].numel() + grad[:1].numel(), cost.costs().wide // 2))
+
+
 def native(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     """All rows ``[N, K O, I, *kernel]`` by a convolution of torch, of up to 3 dims: the weight gradient of one with
     ``N K`` groups, or `_correlated`.
     """
     n, k, channels, outputs = len(input), geo.groups, input.shape[1] // geo.groups, grad.shape[1] // geo.groups
+    if not grad.numel() or not input.numel():
+        return grad.new_zeros(n, grad.shape[1], channels, *geo.kernel)
     if cost.correlates(grad, sizes(input.shape, grad.shape, geo)):
         return _correlated(input, grad, geo)
     full, full_outputs = cost.vectors(grad, sizes(input.shape, grad.shape, geo))
@@ -275,10 +282,14 @@ def unfolded_size(input: Tensor, grad: Tensor, geo: Geometry) -> int:
 def summed(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     """The sum of all rows, ``[K O, I, *kernel]``: the ordinary weight gradient, or of rows, where these take less."""
     input, grad, geo = _without_depth(input, grad, geo)
-    if not grad.numel() or not input.numel() or not cost.summed(grad, sizes(input.shape, grad.shape, geo), geo.groups):
-        return _weight_gradient(input, grad, geo)
     shape = Size((grad.shape[1], input.shape[1] // geo.groups, *geo.kernel))
-    total, step = grad.new_zeros(shape), cost.shared(shape.numel())
+    if not grad.numel() or not input.numel() or not cost.summed(grad, sizes(input.shape, grad.shape, geo), geo.groups):
+        step = native_step(input, grad, shape) if input.ndim == 5 else max(1, len(grad))  # padded in a copy
+        total = _weight_gradient(input[:step], grad[:step], geo)
+        for i in range(step, len(grad), step):
+            total += _weight_gradient(input[i : i + step], grad[i : i + step], geo)
+        return total
+    total, step = grad.new_zeros(shape), native_step(input, grad, shape)
     with borrow(grad, min(step, len(grad)), *shape) as block:
         for i in range(0, len(grad), step):
             some = grad[i : i + step]
@@ -417,7 +428,8 @@ def _weight_gradient(input: Tensor, grad: Tensor, geo: Geometry) -> Tensor:
     shape = (grad.shape[1], input.shape[1] // geo.groups, *geo.kernel)
     if not grad.numel() or not input.numel():
         return grad.new_zeros(shape)
-    input, padding = _padded(input, tuple(grad.shape[2:]), geo, first=input.ndim == 5)  # or else a CPU would unfold
+    unfolds = input.ndim == 5 and input.device.type == "cpu"  # where it isn't padded beforehand
+    input, padding = _padded(input, tuple(grad.shape[2:]), geo, first=unfolds)
     found: Tensor = torch.ops.aten.convolution_backward(
         grad, input, grad.new_empty(shape), None,
         geo.stride, padding, geo.dilation, False, [0] * len(padding), geo.groups, (False, True, False),

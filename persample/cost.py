@@ -248,7 +248,7 @@ def _by_unfolding(ndim: int, conv: Convolution, c: Costs, rows: int = 1) -> floa
 
 def _line(ndim: int, conv: Convolution) -> float:
     """About how many positions there are in a line."""
-    return float(conv.positions ** (1 / max(1, ndim - 2)))
+    return float(max(1, conv.positions) ** (1 / max(1, ndim - 2)))
 
 
 def vectors(like: Tensor, conv: Convolution) -> tuple[int, int]:

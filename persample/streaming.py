@@ -35,7 +35,7 @@ def chunks(g: Factors, split: str) -> Iterator[tuple[slice, Factors]]:
     """Some samples at a time where taking apart needs memory."""
     step = len(g)
     if isinstance(g, Conv):
-        step = cost.shared(_each(g, split))
+        step = convolution.native_step(g.input, g.grad, g.shape) if split == "native" else cost.shared(_each(g, split))
     elif isinstance(g, Pulled) and not streams(g):
         step = g.step
     for i in range(0, len(g), max(1, step)):

@@ -633,6 +633,25 @@ def test_sums_of_rows_against_weight_gradients() -> None:
     assert not cost.summed(like.to("meta"), conv(1, 64, 56, 7), 1)
 
 
+@pytest.mark.parametrize(
+    ("dims", "groups", "kernel", "added"), [(3, 1, 3, math.inf), (3, 1, 3, -1.0), (2, 16, 5, -1.0)]
+)
+def test_both_sides_of_a_convolution_are_copied_some_samples_at_a_time(
+    dims: int, groups: int, kernel: int, added: float
+) -> None:
+    """For rows, for their sum, and for a weight gradient of three dims, which is padded first."""
+    size = (8,) * 3 if dims == 3 else (24, 24)
+    input, grad = torch.randn(64, 16, *size), torch.randn(64, 16, *size)
+    one = (1,) * dims
+    g = Conv(input, grad, one, (kernel // 2,) * dims, one, torch.Size((16, 16 // groups, *(kernel,) * dims)))
+    for of in (lambda: reductions.row_dot(g, g), lambda: reductions.weighted_sum(g)):
+        with cost.using(wide=1 << 16, block=1 << 14, conv_rows="native", conv_norm="stream", added=(0.0, added)):
+            found, expected = peak(of)[0], of()
+        assert found < input.nbytes / 2
+        with cost.using(conv_rows="tokens", conv_norm="stream"):
+            assert_close(of(), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("filled", [True, False])
 @pytest.mark.parametrize(("groups", "outputs", "channels"), [(1, 72, 4), (1, 3, 9), (2, 3, 5), (3, 8, 4), (3, 2, 1)])
 def test_rows_in_slices_of_outputs(groups: int, outputs: int, channels: int, filled: bool) -> None:

@@ -192,6 +192,8 @@ def _convolved(op: Operation, out: Tensor) -> Layout | None:
     """A convolution: samples among the channels, too, where no group has those of several samples."""
     x, weight, groups = op.given(0, "input"), op.given(1, "weight"), op.given(6, "groups", default=1)
     channels, transposed = out.ndim - weight.ndim + 1, op.func in _TRANSPOSED
+    if op.func is torch.convolution:
+        transposed, groups = op.given(6, "transposed"), op.given(8, "groups")
     places: list[Layout] = []
     for t, at in op.known:
         if t is x and at.axis != channels:
@@ -361,7 +363,7 @@ _GROWS = named("tensordot", "inner", "addbmm", "chain_matmul", "transpose_copy",
 _GROWS |= {torch.linalg.multi_dot, torch.linalg.solve, torch.linalg.solve_triangular, torch.kron}
 _ADDS = named("addmm", "baddbmm", "addmv", "addr")
 _TRANSPOSED = {getattr(F, f"conv_transpose{d}d") for d in (1, 2, 3)}
-_CONVS = _TRANSPOSED | {getattr(F, f"conv{d}d") for d in (1, 2, 3)}
+_CONVS = _TRANSPOSED | {torch.convolution, *(getattr(F, f"conv{d}d") for d in (1, 2, 3))}
 # What is special about single functions, where `MOVED` doesn't say it.
 _BY_FUNCTION: dict[Function, Callable[[Operation, Tensor], Layout | None]] = {
     **dict.fromkeys(_REDUCES, _reduced),

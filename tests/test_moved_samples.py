@@ -970,9 +970,9 @@ def test_inputs_that_are_expanded_along_the_samples() -> None:
 class OwnKernels(nn.Module):
     """A convolution with kernels of each sample's own, as one with samples among channels and ``c`` groups for each."""
 
-    def __init__(self, transposed: bool, shared: bool, c: int) -> None:
+    def __init__(self, transposed: bool, shared: bool, c: int, by: str) -> None:
         super().__init__()
-        self.transposed, self.shared, self.c = transposed, shared, c
+        self.transposed, self.shared, self.c, self.by = transposed, shared, c, by
         self.start, self.kernels = nn.Parameter(torch.randn(1, c, 4)), nn.Linear(3, 4 * 3)
         self.bias, self.last = nn.Linear(3, 4), nn.Conv1d(4, 2, 1)
 
@@ -980,7 +980,11 @@ class OwnKernels(nn.Module):
         n, convolve = len(z), F.conv_transpose1d if self.transposed else F.conv1d
         x = self.start.repeat(n, 1, 1) if self.shared else x
         w = self.kernels(z).view(-1, 4 // self.c, 3) if self.transposed else self.kernels(z).view(-1, 1, 3)
-        h = convolve(x.reshape(1, -1, 4), w, self.bias(z).flatten(), padding=1, groups=n * self.c)
+        x, bias, groups = x.reshape(1, -1, 4), self.bias(z).flatten(), n * self.c
+        if self.by == "convolution":
+            h = torch.convolution(x, w, bias, [1], [1], [1], self.transposed, [0], groups)
+        else:
+            h = convolve(x, w, bias, padding=1, groups=groups)
         return self.last(h.view(n, 4, -1).tanh())
 
 
@@ -988,9 +992,10 @@ class OwnKernels(nn.Module):
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_samples_as_groups_of_a_convolution(transposed: bool, shared: bool, n: int, c: int) -> None:
+@pytest.mark.parametrize("by", ["its dims", "convolution"])
+def test_samples_as_groups_of_a_convolution(by: str, transposed: bool, shared: bool, n: int, c: int) -> None:
     torch.manual_seed(0)
-    model, loss = OwnKernels(transposed, shared, c).double(), lambda o, _: o.square().sum((1, 2))
+    model, loss = OwnKernels(transposed, shared, c, by).double(), lambda o, _: o.square().sum((1, 2))
     inputs = (torch.randn(n, c, 4, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64))
     expected = persample.gradients(model, loss, inputs, engine="loop").flat()
     close(persample.gradients(model, loss, inputs, verify=False).flat(), expected)

@@ -42,7 +42,8 @@ def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor])
 def _in_groups(call: Call) -> bool:
     """Whether samples are among the channels of a convolution: one alone would be cut into the groups of all."""
     shape, at = call.outputs[0]
-    return call.func in _CHANNELS and at is not None and at.axis == len(shape) + _CHANNELS[call.func]
+    channels = 1 - len(shape) if call.func is torch.convolution else _CHANNELS.get(call.func)
+    return channels is not None and at is not None and at.axis == len(shape) + channels
 
 
 def _random(call: Call) -> RandomnessError:

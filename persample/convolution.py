@@ -9,7 +9,8 @@ between the rows).  Then ``p * stride + a * dilation`` is a constant distance in
 input at offset ``a`` is a plain *view*: `shifted` returns the tokens of ``grad`` once and one view of the input per
 offset, and nothing is copied per offset.  A convolution is a direct sum of ``Outer`` forms that share their left side.
 
-Knows tensors and geometry only.  Any number of spatial dims; positions outside of the input read zero.
+Where one of torch's own convolutions forms whole rows faster (`native`), or their sum, it is used; `persample.cost`
+decides.  Knows tensors and geometry only.  Any number of spatial dims; positions outside of the input read zero.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def sizes(input: Size, grad: Size, geo: Geometry) -> cost.Convolution:
     positions, k = tuple(grad[2:]), geo.groups
     pixels, tokens = geo.pixels(positions), geo.tokens(positions)
     channels, outputs = input[1] // max(1, k), grad[1] // max(1, k)
-    unfolds = any(e > 1 for e in geo.dilation) or geo.kernel[-1] >= 14
+    unfolds = any(e > 1 for e in geo.dilation) or geo.kernel[-1] >= 14  # as oneDNN does
     return cost.Convolution(grad[0] * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets, unfolds)
 
 

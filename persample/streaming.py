@@ -3,8 +3,8 @@
 This is the default of every primitive: norms, Grams and projections add over blocks, moments are written block by
 block.  A block is computed into reused memory and read while it is still in cache; ``[N, *P]`` never exists.
 
-A convolution is a direct sum over kernel offsets (`persample.convolution`); with few input channels, one grouped
-convolution gives whole rows; with one position or one offset it is an `Outer`.  For inner products, larger ones form
+A convolution is a direct sum over kernel offsets (`persample.convolution`); one of torch's convolutions may
+give whole rows; with one position or one offset it is an `Outer`.  For inner products, larger ones form
 rows in slices of outputs.  Nothing but this file knows which.
 """
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.func import vmap
 from torch.nn import functional as F
 
@@ -166,6 +167,8 @@ def hinted(outputs: Any, targets: Any) -> Iterator[None]:
     except Exception as error:
         if targets is None and "NoneType" in str(error):
             _note(error, "targets is None: give targets=, if loss_fn needs them (of an autoencoder, the inputs again).")
+        if isinstance(targets, (list, tuple)) and "must be Tensor, not" in str(error):
+            _note(error, f"targets is a {type(targets).__name__}: give a tensor (torch.as_tensor, torch.stack).")
         if isinstance(error, TypeError) and "positional argument" in str(error) and isinstance(outputs, (tuple, list)):
             _note(error, "persample calls loss_fn(outputs, targets): loss_fn gets the whole tuple as outputs.")
         raise
@@ -305,6 +308,7 @@ def check_not_broadcast(loss_fn: LossFunction, whole: Tensor, outputs: Tree, tar
     """Raise where the criterion has compared samples with each other by broadcasting outputs ``[N, 1]`` with targets
     ``[N]``: ``whole`` is not made of the lone losses, and would be if both had the same shape.
     """
+    _check_no_distribution(loss_fn, whole, outputs, targets, n)
     given = [[x.shape for x, _ in tree.sampled()] for tree in (outputs, targets)]
     for x, y in ((x, y) for x in given[0] for y in given[1] if spreads(x, y)):
         shape = max(x, y, key=len)
@@ -324,6 +328,21 @@ def check_not_broadcast(loss_fn: LossFunction, whole: Tensor, outputs: Tree, tar
                 f"{tuple(torch.broadcast_shapes(x, y))}: it compares every sample with all others. Give both one "
                 f"shape: {long}.{'squeeze(-1)' if last else f'reshape({short}.shape)'}."
             )
+
+
+def _check_no_distribution(loss_fn: LossFunction, whole: Tensor, outputs: Tree, targets: Tree, n: int) -> None:
+    """Raise where lone losses are made with a distribution of all samples, which pytrees can't take apart."""
+    kind = next((type(x).__name__ for x in outputs.leaves if isinstance(x, Distribution)), "")
+    if not kind or whole.ndim or not outputs.sampled():
+        return
+    with torch.no_grad():
+        alone = lone_losses(loss_fn, outputs, targets, n)
+    if not _made_of(whole, alone):
+        raise LossError(
+            f"loss_fn returns one number for the batch, and the model a {kind} of all samples, of which it can't be "
+            "given one alone: let loss_fn return [N] losses; or the model the distribution's parameters (logits), and "
+            "make it in loss_fn."
+        )
 
 
 def _made_of(whole: Tensor, losses: Tensor) -> bool:

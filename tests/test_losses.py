@@ -345,6 +345,36 @@ def test_outputs_that_can_not_be_taken_apart(engine: str) -> None:
     torch.testing.assert_close(each.flat(), persample.gradients(model.l, F.cross_entropy, x, y).flat())
 
 
+@pytest.mark.parametrize("verify", [False, None])
+def test_a_distribution_beside_tensors_is_not_that_of_one_sample(verify: bool | None) -> None:
+    class ActorCritic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.v = linear(), nn.Linear(C, 1).double()
+
+        def forward(self, x: Tensor) -> tuple[torch.distributions.Distribution, Tensor]:
+            return torch.distributions.Categorical(logits=self.l(x)), self.v(x).squeeze(-1)
+
+    def losses(out: Any, y: Tensor) -> Tensor:
+        return (out[1] - 1) ** 2 - out[0].log_prob(y)
+
+    model, x, y = ActorCritic(), scores(C), labels()
+    with pytest.raises(persample.LossError, match=r"a Categorical of all samples.*return \[N\] losses"):
+        persample.gradients(model, lambda out, y: losses(out, y).mean(), x, y, verify=verify)
+    each = persample.gradients(model, losses, x, y, verify=verify)
+    loop = persample.gradients(model, losses, x, y, engine="loop")
+    torch.testing.assert_close(each.flat(), loop.flat())
+    value = persample.gradients(model, lambda out, y: (out[1] - 1).square().mean(), x, y, verify=verify)  # uses none
+    torch.testing.assert_close(value["v.bias"], 2 * (value.outputs[1] - 1)[:, None])
+
+
+def test_targets_in_a_list_are_told() -> None:
+    with pytest.raises(TypeError) as told:
+        persample.gradients(linear(), F.cross_entropy, scores(C), labels().tolist())
+    told_of = "targets is a list: give a tensor"
+    assert any(told_of in note for note in getattr(told.value, "__notes__", [told_of]))  # from Python 3.11 on
+
+
 def test_a_loss_function_that_raises_shows_its_own_error() -> None:
     def loss_fn(out: Tensor, y: Tensor) -> Tensor:
         raise KeyError("mine")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_samples
+from ..curvature.diagonal import check_real
 from ..curvature.matrices import likelihood_of, single_output
 from ..curvature.objective import Objective
 from ..curvature.operator import Operator, unflatten
 from ..curvature.products import loss_curvature, operator, sandwich
-from ..errors import ArgumentError
 from ..state import seed_of
 from .network import Network
 
@@ -39,11 +39,7 @@ def diagonal(
     backward pass each.
     """
     objective = _objective(network, reduction)
-    if odd := [name for name, p in objective.parameters.items() if p.is_complex()]:
-        raise ArgumentError(
-            f"parameter '{odd[0]}' is complex: the Gauss-Newton matrix mixes its real and imaginary parts, and has no "
-            "diagonal in complex numbers. Hold it as a real one (torch.view_as_complex inside the model)."
-        )
+    check_real(objective.parameters)
     if draws is None:
         matrix = ggn(network, reduction)
         return unflatten(matrix.dense().diagonal(), matrix.shapes)

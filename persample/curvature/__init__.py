@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .diagonal import ggn_diagonal
 from .kfac import ekfac, kfac, kflr
 from .kfra import kfra
 from .kronecker import Kronecker
@@ -17,6 +18,7 @@ __all__ = [
     "empirical_fisher",
     "fisher",
     "ggn",
+    "ggn_diagonal",
     "hvp",
     "kfac",
     "kflr",

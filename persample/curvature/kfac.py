@@ -30,30 +30,19 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from ..arguments import check_samples, one_of
-from ..calls import Reached, reached
-from ..capture import Capture
-from ..collect import Collect
-from ..engines import hooks
-from ..errors import ArgumentError, KroneckerError, LossError
+from ..arguments import one_of
+from ..errors import ArgumentError, KroneckerError
 from ..factors import Factors, outer
 from ..losses import LossFunction
-from ..problem import Problem, Selection, pose
+from ..problem import Selection, pose
 from ..reductions import square_sum
-from ..refusals import check_complete, check_uncoupled
-from ..remembered import verified
-from ..state import restored, seed_of
 from ..telling import telling
-from ..verify import chosen, run_verified, with_own_inputs
-from .kronecker import Block, Kronecker, eigh
+from .columns import Passes, passes
+from .kronecker import Block, Kronecker
 from .layers import UNUSED, Layer, find_layers
-from .likelihood import check_finite, identify, wide
-from .matrices import hessian_at, single_output
+from .likelihood import wide
 from .objective import Objective
-from .products import gradient
 
-Column = list[tuple[Tensor, Tensor]]  # where the backward starts, and with which gradient
-HessianAt = Callable[[Tensor], Callable[[Tensor], Tensor]]  # f [N, ...] -> (v -> H(f) v)
 Receive = Callable[[Layer, Tensor, Tensor], None]  # gets inputs [N, K, T, I] and output gradients [N, K, T, O]
 
 
@@ -147,18 +136,17 @@ def ekfac(
     return replace(plain, blocks={name: replace(block, moments=moments[name]) for name, block in plain.blocks.items()})
 
 
-# ---- one recorded forward pass, many backward passes ----------------------------------------------------------------
+# ---- the layers of one recorded forward pass ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    """The layers of a forward pass, and the columns to differentiate."""
+    """The layers of a forward pass, and the passes back through it."""
 
     objective: Objective
-    found: Reached
+    passes: Passes
     layers: dict[str, Layer]
     uncovered: dict[str, str]  # grows where the uses of a weight turn out to have no common form
-    columns: list[Column]
     bias: str
 
     def sweep(self, receive: Receive) -> None:
@@ -168,7 +156,7 @@ class Run:
             layer = self.layers[name]
             tokens = layer.tokens(g)
             if tokens is None:
-                uses = sum(call.wants(parameters[name]) for call in calls)
+                uses = self.passes.uses(parameters[name])
                 lost = "its gradients have no factored form"
                 if uses > 1:  # another resolution, stride or padding
                     lost = f"it is used {uses} times, in ways that have no factored form in common"
@@ -178,17 +166,8 @@ class Run:
                 receive(part, inputs, tokens[1])
 
         parameters = {name: self.objective.parameters[name] for name in self.layers}
-        calls = [call for call in self.found.calls if any(map(call.wants, parameters.values()))]
-        layers = replace(self.found, calls=calls)
-        for column in self.columns if self.layers else ():
-            ends, seeds = zip(*column, strict=True)
-            collect = Collect(layers, parameters, emit, self.objective.problem.batch.n, release=False)
-            try:
-                torch.autograd.grad(ends, self.found.roots, seeds, retain_graph=True, allow_unused=True)
-                for name in collect.finish():
-                    self.uncovered.update(dict.fromkeys(self.layers[name].shapes, UNUSED))
-            finally:
-                collect.detach()
+        for name in self.passes.sweep(parameters, emit):
+            self.uncovered.update(dict.fromkeys(self.layers[name].shapes, UNUSED))
 
 
 def _parts(layer: Layer, bias: str, inputs: Tensor) -> list[tuple[Layer, Tensor]]:
@@ -213,25 +192,9 @@ def recorded(
     """A forward pass under the hook engine's capture; every parameter that is not in a layer is accounted for."""
     one_of("type", type, ("empirical", "mc", "exact"))
     one_of("bias", bias, ("joined", "apart"))
-    check_samples(samples)
-    objective.silent[0] |= _verify(objective.problem, verify)  # which warns
-    seed = seed_of(generator) if type == "mc" else None  # outside of the forward pass, which restores random states
-    parameters = objective.parameters
-    capture = Capture(objective.problem.model, {id(p) for p in parameters.values()})
-    with objective.forward(capture) as outputs:
-        ends = [x for x, _ in objective.problem.batch.outputs(outputs).tensors()]
-        found = reached(x.grad_fn for x in ends)
-        check_complete(found, parameters)
-        check_uncoupled(found, parameters)
-        layers, uncovered = find_layers(found, parameters)
-        run = Run(
-            objective,
-            found,
-            {x.weight: x for x in layers},
-            uncovered,
-            _columns(objective, outputs, type, samples, seed),
-            bias,
-        )
+    with passes(objective, type, samples, generator, verify) as found:
+        layers, uncovered = find_layers(found.found, objective.parameters)
+        run = Run(objective, found, {x.weight: x for x in layers}, uncovered, bias)
         yield run
         if strict and run.uncovered:
             name, reason = next(iter(run.uncovered.items()))
@@ -239,78 +202,6 @@ def recorded(
                 f"parameter '{name}' has no Kronecker factors: {reason}. Leave it out of params= (by default all "
                 "layers are found), or use ggn."
             )
-
-
-def _verify(problem: Problem, verify: bool | None) -> bool:
-    """Hold a row of the per-sample gradients, which have the same tokens, against that sample alone, if this is due."""
-    if verify not in (None, True, False):
-        raise ArgumentError(f"verify must be True, False or None (at the first call), got {verify!r}")
-    if due := verify or (verify is None and not verified(problem, "hooks")):
-        problem = with_own_inputs(problem)  # which a forward may change in place
-        with restored(*problem.owners):
-            run = lambda emit, couplers: hooks(problem, emit, couplers=couplers)  # noqa: E731
-            run_verified(problem, "hooks", lambda *_: None, run, chosen(problem.batch.n))
-    return due
-
-
-def _columns(objective: Objective, outputs: Any, type: str, samples: int, seed: int | None) -> list[Column]:
-    ends, leaves, losses = objective.loss_at(outputs)
-    if type == "empirical":
-        return [list(zip(ends, (g.detach() for g in gradient([losses.sum()], leaves, None)), strict=True))]
-    end, axis = single_output(objective, outputs)
-    f = end.detach().movedim(axis, 0)
-    if seed is not None:
-        drawn = identify(f, hessian_at(objective, outputs)).draws(samples, seed) / samples**0.5
-    else:
-        drawn = loss_roots(f, hessian_at(objective, outputs)).movedim(2, 0).to(f.dtype)
-    return [[(end, u.view_as(f).movedim(0, axis))] for u in drawn]
-
-
-def loss_hessians(f: Tensor, hessian_at: HessianAt) -> Tensor:
-    """``H_n [N, F, F]``, the Hessian of every sample's loss with respect to its ``F`` output entries."""
-    product = hessian_at(f)
-    units = torch.eye(f[0].numel(), dtype=wide(f).dtype, device=f.device)
-    columns = [product(e.view(f.shape[1:]).expand_as(f).contiguous()).reshape(len(f), -1) for e in units]
-    return torch.stack(columns, 2)
-
-
-def loss_roots(f: Tensor, hessian_at: HessianAt, mean: bool = False) -> Tensor:
-    """``S [N, F, r]`` with ``S_n S_n^T = H_n``; or ``[F, r]``, of their ``mean``.
-
-    Where a classifier is sure, ``H_n`` is the difference of numbers much larger than it, and not positive beyond their
-    rounding.  How large they are is what the Hessian at outputs of zero tells, where nothing is saturated.
-    """
-
-    def hessians(f: Tensor) -> Tensor:
-        found = loss_hessians(f, hessian_at)
-        return found.mean(0) if mean else found
-
-    def scale() -> Tensor:
-        return hessians(torch.zeros_like(f)).nan_to_num(0, 0, 0).flatten(-2).abs().amax(-1)
-
-    matrices = hessians(f)
-    check_finite(matrices)
-    return root(matrices, scale)
-
-
-def root(matrices: Tensor, scale: Callable[[], Tensor] | None = None) -> Tensor:
-    """``S [..., F, r]`` with ``S S^T`` the given positive semi-definite matrices ``[..., F, F]``, each up to the
-    rounding of its largest eigenvalue, or of ``scale [...]``.
-    """
-    values, vectors = eigh(matrices)
-    least, eps = values[..., 0], torch.finfo(values.dtype).eps
-    allowed = 1e4 * eps * values.abs().amax(-1)
-    if scale is not None and bool((least < -allowed).any()):
-        allowed = torch.maximum(allowed, 64 * eps * scale())
-    if bool((bad := least < -allowed).any()):
-        raise LossError(
-            f"the loss is not convex in the outputs (its Hessian has an eigenvalue {float(least[bad].min()):.3g}), so "
-            "there is no square root of it to propagate: use type='empirical', or ggn as an operator."
-        )
-    needed = (values > 0).flatten(0, -2).any(0) if values.ndim > 1 else values > 0
-    needed[-1] = True  # the largest; where the Hessian is zero (absolute errors), a column of zeros
-    scaled: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-    return scaled[..., needed]
 
 
 def _factors(run: Run, approximation: str, title: str) -> Kronecker:

@@ -25,7 +25,8 @@ from ..problem import Selection, pose
 from ..telling import telling
 from ..verify import with_own_inputs
 from ..watch import Watch
-from .kfac import kfac, loss_roots, root
+from .columns import loss_roots, root
+from .kfac import kfac
 from .kronecker import Kronecker
 from .layers import Layer
 from .likelihood import wide

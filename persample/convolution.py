@@ -72,7 +72,7 @@ def sizes(input: Size, grad: Size, geo: Geometry) -> cost.Convolution:
     positions, k = tuple(grad[2:]), geo.groups
     pixels, tokens = geo.pixels(positions), geo.tokens(positions)
     channels, outputs = input[1] // max(1, k), grad[1] // max(1, k)
-    unfolds = any(e > 1 for e in geo.dilation) or geo.kernel[-1] >= 14  # as oneDNN does
+    unfolds = any(e > 1 for e in geo.dilation) or geo.kernel[-1] >= 14  # as oneDNN does, but for wide vectors
     return cost.Convolution(grad[0] * k, channels, outputs, pixels, prod(positions), tokens, geo.offsets, unfolds)
 
 

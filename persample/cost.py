@@ -44,6 +44,7 @@ class Costs:
     native: tuple[float, ...] = (1.85, 94, 40, 48, 3.1e7)  # per multiplication, entry of a row, pixel, position; call
     filled: float = 20  # per entry of a side that is filled up to whole vectors
     odd: tuple[float, ...] = (1.2, 72, 109, 74, 28, 1e5)  # where it unfolds, as `unfolded`; the last is for each group
+    dilated: float | None = None  # how much dearer it is with dilation or a long kernel; None: it unfolds
     depthwise: float = 16  # per entry unfolded, where groups have one channel and one output
     correlated: tuple[float, ...] = (1.2, 12, 176, 71, 41, 2.8e7)  # per multiplication, entry, row, pixel, side; call
     single: tuple[float, ...] = (3, 230)  # the same for one channel and one output: per multiplication, position
@@ -60,7 +61,27 @@ class Costs:
     conv_rows: Literal["offsets", "native", "tokens"] | None = None
 
 
-_costs: ContextVar[Costs] = ContextVar("costs", default=Costs())  # noqa: B039 (frozen)
+# The same with wider vectors, for which oneDNN has other kernels: weight gradients are faster than all else.
+AVX512: dict[str, Any] = {
+    "offsets": (5.7, 48, 9.4e3, 52, 3.7e6),
+    "streamed": (1.52, 1.15),
+    "transposed": 194,
+    "unfolded": (0.79, 40, 500, 16.6, 16.5, 5.9e6),
+    "native": (1.35, 94, 21, 79, 3.1e7),
+    "filled": 30,
+    "odd": (1.95, 59, 91, 109, 42, 8.1e4),
+    "dilated": 2.5,
+    "correlated": (1.76, 8.4, 148, 31, 56, 3.2e7),
+    "added": (1.5, 2e7),
+}
+
+
+def measured(capability: str) -> Costs:
+    """The figures for a CPU's instructions, as `torch.backends.cpu.get_cpu_capability` calls them."""
+    return Costs(**AVX512) if capability.startswith("AVX512") else Costs()
+
+
+_costs: ContextVar[Costs] = ContextVar("costs", default=measured(torch.backends.cpu.get_cpu_capability()))  # noqa: B039 (frozen)
 
 
 def costs() -> Costs:
@@ -122,7 +143,7 @@ class Convolution(NamedTuple):
     positions: int  # of the output
     tokens: int  # the same with what separates rows in a view that is shifted
     offsets: int  # of the kernel
-    unfolds: bool = False  # a CPU's weight gradient does, for this geometry
+    unfolds: bool = False  # a CPU's weight gradient may, for this geometry
 
 
 def conv_norm(like: Tensor, conv: Convolution) -> str:
@@ -221,10 +242,10 @@ def _grouped(ndim: int, conv: Convolution, c: Costs) -> dict[tuple[int, int], fl
     """
     full = width, height = conv.channels + -conv.channels % 8, conv.outputs + -conv.outputs % 8
     found = {}
-    if not conv.unfolds:
+    if not (unfolds := conv.unfolds and c.dilated is None):
         copied = (width != conv.channels) * conv.pixels * width + (height != conv.outputs) * conv.positions * height
         found[full] = _by_vectors(conv, c) + c.filled * copied
-    if conv.unfolds or full != (conv.channels, conv.outputs):
+    if unfolds or full != (conv.channels, conv.outputs):
         found[conv.channels, conv.outputs] = _by_unfolding(ndim, conv, c)
     return found
 
@@ -234,7 +255,8 @@ def _by_vectors(conv: Convolution, c: Costs, rows: int = 1) -> float:
     width, height = conv.channels + -conv.channels % 8, conv.outputs + -conv.outputs % 8
     each, entry, pixel, position, _ = c.native
     work = (each * conv.positions + entry * rows) * width * height * conv.offsets
-    return work + pixel * conv.pixels * width + position * conv.positions * height
+    dearer = c.dilated if conv.unfolds and c.dilated is not None else 1
+    return dearer * (work + pixel * conv.pixels * width + position * conv.positions * height)
 
 
 def _by_unfolding(ndim: int, conv: Convolution, c: Costs, rows: int = 1) -> float:
@@ -276,8 +298,9 @@ def summed(like: Tensor, conv: Convolution, groups: int) -> bool:
         return False
     if single and like.ndim == 4 and conv.offsets == 9 and not conv.unfolds:  # has a kernel of its own
         return False
-    unfolds = conv.unfolds or (groups > 1 and bool(conv.channels % 8 or conv.outputs % 8))
-    gradient = _by_unfolding(like.ndim, conv, c, 0) if unfolds else _by_vectors(conv, c, 0)
+    odd = groups > 1 and bool(conv.channels % 8 or conv.outputs % 8)
+    unfolds = odd or (conv.unfolds and c.dilated is None)
+    gradient = _by_unfolding(like.ndim, conv, c, 0) if unfolds else _by_vectors(conv._replace(unfolds=False), c, 0)
     formed = c.formed * conv.batch * conv.channels * conv.outputs * conv.offsets
     rows, margin, call = min(_rows(like, conv, transposed=True).values()), *c.added
     return margin * (rows + formed) + call < conv.batch * gradient

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -477,6 +478,13 @@ def test_two_threads_at_once() -> None:
                     close(actual, target)
 
 
+@pytest.fixture
+def narrow() -> Iterator[None]:
+    """The figures of a CPU without AVX-512, on any."""
+    with cost.using(**asdict(cost.measured("AVX2"))):
+        yield
+
+
 def test_costs_are_restored() -> None:
     before = cost.costs()
     with cost.using(block=7, outer_norm="stream"):
@@ -537,6 +545,7 @@ def test_moments_of_convolutions_at_few_positions(side: tuple[int, int], groups:
         close(square, centred(rows))
 
 
+@pytest.mark.usefixtures("narrow")
 def test_the_cost_model_decides_by_shape() -> None:
     assert cost.outer_norm(16, 128, 256, 1024) == "tokens"
     assert cost.outer_norm(8, 512, 256, 256) == "stream"
@@ -617,6 +626,7 @@ def test_convolutions_are_convolutions_of_images_with_gradients(
     assert not cost.correlates(grad.to("meta"), sizes) and not cost.summed(grad, sizes, groups)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_sums_of_rows_against_weight_gradients() -> None:
     """Where an ordinary pass unfolds, or fills up a single channel, rows are cheaper: by shape."""
     like = torch.empty(1, 1, 1, 1)
@@ -631,6 +641,27 @@ def test_sums_of_rows_against_weight_gradients() -> None:
     assert cost.summed(like, conv(48, 8, 48, 3, unfolds=True), 1) and not cost.summed(like, conv(48, 48, 28, 3), 1)
     assert not cost.summed(like, conv(1, 1, 1, 7, n=16 * 64), 64)
     assert not cost.summed(like.to("meta"), conv(1, 64, 56, 7), 1)
+
+
+def test_wide_vectors_have_figures_of_their_own() -> None:
+    """Where a CPU has AVX-512, weight gradients are fast, also dilated ones, and so are rows by them."""
+    like = torch.empty(1, 1, 1, 1)
+
+    def conv(channels: int, outputs: int, side: int, unfolds: bool = False) -> cost.Convolution:
+        reach = side + 2
+        return cost.Convolution(32, channels, outputs, reach**2, side**2, side * reach, 9, unfolds)
+
+    found = {}
+    for capability in ("AVX2", "AVX512", "AVX512_BF16", "DEFAULT"):
+        with cost.using(**asdict(cost.measured(capability))):
+            layers = [conv(128, 128, 16), conv(64, 64, 32), conv(32, 64, 48)]
+            found[capability] = [
+                *(cost.correlates(like, layer) for layer in layers),
+                cost.summed(like, conv(48, 8, 48, unfolds=True), 1),
+            ]
+    assert found["AVX512"] == found["AVX512_BF16"] == [False, False, False, False]
+    assert found["AVX2"] == found["DEFAULT"] == [True, True, True, True]
+    assert asdict(cost.costs()) == asdict(cost.measured(torch.backends.cpu.get_cpu_capability()))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .followed import is_wrapped
 
@@ -28,3 +29,25 @@ def put_right(out: Any) -> None:
     x = out[0] if isinstance(out, tuple) else out
     if isinstance(x, Tensor) and x.requires_grad and x.ndim > 3 and len(x) == 1 and not is_wrapped([x]):
         x.register_hook(Tensor.contiguous)
+
+
+SOLVES = {torch.linalg.solve, torch.linalg.solve_ex}
+
+
+def broadcast(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call, with one matrix for many right-hand sides repeated for each: PyTorch's vmap of ``solve``
+    takes the axis of the samples for one of theirs (in 2.13), and returns something of another shape.
+    """
+    if func in SOLVES and len(args) > 1 and isinstance(args[0], Tensor) and args[0].ndim < args[1].ndim:
+        a, b, *rest = args
+        return (a.expand(*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), *a.shape[-2:]), b, *rest)
+    return args
+
+
+class Mapped(TorchFunctionMode):
+    """Inside of vmap: what it gets wrong is written in another way."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*broadcast(func, args), **kwargs or {})

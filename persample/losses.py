@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from .batch import Batch, Tree, flatten, taken_apart, unflatten
 from .errors import LossError, warn
 from .layout import spreads
-from .state import restored
+from .lone import Mapped
+from .state import Buffers, restored
 from .telling import tell
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -181,11 +182,12 @@ def _note(error: Exception, text: str) -> None:
 
 def valued(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
     """What a criterion says of a batch; an error if it is a scalar, for which samples alone are next, and outputs are
-    no longer what they were, or targets, which would be changed again.
+    no longer what they were, or targets, or buffers of its own, which would be changed again.
     """
     with torch._C.DisableTorchFunction():  # every attribute of a tensor is a call to a mode
         given = [flatten(tree) for tree in (outputs, targets)]
         before = [_versions(leaves) for leaves, _ in given]
+        own = Buffers(loss_fn)
     with hinted(outputs, targets):
         whole = loss_fn(outputs, targets)
     with torch._C.DisableTorchFunction():
@@ -197,7 +199,21 @@ def valued(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
                 "every sample alone, with what it has left of them. Use operations that are not in place (masked_fill "
                 "instead of masked_fill_, out = out / 2 instead of out /= 2), or return [N] losses."
             )
+        if isinstance(loss_fn, nn.Module) and isinstance(whole, Tensor) and not whole.ndim and (moved := own.moved()):
+            with restored(loss_fn), torch.no_grad():
+                twice = loss_fn(outputs, targets)
+            if not _alike(twice, whole):
+                raise LossError(
+                    f"loss_fn moves its buffer '{moved}' and returns a scalar that depends on it, so that it is called "
+                    "once more, for every sample alone, with another one. Move it outside of the forward, or return "
+                    "[N] losses."
+                )
     return whole
+
+
+def _alike(x: Any, y: Any) -> bool:
+    """The same numbers, NaN as well."""
+    return bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def _versions(leaves: list[Any]) -> list[int]:
@@ -210,7 +226,7 @@ def _settled(loss_fn: LossFunction, outputs: Any, leaves: list[Any], spec: Any, 
     with torch.no_grad():
         again = loss_fn(outputs, unflatten(own, spec))
     pairs = [(again, whole), *[(x, y) for x, y in zip(own, leaves, strict=True) if isinstance(y, Tensor)]]
-    return all(bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in pairs)  # NaN as well: all are ignored
+    return all(_alike(x, y) for x, y in pairs)  # NaN as well: all are ignored
 
 
 def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> Tensor:
@@ -225,7 +241,8 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
     samples, dims = taken_apart(outputs, targets)
 
     def one(pieces: list[list[Tensor]]) -> Tensor:
-        return _scalar(loss_fn(outputs.one(pieces[0]), targets.one(pieces[1])))
+        with Mapped():
+            return _scalar(loss_fn(outputs.one(pieces[0]), targets.one(pieces[1])))
 
     try:
         with _slow_in_silence():

@@ -243,6 +243,13 @@ class Buffers:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
+    def moved(self) -> str:
+        """The name of one of floating point that is another one now; empty if there is none."""
+        pairs = (
+            (name, now, value) for m, name, _, value, _ in self.values if (now := m._buffers.get(name)) is not None
+        )
+        return next((name for name, now, value in pairs if now.is_floating_point() and not _same(now, value)), "")
+
     def restore(self) -> None:
         """As they were, also for graphs of the user's that have saved them."""
         with torch.no_grad():

@@ -14,7 +14,7 @@ from . import aten, rules
 from .calls import arguments, behind, function_name, tensors_in
 from .errors import NOTIONS, BatchCoupledError, CaptureError
 from .followed import is_wrapped
-from .lone import NORMALISE, put_right
+from .lone import NORMALISE, broadcast, put_right
 from .patched import unpatched
 
 
@@ -74,7 +74,7 @@ class Watch(TorchFunctionMode):
                         "not see it. Refer to it as model.<name> (also in loss_fn), or use engine='loop' (of "
                         "persample.gradients also 'hooks')."
                     )
-        out = func(*args, **kwargs)
+        out = func(*broadcast(func, args), **kwargs)
         if func in NORMALISE:
             put_right(out)
         if shared:

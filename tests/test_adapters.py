@@ -165,6 +165,7 @@ def test_captum_influence_is_the_inner_product_of_gradients() -> None:
     assert torch.allclose(influence.influence(test), expected, atol=1e-12)
     assert torch.allclose(influence.self_influence(), rows(model, *train).squared_norm(), atol=1e-12)
     assert torch.equal(influence.influence(test, k=2)[0], expected.topk(2).indices)
+    assert torch.allclose(influence.influence(test, k=2).influence_scores, expected.topk(2).values, atol=1e-12)
     for form in (list(test), [test], (part for part in [test])):  # a batch of a DataLoader, and several
         assert torch.allclose(influence.influence(form), expected, atol=1e-12)
     loader = DataLoader(TensorDataset(*test), batch_size=2)

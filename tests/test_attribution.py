@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import UserDict, deque
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -408,3 +409,27 @@ def test_a_margin_is_over_other_classes(shape: tuple[int, ...]) -> None:
 def test_a_margin_is_of_classes(targets: Tensor) -> None:
     with pytest.raises(LossError, match=r"classes of N = 6 samples, \[N\] and integers, got targets of shape \[6"):
         attribution.margin(torch.randn(6, 3), targets)
+
+
+def test_what_tokenizers_return_is_known_again(tmp_path: Path) -> None:
+    """A mapping that is no dict: other texts with the same labels are other test samples."""
+
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.table(input_ids).mean(1))
+
+    def texts(seed: int) -> UserDict[str, Tensor]:
+        drawn = torch.randint(10, (4, 5), generator=torch.Generator().manual_seed(seed))
+        return UserDict({"input_ids": drawn})
+
+    model, criterion, y = Bag(), nn.CrossEntropyLoss(), torch.tensor([0, 1, 2, 0])
+    train = [(texts(1), y), (texts(2), y)]
+    first = attribution.cross_gram(model, criterion, train, [(texts(3), y)], out=tmp_path / "a").clone()
+    again = attribution.cross_gram(model, criterion, train, [(texts(3), y)], out=tmp_path / "a")
+    assert torch.equal(first, again)
+    with pytest.raises(persample.errors.StoreError):
+        attribution.cross_gram(model, criterion, train, [(texts(4), y)], out=tmp_path / "a")

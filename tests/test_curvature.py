@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
+import persample
 from persample import coupling
 from persample.curvature import Operator, ekfac, empirical_fisher, fisher, ggn, hvp, kfac, kflr, kfra, per_sample_hvp
 from persample.errors import (
@@ -1185,3 +1186,68 @@ def test_operators_of_tables_with_sparse_gradients(make: Callable[..., Operator]
         products.append(make(model, nn.CrossEntropyLoss(), x, y) @ v)
     assert products[0].norm() > 0
     torch.testing.assert_close(products[1], products[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(2).eval(), lambda: nn.InstanceNorm2d(2, affine=True)])
+def test_one_image_whose_gradient_lies_channels_last(norm: Callable[[], nn.Module]) -> None:
+    """PyTorch 2.13 differentiates it wrongly on a CPU, which is put right here: one sample is as two of it."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(2, 2, 1), norm(), nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.conv(x)).flatten(2).mT).flatten(1)
+
+    torch.manual_seed(0)
+    model, x = Tokens().double(), torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    loss = lambda out, _: out.sin().square().sum(1)  # noqa: E731
+    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for make in (hvp, ggn, empirical_fisher):
+        torch.testing.assert_close(make(model, loss, x) @ v, make(model, loss, x.expand(2, -1, -1, -1)) @ v)
+    for engine in ("auto", "vmap", "loop"):
+        each = per_sample_hvp(model, loss, x.expand(2, -1, -1, -1), None, v, engine=engine)
+        torch.testing.assert_close(per_sample_hvp(model, loss, x, None, v, engine=engine)[0], each[1])
+
+
+class Centred(nn.Module):
+    """A criterion with a running centre, as in self-distillation."""
+
+    def __init__(self, used: bool = True) -> None:
+        super().__init__()
+        self.used = used
+        self.register_buffer("centre", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        loss = ((out - self.centre if self.used else out) ** 2).sum()
+        with torch.no_grad():
+            self.centre.mul_(0.5).add_(out.detach().mean(0) + 0.5)
+        return loss
+
+
+def test_criteria_that_move_a_buffer_they_depend_on_are_refused() -> None:
+    """A sample alone would find it moved by the batch, and by the samples before."""
+    torch.manual_seed(0)
+    model, x, v = nn.Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    y = torch.zeros(4, 2)
+    for run in (
+        lambda f: persample.gradients(model, f, x, y, verify=False),
+        *(lambda f, make=make: make(model, f, x, y) @ v for make in (hvp, ggn, empirical_fisher)),
+        lambda f: kflr(model, f, x, y, verify=False),
+    ):
+        with pytest.raises(persample.errors.LossError, match=r"moves its buffer 'centre'"):
+            run(Centred())
+        run(Centred(used=False))  # whatever it keeps for others
+    criterion = Centred()
+    with pytest.raises(persample.PersampleError):
+        per_sample_hvp(model, criterion, x, y, v)
+    assert not criterion.centre.any()
+
+
+def test_scipy_operators_of_half_precision() -> None:
+    pytest.importorskip("scipy")
+    model, x, y = nn.Linear(3, 2).bfloat16(), torch.randn(4, 3).bfloat16(), torch.tensor([0, 1, 1, 0])
+    H = hvp(model, nn.CrossEntropyLoss(), x, y)
+    found = H.to_scipy() @ torch.ones(8).numpy()
+    torch.testing.assert_close(torch.as_tensor(found), (H @ torch.ones(8)).float())

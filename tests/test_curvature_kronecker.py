@@ -1025,3 +1025,27 @@ def test_corrected_eigenvalues_in_single_precision() -> None:
         found = ekfac(single, CE, x, y, type="exact").solve(v, damping).double()
         expected = ekfac(double, CE, x.double(), y, type="exact").solve(v.double(), damping)
         assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_kfra_refuses_weights_of_two_modules(kind: str) -> None:
+    make: Callable[[], nn.Module] = {
+        "linear": lambda: nn.Linear(3, 3, bias=False),
+        "conv": lambda: nn.Conv1d(3, 3, 3, padding=1, bias=False),
+    }[kind]
+    first, second = seeded(make), seeded(make)
+    second.weight = first.weight
+    model, x = nn.Sequential(first, nn.Tanh(), second, nn.Flatten()), tensor(1, N, 3, *([4] if kind == "conv" else []))
+    y = torch.zeros_like(model(x))
+    assert kflr(model, MSE, x, y).names == ("0.weight",)
+    with pytest.raises(KroneckerError, match=r"'0.weight' is used twice in the sequence: use kflr"):
+        kfra(model, MSE, x, y)
+
+
+def test_autocast_regions_leave_factors_in_single_precision() -> None:
+    model, x, y = mlp().float(), X.float(), LABELS
+    plain = kfra(model, CE, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kfra(model, CE, x, y)
+    assert found.dense().dtype is torch.float32
+    torch.testing.assert_close(found.dense(), plain.dense(), rtol=0.1, atol=0.02)

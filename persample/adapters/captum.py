@@ -100,7 +100,7 @@ def _influence_class() -> type:
             if not 1 <= k <= scores.shape[1]:
                 raise ArgumentError(f"k must be from 1 to {scores.shape[1]}, the number of training samples, got {k}.")
             best = scores.topk(k, largest=proponents)
-            return best.indices, best.values
+            return core.KMostInfluentialResults(best.indices, best.values)
 
         _influence = influence
 

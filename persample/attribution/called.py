@@ -44,6 +44,8 @@ def digest(tree: Any) -> str:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             update(found, "", leaf)
+        elif isinstance(leaf, Mapping):  # what tokenizers return is no dict, and pytrees don't know it
+            found.update(digest(dict(leaf)).encode())
         elif leaf is None or isinstance(leaf, PLAIN):
             found.update(f"{leaf!r}\n".encode())
     return found.hexdigest()

@@ -22,6 +22,7 @@ from ..errors import KroneckerError
 from ..hook import Hook
 from ..losses import HOOKS, LossFunction
 from ..problem import Selection, pose
+from ..scratch import kernel
 from ..telling import telling
 from ..verify import with_own_inputs
 from ..watch import Watch
@@ -77,6 +78,8 @@ def kfra(
         for p in module.parameters(recurse=False):
             block = plain.blocks.get(names.get(id(p), ""))
             if block is not None and type(module) in (nn.Linear, *_CONVOLUTIONS):
+                if block.layer.weight in factors:
+                    raise KroneckerError(f"'{block.layer.weight}' is used twice in the sequence: use kflr.")
                 factors[block.layer.weight] = _outputs(module, block.layer, shape, curvature, approximation)
     if missing := sorted(plain.blocks.keys() - factors.keys()):
         raise KroneckerError(
@@ -138,7 +141,7 @@ def _recursion(objective: Objective, modules: list[nn.Module]) -> Iterator[tuple
                 x = module(leaf.clone())
                 steps.append((module, leaf, x))
             columns = loss_roots(x.detach(), hessian_at(objective, x), mean=True)
-            curvature = columns @ columns.mT
+            curvature = _square(columns.mT)
             while steps:
                 module, leaf, out = steps.pop()
                 yield module, out.shape, curvature
@@ -154,8 +157,14 @@ def _pulled(leaf: Tensor, out: Tensor, curvature: Tensor) -> Tensor:
         seed = column.to(out.dtype).view(out.shape[1:]).expand_as(out)
         (rows,) = torch.autograd.grad(out, leaf, seed, retain_graph=True)
         rows = wide(rows.reshape(len(rows), -1))
-        total.addmm_(rows.T, rows, alpha=1 / len(rows))
+        total += _square(rows) / len(rows)
     return total
+
+
+@kernel
+def _square(rows: Tensor) -> Tensor:
+    """``sum_n rows_n rows_n^T``, in the precision of the rows, in a region of autocast too."""
+    return rows.T @ rows
 
 
 def _outputs(module: nn.Module, layer: Layer, shape: torch.Size, curvature: Tensor, approximation: str) -> Tensor:

@@ -29,6 +29,7 @@ from .. import aten
 from ..batch import Tree, call_model
 from ..capture import Capture, unrecorded
 from ..errors import ArgumentError, CaptureError, LossError
+from ..lone import NORMALISE, put_right
 from ..losses import batch_losses
 from ..patched import unpatched
 from ..problem import Problem
@@ -135,7 +136,7 @@ def twice_differentiable() -> Iterator[None]:
 
 class WrittenOut(TorchFunctionMode):
     """Runs ``weight_norm`` as the operations that it is made of: PyTorch's own differentiates its backward pass as if
-    the norms were constants (in 2.13), and the second derivatives are wrong.
+    the norms were constants (in 2.13), and the second derivatives are wrong.  Normalisations are `put_right`.
     """
 
     def __torch_function__(
@@ -146,7 +147,10 @@ class WrittenOut(TorchFunctionMode):
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:
                 return run()
-        return (_weight_norm if func is torch._weight_norm else func)(*args, **kwargs)
+        out = (_weight_norm if func is torch._weight_norm else func)(*args, **kwargs)
+        if func in NORMALISE:
+            put_right(out)
+        return out
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

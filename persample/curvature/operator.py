@@ -90,9 +90,10 @@ class Operator:
             raise ImportError("to_scipy() needs scipy: pip install persample[scipy]") from error
 
         def product(v: Any) -> Any:
-            return (self @ torch.as_tensor(v, device="cpu")).cpu().numpy()
+            return (self @ torch.as_tensor(v, device="cpu")).to("cpu", own).numpy()
 
-        kind = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
+        own = torch.float32 if self.dtype is torch.bfloat16 else self.dtype  # which numpy doesn't know
+        kind = torch.empty(0, dtype=own, device="cpu").numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=kind)
 
     def _check_real(self, what: str) -> None:

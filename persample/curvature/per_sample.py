@@ -62,7 +62,7 @@ def per_sample_hvp(
     one_of("engine", engine, ENGINES)
     problem = pose(model, loss_fn, inputs, targets, params=params, batch_dim=batch_dim)
     direction = _direction(problem, v)
-    with restored(model), twice_differentiable():
+    with restored(*problem.owners), twice_differentiable():
         _check_repeatable(problem)
         _check_uncoupled(problem)
         if engine == "loop":

@@ -40,7 +40,7 @@ from .errors import BatchCoupledError, RandomnessError
 from .factors import Dense, Factors, Pulled, compact, dense, dtype, nothing, same_back, tensors
 from .meter import Meter
 from .problem import Emit, Pass, Problem
-from .quantities import NEEDS, Parts
+from .quantities import COUPLED, NEEDS, Parts
 from .rounding import tolerance
 from .scratch import fresh
 from .state import Averaged, Buffers, RandomState, random_state, restored, set_random_state, unwrapped
@@ -138,7 +138,7 @@ def statistics(
         fill_in(total._stored["gram"], slices, run, whole.losses)
     if with_sums:
         total.forget("sum")
-    total.report(whole, total.note)
+    total.report(whole, ", ".join(filter(None, [total.note, COUPLED if whole.coupled else ""])))
     return total
 
 
@@ -265,7 +265,8 @@ def joined(slices: Sequence[Slice], passes: Sequence[Pass]) -> Pass:
     columns = zip(axes, zip(*(t.leaves for t in trees), strict=True), strict=True)
     leaves = [cat(column, axis) for axis, column in columns]
     unused = tuple(name for name in passes[0].unused if all(name in p.unused for p in passes))
-    return Pass(torch.cat(losses), unflatten(leaves, flatten(passes[0].outputs)[1]), unused)
+    coupled = any(p.coupled for p in passes)  # of one slice that is the batch
+    return Pass(torch.cat(losses), unflatten(leaves, flatten(passes[0].outputs)[1]), unused, coupled)
 
 
 def concatenated(parts: Sequence[Factors]) -> Factors:

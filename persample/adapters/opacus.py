@@ -37,12 +37,23 @@ def fill_grad_sample(G: Gradients | Sequence[Gradients], model: nn.Module) -> No
         raise QuantityError("the optimizer has taken its step with the rows that are there: zero_grad() comes first.")
     for name, p in trained.items():
         before = getattr(p, "grad_sample", None)
+        if before is not None and not getattr(before, "_persample", False):
+            raise QuantityError(
+                f"'{name}' has rows in .grad_sample already that are not from here: a GradSampleModule (PrivacyEngine."
+                "make_private) takes its own in every backward, persample's too, and each sample would count twice. "
+                "Take its hooks off (model.remove_hooks(), or make_private(..., grad_sample_mode='no_op')) and call "
+                "optimizer.zero_grad(), or zero_grad() between gradients(...) and fill_grad_sample."
+            )
+    for name, p in trained.items():
+        before = getattr(p, "grad_sample", None)
         rows = [piece[name] for piece in pieces]
         if before is None and len(rows) == 1:
-            p.grad_sample = rows[0]  # type: ignore[union-attr]  # as it is, without a copy
+            filled = rows[0].contiguous()  # as it is, without a copy; AdaClipDPOptimizer takes views
         else:
             first = p.detach().new_zeros(0, *p.shape) if before is None else before
-            p.grad_sample = torch.cat([first, *rows])  # type: ignore[union-attr]
+            filled = torch.cat([first, *rows])
+        filled._persample = True  # type: ignore[attr-defined]
+        p.grad_sample = filled  # type: ignore[union-attr]
 
 
 def _check_rows(G: Gradients, trained: Mapping[str, Tensor]) -> None:

@@ -43,7 +43,7 @@ def evaluation(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
     """Only the layers that couple change their mode."""
     with network.point.recorded(running) as run:
         unused, _ = run.rows(lambda name, g: emit(name, _rows(g, samples)))
-    return _of(network, Pass(run.losses, run.outputs, unused), samples)
+    return _of(network, Pass(run.losses, run.outputs, unused, run.coupled), samples)
 
 
 def frozen(network: Network, emit: Emit, samples: Tensor | None) -> Pass:

@@ -128,7 +128,10 @@ class Point:
         with self._same():
             outputs, losses, seeds, criterion = forward(problem, capture)
             self.passes.drawn = random_state(self.problem.model)
-            yield Recorded(self, detached(outputs), losses.detach(), seeds, criterion)
+            calls = reached(t.grad_fn for t, *_ in seeds).calls
+            followed = capture.followed
+            coupled = followed.couples or followed.acts.hidden or any(call.couples for call in calls)
+            yield Recorded(self, detached(outputs), losses.detach(), seeds, criterion, coupled)
 
     @contextmanager
     def _same(self) -> Iterator[None]:
@@ -188,6 +191,7 @@ class Recorded:
     losses: Tensor  # [N], detached
     seeds: Seeds
     criterion: Tensor | None
+    coupled: bool = False  # samples act on each other by what nobody differentiates through (ranks, thresholds)
 
     def rows(
         self, emit: Emit, weight: Tensor | None = None, *, extra: Sequence[tuple[Tensor, Tensor]] = (),

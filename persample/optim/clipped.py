@@ -84,7 +84,10 @@ class Clipping:
 
 def check_independent(G: Quantities) -> None:
     """Raise unless the rows are those of independent samples (``coupled="eval"`` included)."""
-    if (notion := notion_of(G)) not in ("", "eval"):
+    notion = notion_of(G)
+    if notion == "eval" and str(G.note).endswith(COUPLED):  # by something else than statistics
+        notion = COUPLED
+    if notion not in ("", "eval"):
         asked = notion != COUPLED
         raise BatchCoupledError(
             f"these gradients are of coupled samples ({f'coupled={notion!r}' if asked else notion}): every sample "

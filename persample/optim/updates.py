@@ -237,7 +237,9 @@ def descend(optimizer: Optimizer, direction: Mapping[str, Tensor]) -> None:
     ``d <- d + weight_decay p``;  ``m <- momentum m + d``;  ``p <- p - lr m`` (with ``nesterov``: ``d + momentum m``).
     """
     for name, (p, state, group) in slots(optimizer, direction):
-        d = direction[name].to(p).add(p, alpha=group["weight_decay"])
+        d = direction[name].to(p)
+        if group["weight_decay"]:  # of infinite parameters (masks), no part is NaN
+            d = d.add(p, alpha=group["weight_decay"])
         if group["momentum"]:
             if state.get("momentum_buffer") is not None:  # older states of torch's hold None where there was none
                 state["momentum_buffer"].mul_(group["momentum"]).add_(d)

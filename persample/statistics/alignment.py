@@ -50,7 +50,8 @@ def stiffness(G: Quantities, by: By = None) -> Any:
     def means(K: Tensor) -> Stiffness:
         norm = K.diagonal().sqrt()
         scale = norm[:, None] * norm
-        return Stiffness(_pairs(K).sign().mean(), _pairs(torch.where(scale == 0, 0.0, K / scale)).mean())
+        sign = torch.where(K.isnan(), K, K.sign())  # torch's sign of NaN is 0
+        return Stiffness(_pairs(sign).mean(), _pairs(torch.where(scale == 0, 0.0, K / scale)).mean())
 
     return per_group(by, means, products(G))
 

@@ -110,6 +110,7 @@ class Call:
     )  # gradients of some outputs, in a backward that goes on
     task: int = -1  # that backward
     owner: Any = None  # who had it recorded: several may watch one model
+    within: Any = None  # how samples act on each other in its forward, as far as that was seen (`followed.Acts`)
     asked: Any = None  # the parameters that this one asked for, when the forward began (`persample.asked`)
     hooks: list[RemovableHandle] = field(default_factory=list)  # that tell it the gradients of its outputs
 
@@ -294,6 +295,18 @@ def custom_function(node: Node) -> str:
     """The name of the `autograd.Function` of somebody's own whose backward pass a node is."""
     own = getattr(type(node), "_forward_cls", None)
     return "" if own is None or own.__module__.split(".")[0] == "torch" else str(own.__qualname__)
+
+
+def between(t: Tensor, owner: Any) -> frozenset[str]:
+    """What was done to the outputs of recorded calls (of this owner) to compute a tensor, by the names of nodes."""
+    names, stack, seen = set[str](), [t.grad_fn], set[Node]()
+    while stack:
+        if (node := stack.pop()) is not None and node not in seen:
+            seen.add(node)
+            if not any(call.owner is owner for call, _ in metadata(node).get(KEY, ())):
+                names.add(node.name())
+                stack.extend(n for n, _ in node.next_functions)
+    return frozenset(names)
 
 
 def reached(start: Iterable[Node | None], owner: Any = None) -> Reached:

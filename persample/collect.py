@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from . import cost, rules
@@ -72,6 +73,10 @@ class Collect:
                 )
             for shared in call.shared:
                 self._expect(shared)
+                several = not listen and len(call.outputs) > 1  # which may not all get a gradient
+                if several and shared.derivation is None and shared.tensor.requires_grad:
+                    hook = partial(_updates, weakref.ref(call), torch._C._current_graph_task_id())
+                    self.hooks.append(get_gradient_edge(shared.tensor).node.register_prehook(hook))
             if listen:
                 call.listener = self.arrive
                 call.hear_last()
@@ -220,6 +225,15 @@ def _passes(collect: weakref.ref[Collect], key: weakref.ref[Derivation], task: i
     listening, derivation = collect(), key()
     if listening is not None and derivation is not None and task == torch._C._current_graph_task_id():
         listening.last_chance(derivation)
+
+
+def _updates(call: weakref.ref[Call], task: int, _: Any) -> None:
+    """Before this backward comes to a parameter, which a hook of the user's may change then (an optimizer that steps in
+    the backward pass): all that the call gets has arrived.
+    """
+    used = call()
+    if used is not None and used.task == task == torch._C._current_graph_task_id():
+        used.flush()
 
 
 # ---- one call -----------------------------------------------------------------------------------------------------

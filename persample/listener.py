@@ -59,10 +59,13 @@ class Listener:
         self._calls: list[weakref.ref[Call]] = []
         self.running: list[weakref.ref[Call]] = []  # those of a forward, or a with-block, that goes on
         self._collect: Collect | None = None
+        self._sink: Sink | None = None
         self._displaced: set[int] = set()  # backwards in the middle of which another began
+        self._spoilt = -1  # a backward that differentiates an earlier one
         self._task = -1  # the backward that it collects
         self._of = asked  # in the forward that it is of
         self._ends = -1  # the backward whose end is awaited
+        self._endings: dict[int, weakref.ref[Any]] = {}  # told when backwards are over
         self._arrived: list[Call] = []
         self._from: tuple[int, list[Any]] = -1, []  # a backward, and the outputs of forwards that it came through
         self._creates = False  # that backward is recorded for differentiation
@@ -127,10 +130,18 @@ class Listener:
         """A backward has come to a recorded call: be there when it ends, and when it goes through derivations."""
         if task != self._ends and not self.asleep():
             self._ends = task
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
+            ends = partial(self._finish, task)
+            torch.autograd.Variable._execution_engine.queue_callback(ends)
+            self._endings[task] = weakref.ref(ends, lambda _: self._ended(task))
             if call.shared and len(call.outputs) > 1:  # that may not all have a gradient
                 with self._lock:
                     self._collecting(call, task)
+
+    def _ended(self, task: int) -> None:
+        """That backward is over: where it raised, nobody else says so, and what it has led to would be held on to."""
+        del self._endings[task]
+        if self._task == task:
+            self._collect, self._sink, self._arrived, self._from = None, None, [], (-1, [])
 
     def listen(self, call: Call, grads: Any) -> None:
         """The first arrival of a backward begins a collection; the end of that backward completes it."""
@@ -139,6 +150,8 @@ class Listener:
         if call.couples:  # in the loss, or what leads to one of several outputs
             check_uncoupled(Reached([call]), call.asked.parameters)
             self._coupled = True
+        if not call.asked.parameters:  # a model that is frozen for a while
+            return
         task = torch._C._current_graph_task_id()
         task = self._ends if task == -1 else task  # at the end of that backward
         with self._lock:
@@ -204,14 +217,18 @@ class Listener:
             _skipped("another one of the same model ran in the middle of it")
             return
         collect, self._collect = self._collect, None
+        sink, self._sink = self._sink, None  # or what the callback is given would be held until the next backward
         arrived, self._arrived = self._arrived, []
-        if collect is None:
+        if collect is None or task == self._spoilt:
+            self._from = -1, []
             return
         self._reported = True
         if self._creates:  # what comes back from derivatives of this backward is no gradient of the losses
             for call in arrived:
-                call.listener = _second
-        if missing := self._missing(arrived, task):
+                call.listener = self._second
+        found = self._upstream(arrived, task)
+        missing = next((c for c in found.calls if c.shared and c not in arrived and c.task != task), None)
+        if missing is not None:
             _skipped(f"it ran towards some inputs only, and did not come to {missing.name}")
             return
         if self._outside:
@@ -220,20 +237,26 @@ class Listener:
                 "the model's forward uses it: it acts in the loss, where a persistent handle doesn't see it. Use a "
                 "with-block and gradients(losses), or leave it out by params=."
             )
+        check_complete(found, self._of.parameters)  # of outputs that nobody could look into
         unused = collect.finish()
         coupled, self._coupled = self._coupled, False
-        self.on_backward(self._sink.result(Pass(None, self.outputs, unused, coupled)))
+        assert sink is not None
+        self.on_backward(sink.result(Pass(None, self.outputs, unused, coupled)))
 
-    def _missing(self, arrived: list[Call], task: int) -> Call | None:
-        """A call to which this backward didn't come, although it came to one, or to an output, that is computed from
-        what that call gave.
-        """
+    def _second(self, call: Call, grads: Any) -> None:
+        """In place of `listen`, once a backward was itself recorded for differentiation."""
+        if not self.asleep() and self._spoilt != self._ends:
+            self._spoilt = self._ends
+            _skipped("it differentiates an earlier backward (create_graph=True)")
+
+    def _upstream(self, arrived: list[Call], task: int) -> Reached:
+        """The calls, and leaves, that what this backward came to is computed from: calls, and outputs."""
         (since, outputs), self._from = self._from, (-1, [])
         nodes = [node for call in arrived for node in call.inputs] + (outputs if since == task else [])
         found = reached(nodes, self.owner)
         for call in found.calls:
             call.expected = 0
-        return next((c for c in found.calls if c.shared and c not in arrived and c.task != task), None)
+        return found
 
 
 def alive(calls: Iterable[weakref.ref[Call]]) -> list[weakref.ref[Call]]:
@@ -247,12 +270,6 @@ def _gets_gradient(p: Tensor) -> bool:
         return p.requires_grad and torch._C._will_engine_execute_node(get_gradient_edge(p).node)
     except RuntimeError:  # so PyTorch says it of a leaf that autograd.grad was asked for
         return True
-
-
-def _second(call: Call, grads: Any) -> None:
-    """In place of a listener, once a backward was itself recorded for differentiation."""
-    call.listener = None
-    _skipped("it differentiates an earlier backward (create_graph=True)")
 
 
 def _skipped(why: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .asked import Asked, Asking, asked_in, check_unchanged
 from .batch import Batch, detached, suspended, three_dims
-from .calls import Reached, reached
+from .calls import Reached, between, reached
 from .capture import Capture
 from .collect import Collect
 from .engines.hooks import eager
@@ -163,6 +163,9 @@ class Recorder:
         how = "" if self._listener is None else f", reports every backward (reduction={self._listener.reduction!r})"
         state = "" if self._handles else ", removed"
         return f"<persample.extend of {type(self.model).__name__}, {len(self.names)} parameters{how}{state}>"
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # it stays behind when a model is copied that refers to it
 
     # ---- around forwards ----------------------------------------------------------------------------------------
 
@@ -321,6 +324,8 @@ class Recorder:
         capture = self._capture
         if self._depth or capture is None or not capture.active:
             return
+        if not torch.is_grad_enabled():  # no losses come of it
+            return
         self._outputs = detached(output)
         if self._listener is not None:
             self._listener.outputs = self._outputs
@@ -429,7 +434,7 @@ class Recorder:
         sink = Sink(self.model, asked.parameters, asked.aliases, quantities)
         modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.followed.samples_of(losses)
-        called = frozenset[Any]() if self._capture is None else self._capture.path
+        called = between(losses, self) if self._capture is None else self._capture.path
         kind = (len(losses), losses.dtype, modes, tuple(asked.parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
         verifies = notion is None and (kind not in held if self.verify is None else self.verify)
@@ -455,7 +460,8 @@ class Recorder:
             self._hold(losses, asked, n, rows)
             held.add(kind)
         capture = self._capture
-        coupled = any(call.couples for call in found.calls) or (capture is not None and capture.followed.couples)
+        coupled = any(call.couples or call.within.coupled or call.within.totals for call in found.calls)
+        coupled = coupled or (capture is not None and capture.followed.couples)
         run = Pass(losses.detach(), self._outputs, unused, coupled and notion is None)
         note = "" if notion is None else f"coupled={notion!r}"
         return sink.result(run, note or ("verify=False" if self.verify is False else ""))

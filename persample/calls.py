@@ -102,6 +102,7 @@ class Call:
     lost: str = ""  # the call in which it was lost where the samples of its arguments are
     listener: Callable[[Call, Sequence[Tensor | None]], None] | None = None  # gets the gradients of the outputs
     begun: Callable[[Call, int], None] | None = None  # is told that a backward has come here
+    heeds: Callable[[int], bool] | None = None  # which backwards count: not those that hooks of the model run in it
     results: tuple[Tensor, ...] = ()  # the outputs, detached, where the rule needs them
     replay: Any = None  # what a node of ours in the graph has to hand on (see `rules.REPLAYED`)
     expected: int = 0  # how many outputs the losses depend on
@@ -122,7 +123,10 @@ class Call:
         """Called by autograd with the gradient of output ``i``."""
         if self.listener is None:
             return
-        if (task := torch._C._current_graph_task_id()) != self.task:
+        task = torch._C._current_graph_task_id()
+        if self.heeds is not None and not self.heeds(task):
+            return
+        if task != self.task:
             self.task, self.parts = task, {}
             if self.begun is not None:
                 self.begun(self, task)

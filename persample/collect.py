@@ -60,6 +60,7 @@ class Collect:
         self.pending = Counter[Key]()
         self.leaves: dict[Derivation, list[Tensor]] = {}
         self.hooks: list[RemovableHandle] = []  # on derivations
+        self.task: int | None = None  # the backward that it listens to
         for call in found.calls:
             if call.shared and call.layout.n != n:
                 raise SampleAxisError(
@@ -78,7 +79,7 @@ class Collect:
                     hook = partial(_updates, weakref.ref(call), torch._C._current_graph_task_id())
                     self.hooks.append(get_gradient_edge(shared.tensor).node.register_prehook(hook))
             if listen:
-                call.listener = self.arrive
+                call.listener, call.heeds = self.arrive, self._heeds
                 call.hear_last()
 
     def _expect(self, shared: Shared) -> None:
@@ -98,7 +99,22 @@ class Collect:
         while self.hooks:  # a graph that is kept would collect them
             self.hooks.pop().remove()
         for call in self.found.calls if self.listen else ():
-            call.listener, call.parts = None, {}
+            call.listener, call.heeds, call.parts = None, None, {}
+
+    def differentiate(self, ends: Sequence[Tensor], grads: Sequence[Tensor], retain_graph: bool | None = None) -> None:
+        """The backward pass; hooks of the model may make others of the same graph in its middle (implicit layers)."""
+
+        def begins(_: Tensor) -> None:
+            self.task = torch._C._current_graph_task_id() if self.task is None else self.task
+
+        with torch.enable_grad():
+            ends = [end.view_as(end) for end in ends]  # what begins comes before the hooks of the model's own
+        for end in ends:
+            end.register_hook(begins)
+        torch.autograd.grad(ends, self.found.roots, grads, retain_graph=retain_graph, allow_unused=True)
+
+    def _heeds(self, task: int) -> bool:
+        return self.task in (None, task)
 
     # ---- arrival ------------------------------------------------------------------------------------------------
 

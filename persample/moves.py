@@ -64,7 +64,7 @@ def _viewed(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     view = _one_of(op.again(shadow), lambda: op.again(x), out)
     places = [a for a in range(view.ndim) if view.stride(a)]  # new axes of size one may have a stride, too
     places = [a for a in places if view.shape[a] > 1] or places
-    if view.ndim == out.ndim == x.ndim - 1 and not places:  # one sample is taken out
+    if view.ndim == out.ndim and not places:  # one sample is taken out, or a part of it (x[n, t])
         return Layout(layout.n, alone=int(layout.owners()[min(int(view.storage_offset()), layout.size - 1)]))
     if len(places) != 1 or view.ndim != out.ndim:
         return None
@@ -102,7 +102,8 @@ def _one_of(made: Any, again: Callable[[], Any], out: Tensor) -> Tensor:
         return made
     views = again()
     at = [i for i, v in enumerate(views) if v.data_ptr() == out.data_ptr() and v.shape == out.shape]
-    if len(at) > 1 and out.numel():
+    places = {(made[i].storage_offset(), made[i].stride()) for i in at}
+    if len(places) > 1 and out.numel():
         raise SampleAxisError("several views of the same entries")  # of an input expanded along its samples
     found: Tensor = made[at[0] if at else 0]
     return found
@@ -275,6 +276,10 @@ MOVED: dict[Function, Follow] = {
     **dict.fromkeys(named("index_select"), _selected),
     **dict.fromkeys(
         named("masked_select", "gather", "take_along_dim", "take", "roll", "flip", "flipud", "fliplr", "rot90"), _moved
+    ),
+    **dict.fromkeys(
+        (torch.fft.fftshift, torch.fft.ifftshift, *named("channel_shuffle"), torch.nn.functional.channel_shuffle),
+        _moved,
     ),
     **dict.fromkeys(named("as_strided"), _strided),
     **dict.fromkeys(named("repeat", "tile", "repeat_interleave"), _repeated),

@@ -110,6 +110,8 @@ def lone_sample(x: Tensor) -> Layout:
 
 def _followed(op: Operation, out: Tensor) -> Layout | None:
     first, layout = op.known[0]
+    if op.lost and (op.func in JOINS or op.func in GATHERS) and any(only(at) is not None for _, at in op.known):
+        return None  # one sample's part beside others of which it isn't known whose they are
     apart = op.func in GATHERS and of_one(op.known) is None and all(only(at) is not None for _, at in op.known)
     if apart or any(at.alone is not None for _, at in op.known):
         return one_by_one(op, out)
@@ -227,6 +229,8 @@ def _reduced(op: Operation, out: Tensor) -> Layout | None:
 
 def _axis_behind(op: Operation, axis: int, ndim: int) -> int | None:
     """Where an axis is after others were reduced, if the call says so in the usual way: ``sum(x, dim, keepdim)``."""
+    if op.func in _SEVERAL:  # `quantile` of several puts them in front of all axes
+        return None
     place = 1 if op.func in _REDUCES_DIM else len(op.args)
     dim, keep = op.given(place, "dim"), op.given(place + 1, "keepdim")
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
@@ -342,6 +346,7 @@ _POOLS = ("avg", "max", "adaptive_avg", "adaptive_max", "lp")
 _MASKED = {Tensor.__getitem__} | named("masked_select")
 _SPREADS = named("expand", "expand_as", "broadcast_to")
 _REDUCES = named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
+_SEVERAL = named("quantile", "nanquantile")
 _REDUCES_DIM = named("sum", "nansum", "mean", "nanmean", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp")
 # How many of its first argument's last axes a function reads together, or, of two arguments that have samples, of both:
 # what is before stays where it is, whatever its size.

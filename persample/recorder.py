@@ -452,7 +452,7 @@ class Recorder:
                 if found.roots:
                     with suspended(self.model):  # other recorders of this model take this for no backward of the user
                         ones = torch.ones_like(losses)
-                        torch.autograd.grad(losses, found.roots, ones, retain_graph=True, allow_unused=True)
+                        collect.differentiate([losses], [ones], retain_graph=True)
                 unused = collect.finish()
         finally:
             collect.detach()

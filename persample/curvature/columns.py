@@ -59,7 +59,7 @@ class Passes:
             ends, seeds = zip(*column, strict=True)
             collect = Collect(found, parameters, emit, self.objective.problem.batch.n, release=False)
             try:
-                torch.autograd.grad(ends, self.found.roots, seeds, retain_graph=True, allow_unused=True)
+                collect.differentiate(ends, seeds, retain_graph=True)
                 unused.update(collect.finish())
             finally:
                 collect.detach()

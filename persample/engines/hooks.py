@@ -57,7 +57,7 @@ def hooks(problem: Problem, emit: Emit, *, couplers: Collection[int] = ()) -> Pa
             collect.direct(criterion)
         if found.roots:
             tensors, grads, _ = zip(*seeds, strict=True)
-            torch.autograd.grad(tensors, found.roots, grads, allow_unused=True)
+            collect.differentiate(tensors, grads)
         unused = collect.finish()
     finally:
         collect.detach()

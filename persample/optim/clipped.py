@@ -85,7 +85,7 @@ class Clipping:
 def check_independent(G: Quantities) -> None:
     """Raise unless the rows are those of independent samples (``coupled="eval"`` included)."""
     notion = notion_of(G)
-    if notion == "eval" and str(G.note).endswith(COUPLED):  # by something else than statistics
+    if notion == "eval" and str(getattr(G, "note", "")).endswith(COUPLED):  # by something else than statistics
         notion = COUPLED
     if notion not in ("", "eval"):
         asked = notion != COUPLED

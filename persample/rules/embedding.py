@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..calls import Call
 from ..errors import BatchCoupledError, CaptureError
-from ..factors import Dense, Rows
+from ..factors import Dense, Diagonal, Rows
 from ..layout import samples_first
 from . import Yields, couples, rule, spellings
 from .apart import Diagonal, apart
@@ -47,6 +47,23 @@ def index_select(call: Call, g: Tensor, input: Tensor, dim: int, index: Tensor) 
         yield input, lambda: _entries(call, g, input, index)
     elif at.axis == dim % input.ndim and isinstance(rows := apart(g, at), Diagonal):
         yield input, lambda: replace(rows, shape=input.shape, place=call.read(index)[rows.places])
+
+
+@rule(*spellings("gather"))
+def gather(
+    call: Call, g: Tensor, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False, out: Any = None
+) -> Yields:
+    """Entries along ``dim`` by the samples' own indices; along the other axes each takes from its own place."""
+    if call.sampled(index) and not call.sampled(input):
+        if call.layout.axis != dim % g.ndim:  # every entry of the table along that axis is one sample's
+            yield input, lambda: _by_place(call, g, input, dim, index)
+
+
+def _by_place(call: Call, g: Tensor, table: Tensor, dim: int, index: Tensor) -> Diagonal | Dense:
+    at = call.layout
+    if table.shape[at.axis] != at.size:  # more of them than there are samples
+        raise NotImplementedError
+    return apart(g.new_zeros(table.shape).scatter_add_(dim, call.read(index), g), at)
 
 
 def _entries(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Rows | Dense:

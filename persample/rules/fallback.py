@@ -22,6 +22,10 @@ from . import DROPS, mutates, spellings
 from .apart import Lone
 
 _DRAWS = DROPS.union(spellings("rrelu", "bernoulli", "gumbel_softmax"))
+# One sample's index takes from the first places of what is shared, and fits there, too.
+_BY_PLACE = {
+    *spellings("gather", "scatter", "scatter_add", "scatter_reduce", "scatter_", "scatter_add_", "scatter_reduce_")
+}
 _CHANNELS = {f: -1 - d for d in (1, 2, 3) for f in spellings(f"conv{d}d", f"conv_transpose{d}d")}  # their axis
 
 
@@ -30,7 +34,7 @@ def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor])
     if call.func in _DRAWS:
         raise _random(call)
     try:
-        together = call.couples or _in_groups(call)
+        together = call.couples or _in_groups(call) or call.func in _BY_PLACE
         rows = _one_by_one(call, grads, wanted) if together else _vectorised(call, grads, wanted)
     except InplaceError:
         raise

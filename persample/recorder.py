@@ -402,7 +402,8 @@ class Recorder:
                 check_uncoupled(found, asked.parameters)
             if capture is not None:
                 capture.followed.check_order(losses)
-            sizes = {call.layout.n for call in found.calls if call.shared}
+            places = [call.outputs[0][1] for call in found.calls if call.shared]  # unknown ones are no matter to "loss"
+            sizes = {layout.n for layout in places if layout is not None}
             if len(sizes) == 1 and (out := ways_out(losses, n := sizes.pop())):
                 raise LossError(
                     f"gradients() needs [N] losses, one for each of N = {n} samples, got {tuple(losses.shape)}.{out}"

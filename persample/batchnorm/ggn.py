@@ -58,4 +58,5 @@ def diagonal(
 
 def _objective(network: Network, reduction: str) -> Objective:
     """The same point: parameters, batch, random masks."""
+    network.point.check()
     return replace(Objective.of(network.problem, reduction), start=network.point.start, silent=[True])

@@ -238,7 +238,7 @@ class Network:
             )  # all others replaced by copies of sample n
             with numbered_as([n] * self.n), self.point.forward(given(nodes), alike) as run:
                 after = float(run.losses[n].detach())
-        tol = tolerance(dtype)
+        tol = tolerance(dtype, *(p.dtype for p in self.problem.parameters.values()))
         if not torch.allclose(losses, plain, rtol=tol, atol=1e-3 * tol, equal_nan=True):
             raise BatchCoupledError(
                 "the model has other losses where BatchNorm's statistics are explicit: it uses something else of these "

@@ -29,12 +29,12 @@ from ..engines.hooks import Seeds, along, forward
 from ..errors import ArgumentError, CaptureError, InplaceError
 from ..factors import strided
 from ..losses import batch_losses
-from ..problem import Emit, Problem
+from ..problem import Emit, Problem, check_no_hooks
 from ..refusals import check_complete, check_only
 from ..remembered import Settings, changed, lasting
 from ..state import Buffers, RandomState, random_state
 from ..verify import with_own_inputs
-from .statistics import READ, Explicit, Layer, Node, Pool, Replace, Replacement
+from .statistics import CHECKPOINTED, READ, Explicit, Layer, Node, Pool, Replace, Replacement
 
 CHUNK = 1 << 21  # numbers that several vector-Jacobian products may hold together: with more, one by one is faster
 
@@ -136,23 +136,28 @@ class Point:
     @contextmanager
     def _same(self) -> Iterator[None]:
         """Once more from the same state, and back to the one before."""
-        for (what, now), (_, before) in zip(_state(self.problem), self.state, strict=False):
-            if now != before:
-                raise _moved(what)
-        if found := changed(self.settings, at := set_to(self.problem)):
-            raise _moved(found[0])
+        at = self.check()
         with self.start.again(self.problem):
             self.buffers.restore()  # again() puts back those of now
             self.passes.forward += 1
             try:
                 yield
             except CheckpointError as error:
-                raise CaptureError(
-                    "a BatchNorm inside torch.utils.checkpoint is run again by the backward pass, where its statistics "
-                    "can't be made explicit. Turn checkpointing off for the analysis."
-                ) from error
+                raise CaptureError(CHECKPOINTED) from error
         self.state[:] = _state(self.problem)  # some forwards switch modes
         self.settings.update(lasting(at, set_to(self.problem)))  # or count themselves, which is no setting
+
+    def check(self) -> Settings:
+        """Raise if anything has changed that results depend on, and for hooks on parameters, through which derivatives
+        by autograd go; the settings as they are now.
+        """
+        check_no_hooks(self.problem.parameters)
+        for (what, now), (_, before) in zip(_state(self.problem), self.state, strict=False):
+            if now != before:
+                raise _moved(what)
+        if found := changed(self.settings, at := set_to(self.problem)):
+            raise _moved(found[0])
+        return at
 
     def rows(self, out: Tensor, inputs: Sequence[Tensor], step: int) -> Iterator[tuple[slice, Grads]]:
         """``d out / d inputs`` for ``out [R]``, ``step`` rows at a time: which rows, and ``[r, *shape]`` for each

@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from .. import aten, rules
 from ..calls import function_name
 from ..capture import Capture
-from ..errors import BatchCoupledError, BatchNormError
+from ..errors import BatchCoupledError, BatchNormError, CaptureError
 from ..followed import SharedTensor
 from ..layout import Layout
 from ..patched import unpatched
@@ -204,6 +204,18 @@ def running(name: str, call: Arguments, where: Callable[[], Layout]) -> Tensor:
     return F.batch_norm(call.input, mean, variance, call.weight, call.bias, False, 0.0, call.eps)
 
 
+CHECKPOINTED = (
+    "a BatchNorm inside torch.utils.checkpoint is run again by the backward pass, where its statistics can't be made "
+    "explicit. Turn checkpointing off for the analysis."
+)
+
+
+def _runs_again() -> bool:
+    """Whether this is a checkpointed region, whose backward pass may or may not notice what is saved otherwise."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
+
+
 class Replace(TorchFunctionMode):
     """Runs a model with every coupled BatchNorm call replaced by ``by(name, arguments, where the samples are)``."""
 
@@ -244,6 +256,8 @@ class Replace(TorchFunctionMode):
             name = self._name(call)
             weights = self.capture.active and isinstance(self.capture.followed.kind(call.input), SharedTensor)
             if reason and not weights:
+                if _runs_again():
+                    raise CaptureError(CHECKPOINTED)
                 self.capture.trusts = True
                 try:
                     return self.by(name, call, lambda: self._layout(name, call.input))
@@ -284,6 +298,8 @@ class Replace(TorchFunctionMode):
 
 def to_samples(name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """``z [M, C, P]``: the positions of every sample that takes part, and which samples these are (``None``: all)."""
+    if layout.alone is not None:  # in a loop over the samples
+        return x.transpose(0, 1).flatten(1).unsqueeze(0), torch.tensor([layout.alone], device=x.device)
     if layout.plain and layout.axis == 0:
         return (x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)), None
     rows, members = x.movedim(layout.axis, 0), None
@@ -300,6 +316,8 @@ def to_samples(name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | N
 
 def from_samples(z: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """``z [M, C, P]`` as the output for an input ``x``."""
+    if layout.alone is not None:
+        return z.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
     if layout.plain and layout.axis == 0:
         return z.reshape(x.shape)
     rest = x.movedim(layout.axis, 0).shape[1:]

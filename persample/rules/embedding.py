@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..calls import Call
 from ..errors import BatchCoupledError, CaptureError
-from ..factors import Dense, Diagonal, Rows
+from ..factors import Dense, Rows
 from ..layout import samples_first
 from . import Yields, couples, rule, spellings
 from .apart import Diagonal, apart
@@ -54,9 +54,8 @@ def gather(
     call: Call, g: Tensor, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False, out: Any = None
 ) -> Yields:
     """Entries along ``dim`` by the samples' own indices; along the other axes each takes from its own place."""
-    if call.sampled(index) and not call.sampled(input):
-        if call.layout.axis != dim % g.ndim:  # every entry of the table along that axis is one sample's
-            yield input, lambda: _by_place(call, g, input, dim, index)
+    if call.sampled(index) and not call.sampled(input) and call.layout.axis != dim % g.ndim:
+        yield input, lambda: _by_place(call, g, input, dim, index)  # along the samples, every entry is one sample's
 
 
 def _by_place(call: Call, g: Tensor, table: Tensor, dim: int, index: Tensor) -> Diagonal | Dense:

@@ -18,7 +18,7 @@ from torch import Size, Tensor
 
 from . import convolution, cost
 from .doubt import doubtful
-from .factors import Across, Conv, Factors, Outer, Pulled, dense, index, times
+from .factors import Across, Conv, Factors, Outer, Pulled, dense, dtype, index, times
 
 
 def along(g: Pulled) -> Tensor:
@@ -34,7 +34,8 @@ def shares(g: Factors, factor: Tensor, sides: Size) -> Tensor:
         assert isinstance(g, Outer)
         return _components(g.left[:, 0], g.right[:, 0], factor.reshape(matrix), sides)
     if isinstance(g, Conv) and set(sides[1:]) <= {1}:
-        found = convolution.applied(g.input, g.grad, factor.to(g.grad.dtype), g.geometry)
+        input, grad, factor = (t.to(dtype(g)) for t in (g.input, g.grad, factor))  # autocast leaves several types
+        found = convolution.applied(input, grad, factor, g.geometry)
         return (found if sides[0] > 1 else found.sum(1)).view(-1, *sides)
     whole, step = times(g, factor), cost.pulled(g.shape.numel())
     over = [a + 1 for a, (size, own) in enumerate(zip(g.shape, sides, strict=True)) if own == 1 != size]

@@ -342,7 +342,8 @@ def _contract(tree: Step | int | str, operands: list[Tensor]) -> Tensor:
         return operands[tree]
     x, y = (_contract(part, operands) for part in (tree.left, tree.right))
     (a, b), out = tree.terms, tree.output
-    if a == b and a[-1:] in out and out == "".join(letter for letter in a if letter in out):
+    own = len({*a}) == len(a)  # no diagonal
+    if own and a == b and a[-1:] in out and out == "".join(letter for letter in a if letter in out):
         summed = [i for i, letter in enumerate(a) if letter not in out]
         return (x * y).sum(summed) if summed else x * y  # a matrix product would copy both
     return torch.einsum(f"{a},{b}->{out}", x, y)

@@ -163,4 +163,4 @@ def _padded(e: Entries, start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     inside = offset < count.unsqueeze(1)
     place = torch.where(inside, start.unsqueeze(1) + offset, 0)
     rows = e.value.index_select(0, place.flatten()).view(*place.shape, -1)
-    return rows.mul_(inside.unsqueeze(2)), torch.where(inside, e.sample[place], 0)
+    return rows.masked_fill_(~inside.unsqueeze(2), 0), torch.where(inside, e.sample[place], 0)  # not times zero: NaN

@@ -243,7 +243,7 @@ def _product_moments(g: Outer, sums: Tensor | None = None) -> Tensor:
                 torch.bmm(own.square(), squares[at[0]], out=found)
                 found.addcmul_(total, total, value=-1 / n)
                 torch.addcmul(found, total, total, value=-1 / (99 * n), out=spare)
-                if found.numel() and doubtful(spare.amin() < 0):
+                if found.numel() and doubtful(~(spare.amin() >= 0)):  # also of NaN, beside which others may be lost
                     for j in range(len(found)):
                         rows = (spare[j] < 0).any(1).nonzero().squeeze(1)
                         found[j, rows] = _centred_rows(g, b + j, r + rows)

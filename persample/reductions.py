@@ -176,8 +176,7 @@ def _norms(g: Factors) -> Tensor:
 def _piece_norms(g: Piece) -> Tensor:
     match g:
         case Dense():
-            sizes: Tensor = torch.linalg.vector_norm(_matrix(g), dim=1)
-            return sizes.square_()
+            return _squares(_matrix(g))
         case Rows():
             return lookup.norms(g)
         case Outer(left, right):
@@ -196,8 +195,17 @@ def _piece_norms(g: Piece) -> Tensor:
 def _block_norms(g: Piece) -> Tensor:
     found = _zeros(g, len(g))
     for at, _, block in streamed(g):
-        found[at] += torch.linalg.vector_norm(block, dim=1).square_()
+        found[at] += _squares(block)
     return found
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Squared norms of rows, ``[N]``; of long ones in parts, as torch adds up a row's squares in single precision."""
+    long = cost.costs().long
+    if (parts := x.shape[1] // max(1, long)) < 2:
+        return torch.linalg.vector_norm(x, dim=1).square_()
+    found = torch.linalg.vector_norm(x[:, : parts * long].unflatten(1, (parts, long)), dim=2).square_().sum(1)
+    return found.add_(torch.linalg.vector_norm(x[:, parts * long :], dim=1).square_())
 
 
 def _streamed_norms(g: Conv | Pulled) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,9 @@ def einsum(call: Call, g: Tensor, equation: Any, *operands: Any) -> Yields:
 
 
 def _contracted(call: Call, equation: str, g: Tensor, rest: list[Tensor]) -> Dense:
-    return Dense(torch.einsum(equation, g, *(call.read(x) for x in rest)))
+    factors = [g, *(call.read(x) for x in rest)]
+    kind = functools.reduce(torch.promote_types, (x.dtype for x in factors))  # they differ under autocast
+    return Dense(torch.einsum(equation, *(x.to(kind) for x in factors)))
 
 
 @rule(torch._grouped_mm)

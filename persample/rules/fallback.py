@@ -6,6 +6,7 @@ doesn't act on every sample alone, once per sample with the output gradient of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -58,17 +59,25 @@ def _random(call: Call) -> RandomnessError:
 
 
 def _runner(call: Call, wanted: list[Tensor]) -> Any:
-    """The call as a function of the wanted tensors and a replacement for its other arguments."""
+    """The call as a function of the wanted tensors and a replacement for its other arguments.
+
+    Arguments of several real types, which only autocast multiplies with each other, are brought to their common one.
+    """
+    kinds: set[torch.dtype] = set()
     for x in tree_leaves((call.args, call.kwargs)):
         if isinstance(x, Tensor):
             call.read(x)
+            kinds |= {x.dtype} if x.is_floating_point() or x.is_complex() else set()
+    several = len(kinds) > 1 and all(kind.is_floating_point for kind in kinds)
+    common = functools.reduce(torch.promote_types, kinds) if several else None
     place = {id(t): i for i, t in enumerate(wanted)}
 
     def run(values: Sequence[Tensor], replace: dict[int, Tensor]) -> list[Tensor]:
         def swap(t: Any) -> Any:
             if not isinstance(t, Tensor):
                 return t
-            return values[place[id(t)]] if id(t) in place else replace.get(id(t), t)
+            t = values[place[id(t)]] if id(t) in place else replace.get(id(t), t)
+            return t if common is None or not t.is_floating_point() else t.to(common)
 
         args, kwargs = tree_map(swap, call.args), tree_map(swap, call.kwargs)
         if mutates(call.func):
@@ -162,4 +171,4 @@ def _only(g: Tensor, at: Layout, n: int) -> Tensor:
     if at.alone is not None:
         return g if at.alone == n else torch.zeros_like(g)
     keep = (at.owners() == n).to(g.device).view([-1 if a == at.axis else 1 for a in range(g.ndim)])
-    return g * keep
+    return g.masked_fill(~keep, 0)  # not times zero: other samples may have no numbers

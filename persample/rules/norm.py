@@ -22,6 +22,11 @@ _layer_norm, _rms_norm, _group_norm = F.layer_norm, F.rms_norm, F.group_norm
 _instance_norm, _batch_norm = F.instance_norm, F.batch_norm
 
 
+def _input(call: Call, x: Tensor, g: Tensor, gain: Tensor) -> Tensor:
+    """What is normalised, in the gain's own type: a coarser one (autocast) would round the products."""
+    return call.read(x).to(torch.promote_types(torch.promote_types(x.dtype, g.dtype), gain.dtype))
+
+
 def _features(call: Call, g: Tensor, p: Tensor) -> Dense:
     """A parameter on the last axes: ``[N, T, *P]`` summed over ``T``."""
     rows = call.tokens(g, p.ndim)
@@ -39,7 +44,12 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Yields:
     if weight is not None:
-        yield weight, lambda: _features(call, _layer_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
+        yield (
+            weight,
+            lambda: _features(
+                call, _layer_norm(_input(call, input, g, weight), normalized_shape, eps=eps).mul_(g), weight
+            ),
+        )
     if bias is not None:
         yield bias, lambda: _features(call, g, bias)
 
@@ -49,7 +59,12 @@ def rms_norm(
     call: Call, g: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Yields:
     if weight is not None:
-        yield weight, lambda: _features(call, _rms_norm(call.read(input), normalized_shape, eps=eps).mul_(g), weight)
+        yield (
+            weight,
+            lambda: _features(
+                call, _rms_norm(_input(call, input, g, weight), normalized_shape, eps=eps).mul_(g), weight
+            ),
+        )
 
 
 @rule(F.group_norm)
@@ -63,7 +78,10 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Yields:
     if weight is not None:
-        yield weight, lambda: channels(call, _group_norm(call.read(input), num_groups, eps=eps).mul_(g))
+        yield (
+            weight,
+            lambda: channels(call, _group_norm(_input(call, input, g, weight), num_groups, eps=eps).mul_(g)),
+        )
     if bias is not None:
         yield bias, lambda: channels(call, g)
 
@@ -82,9 +100,11 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Yields:
     def normalised() -> Tensor:
+        assert weight is not None
+        x = _input(call, input, g, weight)
         if use_input_stats:
-            return _instance_norm(call.read(input), eps=eps)
-        return _instance_norm(call.read(input), running_mean, running_var, use_input_stats=False, eps=eps)
+            return _instance_norm(x, eps=eps)
+        return _instance_norm(x, running_mean, running_var, use_input_stats=False, eps=eps)
 
     if weight is not None:
         yield weight, lambda: channels(call, normalised().mul_(g))
@@ -107,9 +127,9 @@ def batch_norm(
 ) -> Yields:
     def normalised() -> Tensor:
         batch = training or running_mean is None
-        return _batch_norm(
-            call.read(input), None if batch else running_mean, None if batch else running_var, training=batch, eps=eps
-        )
+        assert weight is not None
+        x = _input(call, input, g, weight)
+        return _batch_norm(x, None if batch else running_mean, None if batch else running_var, training=batch, eps=eps)
 
     if weight is not None:
         yield weight, lambda: channels(call, normalised().mul_(g))

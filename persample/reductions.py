@@ -202,10 +202,11 @@ def _block_norms(g: Piece) -> Tensor:
 def _squares(x: Tensor) -> Tensor:
     """Squared norms of rows, ``[N]``; of long ones in parts, as torch adds up a row's squares in single precision."""
     long = cost.costs().long
-    if (parts := x.shape[1] // max(1, long)) < 2:
-        return torch.linalg.vector_norm(x, dim=1).square_()
-    found = torch.linalg.vector_norm(x[:, : parts * long].unflatten(1, (parts, long)), dim=2).square_().sum(1)
-    return found.add_(torch.linalg.vector_norm(x[:, parts * long :], dim=1).square_())
+    parts = x.shape[1] // max(1, long)
+    found: Tensor = torch.linalg.vector_norm(x[:, parts * long :] if parts > 1 else x, dim=1).square_()
+    if parts > 1:
+        found += torch.linalg.vector_norm(x[:, : parts * long].unflatten(1, (parts, long)), dim=2).square_().sum(1)
+    return found
 
 
 def _streamed_norms(g: Conv | Pulled) -> Tensor:

@@ -111,6 +111,7 @@ class Call:
     )  # gradients of some outputs, in a backward that goes on
     task: int = -1  # that backward
     owner: Any = None  # who had it recorded: several may watch one model
+    again: bool = False  # a backward pass may run it once more (checkpointing)
     within: Any = None  # how samples act on each other in its forward, as far as that was seen (`followed.Acts`)
     asked: Any = None  # the parameters that this one asked for, when the forward began (`persample.asked`)
     hooks: list[RemovableHandle] = field(default_factory=list)  # that tell it the gradients of its outputs

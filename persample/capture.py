@@ -293,7 +293,7 @@ class Capture(TorchFunctionMode):
             else:  # whoever calls backward() executes the node, after all hooks that change its gradient
                 end.grad_fn.register_prehook(lambda gs, hook=hook, number=end.output_nr: hook(gs[number]))
         call.owner, call.asked, call.begun = self if self.owner is None else self.owner, self.asked, self.begun
-        call.within = self.followed.acts
+        call.within, call.again = self.followed.acts, saves_elsewhere()
         self.recorded.append(weakref.ref(call))
 
     def _holds_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -38,7 +38,7 @@ from .listener import Listener, Reduction, alive
 from .losses import ways_out
 from .problem import Pass, Selection, check_model, check_no_hooks
 from .refusals import check_complete, check_uncoupled
-from .state import modules_of, unwrapped
+from .state import Buffers, modules_of, unwrapped
 from .statistics_run import Request, Statistics, listed
 from .verify import chosen, compared, raise_if_wrong, row_of
 
@@ -395,8 +395,8 @@ class Recorder:
                     "called than model(...), say recorder.samples(x) before."
                 )
             check_unchanged(asked, now, losses)
+            check_no_hooks(asked.parameters)  # "loss" differentiates through them
             if coupled != "loss":
-                check_no_hooks(asked.parameters)
                 check_complete(found, asked.parameters)
             if coupled is None:
                 check_uncoupled(found, asked.parameters)
@@ -409,10 +409,12 @@ class Recorder:
                     f"gradients() needs [N] losses, one for each of N = {n} samples, got {tuple(losses.shape)}.{out}"
                 )
             self._reported = True
-            if coupled == "loss":
-                result = self._by_losses(losses, asked, wanted)
-            else:
-                result = self._reduced(losses, found, asked, wanted, coupled)
+            again = any(call.again for call in found.calls)  # and buffers are moved, by every backward pass
+            with Buffers(self.model) if again else contextlib.nullcontext():
+                if coupled == "loss":
+                    result = self._by_losses(losses, asked, wanted)
+                else:
+                    result = self._reduced(losses, found, asked, wanted, coupled)
             result.of_versions({i: v for call in found.calls for i, v in call.versions.items()})  # of the forward
             return result
         finally:

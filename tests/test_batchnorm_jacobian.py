@@ -173,6 +173,34 @@ def test_coupling_share_falls_as_two_over_the_batch(M: int, share: float) -> Non
     assert float(linearize(x, None, None, 0.0).coupling_share().mean()) == pytest.approx(share, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "groups", "share"), [((2, 4), None, 0.5), ((6, 4), 3, 0.5), ((1, 4, 2), None, 0.0), ((3, 4, 2), 3, 0.0)]
+)
+def test_coupling_share_of_pairs(shape: tuple[int, ...], groups: int | None, share: float, dtype: torch.dtype) -> None:
+    """``J`` of two values is ``c [[1, -1], [-1, 1]]``, a small difference of what is nearly equal."""
+    x, bn = make(shape).x, KINDS[len(shape)](4).double()
+    blocks = jacobian(bn, x, groups=groups).block_norms(per_channel=True).square()
+    off = 1 - blocks.diagonal(dim1=1, dim2=2).sum(1) / blocks.sum((1, 2))
+    close(off, torch.full((4,), share, dtype=torch.float64), 1e-6)
+    J = jacobian(bn.to(dtype), x.to(dtype), groups=groups)
+    close(J.coupling_share(), torch.full((4,), share, dtype=dtype), 1e-6)
+    assert f"between samples: {share:.0%}".replace("%", " %") in repr(J)
+
+
+def test_coupling_share_of_pairs_beside_larger_groups_and_without_any_weight() -> None:
+    case = make((5, 3), eps=1e-2)
+    J = jacobian(case.bn, case.x, groups=torch.tensor([0, 1, 1, 0, 1]))
+    squares = J.block_norms(per_channel=True).square()
+    close(J.coupling_share(), 1 - squares.diagonal(dim1=1, dim2=2).sum(1) / squares.sum((1, 2)), 1e-10)
+    pair = nn.BatchNorm1d(2).double()
+    nn.init.zeros_(pair.weight)
+    assert jacobian(pair, case.x[:2, :2]).coupling_share().isnan().all()
+    assert jacobian(pair.eval(), case.x[:2, :2]).coupling_share().isnan().all()
+    nn.init.ones_(pair.weight)
+    assert jacobian(pair, case.x[:2, :2]).coupling_share().max() == 0
+
+
 def test_cross_blocks_have_rank_two() -> None:
     block = make((3, 2, 6), eps=0.1).J.block(0, 2)
     assert (torch.linalg.matrix_rank(block) == 2).all()

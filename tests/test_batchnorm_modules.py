@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 from collections.abc import Callable
@@ -465,3 +466,34 @@ def test_passes_of_the_library_leave_the_record_of_the_last_forward(training: bo
     with persample.extend(model) as recorder:  # this forward is the user's
         recorder.gradients(nn.functional.cross_entropy(model(x), y, reduction="none"), coupled="loss")
     assert len(model[1].jacobian.normed) == 6  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("ran", [False, True])
+def test_torch_jit_and_converted_layers(ran: bool) -> None:
+    """Traces are those of torch's own layers; scripts are refused in words, and leave the model as it is."""
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3))).double()
+    x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    if ran:
+        model(x)
+    with pytest.raises(BatchNormError, match=r"can't compile a BatchNorm2d.*revert\(\)"):
+        torch.jit.script(model)
+    assert type(model[1]) is batchnorm.BatchNorm2d
+    plain = revert(copy.deepcopy(model))
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), plain(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.jit.script(plain)(x), plain(x), rtol=0, atol=1e-12)
+    model(x)
+    torch.testing.assert_close(model[1].jacobian.output, plain(x), rtol=0, atol=1e-12)  # type: ignore[union-attr]
+
+
+def test_only_what_can_be_read_is_listed() -> None:
+    bn, x = batchnorm.BatchNorm1d(3), torch.randn(4, 3)
+    assert not {"jacobian", "coupling"} & {name for name, _ in inspect.getmembers(bn)}
+    bn(x)
+    assert {"jacobian", "coupling", "weight", "running_mean"} <= {name for name, _ in inspect.getmembers(bn)}
+    x.add_(1)  # and the Jacobian is lost
+    assert not {"jacobian", "coupling"} & set(dir(bn))
+    with pytest.raises(InplaceError):
+        bn.jacobian  # noqa: B018

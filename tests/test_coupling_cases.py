@@ -733,3 +733,134 @@ def test_running_statistics_belong_to_the_point(passes: int) -> None:
     assert torch.equal(C.gradients("eval").flat(), first)
     assert torch.equal(model.bn.running_mean, moved)
     assert not torch.allclose(persample.coupling(model, CE, x, y).gradients("eval").flat(), first)
+
+
+ASKS: dict[str, Callable[[Coupling], Any]] = {
+    "loss": lambda C: C.gradients("loss"),
+    "influence": lambda C: C.gradients("influence"),
+    "ggn": lambda C: C.ggn(),
+    "diagonal": lambda C: C.ggn_diagonal(),
+}
+
+
+@pytest.mark.parametrize("route", ["samples", "statistics"])
+@pytest.mark.parametrize("ask", ASKS)
+def test_hooks_on_parameters_are_refused(ask: str, route: Any) -> None:
+    """They would clip each of several derivatives by itself, and not the gradient of a loss."""
+    model = seeded(layered(bn1()))
+    x, y = data(6, 5)
+    C = persample.coupling(model, CE, x, y, route=route)
+    hook = model[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    with pytest.raises(persample.CaptureError, match=r"parameter '0\.weight' has a hook"):
+        ASKS[ask](C)
+    if ask in ("loss", "influence"):
+        with pytest.raises(persample.CaptureError, match=r"parameter '0\.weight' has a hook"):
+            persample.gradients(model, CE, x, y, coupled=ask)
+    persample.gradients(model, CE, x, y, params=["0.bias"], coupled="loss")  # nobody asks for the one with the hook
+    hook.remove()
+    ASKS[ask](C)
+
+
+CHANGES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "step": (lambda model, _: model[0].weight.detach().mul_(2), r"parameter '0\.weight' changed"),
+    "mode": (lambda model, _: model.eval(), "the mode of module"),
+    "eps": (lambda model, _: setattr(model[1], "eps", 1.0), "the eps of module '1'"),
+    "batch": (lambda _, x: x.add_(1), "the batch changed"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("ask", [lambda C: C.ggn(), lambda C: C.ggn_diagonal(), lambda C: C.ggn_diagonal(draws=2)])
+def test_gauss_newton_belongs_to_the_point(ask: Callable[[Coupling], Any], change: str) -> None:
+    model = seeded(layered(bn1()))
+    x, y = data(6, 5)
+    C = persample.coupling(model, CE, x, y)
+    ask(C), model(x)  # a forward pass of the user's is no change
+    ask(C)
+    act, what = CHANGES[change]
+    act(model, x)
+    with pytest.raises(persample.InplaceError, match=f"{what}.*since the coupling was set up"):
+        ask(C)
+
+
+def test_gauss_newton_of_a_model_that_counts_its_passes() -> None:
+    torch.manual_seed(0)
+    C = persample.coupling(Scaled().double(), CE, *data(6, 5))
+    first = C.ggn().dense()
+    C.norms(), C.ggn_diagonal(draws=2)
+    assert torch.equal(C.ggn().dense(), first)
+
+
+@pytest.mark.parametrize("notion", ["loss", "copy", "frozen", "influence", "eval"])
+def test_checkpoints_that_do_not_compare_what_they_save(notion: str) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        part = lambda x: torch.tanh(m.bn(m.fc(x).unsqueeze(2)).squeeze(2))  # noqa: E731
+        return m.out(checkpoint(part, x, use_reentrant=False, determinism_check="none"))
+
+    model = seeded(Fn(run, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)))
+    with pytest.raises(persample.CaptureError, match="Turn checkpointing off"):
+        persample.gradients(model, CE, *data(6, 5), coupled=notion)
+
+
+@pytest.mark.parametrize("coupled", ["loss", "copy"])
+def test_a_recorder_moves_no_statistics_of_checkpoints(coupled: str) -> None:
+    """Every backward pass runs the layer once more."""
+    part = lambda m, x: torch.tanh(m.bn(m.fc(x)))  # noqa: E731
+    again = lambda m, x: m.out(checkpoint(part, m, x, use_reentrant=False))  # noqa: E731
+    model = seeded(Fn(again, fc=nn.Linear(5, 4), bn=bn1(), out=nn.Linear(4, 3)))
+    x, y = data(6, 5)
+    with persample.extend(model) as recorder:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        G = recorder.gradients(losses, coupled=coupled)
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+        losses.sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(G[name].sum(0), p.grad, rtol=0, atol=1e-12)
+    assert int(model.bn.num_batches_tracked) == 2  # type: ignore[arg-type]  # PyTorch's own, of that backward
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False)], ids=["affine", "plain"])
+def test_a_layer_in_a_loop_over_samples(norm: nn.Module) -> None:
+    """Its statistics are each sample's own, over the positions."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.out(torch.stack([m.bn(m.conv(t.unsqueeze(0))).squeeze(0) for t in x]).flatten(1))
+
+    model = seeded(Fn(run, conv=nn.Conv2d(2, 3, 2), bn=norm, out=nn.Linear(12, 3)))
+    x, y = data(5, 2, 3, 3)
+    agrees_with_autograd(persample.coupling(model, CE, x, y), model, x, y)
+    rows = persample.gradients(model, CE, x, y, coupled="loss")
+    off = persample.gradients(model, CE, x, y, coupled="copy").flat() - rows.flat()
+    assert float(off.abs().max()) < 1e-12 < float(rows.norm().min())
+
+
+class Coarse(nn.Module):
+    """A residual network that computes in bfloat16, between a parameter and losses in single precision."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        conv = lambda n: nn.Conv2d(n, width, 3, padding=1, bias=False)  # noqa: E731
+        self.first = nn.Sequential(conv(3), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(conv(width), nn.BatchNorm2d(width), nn.ReLU(), conv(width), nn.BatchNorm2d(width))
+            for _ in range(depth)
+        )
+        self.out = nn.Linear(width, 10)
+        self.bfloat16()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first((self.gain * x).bfloat16())
+        for block in self.blocks:
+            h = torch.relu(h + block(h))
+        out: Tensor = self.out(h.mean((2, 3)))
+        return out.float()
+
+
+@pytest.mark.parametrize("params", [None, ["gain"]])
+def test_losses_finer_than_the_network_are_held_to_its_rounding(params: Any) -> None:
+    for seed in (0, 5, 6):
+        torch.manual_seed(seed)
+        C = persample.coupling(Coarse(4, 16), CE, torch.randn(4, 3, 4, 4), torch.arange(4), params=params)
+        assert C.coupled

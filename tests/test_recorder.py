@@ -1001,3 +1001,66 @@ def test_states_that_go_on_from_batch_to_batch(by_hand: bool, inside: bool) -> N
             torch.testing.assert_close(recorder.gradients(losses).flat(), want, rtol=1e-9, atol=1e-12)
     finally:
         recorder.__exit__(None, None, None) if inside else recorder.remove()
+
+
+class Temperature(nn.Module):
+    """Two views of every sample, compared with all others' at a learned temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.t = nn.Linear(6, 3), nn.Linear(6, 3), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = F.normalize(self.a(x), dim=1), F.normalize(self.b(x + 0.1), dim=1)
+        out: Tensor = a @ b.T * self.t.exp()
+        return out
+
+
+class Mixup(nn.Module):
+    """Of features, with those of the next sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        out: Tensor = self.b(0.7 * h + 0.3 * h.roll(1, 0))
+        return out
+
+
+def both_ways(logits: Tensor, y: Tensor) -> Tensor:
+    same = torch.arange(len(y))
+    return (F.cross_entropy(logits, same, reduction="none") + F.cross_entropy(logits.T, same, reduction="none")) / 2
+
+
+@pytest.mark.parametrize("kind", [Temperature, Mixup])
+def test_gradients_of_losses_whose_samples_were_lost(kind: type[nn.Module]) -> None:
+    """They are differentiated one by one, so it doesn't matter where the samples of a layer are."""
+    torch.manual_seed(0)
+    model, (x, y) = kind().double(), batch()
+    parameters = dict(model.named_parameters())
+    with persample.extend(model) as recorder:
+        losses = both_ways(model(x), y) if kind is Temperature else losses_of(model, x, y)
+        G = recorder.gradients(losses, coupled="loss")
+        rows = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in losses]
+        with pytest.raises(persample.PersampleError):
+            recorder.gradients(losses)
+        with pytest.raises(persample.LossError, match=r"gradients\(\) needs \[N\] losses"):
+            recorder.gradients(model(x).flatten(), coupled="loss")
+    for name, *grads in zip(parameters, *rows, strict=True):
+        torch.testing.assert_close(G[name], torch.stack(grads), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("coupled", [None, "loss", "copy"])
+def test_hooks_on_parameters_are_refused_whatever_is_asked_for(coupled: Any) -> None:
+    model, (x, y) = net(), batch()
+    hook = model[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    with persample.extend(model) as recorder:
+        losses = losses_of(model, x, y)
+        with pytest.raises(persample.CaptureError, match=r"parameter '0\.weight' has a hook"):
+            recorder.gradients(losses, coupled=coupled)
+        hook.remove()
+        G = recorder.gradients(losses, coupled=coupled)
+        (g,) = torch.autograd.grad(losses[1], model[0].weight)
+    assert close(G["0.weight"][1], g)

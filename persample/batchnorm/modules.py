@@ -43,8 +43,13 @@ class _Forward:
     eps: float
     virtual_batch_size: int | None
 
+    @property
+    def lost(self) -> bool:
+        """Whether the input is another one by now."""
+        return self.version is not None and self.input._version != self.version
+
     def jacobian(self) -> BatchNormJacobian:
-        if self.version is not None and self.input._version != self.version:
+        if self.lost:
             raise InplaceError(
                 "the input of this BatchNorm was changed in place after the forward, so its Jacobian is lost; "
                 "ask for it before the change, or make the change out of place"
@@ -103,6 +108,18 @@ class _Recording(Layer):
     def coupling(self) -> Tensor:
         """``|d y_n / d x_m|_F``, ``[N, N]``, of that forward: diagonal in evaluation mode. Raises as ``jacobian``."""
         return self.jacobian.block_norms()
+
+    def __dir__(self) -> list[str]:
+        """Without what would raise: whoever reads all that is listed (torch.jit, `inspect`) expects to be able to."""
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        there = isinstance(self._recorded, _Forward) and not self._recorded.lost
+        return names if there else [name for name in names if name not in ("jacobian", "coupling")]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise BatchNormError(
+            f"torch.jit.script can't compile a {type(self).__name__} that keeps its last forward. Script what it was "
+            "before persample.batchnorm.convert, as revert() gives it back (of a copy, to go on with this one)."
+        )
 
     def extra_repr(self) -> str:
         size = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"

@@ -35,6 +35,7 @@ from ..factors import Factors, compact
 from ..problem import Pass, Problem
 from ..rounding import tolerance
 from ..scratch import kernel
+from ..state import parameters_of
 from ..telling import numbered_as
 from .passes import CHUNK, Forward, Grads, Point
 from .statistics import Copies, Explicit, Node, given, live, pooled
@@ -238,7 +239,8 @@ class Network:
             )  # all others replaced by copies of sample n
             with numbered_as([n] * self.n), self.point.forward(given(nodes), alike) as run:
                 after = float(run.losses[n].detach())
-        tol = tolerance(dtype, *(p.dtype for p in self.problem.parameters.values()))
+        numbers = (p.dtype for p in parameters_of(self.problem.model) if p.is_floating_point() or p.is_complex())
+        tol = tolerance(dtype, *numbers)  # losses may be finer than what they come from
         if not torch.allclose(losses, plain, rtol=tol, atol=1e-3 * tol, equal_nan=True):
             raise BatchCoupledError(
                 "the model has other losses where BatchNorm's statistics are explicit: it uses something else of these "

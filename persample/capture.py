@@ -194,11 +194,9 @@ class Capture(TorchFunctionMode):
         else:
             couples = rules.coupling(op.func, op.args, op.kwargs)
         if op.func in ORDERS and (not couples or op.func in PLACES) and ranks(op):
-            real = bool(op.sampled) and op.sampled[0][0].is_floating_point()
-            if op.func in ALONG and real:  # a softmax of inputs: all act on each
+            if op.func in ALONG and op.sampled[0][0].is_floating_point():  # a softmax of inputs: all act on each
                 self.followed.acts.totals = True
-            self.followed.acts.hidden = True
-            self.followed.acts.ranks |= real
+            self.followed.acts.hidden = self.followed.acts.ranks = True
         return couples
 
     def _live(self, shared: Sequence[tuple[Tensor, SharedTensor]]) -> list[Shared]:

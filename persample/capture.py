@@ -196,7 +196,7 @@ class Capture(TorchFunctionMode):
         if op.func in ORDERS and (not couples or op.func in PLACES) and ranks(op):
             if op.func in ALONG and op.sampled[0][0].is_floating_point():  # a softmax of inputs: all act on each
                 self.followed.acts.totals = True
-            self.followed.acts.hidden = True
+            self.followed.acts.hidden = self.followed.acts.ranks = True
         return couples
 
     def _live(self, shared: Sequence[tuple[Tensor, SharedTensor]]) -> list[Shared]:

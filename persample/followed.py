@@ -52,6 +52,7 @@ class Acts:
     coupled: bool = False  # by a call that nobody differentiates through (a frozen backbone)
     totals: bool = False  # numbers of the whole batch act on single samples, with or without a gradient
     hidden: bool = False  # they may act where it isn't seen: read by Python, or as ranks and running counts
+    ranks: bool = False  # the latter, which are seldom there to be looked at only
     read: tuple[int, ...] = ()  # numbers that decide what the model does: counts and tests of the batch, or of buffers
     ragged: bool = False  # some samples lie where they do by the values of this batch
 

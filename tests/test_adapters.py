@@ -580,3 +580,99 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         adapters.trak.gradient_computer()
     with pytest.raises(AttributeError, match="no adapter 'tensorflow'"):
         adapters.tensorflow  # noqa: B018
+
+
+def filled_by(make: Any, model: nn.Module) -> tuple[nn.Module, Any]:
+    """A model that takes its own rows in every backward, and the optimizer that clips them."""
+    from opacus import GradSampleModule, PrivacyEngine
+    from opacus.optimizers import DPOptimizer
+
+    plain = torch.optim.SGD(model.parameters(), lr=0.5)
+    if make == "module":
+        return GradSampleModule(model), DPOptimizer(
+            plain, noise_multiplier=0.0, max_grad_norm=0.3, expected_batch_size=N
+        )
+    wrapped, optimizer, _ = PrivacyEngine().make_private(
+        module=model, optimizer=plain, data_loader=DataLoader(TensorDataset(*batch()), batch_size=N),
+        noise_multiplier=0.0, max_grad_norm=0.3, poisson_sampling=False,
+    )  # fmt: skip
+    return wrapped, optimizer
+
+
+@pytest.mark.parametrize("verify", [None, False])
+@pytest.mark.parametrize("make", ["module", "engine"])
+def test_opacus_counts_no_sample_twice(make: str, verify: bool | None) -> None:
+    """Hooks of Opacus leave rows of their own: said with the ways out, each of which steps along every row once."""
+    (model, optimizer), (x, y) = filled_by(make, net()), batch()
+    with pytest.raises(persample.QuantityError, match=r"count twice.*remove_hooks"):
+        adapters.opacus.fill_grad_sample(persample.gradients(model, CE, x, y, verify=verify), model)
+    for way in ("zero_grad", "remove_hooks"):
+        inner = model._module
+        twin = copy.deepcopy(net())
+        twin.load_state_dict(inner.state_dict())
+        expected, before = rows(twin, x, y).clip(0.3), [p.detach().clone() for p in model.parameters()]
+        if way == "remove_hooks":
+            model.remove_hooks()
+            optimizer.zero_grad()
+        for at in (slice(0, 2), slice(2, None)) if way == "remove_hooks" else (slice(None),):
+            G = persample.gradients(model, CE, x[at], y[at], verify=verify)
+            if way == "zero_grad":
+                optimizer.zero_grad()
+            adapters.opacus.fill_grad_sample(G, model)
+        assert all(len(p.grad_sample) == N for p in model.parameters())
+        optimizer.step()
+        for g, p, old in zip(expected.values(), model.parameters(), before, strict=True):
+            assert torch.allclose(old - p, 0.5 * g / N, rtol=1e-4, atol=1e-9)
+
+
+def test_opacus_leaves_no_marks_on_the_rows() -> None:
+    """The same rows may be given again after a step."""
+    from opacus.optimizers import DPOptimizer
+
+    model, (x, y) = net(), batch()
+    plain = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = DPOptimizer(plain, noise_multiplier=0.0, max_grad_norm=0.3, expected_batch_size=N)
+    G = persample.Gradients(rows(model, x, y).factors, torch.zeros(N))
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapters.opacus.fill_grad_sample(G, model)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            assert torch.allclose(p.grad, G.clip(0.3)[name] / N, rtol=1e-4, atol=1e-9)  # type: ignore[arg-type]
+
+
+def test_opacus_clips_rows_of_convolutions_adaptively() -> None:
+    """Its `AdaClipDPOptimizer` takes views of rows, which must be contiguous."""
+    from opacus.optimizers import AdaClipDPOptimizer
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6, C)).double()
+    x, y = torch.randn(N, 1, 5, dtype=torch.float64), batch()[1]
+    optimizer = AdaClipDPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.5), noise_multiplier=0.0, max_grad_norm=0.3, expected_batch_size=N,
+        target_unclipped_quantile=0.5, clipbound_learning_rate=0.2, max_clipbound=10.0, min_clipbound=0.01,
+        unclipped_num_std=1.0,
+    )  # fmt: skip
+    expected, before = rows(model, x, y).clip(0.3), [p.detach().clone() for p in model.parameters()]
+    adapters.opacus.fill_grad_sample(persample.gradients(model, CE, x, y), model)
+    optimizer.step()
+    for g, p, old in zip(expected.values(), model.parameters(), before, strict=True):
+        assert torch.allclose(old - p, 0.5 * g / N, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("take", "got"),
+    [
+        (lambda G, S: G.dense(), "got dict"),
+        (lambda G, S: None, "got NoneType"),
+        (lambda G, S: [None], "got a list with NoneType"),
+        (lambda G, S: [G, G.dense()], "got a list with dict"),
+        (lambda G, S: S, r"without quantities=.*got Statistics"),
+    ],
+)
+def test_opacus_takes_gradients_alone(take: Any, got: str) -> None:
+    model, (x, y) = net(), batch()
+    given = take(persample.gradients(model, CE, x, y), persample.gradients(model, CE, x, y, quantities=["norm"]))
+    with pytest.raises(persample.ArgumentError, match=rf"fill_grad_sample takes .*{got}"):
+        adapters.opacus.fill_grad_sample(given, model)
+    assert all(getattr(p, "grad_sample", None) is None for p in model.parameters())

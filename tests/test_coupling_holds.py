@@ -4,6 +4,7 @@ picked, random numbers, and changes in between.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import persample
+from persample import optim
 from persample.batchnorm import jacobian
 
 N, CE = 6, nn.CrossEntropyLoss()
@@ -322,3 +324,59 @@ def test_a_forward_that_switches_modes() -> None:
     model.norm[1].train()
     with pytest.raises(persample.InplaceError, match=r"the mode of module 'norm\.1' changed"):
         C.gradients("copy")
+
+
+def routed(m: Any, x: Tensor) -> Tensor:
+    """The better half of the samples goes on, the others are dropped."""
+    h = m.norm(m.first(x))
+    return h * torch.zeros(len(h), dtype=h.dtype).index_fill(0, h.sum(1).topk(len(h) // 2).indices, 1.0)[:, None]
+
+
+def ranked(m: Any, x: Tensor) -> Tensor:
+    h = m.norm(m.first(x))
+    keep = torch.zeros(len(h), dtype=h.dtype)
+    keep[h.detach().sum(1).topk(len(h) // 2).indices] = 1.0
+    return h * keep[:, None]
+
+
+@pytest.mark.parametrize("verify", [None, False])
+@pytest.mark.parametrize("body", [routed, ranked])
+def test_samples_that_are_ranked_beside_batch_norm_are_said_to_be_coupled(body: Body, verify: bool | None) -> None:
+    """Another sample moves their rows, statistics of the training set or not: clipping bounds nothing."""
+    model, x, y = net(body)
+    still = copy.deepcopy(model).eval()
+    other = torch.cat([x[:-1], torch.where(torch.arange(2)[:, None] == 0, 100.0, -100.0) * x[-1]])
+    moved = [true_rows(still, torch.stack([*x[:-1], z]), y)[:-1] for z in other[-2:]]
+    assert (moved[0] - moved[1]).abs().max() > 1e-3
+    opt, before = optim.ClippedSGD(model.named_parameters(), max_norm=1.0), copy.deepcopy(model)
+    try:
+        G = persample.gradients(model, CE, x, y, coupled="eval", verify=verify)
+    except persample.BatchCoupledError:
+        assert verify is None  # the sample that was looked at has another loss alone
+    else:
+        torch.testing.assert_close(G.flat(), true_rows(still, x, y), rtol=1e-9, atol=1e-12)
+        assert G.note.endswith("batch-coupled")
+        with pytest.raises(persample.BatchCoupledError, match="clipping its own row bounds nothing"):
+            opt.step(G)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def logged(m: Any, x: Tensor) -> Tensor:
+    h = m.norm(m.first(x))
+    m.seen = h.detach().norm().item()
+    return h.tanh()
+
+
+@pytest.mark.parametrize("verify", [None, False])
+@pytest.mark.parametrize("body", [lambda m, x: m.norm(m.first(x)).tanh(), logged])
+def test_samples_that_only_batch_norm_couples_are_clipped(body: Body, verify: bool | None) -> None:
+    model, x, y = net(body)
+    G = persample.gradients(model, CE, x, y, coupled="eval", verify=verify)
+    rows = true_rows(copy.deepcopy(model).eval(), x, y)
+    torch.testing.assert_close(G.flat(), rows, rtol=1e-9, atol=1e-12)
+    assert "batch-coupled" not in G.note
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optim.ClippedSGD(model.named_parameters(), lr=1.0, max_norm=0.1).step(G)
+    wanted = (rows * (0.1 / rows.norm(dim=1, keepdim=True)).clamp(max=1)).mean(0)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(before - after, wanted, rtol=1e-9, atol=1e-12)

@@ -342,3 +342,18 @@ def test_large_slices_are_verified_in_the_first_batches_too() -> None:
         persample.gradients(model, F.mse_loss, few, y, max_bytes=10**9)
     with pytest.raises(persample.BatchCoupledError):
         persample.gradients(model, F.mse_loss, x, y, max_bytes=10**9)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 1, 10**9])
+@pytest.mark.parametrize("options", [{}, {"quantities": [("clip", {"max_norm": 1.0})]}])
+def test_two_samples_remain_coupled(options: dict[str, Any], max_bytes: int | None) -> None:
+    """Two samples are one slice, which statistics of the batch couple: exchanging one moves the row of the other."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    model[0].requires_grad_(False)
+    x, y = torch.randn(2, 5, dtype=torch.float64), torch.tensor([0, 2])
+    for verify in (None, False):
+        G = persample.gradients(model, nn.CrossEntropyLoss(), x, y, max_bytes=max_bytes, verify=verify, **options)
+        assert G.note.split(", ").count("batch-coupled") == 1
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        with pytest.raises(persample.BatchCoupledError):
+            persample.optim.ClippedSGD(named, max_norm=1.0).step(G)

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -950,3 +951,175 @@ def test_controller_feeds_a_loader() -> None:
         controller.update(G)
     assert [len(x) for x in seen] == [4, 8, 11, 7]
     assert torch.cat(seen).tolist() == list(range(30))
+
+
+# ---- options, states and parameters of all kinds -----------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A parameter that is infinite where a class is masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.mask = nn.Linear(4, 3), nn.Parameter(torch.tensor([0.0, -torch.inf, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1)) + self.mask
+
+
+@pytest.mark.parametrize("name", ["ClippedSGD", "GradientSurgery"])
+def test_infinite_parameters_stay_what_they_are_without_weight_decay(name: str) -> None:
+    ours, theirs, _, extra = PLAIN[name]
+    a, b = Masked().double(), Masked().double()
+    x, y = batch()
+    y = y.where(y != 1, 0)
+    mine, plain = ours(a.named_parameters(), lr=0.1, **extra), theirs(b.parameters(), lr=0.1)
+    for _ in range(2):
+        mine.step(persample.gradients(a, nn.CrossEntropyLoss(), x, y))
+        plain.zero_grad()
+        nn.CrossEntropyLoss()(b(x), y).backward()
+        plain.step()
+    assert a.mask[1] == -torch.inf
+    assert not torch.equal(a.mask, Masked().mask.double())
+    close(flat(a.parameters()), flat(b.parameters()))
+
+
+@pytest.mark.parametrize("make", [lambda p: optim.ClippedAdam(p, max_norm=1.0), optim.PerSampleAdam])
+def test_conjugate_parameters_are_refused_by_what_takes_their_parts(make: Callable[[Any], Any]) -> None:
+    """Parts would be those of a copy, and no step be seen; SGD needs none."""
+    net = nn.Linear(3, 2, bias=False, dtype=torch.complex128)
+    net.weight = nn.Parameter(torch.randn(2, 3, dtype=torch.complex128).conj())
+    with pytest.raises(ArgumentError, match=r"'weight' is the conjugate"):
+        make(net.named_parameters())
+    x, loss, before = torch.randn(4, 3, dtype=torch.complex128), Magnitude(), net.weight.detach().clone()
+    J = persample.gradients(net, loss, x, engine="loop").flat()
+    optim.ClippedSGD(net.named_parameters(), lr=0.1, max_norm=HUGE).step(persample.gradients(net, loss, x))
+    close(before - net.weight.detach(), 0.1 * J.mean(0).view(2, 3))
+    net.weight = nn.Parameter(net.weight.detach().resolve_conj())
+    make(net.named_parameters()).step(persample.gradients(net, loss, x))
+
+
+class Magnitude(nn.Module):
+    """A loss of complex outputs."""
+
+    def forward(self, out: Tensor, *_: Any) -> Tensor:
+        return out.abs().square().sum(1)
+
+
+STATES: dict[str, Callable[[Any], Any]] = {
+    "ClippedSGD": lambda p: optim.ClippedSGD(p, max_norm=1.0),
+    "ClippedSGD with momentum": lambda p: optim.ClippedSGD(p, max_norm=1.0, momentum=0.9, weight_decay=0.1),
+    "ClippedAdam": lambda p: optim.ClippedAdam(p, max_norm=1.0, weight_decay=0.1),
+    "PerSampleAdam": optim.PerSampleAdam,
+    "NaturalGradient": lambda p: optim.NaturalGradient(p, momentum=0.9),
+    "GradientSurgery": lambda p: optim.GradientSurgery(p, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("name", STATES)
+def test_states_go_through_distributed_checkpoints(name: str, flatten: bool) -> None:
+    """Into a new optimizer, which goes on alike; neither parameters nor options change, and no gradient is left."""
+    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    options = state_dict.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    a, b = model(), model()
+    mine, other = STATES[name](a.named_parameters()), STATES[name](b.named_parameters())
+    empty = state_dict.get_optimizer_state_dict(b, other, options=options)  # before the first step
+    assert empty
+    close(flat(a.parameters()), flat(b.parameters()), 0)
+    for seed in range(2):
+        mine.step(grads(a, seed))
+        other.step(grads(b, seed))  # what was made for the checkpoint is the state of no step
+    close(flat(a.parameters()), flat(b.parameters()), 0)
+    saved = copy.deepcopy(state_dict.get_optimizer_state_dict(a, mine, options=options))
+    b.load_state_dict(a.state_dict())
+    other = STATES[name](b.named_parameters())
+    lr = other.param_groups[0]["lr"]
+    state_dict.set_optimizer_state_dict(b, other, saved, options=options)
+    assert other.param_groups[0]["lr"] == lr > 0
+    assert all(p.grad is None for p in b.parameters())
+    close(flat(a.parameters()), flat(b.parameters()), 0)
+    for net, opt in ((a, mine), (b, other)):
+        opt.step(grads(net, 2))
+    close(flat(a.parameters()), flat(b.parameters()), 0)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_step_without_gradients_is_refused(name: str) -> None:
+    """But for the call by which checkpoints have states made, with every ``lr`` and ``.grad`` at zero."""
+    net = model()
+    opt = STATES[name](net.named_parameters())
+    for arguments in ({}, {"closure": None}, {"closure": lambda: 0.0}):
+        with pytest.raises(ArgumentError, match=r"step\(\) takes the per-sample gradients"):
+            opt.step(**arguments)
+    opt.param_groups[0]["lr"] = 0.0  # as at the start of a warmup
+    with pytest.raises(ArgumentError, match=r"step\(\) takes the per-sample gradients"):
+        opt.step(closure=None)
+    with pytest.raises(ArgumentError, match="A closure would compute what is given here"):
+        opt.step(grads(net), closure=lambda: 0.0)
+
+
+@pytest.mark.parametrize("label", [{"name": "head"}, {"group_name": "head"}, {"lr_scale": 0.5}])
+@pytest.mark.parametrize("name", ["ClippedSGD", "ClippedAdam"])
+def test_labels_of_groups_change_nothing(name: str, label: dict[str, Any]) -> None:
+    ours, theirs, options, extra = PLAIN[name]
+    a, b = model(), model()
+    mine = ours([{"params": list(a.named_parameters()), **label}], **options, **extra)
+    plain = theirs([{"params": list(b.parameters()), **label}], **options)
+    mine.step(grads(a))
+    nn.CrossEntropyLoss()(b(batch()[0]), batch()[1]).backward()
+    plain.step()
+    close(flat(a.parameters()), flat(b.parameters()))
+    mine.load_state_dict(mine.state_dict())
+    assert mine.param_groups[0].items() >= label.items()
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "momentum", "eps"])
+@pytest.mark.parametrize("name", ["ClippedSGD nesterov", "ClippedAdam", "PerSampleAdam"])
+def test_options_that_are_tensors_of_one_element(name: str, option: str) -> None:
+    ours, _, options, extra = PLAIN[name]
+    if option not in options:
+        pytest.skip("no such option")
+    a, b = model(), model()
+    tensor = {**options, option: torch.tensor([options[option]], dtype=torch.float64)}
+    for net, given in ((a, options), (b, tensor)):
+        opt = ours(net.named_parameters(), **given, **extra)
+        schedule = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+        for seed in range(3):
+            opt.step(grads(net, seed))
+            schedule.step()
+    close(flat(a.parameters()), flat(b.parameters()))
+
+
+@pytest.mark.parametrize("option", ["max_norm", "noise_multiplier", "expected_batch_size"])
+@pytest.mark.parametrize("make", [optim.ClippedSGD, optim.ClippedAdam])
+def test_bounds_and_noise_that_are_tensors_of_one_element(make: Callable[..., Any], option: str) -> None:
+    options = {"max_norm": 0.5, "noise_multiplier": 2.0, "expected_batch_size": 8}
+    nets = []
+    for value in (options[option], torch.tensor([options[option]])):
+        net = nn.Sequential(model(), Scalar()).double()
+        given = {**options, option: value, "generator": torch.Generator().manual_seed(0)}
+        make(net.named_parameters(), **given).step(grads(net))
+        nets.append(flat(net.parameters()))
+    close(*nets)
+    assert not torch.equal(nets[0], flat(nn.Sequential(model(), Scalar()).double().parameters()))
+
+
+class Scalar(nn.Module):
+    """A parameter without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_sizes_of_groups_are_whole_numbers_of_any_kind() -> None:
+    a, b = model(), model()
+    for net, size in ((a, 2), (b, np.int64(2))):
+        optim.PerSampleAdam(net.named_parameters(), group_size=size).step(grads(net))  # type: ignore[arg-type]
+    close(flat(a.parameters()), flat(b.parameters()), 0)
+    assert not torch.equal(flat(a.parameters()), flat(model().parameters()))

@@ -670,3 +670,13 @@ def test_complex_rows_have_no_histogram() -> None:
     for edges in (torch.tensor([torch.nan]), torch.tensor([0j, 1])):
         with pytest.raises(ArgumentError, match="real and strictly increasing"):
             statistics.histogram(rows(torch.zeros(3, 2)), edges)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_signs_of_inner_products_that_are_no_numbers(whole: bool) -> None:
+    """One row that holds NaN, or all: neither cosines nor their signs have a mean."""
+    J = torch.randn(5, 4, dtype=torch.float64)
+    J[slice(None) if whole else 2, 1] = torch.nan
+    found = statistics.stiffness(rows(J))
+    assert found.sign.isnan()
+    assert found.cosine.isnan()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import QuantityError
+from ..errors import ArgumentError, QuantityError
 from ..gradients import Gradients
 from ..optim.clipped import check_independent
 
@@ -31,6 +31,11 @@ def fill_grad_sample(G: Gradients | Sequence[Gradients], model: nn.Module) -> No
     pieces = list(G) if isinstance(G, Sequence) else [G]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for piece in pieces:
+        if not isinstance(piece, Gradients):
+            raise ArgumentError(
+                "fill_grad_sample takes the result of persample.gradients(...) without quantities=, or a list of such "
+                f"results, got {'' if piece is G else 'a list with '}{type(piece).__name__}."
+            )
         check_independent(piece)
         _check_rows(piece, trained)
     if any(getattr(getattr(p, "grad_sample", None), "_processed", False) for p in model.parameters()):
@@ -48,7 +53,8 @@ def fill_grad_sample(G: Gradients | Sequence[Gradients], model: nn.Module) -> No
         before = getattr(p, "grad_sample", None)
         rows = [piece[name] for piece in pieces]
         if before is None and len(rows) == 1:
-            filled = rows[0].contiguous()  # as it is, without a copy; AdaClipDPOptimizer takes views
+            # as they are, without a copy; marks of Opacus are not for G, and AdaClipDPOptimizer takes views
+            filled = rows[0].detach().contiguous()
         else:
             first = p.detach().new_zeros(0, *p.shape) if before is None else before
             filled = torch.cat([first, *rows])

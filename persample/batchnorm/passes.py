@@ -130,7 +130,7 @@ class Point:
             self.passes.drawn = random_state(self.problem.model)
             calls = reached(t.grad_fn for t, *_ in seeds).calls
             followed = capture.followed
-            coupled = followed.couples or followed.acts.hidden or any(call.couples for call in calls)
+            coupled = followed.couples or followed.acts.ranks or any(call.couples for call in calls)
             yield Recorded(self, detached(outputs), losses.detach(), seeds, criterion, coupled)
 
     @contextmanager

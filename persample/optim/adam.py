@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..gradients import Gradients
 from ..quantities import Quantities
 from ..reductions import square_sum
 from ..statistics.parts import check_measured, energy
-from .updates import Named, adapt, parts, summing
+from .updates import Named, adapt, parts, started, summing
 
 
 def group_second_moment(G: Quantities, size: int) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ def _single(g: Factors) -> Factors:
 
 def check_size(size: int) -> None:
     """Raise for a size of groups that is no number of samples."""
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, Integral) or size < 1:
         raise ArgumentError(f"the size of a group must be a number of samples, 1 or more, got {size!r}.")
 
 
@@ -88,12 +89,16 @@ class PerSampleAdam(Named):
         if group_size is not None:
             check_size(group_size)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        self.group_size = group_size
+        self.group_size = None if group_size is None else int(group_size)
         super().__init__(params, defaults)
 
-    def step(self, G: Quantities) -> None:  # type: ignore[override]
+    def step(self, G: Quantities | None = None, *, closure: None = None) -> None:  # type: ignore[override]
         """Take a step along the mean gradient, scaled by the second moment of groups."""
-        if not len(summing(G)):
+        if not started(self, G, closure):
+            self._step(summing(G))
+
+    def _step(self, G: Quantities) -> None:
+        if not len(G):
             raise EmptyBatchError("a step needs the gradients of one sample at least: leave empty batches out.")
         mean = G.mean()
         size = self.group_size or len(G)

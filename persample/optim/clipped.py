@@ -31,7 +31,7 @@ from ..arguments import check_at_least, check_positive, number
 from ..errors import ArgumentError, BatchCoupledError
 from ..quantities import COUPLED, Quantities, notion_of
 from ..state import check_generator
-from .updates import Named, adapt, check_same, descend, named, parts, quantities
+from .updates import Named, adapt, check_same, descend, named, parts, quantities, started
 
 Batches = Quantities | Sequence[Quantities]
 
@@ -58,12 +58,13 @@ class Clipping:
         if self.expected_batch_size is not None:
             check_positive(expected_batch_size=self.expected_batch_size)
 
-    def gradient(self, G: Batches, optimizer: Optimizer) -> dict[str, Tensor]:
+    def gradient(self, G: Batches | None, optimizer: Optimizer) -> dict[str, Tensor]:
         """``{name: [*P]}``: the clipped sum over a batch (in pieces), noised once, per expected sample."""
         batches = [quantities(batch) for batch in (G if isinstance(G, (list, tuple)) else [G])]
         for batch in batches:
             check_independent(batch)
-        size = self.expected_batch_size or sum(len(batch) for batch in batches)
+        expected = self.expected_batch_size
+        size = sum(len(batch) for batch in batches) if expected is None else number(expected)
         if len({frozenset(batch.names) for batch in batches}) > 1:
             raise ArgumentError("the pieces of a batch must be gradients of the same parameters: the same params=.")
         for batch in batches:
@@ -79,7 +80,7 @@ class Clipping:
             return total
         xi = torch.empty_like(total)
         parts(xi).normal_(generator=self.generator)  # a complex entry is two real ones, each with noise of its own
-        return total.add(xi, alpha=self.noise_multiplier * self.max_norm)
+        return total.add(xi, alpha=number(self.noise_multiplier) * number(self.max_norm))
 
 
 def check_independent(G: Quantities) -> None:
@@ -129,9 +130,10 @@ class ClippedSGD(Named):
         self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
-    def step(self, G: Batches) -> None:  # type: ignore[override]
+    def step(self, G: Batches | None = None, *, closure: None = None) -> None:  # type: ignore[override]
         """Take a step along the clipped and noised gradient of a batch, or of a batch in pieces."""
-        descend(self, self.clipping.gradient(G, self))
+        if not started(self, G, closure):
+            descend(self, self.clipping.gradient(G, self))
 
 
 class ClippedAdam(Named):
@@ -151,6 +153,7 @@ class ClippedAdam(Named):
         self.clipping = Clipping(max_norm, noise_multiplier, expected_batch_size, generator)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def step(self, G: Batches) -> None:  # type: ignore[override]
+    def step(self, G: Batches | None = None, *, closure: None = None) -> None:  # type: ignore[override]
         """Take a step along the clipped and noised gradient of a batch, or of a batch in pieces."""
-        adapt(self, self.clipping.gradient(G, self))
+        if not started(self, G, closure):
+            adapt(self, self.clipping.gradient(G, self))

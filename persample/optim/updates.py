@@ -21,7 +21,7 @@ from ..quantities import Quantities, check_adds_up
 from ..replicas import check_only_copy
 
 COMPILED = "_orig_mod."  # what torch.compile puts before names of parameters; `gradients` names those of the model
-# What schedulers write into groups for themselves, and torch.optim's ways to compute the same step.
+# What schedulers write into groups for themselves, labels of groups, and torch.optim's ways to compute the same step.
 HARMLESS = {
     "initial_lr",
     "base_momentum",
@@ -29,6 +29,9 @@ HARMLESS = {
     "min_lr",
     "max_lr",
     "swa_lr",
+    "lr_scale",
+    "name",
+    "group_name",
     "foreach",
     "fused",
     "capturable",
@@ -138,6 +141,12 @@ def check_named(optimizer: Optimizer) -> None:
         )
     for group in optimizer.param_groups:
         check_options(optimizer, group)
+        conjugate = [name for name, p in zip(group["param_names"], group["params"], strict=True) if p.is_conj()]
+        if conjugate and "betas" in group:  # which takes real and imaginary parts, and here would do so of a copy
+            raise ArgumentError(
+                f"parameter '{conjugate[0]}' is the conjugate of what its memory holds (is_conj()), so that "
+                f"{type(optimizer).__name__} can't write to its parts: nn.Parameter(p.detach().resolve_conj())."
+            )
 
 
 def check_options(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
@@ -187,11 +196,43 @@ def summing(G: Any) -> Quantities:
 def named(optimizer: Optimizer) -> dict[str, Slot]:
     """The optimizer's parameters that require grad, by name."""
     return {
-        name: Slot(p, optimizer.state[p], group)
+        name: Slot(p, optimizer.state[p], options)
         for group in optimizer.param_groups
+        for options in [_scalars(group)]
         for name, p in zip(group["param_names"], group["params"], strict=True)
         if p.requires_grad
     }
+
+
+def _scalars(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group; those that are tensors of one element without axes, as torch.optim takes them."""
+    return {name: x.squeeze() if isinstance(x, Tensor) else x for name, x in group.items()}
+
+
+def started(optimizer: Optimizer, G: Any, closure: Any) -> bool:
+    """Whether no step is asked for, but a state of every parameter: `torch.distributed.checkpoint` loads into the one
+    that ``step(closure=None)`` leaves, called with every ``lr`` and all of ``.grad`` at zero.  Raises for closures.
+    """
+    if closure is not None:
+        quantities(closure)
+    if G is not None:
+        return False
+    found = named(optimizer).values()
+    if any(number(group["lr"]) for group in optimizer.param_groups) or not all(
+        p.grad is not None and not p.grad.any() for p, *_ in found
+    ):
+        quantities(G)
+    for p, state, group in found:
+        if not state:
+            state.update(_start(p, group))
+    return True
+
+
+def _start(p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept for a parameter before its first step."""
+    if "betas" in group:
+        return {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
 
 
 def slots(optimizer: Optimizer, gradient: Mapping[str, Tensor]) -> Iterator[tuple[str, Slot]]:
@@ -259,9 +300,9 @@ def adapt(optimizer: Optimizer, gradient: Mapping[str, Tensor], square: Mapping[
     `torch.optim.AdamW`: ``square`` is then that of its `parts`.
     """
     for name, (p, state, group) in slots(optimizer, gradient):
-        b1, b2 = group["betas"]
+        b1, b2 = map(number, group["betas"])
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update(_start(p, group))
         # torch's is a float32 tensor, in which 1 - b^t would be computed, and which belongs to the other optimizer too
         t = state["step"] = int(state["step"]) + 1
         x, g, m, v = (parts(z) for z in (p, gradient[name].to(p), state["exp_avg"], state["exp_avg_sq"]))

@@ -19,7 +19,7 @@ from ..attribution.scores import influence_from_gram
 from ..errors import ArgumentError, QuantityError
 from ..quantities import Quantities, check_adds_up
 from ..scratch import kernel
-from .updates import Named, descend, summing
+from .updates import Named, descend, started, summing
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -80,9 +80,11 @@ class NaturalGradient(Named):
         self.damping = damping
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
-    def step(self, G: Quantities) -> None:  # type: ignore[override]
+    def step(self, G: Quantities | None = None, *, closure: None = None) -> None:  # type: ignore[override]
         """Take a step along the damped natural gradient of a batch."""
-        descend(self, summing(G).sum(natural_weights(G.gram(), self.damping)))
+        if not started(self, G, closure):
+            rows = summing(G)
+            descend(self, rows.sum(natural_weights(rows.gram(), self.damping)))
 
 
 # ---- gradient surgery -------------------------------------------------------------------------------------------
@@ -135,12 +137,15 @@ class GradientSurgery(Named):
         self.weighting = weighting
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
-    def step(self, G: Quantities, groups: Tensor | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, G: Quantities | None = None, groups: Tensor | None = None, *, closure: None = None
+    ) -> None:
         """Take a step along the weighted gradients of samples, or of groups of samples."""
-        summing(G)
-        weight = surgery_weights(G.gram(), self.weighting, groups)
-        check_adds_up(G, weight)
-        descend(self, G.sum(weight))
+        if not started(self, G, closure):
+            rows = summing(G)
+            weight = surgery_weights(rows.gram(), self.weighting, groups)
+            check_adds_up(rows, weight)
+            descend(self, rows.sum(weight))
 
 
 def surgery_weights(K: Tensor, weighting: Weighting, groups: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Acts:
     hidden: bool = False  # they may act where it isn't seen: read by Python, or as ranks and running counts
     read: tuple[int, ...] = ()  # numbers that decide what the model does: counts and tests of the batch, or of buffers
     ragged: bool = False  # some samples lie where they do by the values of this batch
+    called: set[Callable[..., Any]] = field(default_factory=set)  # the functions
 
 
 class Followed:

@@ -23,6 +23,7 @@ from .errors import InplaceError, SampleAxisError
 from .layout import Layout, samples_first
 
 KEY = "persample"  # of a recorded call in its autograd node's metadata
+CHECKED = "persample.checked"  # of whom a node and all upstream of it was found in order for
 
 
 # What is called inside of functions that users write; and, as they are asked for, the names of torch's functions: it
@@ -132,7 +133,8 @@ class Call:
             if self.begun is not None:
                 self.begun(self, task)
         self.parts[i] = grad
-        if len(self.parts) >= (self.expected or len(self.outputs)):
+        known = self.begun is None and self.expected  # to who only listens, it isn't known what a loss depends on
+        if len(self.parts) >= (known or len(self.outputs)):
             self.flush()
 
     def hear_last(self) -> None:
@@ -302,20 +304,25 @@ def custom_function(node: Node) -> str:
     return "" if own is None or own.__module__.split(".")[0] == "torch" else str(own.__qualname__)
 
 
-def between(t: Tensor, owner: Any) -> frozenset[str]:
-    """What was done to the outputs of recorded calls (of this owner) to compute a tensor, by the names of nodes."""
-    names, stack, seen = set[str](), [t.grad_fn], set[Node]()
+_AXES = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1")
+
+
+def between(t: Tensor, owner: Any) -> frozenset[Any]:
+    """What was done to the outputs of recorded calls (of this owner) to compute a tensor: names of nodes, and axes."""
+    names, stack, seen = set[Any](), [t.grad_fn], set[Node]()
     while stack:
         if (node := stack.pop()) is not None and node not in seen:
             seen.add(node)
             if not any(call.owner is owner for call, _ in metadata(node).get(KEY, ())):
-                names.add(node.name())
+                names.add((node.name(), *(getattr(node, axis, None) for axis in _AXES)))
                 stack.extend(n for n, _ in node.next_functions)
     return frozenset(names)
 
 
-def reached(start: Iterable[Node | None], owner: Any = None) -> Reached:
+def reached(start: Iterable[Node | None], owner: Any = None, checked: Any = None) -> Reached:
     """Walk the graph from these nodes; at a recorded call (of this owner), go on with its sampled inputs.
+
+    ``checked``: go no further than to what is ``CHECKED`` for this one.
 
     Differentiating towards the roots passes through every recorded output, and computes no weight gradient.
     """
@@ -333,7 +340,11 @@ def reached(start: Iterable[Node | None], owner: Any = None) -> Reached:
             continue
         if node in below:
             continue
-        found = [pair for pair in metadata(node).get(KEY, ()) if owner is None or pair[0].owner is owner]
+        about = metadata(node)
+        if checked is not None and checked in about.get(CHECKED, ()):
+            below[node] = True
+            continue
+        found = [pair for pair in about.get(KEY, ()) if owner is None or pair[0].owner is owner]
         below[node] = bool(found)
         if found:
             at[node] = found

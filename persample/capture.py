@@ -55,6 +55,7 @@ class Capture(TorchFunctionMode):
         self.once = once
         self.owner, self.asked, self.begun = owner, asked, begun  # not itself: it would hold on to the parameters
         self.recorded: list[weakref.ref[Call]] = []
+        self.many = 0  # of these, when those that are gone were last looked for
         self.active = False
         self.followed = Followed(wanted)
         self.listener = listener
@@ -63,7 +64,6 @@ class Capture(TorchFunctionMode):
         self.ordinal = 0  # of the call that is running
         self.differentiates = False  # a backward runs, between `start` and `stop`
         self.trusts = False  # the call that runs is taken apart: what numbers of the batch do in it is known
-        self.called: set[Callable[..., Any]] = set()  # the functions, part of what was verified
 
     def want(self, model: nn.Module, wanted: set[int]) -> None:
         """From now on, record calls for these parameters of the model, as it is now."""
@@ -94,7 +94,6 @@ class Capture(TorchFunctionMode):
     def next_batch(self) -> None:
         """Rows of the samples so far were asked for: the next forward is of others."""
         self.followed.next_batch()
-        self.called.clear()
 
     def stop(self) -> None:
         self.active = False
@@ -122,8 +121,8 @@ class Capture(TorchFunctionMode):
     @property
     def path(self) -> frozenset[Any]:
         """What tells a pass from others: the functions that were called, and what Python read of the whole batch."""
-        read = self.followed.acts.read
-        return frozenset({*self.called, read} if read else self.called)
+        acts = self.followed.acts
+        return frozenset({*acts.called, acts.read} if acts.read else acts.called)
 
     # ---- one call -----------------------------------------------------------------------------------------------
 
@@ -137,7 +136,7 @@ class Capture(TorchFunctionMode):
         self.ordinal += 1
         if not self.ordinal % OFTEN and self.over():
             return func(*args, **kwargs)
-        self.called.add(func)
+        self.followed.acts.called.add(func)
         if type(func) in aten.OPERATIONS and (run := aten.in_torch(func, args, kwargs)) is not None:
             with self:  # all that is known of functions is known by this spelling
                 return run()

@@ -74,8 +74,8 @@ class Collect:
                 )
             for shared in call.shared:
                 self._expect(shared)
-                several = not listen and len(call.outputs) > 1  # which may not all get a gradient
-                if several and shared.derivation is None and shared.tensor.requires_grad:
+                waits = not listen and len(call.outputs) > 1 and call.func in rules.TOGETHER
+                if waits and shared.derivation is None and shared.tensor.requires_grad:  # some may get no gradient
                     hook = partial(_updates, weakref.ref(call), torch._C._current_graph_task_id())
                     self.hooks.append(get_gradient_edge(shared.tensor).node.register_prehook(hook))
             if listen:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class Acts:
     ranks: bool = False  # the latter, which are seldom there to be looked at only
     read: tuple[int, ...] = ()  # numbers that decide what the model does: counts and tests of the batch, or of buffers
     ragged: bool = False  # some samples lie where they do by the values of this batch
+    called: set[Callable[..., Any]] = field(default_factory=set)  # the functions
 
 
 class Followed:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from .asked import Asked
 from .batch import flatten
-from .calls import Call, Reached, behind, reached
+from .calls import CHECKED, Call, Reached, behind, metadata, reached
 from .collect import Collect
 from .errors import ArgumentError, CaptureError, SampleAxisError, warn
 from .gradients import Sink
@@ -57,6 +57,7 @@ class Listener:
         self._reported = False  # a backward has come through the last forward
         self._lock = threading.Lock()
         self._calls: list[weakref.ref[Call]] = []
+        self._many = 0  # of these, when those that are gone were last looked for
         self.running: list[weakref.ref[Call]] = []  # those of a forward, or a with-block, that goes on
         self._collect: Collect | None = None
         self._sink: Sink | None = None
@@ -73,30 +74,37 @@ class Listener:
     def forward_ends(self, output: Any, coupled: bool) -> None:
         """The backward to come may be of what this forward has computed."""
         self.check(output, coupled)
-        self._calls, self.running = alive([*self._calls, *self.running]), []
-        for call in self._live():
-            call.expected = 0  # which outputs a loss will depend on is not known here
+        self._calls += self.running
+        self.running = []
+        self._many = alive(self._calls, self._many)
 
     def check(self, output: Any, coupled: bool) -> None:
         """Raise for outputs that don't have gradients of single samples; be told when a backward comes to them.
 
         ``coupled``: by what nobody differentiates through (a frozen backbone).
         """
-        nodes = set[Node]()
-        for t in flatten(output)[0]:
-            if isinstance(t, Tensor) and t.requires_grad:
-                self._check_sampled(t)
-            if isinstance(t, Tensor) and t.grad_fn is not None:
-                nodes.add(t.grad_fn)
-        found = reached(nodes, self.owner)
+        leaves = flatten(output)[0]
+        tensors = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        nodes = {t.grad_fn for t in tensors if t.grad_fn is not None}
         parameters = self.asked.parameters
+        found = reached(nodes, self.owner, self.asked)  # a state goes through all forwards before: each is walked once
+        used = found.leaves.union(id(t) for t in tensors if t.grad_fn is None)
+        if any(id(p) in used for p in parameters.values()):
+            for t in tensors:
+                self._check_sampled(t)
         check_complete(found, parameters)
         coupling = couplers(found, parameters)
         if coupling and all(couplers(reached([node], self.owner), parameters) for node in nodes):
             check_uncoupled(found, parameters)  # or else the backward tells, by where it goes
         self._coupled = self._coupled or coupled
         for node in nodes:
-            node.register_prehook(self._passes)
+            if self.asked not in (checked := metadata(node).setdefault(CHECKED, set())):
+                node.register_prehook(self._passes)
+                if not coupling:
+                    checked.add(self.asked)
+        for t in inside(leaves):  # nobody can tell what they are: the end of the backward looks at what led to them
+            if t.grad_fn is not None:
+                t.grad_fn.register_prehook(self._passes)
 
     def _check_sampled(self, t: Tensor) -> None:
         """Raise for an output that is computed from parameters only."""
@@ -141,17 +149,19 @@ class Listener:
         """That backward is over: where it raised, nobody else says so, and what it has led to would be held on to."""
         del self._endings[task]
         if self._task == task:
+            if self._collect is not None:
+                self._collect.detach()
             self._collect, self._sink, self._arrived, self._from = None, None, [], (-1, [])
 
     def listen(self, call: Call, grads: Any) -> None:
         """The first arrival of a backward begins a collection; the end of that backward completes it."""
         if self.asleep():
             return
+        if not call.asked.parameters:  # a model that is frozen for a while
+            return
         if call.couples:  # in the loss, or what leads to one of several outputs
             check_uncoupled(Reached([call]), call.asked.parameters)
             self._coupled = True
-        if not call.asked.parameters:  # a model that is frozen for a while
-            return
         task = torch._C._current_graph_task_id()
         task = self._ends if task == -1 else task  # at the end of that backward
         with self._lock:
@@ -178,7 +188,8 @@ class Listener:
                 "(implicit layers), take a with-block, or persample.gradients."
             )
         if self._collect is None or task not in (self._task, -1):
-            if self._collect is not None:  # it may also have raised half way
+            if self._collect is not None:
+                self._collect.detach()
                 self._displaced.add(self._task)
             self._task, self._arrived, self._creates = task, [], torch.is_grad_enabled()
             n = call.layout.n
@@ -219,6 +230,8 @@ class Listener:
         collect, self._collect = self._collect, None
         sink, self._sink = self._sink, None  # or what the callback is given would be held until the next backward
         arrived, self._arrived = self._arrived, []
+        if collect is not None:
+            collect.detach()
         if collect is None or task == self._spoilt:
             self._from = -1, []
             return
@@ -226,8 +239,8 @@ class Listener:
         if self._creates:  # what comes back from derivatives of this backward is no gradient of the losses
             for call in arrived:
                 call.listener = self._second
-        found = self._upstream(arrived, task)
-        missing = next((c for c in found.calls if c.shared and c not in arrived and c.task != task), None)
+        found, came = self._upstream(arrived, task), set(arrived)
+        missing = next((c for c in found.calls if c.shared and c not in came and c.task != task), None)
         if missing is not None:
             _skipped(f"it ran towards some inputs only, and did not come to {missing.name}")
             return
@@ -253,15 +266,26 @@ class Listener:
         """The calls, and leaves, that what this backward came to is computed from: calls, and outputs."""
         (since, outputs), self._from = self._from, (-1, [])
         nodes = [node for call in arrived for node in call.inputs] + (outputs if since == task else [])
-        found = reached(nodes, self.owner)
-        for call in found.calls:
-            call.expected = 0
-        return found
+        return reached(nodes, self.owner)
 
 
-def alive(calls: Iterable[weakref.ref[Call]]) -> list[weakref.ref[Call]]:
-    """Those whose graph still is."""
-    return [ref for ref in calls if ref() is not None]
+def alive(calls: list[weakref.ref[Call]], many: int) -> int:
+    """Drop those whose graph is gone, where there may be many; how many were left when that was last done."""
+    if len(calls) <= 2 * many + 10:
+        return many
+    calls[:] = [ref for ref in calls if ref() is not None]
+    return len(calls)
+
+
+def inside(leaves: list[Any]) -> Iterator[Tensor]:
+    """The tensors that objects hold which pytrees don't know (distributions)."""
+    stack, seen = [x for x in leaves if not isinstance(x, Tensor)], set[int]()
+    while stack and len(seen) < 100:  # one may refer to anything
+        if isinstance(x := stack.pop(), Tensor):
+            yield x
+        elif id(x) not in seen and hasattr(x, "__dict__") and not isinstance(x, type | nn.Module) and not callable(x):
+            seen.add(id(x))
+            stack.extend(flatten(list(vars(x).values()))[0])
 
 
 def _gets_gradient(p: Tensor) -> bool:

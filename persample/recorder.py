@@ -243,7 +243,7 @@ class Recorder:
         if asked_of._reported:
             capture.next_batch()
             asked_of._reported = False
-        capture.recorded[:] = alive(capture.recorded)  # or a with-block around all of a training would keep them
+        capture.many = alive(capture.recorded, capture.many)  # or a with-block around all of a training would keep them
         capture.start(batch.n, batch.inputs.tensors())
 
     def _take(self, depth: int) -> None:
@@ -324,7 +324,7 @@ class Recorder:
         capture = self._capture
         if self._depth or capture is None or not capture.active:
             return
-        if not torch.is_grad_enabled():  # no losses come of it
+        if self._entered and not torch.is_grad_enabled():  # no losses come of it
             return
         self._outputs = detached(output)
         if self._listener is not None:
@@ -437,7 +437,11 @@ class Recorder:
         sink = Sink(self.model, asked.parameters, asked.aliases, quantities)
         modes = tuple(module.training for module in modules_of(self.model))
         seen = None if self._capture is None else self._capture.followed.samples_of(losses)
-        called = between(losses, self) if self._capture is None else self._capture.path
+        if self._capture is None:
+            forwards = {id(call.within): call.within for call in found.calls}
+            called = between(losses, self).union(*(acts.called for acts in forwards.values()))
+        else:
+            called = self._capture.path
         kind = (len(losses), losses.dtype, modes, tuple(asked.parameters), seen, called)
         held = _HELD.setdefault(self.model, set())
         verifies = notion is None and (kind not in held if self.verify is None else self.verify)

@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import persample
+from persample import calls
 from persample.engines.hooks import _STANCES
+from persample.factors import tensors
 from persample.recorder import _HELD
 
 N = 4
@@ -1064,3 +1068,452 @@ def test_hooks_on_parameters_are_refused_whatever_is_asked_for(coupled: Any) -> 
         G = recorder.gradients(losses, coupled=coupled)
         (g,) = torch.autograd.grad(losses[1], model[0].weight)
     assert close(G["0.weight"][1], g)
+
+
+def by_losses(losses: Tensor, model: nn.Module) -> Tensor:
+    """The rows ``[N, P]`` by N backward passes."""
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+LATER: dict[str, Any] = {
+    "weighted": lambda outputs, losses: losses * losses.softmax(0),
+    "normalised": lambda outputs, losses: losses / losses.mean(),
+    "contrastive": lambda outputs, losses: losses + (outputs @ outputs.T).logsumexp(1),
+    "sorted": lambda outputs, losses: losses.sort().values,
+    "flipped": lambda outputs, losses: losses.flip(0),
+}
+
+
+@pytest.mark.parametrize("later", LATER)
+def test_losses_outside_of_a_with_block_are_verified_when_they_change(later: str) -> None:
+    model, (x, y) = net(), batch()
+    recorder = persample.extend(model)
+    for _ in range(2):  # also where others are verified by now
+        losses = losses_of(model, x, y)
+        assert close(recorder.gradients(losses).flat(), by_losses(losses, model))
+        outputs = model(x)
+        with pytest.raises(persample.VerificationError):
+            recorder.gradients(LATER[later](outputs, F.cross_entropy(outputs, y, reduction="none")))
+    recorder.remove()
+
+
+def test_losses_of_another_axis_are_verified_outside_of_a_with_block() -> None:
+    """The same functions, of the columns where they were of the rows."""
+    model, (x, _), targets = net(), batch(), torch.arange(float(N), dtype=torch.float64)
+    recorder = persample.extend(model)
+    recorder.gradients((model(x)[:, :1] - targets).square().mean(1))
+    with pytest.raises(persample.VerificationError):
+        recorder.gradients((model(x)[:, :1] - targets).square().mean(0))
+    recorder.remove()
+
+
+class Switched(nn.Module):
+    """Later in training, it calls another function between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.later = net(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net[0](x)
+        out: Tensor = self.net[2](h.sigmoid() if self.later else h.tanh())
+        return out
+
+
+def test_a_forward_that_changes_is_another_one_outside_of_a_with_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, y), held = Switched(), batch(), list[int]()
+    monkeypatch.setattr(persample.recorder.Recorder, "_hold", lambda self, losses, asked, n, rows: held.append(n))
+    recorder = persample.extend(model)
+    for later in (False, False, True, True, False):
+        model.later = later
+        recorder.gradients(losses_of(model, x, y))
+    recorder.remove()
+    assert len(held) == 2  # once for each of the two
+
+
+class Drifting(nn.Module):
+    """Its centres follow the mean of the batch, before they are used."""
+
+    centres: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 8).double()
+        self.register_buffer("centres", torch.randn(5, 8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        with torch.no_grad():
+            self.centres = self.centres.lerp(h.mean(0).expand(5, -1), 0.5)
+        return h @ self.centres.T
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_coupled_rows_say_so_wherever_the_losses_are_given(inside: bool) -> None:
+    model, (x, y) = Drifting(), batch()
+    optimizer = persample.optim.ClippedSGD(model.named_parameters(), lr=0.1, max_norm=1.0)
+    recorder = persample.extend(model)
+    if inside:
+        recorder.__enter__()
+    G = recorder.gradients(losses_of(model, x, y), quantities=[("clip", {"max_norm": 1.0})])
+    recorder.remove() if not inside else recorder.__exit__(None, None, None)
+    assert "batch-coupled" in G.note
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(persample.BatchCoupledError):
+        optimizer.step(G)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+class Critic(nn.Module):
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.act = nn.Linear(6, 8).double(), nn.Linear(8, 1).double(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.act(self.a(x))).squeeze(1)
+        return out
+
+
+@pytest.mark.parametrize("act", [torch.tanh, F.relu])
+@pytest.mark.parametrize("order", ["penalty last", "penalty first"])
+def test_a_backward_with_a_penalty_on_gradients_is_not_reported_without_it(act: Any, order: str) -> None:
+    """As the critic of a Wasserstein GAN has one."""
+    model, (x, _), got = Critic(act), batch(), list[persample.Gradients]()
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    between = (x / 2).requires_grad_()
+    scores = model(x) if order == "penalty last" else None
+    (g,) = torch.autograd.grad(model(between).sum(), between, create_graph=True)
+    scores = model(x) if scores is None else scores
+    before = len(got)
+    with pytest.warns(UserWarning, match="create_graph=True"):
+        (scores.mean() + (g.norm(2, 1) - 1).square().mean()).backward()
+    assert len(got) == before
+    losses = model(x)
+    losses.mean().backward()  # the next one is reported as ever
+    handle.remove()
+    assert len(got) == before + 1 and close(got[-1].flat(), by_losses(model(x), model))
+
+
+class Recomputing(nn.Module):
+    """A checkpoint that hides the calls inside it, and an output that pytrees don't know."""
+
+    def __init__(self, wrap: Any, reentrant: bool) -> None:
+        super().__init__()
+        self.net, self.wrap, self.reentrant = net(), wrap, reentrant
+        self.net[1] = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.utils.checkpoint.checkpoint(self.net[1:], self.net[0](x), use_reentrant=self.reentrant)
+        return self.wrap(logits=h)
+
+
+@pytest.mark.parametrize("wrap", [torch.distributions.Categorical, types.SimpleNamespace])
+def test_checkpoints_behind_outputs_that_are_no_pytrees(wrap: Any) -> None:
+    (x, y), got = batch(), list[persample.Gradients]()
+    for reentrant in (True, False):
+        model = Recomputing(wrap, reentrant).double()
+        handle = persample.extend(model, on_backward=got.append, reduction="mean")
+        loss = F.cross_entropy(model(x).logits, y)
+        if reentrant:
+            with pytest.raises(persample.CaptureError, match="use_reentrant=True"):
+                loss.backward()
+            assert not got
+        else:
+            loss.backward()
+        handle.remove()
+    reference = by_losses(F.cross_entropy(model(x).logits, y, reduction="none"), model)
+    assert len(got) == 1 and not got[0].unused and close(got[0].flat(), reference)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_outputs_are_those_of_the_losses_whatever_runs_without_grad(listens: bool) -> None:
+    model, (x, y), got = net(), batch(), list[Any]()
+    told: dict[str, Any] = {"on_backward": got.append, "reduction": "mean"} if listens else {}
+    with persample.extend(model, **told) as recorder:
+        outputs = model(x)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                model(x + 1)
+        losses = F.cross_entropy(outputs, y, reduction="none")
+        if listens:
+            losses.mean().backward()
+        else:
+            got.append(recorder.gradients(losses))
+    assert torch.equal(got[0].outputs, outputs) and not got[0].outputs.requires_grad
+
+
+class Disabling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        torch.set_grad_enabled(False)
+        return out
+
+
+def test_a_forward_that_turns_gradients_off_ends_its_recording() -> None:
+    model, (x, y), got = Disabling(), batch(), list[persample.Gradients]()
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    outputs = model(x)
+    torch.set_grad_enabled(True)
+    assert not torch.overrides._get_current_function_mode_stack()
+    F.cross_entropy(outputs, y, reduction="sum").backward()
+    handle.remove()
+    assert len(got) == 1 and torch.equal(got[0].outputs, outputs)
+
+
+def test_a_discriminator_whose_parameters_behind_batch_norm_are_asked_for() -> None:
+    """Frozen in the step of the generator, which goes through the batch's statistics."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
+    x, fake, got = batch()[0], torch.randn(N, 6, dtype=torch.float64, requires_grad=True), list[Any]()
+    handle = persample.extend(model, params=r"3\.", on_backward=got.append, reduction="mean")
+    for step in range(1, 3):
+        model(x).square().mean().backward()
+        assert len(got) == step
+        model.requires_grad_(False)
+        model(fake).mean().backward()
+        model.requires_grad_(True)
+        assert len(got) == step and fake.grad is not None
+    handle.remove()
+    losses = model(x).square().flatten()
+    rows = by_losses(losses, model[3])
+    assert close(got[0].flat(), rows) and close(got[1].flat(), rows)
+
+
+class Steps(nn.Module):
+    """A recurrent layer, or a cell, of which not every output acts in the losses."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        cell = kind.endswith("Cell")
+        self.cell = getattr(nn, kind)(3, 5) if cell else getattr(nn, kind)(3, 5, num_layers=2, batch_first=True)
+        self.head, self.steps = nn.Linear(5, 5), cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor
+        if not self.steps:
+            out = self.head(self.cell(x.view(-1, 2, 3))[0][:, -1])
+            return out
+        h = self.cell(x[:, :3])
+        h = self.cell(x[:, 3:], h)
+        out = self.head(h[0] if isinstance(h, tuple) else h)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell"])
+def test_an_optimizer_that_steps_inside_the_backward(kind: str) -> None:
+    """As recurrent layers are read when all of a backward has come to them, and not only at its end."""
+    model, (x, y), got = Steps(kind).double(), batch(), list[persample.Gradients]()
+
+    def descend(p: Tensor) -> None:
+        assert p.grad is not None
+        with torch.no_grad():
+            p.sub_(p.grad, alpha=0.1)
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(descend)
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    for step in range(2):
+        before = copy.deepcopy(model)
+        losses_of(model, x, y).mean().backward()
+        assert not close(model.head.bias, before.head.bias)
+        assert not got[step].unused and close(got[step].flat(), by_losses(losses_of(before, x, y), before))
+    handle.remove()
+
+
+@torch.overrides.wrap_torch_function(lambda x, a, b: (x, a, b))
+def paired(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return (x @ a).tanh(), (x @ b).sin()
+
+
+class Paired(nn.Module):
+    """A function with two outputs, each of a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = paired(x, self.a, self.b)
+        return first * 2 + second.exp()
+
+
+def test_a_backward_that_comes_to_one_parameter_before_the_other_output() -> None:
+    model, (x, y), got = Paired().double(), batch(), list[persample.Gradients]()
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    losses_of(model, x, y).mean().backward()
+    handle.remove()
+    assert len(got) == 1 and close(got[0].flat(), by_losses(losses_of(model, x, y), model))
+
+
+@pytest.mark.parametrize("how", ["handle", "recorder", "with"])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda m: torch.optim.swa_utils.AveragedModel(m).module,
+        lambda m: pickle.loads(pickle.dumps(m)),
+    ],
+    ids=["deepcopy", "averaged", "pickle"],
+)
+def test_a_model_that_refers_to_its_recorder_can_be_copied(copied: Any, how: str) -> None:
+    model, (x, y), got = Switched(), batch(), list[persample.Gradients]()
+    told: dict[str, Any] = {"on_backward": got.append, "reduction": "mean"} if how == "handle" else {}
+    recorder = persample.extend(model, **told)
+    model.recorder = recorder
+    if how == "with":
+        recorder.__enter__()
+    other = copied(model)
+    assert other.recorder is None and model.recorder is recorder
+    losses = losses_of(model, x, y)
+    if how == "handle":
+        losses.mean().backward()
+    else:
+        got.append(recorder.gradients(losses))
+    recorder.__exit__(None, None, None)
+    assert torch.equal(other(x), model(x)) and no_hooks(other) and no_hooks(model)
+    assert close(got[0].flat(), by_losses(losses_of(other, x, y), other))
+
+
+def test_a_handle_keeps_nothing_of_what_it_has_reported() -> None:
+    model, (x, y), refs = net(), batch(), list[Any]()
+
+    def report(G: Any) -> None:
+        refs.extend(weakref.ref(t) for factors in G.factors.values() for t in tensors(factors))
+
+    handle = persample.extend(model, on_backward=report, reduction="mean")
+    losses_of(model, x, y).mean().backward()
+    gc.collect()
+    assert len(refs) >= 4 and not [ref for ref in refs if ref() is not None]
+    handle.remove()
+
+
+def test_a_handle_keeps_nothing_of_a_backward_that_raised() -> None:
+    model, (x, y), got = net(), batch(n=77), list[persample.Gradients]()
+
+    def fail(g: Tensor) -> None:
+        raise ZeroDivisionError
+
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    failing = model[0].register_forward_hook(lambda module, args, out: out.register_hook(fail) and None)
+    loss = losses_of(model, x, y).mean()
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    failing.remove()
+    del loss
+    gc.collect()
+    assert not [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (77, 8)]  # activations
+    losses_of(model, x, y).mean().backward()
+    handle.remove()
+    assert len(got) == 1 and close(got[0].flat(), by_losses(losses_of(model, x, y), model))
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.mixes = nn.GRUCell(6, 5).double(), False
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.cell(x, h * h.mean() if self.mixes else h)
+        return h, h + x[:, :5]
+
+
+class Counted(list[Any]):
+    seen = 0
+
+    def __iter__(self) -> Any:
+        self.seen += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_steps_of_a_cell_are_looked_at_once(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a state has all steps before in it, which were found in order then."""
+    model, (x, y), got = Cell(), batch(), list[persample.Gradients]()
+    visits, look = list[Any](), calls.metadata
+    monkeypatch.setattr(calls, "metadata", lambda node: visits.append(node) or look(node))
+    recorder = persample.extend(model, on_backward=got.append, reduction="mean")
+    listener = recorder._listener
+    assert listener is not None
+    if inside:
+        recorder.__enter__()
+        assert recorder._capture is not None
+        kept = listener.running = recorder._capture.recorded = Counted()
+    else:
+        kept = listener._calls = Counted()
+    h, counts = torch.zeros(N, 5, dtype=torch.float64), list[int]()
+    for _ in range(60):
+        before = len(visits)
+        h, _ = model(x, h)
+        counts.append(len(visits) - before)
+    assert 0 < max(counts[2:]) == min(counts[2:]) < 20 and 0 < kept.seen < 3 * 60
+    losses = F.cross_entropy(h, y, reduction="none")
+    losses.mean().backward(retain_graph=True)
+    recorder.__exit__(None, None, None)
+    assert len(got) == 1 and close(got[0].flat(), by_losses(losses, model))
+
+
+def test_steps_of_a_cell_are_checked_whatever_came_before() -> None:
+    model, (x, _) = Cell(), batch()
+    handle = persample.extend(model, on_backward=lambda G: None, reduction="mean")
+    start = nn.Parameter(torch.randn(5, dtype=torch.float64))
+
+    def steps() -> Tensor:
+        h = torch.zeros(N, 5, dtype=torch.float64) + start
+        for _ in range(3):
+            h, _ = model(x, h)
+        return h
+
+    h = steps()
+    with pytest.raises(persample.CaptureError, match=r"cell\.weight_hh"):  # in between, where nobody records
+        model(x, h * model.cell.weight_hh.mean())
+    model.mixes = True
+    with pytest.raises(persample.BatchCoupledError):
+        model(x, h)
+    model.mixes = False
+    model(x, h)
+    model.start = start  # which becomes a parameter after it was used
+    with pytest.raises(persample.CaptureError, match="'start'"):
+        model(x, h)
+    handle.remove()
+
+
+class Parallel(nn.Module):
+    """One state of two mixes samples, which matters to those who go on with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x).tanh(), self.second(x) * self.second(x).mean(0)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_state_that_mixes_samples_is_told_from_another(mixed: bool) -> None:
+    model, (x, _), got = Parallel(), batch(), list[persample.Gradients]()
+    handle = persample.extend(model, params="first", on_backward=got.append, reduction="mean")
+    model(model(x)[1])  # nothing that is asked for is coupled
+    handle.remove()
+    handle = persample.extend(model, on_backward=got.append, reduction="mean")
+    state = model(x)[mixed]
+    if mixed:
+        with pytest.raises(persample.BatchCoupledError):
+            model(state)
+    else:
+        model(state)[0].mean().backward()
+        rows = torch.cat([g.flatten() for g in torch.autograd.grad(model(model(x)[0])[0].mean(), model.first.weight)])
+        assert len(got) == 2 and close(got[0].mean()["first.weight"].flatten(), rows)
+    handle.remove()

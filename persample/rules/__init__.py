@@ -196,6 +196,9 @@ REPLAYED: dict[Function, Function] = {}
 # Whose rule needs ``call.results``, the outputs.
 KEEPS: set[Function] = set()
 
+# Whose outputs depend on every argument each: before a backward comes to any of these, it has come to all outputs.
+TOGETHER: set[Function] = set()
+
 # What picks entries from a shared tensor.
 PICKS: set[Function] = {
     Tensor.__getitem__,

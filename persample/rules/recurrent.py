@@ -25,7 +25,7 @@ from ..errors import BatchCoupledError
 from ..factors import Dense, Outer
 from ..layout import samples_first
 from ..recurrence import Given, Solved, Steps, Weights, gru, lstm, simple
-from . import KEEPS, OPEN, REPLAYED, RULES, Yields, rule
+from . import KEEPS, OPEN, REPLAYED, RULES, TOGETHER, Yields, rule
 from .affine import product
 from .apart import apart
 
@@ -45,6 +45,7 @@ CELLS: dict[Function, Solver] = {
     torch.rnn_relu_cell: partial(simple, relu=True),
 }
 KEEPS.update({*LAYERS, *CELLS})
+TOGETHER.update({*LAYERS, *CELLS})
 
 
 # ---- several layers are several calls -----------------------------------------------------------------------------

@@ -235,6 +235,10 @@ class Listener:
         if collect is None or task == self._spoilt:
             self._from = -1, []
             return
+        if torch._C._current_autograd_node() is not None:  # by a hook (implicit layers), before any call was come to
+            self._from = -1, []
+            _skipped("it ran in the middle of another one")
+            return
         self._reported = True
         if self._creates:  # what comes back from derivatives of this backward is no gradient of the losses
             for call in arrived:

@@ -163,6 +163,15 @@ def _moved(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     return read(layout, op.again(numbered(layout, op.args[0])), out)
 
 
+def _shifted(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
+    """Each axis is moved along by itself."""
+    return read(layout, op.again(numbered(layout, op.args[0], thin=True)), out)
+
+
+def _shuffled(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
+    return layout if layout.axis != 1 else _moved(op, layout, out)  # the channels
+
+
 def _strided(op: Operation, layout: Layout, out: Tensor) -> Layout | None:
     """``as_strided`` reads memory: where entries lie there in order, the numbers of their samples do so, too."""
     x = op.args[0]
@@ -277,10 +286,8 @@ MOVED: dict[Function, Follow] = {
     **dict.fromkeys(
         named("masked_select", "gather", "take_along_dim", "take", "roll", "flip", "flipud", "fliplr", "rot90"), _moved
     ),
-    **dict.fromkeys(
-        (torch.fft.fftshift, torch.fft.ifftshift, *named("channel_shuffle"), torch.nn.functional.channel_shuffle),
-        _moved,
-    ),
+    **dict.fromkeys((torch.fft.fftshift, torch.fft.ifftshift), _shifted),
+    **dict.fromkeys((torch.channel_shuffle, torch.nn.functional.channel_shuffle), _shuffled),
     **dict.fromkeys(named("as_strided"), _strided),
     **dict.fromkeys(named("repeat", "tile", "repeat_interleave"), _repeated),
     **dict.fromkeys(named("nonzero", "argwhere", "where"), nonzero_of),

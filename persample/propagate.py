@@ -342,8 +342,8 @@ def _grown(op: Operation, layout: Layout, out: Tensor) -> list[int]:
 # ---- kinds of functions -----------------------------------------------------------------------------------------
 
 
-_REDUCTIONS = """sum nansum mean nanmean prod amax amin aminmax max min median nanmedian mode quantile var std var_mean
-    std_mean norm logsumexp any all argmax argmin count_nonzero kthvalue"""
+_REDUCTIONS = """sum nansum mean nanmean prod amax amin aminmax max min median nanmedian mode quantile nanquantile
+    var std var_mean std_mean norm logsumexp any all argmax argmin count_nonzero kthvalue"""
 
 _POOLS = ("avg", "max", "adaptive_avg", "adaptive_max", "lp")
 

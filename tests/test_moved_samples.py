@@ -20,6 +20,7 @@ from persample.verify import chosen
 
 N = 4
 PERM = torch.tensor([2, 0, 3, 1])
+QUANTILES = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
 
 
 def losses(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -77,6 +78,9 @@ SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "column_stack": lambda h: torch.column_stack([h[n] for n in range(N)]).T,
     "pad_sequence": lambda h: nn.utils.rnn.pad_sequence([h[n] for n in range(N)], batch_first=True),
     "pad_sequence, time first": lambda h: nn.utils.rnn.pad_sequence([h[n] for n in range(N)]).T,
+    "quantiles": lambda h: torch.quantile(h, QUANTILES, dim=1).T,
+    "quantiles by a method": lambda h: h.quantile(QUANTILES, dim=-1, keepdim=True).squeeze(2).T,
+    "quantiles of numbers": lambda h: torch.nanquantile(h, QUANTILES, dim=1).T,
     "broadcast": lambda h: torch.broadcast_tensors(h, torch.ones(N, 1, dtype=h.dtype))[0],
     "broadcast, of a list": lambda h: torch.broadcast_tensors(*[h[:, None], torch.ones(3, 1)])[0].mean(1),
     "at least": lambda h: torch.atleast_3d(h, h[0])[0].squeeze(2),
@@ -1169,3 +1173,130 @@ def test_one_matrix_for_the_right_hand_sides_of_all_samples(engine: str, verify:
 
 def _each(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda out, y: torch.stack([loss(out[n : n + 1], y[n : n + 1]) for n in range(len(out))])
+
+
+BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {  # a layer, and back
+    "fftshift": (torch.fft.fftshift, torch.fft.ifftshift),
+    "ifftshift of all axes": (
+        lambda h: torch.fft.ifftshift(h, dim=(0, 1)),
+        lambda h: torch.fft.fftshift(h, dim=(0, 1)),
+    ),
+    "channel_shuffle": (
+        lambda h: torch.channel_shuffle(h.repeat_interleave(2, 0)[None, :, :, None], N)[0, :, :, 0],
+        lambda h: h[:N] + 2 * h[N:],
+    ),
+    "shuffled by a layer": (
+        lambda h: nn.ChannelShuffle(N)(h.repeat_interleave(2, 0)[None, :, :, None])[0, :, :, 0],
+        lambda h: h[:N] - h[N:].sin(),
+    ),
+    "a latent repeated in time": (
+        lambda h: h[:, None].expand(-1, 3, -1).unbind(1)[1],
+        lambda h: h,
+    ),
+    "its chunks": (lambda h: h[:, None].expand(-1, 4, -1).chunk(2, 1)[1][:, 0], lambda h: h),
+    "its parts": (lambda h: h[:, None].expand(-1, 4, -1).split([1, 1, 2], 1)[1][:, 0], lambda h: h),
+    "repeated in front": (lambda h: h.expand(3, N, N).unbind(0)[2], lambda h: h),
+}
+
+
+class Between(nn.Module):
+    """Another layer where the samples were moved to."""
+
+    def __init__(self, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(N, N), nn.Linear(N, N), nn.Linear(N, 2)
+        self.there, self.back = there, back
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.back(self.second(self.there(self.first(x))).tanh()))
+        return out
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_a_layer_where_samples_were_moved_to(name: str) -> None:
+    x, y = batch()
+    model = Between(*BETWEEN[name]).double()
+    g = persample.gradients(model, losses, x, y, verify=False)
+    for parameter, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)
+
+
+def test_a_tensor_expanded_along_its_samples_has_views_of_several() -> None:
+    x, y = batch()
+    model = Between(lambda h: torch.stack(h[:1].expand(N, N).unbind(0)), lambda h: h).double()
+    with pytest.raises((persample.SampleAxisError, persample.BatchCoupledError)):
+        persample.gradients(model, losses, x, y, verify=False)
+
+
+class Buffers(nn.Module):
+    """A buffer for each sample, filled step by step."""
+
+    def __init__(self, join: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.join = nn.Linear(4, 4), nn.Linear(4, 2), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = []
+        for one in x:
+            buffer = torch.zeros(5, 4, dtype=x.dtype)
+            for t in range(5):
+                buffer[t] = self.first(one[t])
+            each.append(buffer)
+        out: Tensor = self.last(self.join(each)).sum(1)
+        return out
+
+
+JOINED: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "stack": torch.stack,
+    "in the middle": lambda each: torch.stack(each, 1).transpose(0, 1),
+    "features": lambda each: torch.cat(each, 1).view(5, -1, 4).transpose(0, 1),
+    "dstack": lambda each: torch.dstack(each).permute(2, 0, 1),
+    "pad_sequence": lambda each: nn.utils.rnn.pad_sequence(each, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_parts_of_which_it_is_not_known_whose_they_are(name: str) -> None:
+    """The first one's is known, which isn't that of the others."""
+    torch.manual_seed(0)
+    model, x, y = Buffers(JOINED[name]).double(), torch.randn(3, 5, 4).double(), torch.randn(3, 2).double()
+    with pytest.raises(persample.SampleAxisError, match="last.weight"):
+        persample.gradients(model, losses, x, y, verify=False)
+    handle = persample.extend(model, on_backward=lambda _: None, reduction="sum")
+    try:
+        with pytest.raises(persample.SampleAxisError, match="last.weight"):
+            losses(model(x), y).sum().backward()
+    finally:
+        handle.remove()
+    rows = persample.gradients(model, losses, x, y, engine="loop")
+    for parameter, want in expected(model, x, y).items():
+        torch.testing.assert_close(rows[parameter], want, rtol=1e-9, atol=1e-11)
+
+
+TAKEN: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "both at once": lambda h, n: h[n, 1],
+    "from behind": lambda h, n: h[n - len(h), -1],
+    "time first": lambda h, n: h.transpose(0, 1)[1, n],
+    "blocks": lambda h, n: h.repeat_interleave(2, 0)[2 * n + 1, 2],
+    "turns": lambda h, n: h.repeat(2, 1, 1)[len(h) + n, 2],
+    "an order of its own": lambda h, n: h[PERM][int(PERM.argsort()[n]), 1],
+    "one number": lambda h, n: h[n, 1, 2].expand(N),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_one_step_of_one_sample(name: str) -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(N, N), nn.Linear(N, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return torch.stack([self.last(TAKEN[name](h, n)) for n in range(N)])
+
+    torch.manual_seed(0)
+    model, x, y = Steps().double(), torch.randn(N, N, N).double(), torch.randn(N, 2).double()
+    g = persample.gradients(model, losses, x, y, verify=False)
+    for parameter, rows in expected(model, x, y).items():
+        torch.testing.assert_close(g[parameter], rows, rtol=1e-9, atol=1e-11)

@@ -23,10 +23,10 @@ from . import DROPS, mutates, spellings
 from .apart import Lone
 
 _DRAWS = DROPS.union(spellings("rrelu", "bernoulli", "gumbel_softmax"))
-# One sample's index takes from the first places of what is shared, and fits there, too.
+_GATHERS = spellings("gather")
 _BY_PLACE = {
-    *spellings("gather", "scatter", "scatter_add", "scatter_reduce", "scatter_", "scatter_add_", "scatter_reduce_")
-}
+    *_GATHERS, *spellings("scatter", "scatter_add", "scatter_reduce", "scatter_", "scatter_add_", "scatter_reduce_")
+}  # fmt: skip
 _CHANNELS = {f: -1 - d for d in (1, 2, 3) for f in spellings(f"conv{d}d", f"conv_transpose{d}d")}  # their axis
 
 
@@ -35,7 +35,7 @@ def by_samples(call: Call, grads: Sequence[Tensor | None], wanted: list[Tensor])
     if call.func in _DRAWS:
         raise _random(call)
     try:
-        together = call.couples or _in_groups(call) or call.func in _BY_PLACE
+        together = call.couples or _in_groups(call) or _by_place(call)
         rows = _one_by_one(call, grads, wanted) if together else _vectorised(call, grads, wanted)
     except InplaceError:
         raise
@@ -49,6 +49,18 @@ def _in_groups(call: Call) -> bool:
     shape, at = call.outputs[0]
     channels = 1 - len(shape) if call.func is torch.convolution else _CHANNELS.get(call.func)
     return channels is not None and at is not None and at.axis == len(shape) + channels
+
+
+def _by_place(call: Call) -> bool:
+    """Whether one sample's index would take from the first places of what is shared, and fit there, too; not where it
+    takes along the samples' axis.
+    """
+    if call.func not in _BY_PLACE:
+        return False
+    shape, at = call.outputs[0]
+    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+    along = type(dim) is int and at is not None and len(shape) > 0 and dim % len(shape) == at.axis
+    return call.func not in _GATHERS or not along
 
 
 def _random(call: Call) -> RandomnessError:

@@ -213,7 +213,7 @@ def test_sums_have_one_type_whatever_is_kept(dtype: torch.dtype, asked: list[str
         assert kept.dtype == S.sum()[name].dtype == S.mean()[name].dtype == dtype
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(kept.double(), exact[name], rtol=4 * eps, atol=8 * eps)  # rows are rounded, too
-        torch.testing.assert_close(S.sum()[name], kept, rtol=eps, atol=eps)
+        torch.testing.assert_close(S.sum()[name], kept, rtol=4 * eps, atol=4 * eps)  # added up in another order
     assert G.norm().dtype == G.variance()["bias"].dtype == torch.float32
 
 

@@ -8,6 +8,7 @@ arrives at was used where `persample.capture` can't see: nothing is missed silen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,6 +227,16 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 _CONTAINERS = (tuple, list, dict)
 _SCALARS = {int, float, bool, str, type(None)}
+
+
+def common_type(values: Iterable[Any]) -> torch.dtype | None:
+    """What holds the real types of all tensors, where there are several, which only autocast multiplies with each
+    other; ``None`` where there is one, a complex one, or nothing holds them (float8).
+    """
+    kinds = {t.dtype for t in values if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())}
+    if len(kinds) < 2 or any(kind.is_complex or kind.itemsize < 2 for kind in kinds):
+        return None
+    return functools.reduce(torch.promote_types, kinds)
 
 
 def tensors_in(out: Any) -> Iterator[Tensor]:

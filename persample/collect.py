@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from . import cost, rules
 from .calls import Call, Derivation, Reached, Shared, function_name, leaves_of, reached
 from .errors import CaptureError, InplaceError, PersampleError, SampleAxisError
-from .factors import INDICES, Dense, Factors, Outer, Pulled, add, cast, dense, nothing, strided, tensors
+from .factors import INDICES, Dense, Factors, Outer, Pulled, add, cast, dense, dtype, nothing, strided, tensors
 from .problem import Emit
 from .rules.apart import Diagonal, Lone, Rowlike, plain
 from .rules.derived import pulled
@@ -166,7 +166,9 @@ class Collect:
                 f"parameter '{name}' was used by calls that nobody expected, after its rows were complete. Compute the "
                 "losses inside the recorded region, or use persample.gradients."
             )
-        rows = plain(rows)
+        rows, kind = plain(rows), self.parameters[name].dtype
+        if (own := dtype(rows)) is not kind and own.is_complex == kind.is_complex:
+            rows = cast(rows, kind)  # of an argument in another type, which was multiplied with it or added to it
         self.emitted.add(name)
         self.emit(name, rows)
 

@@ -14,7 +14,6 @@ anything else         samples stay where their size is found again; where that c
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .aten import UNKNOWN
+from .calls import common_type
 from .joining import GATHERS, JOINS, STACKS, bagged, joined, one_by_one, stacked
 from .layout import Function, Layout, Operation, kept, of_one, only, owned, same
 from .mixing import PRODUCTS, sample_letters, sums_up
@@ -314,8 +314,7 @@ def _told_by_size(op: Operation, out: Tensor) -> Layout | None:
 def _grown(op: Operation, layout: Layout, out: Tensor) -> list[int]:
     """Call the function once more for its shapes only, with more samples: the axes on which there is more."""
     axis_of = {id(t): at.axis for t, at in op.known if at.size == layout.size}
-    kinds = {t.dtype for t in tree_leaves((op.args, op.kwargs)) if isinstance(t, Tensor) and t.is_floating_point()}
-    common = functools.reduce(torch.promote_types, kinds) if kinds else None  # there is no autocast on this device
+    common = common_type(tree_leaves((op.args, op.kwargs)))  # there is no autocast on this device
 
     def grown(repeated: bool, t: Any) -> Any:
         if not isinstance(t, Tensor):
@@ -323,7 +322,7 @@ def _grown(op: Operation, layout: Layout, out: Tensor) -> list[int]:
         axis = axis_of.get(id(t))
         if axis is None and repeated and t.shape[layout.axis : layout.axis + 1] == (layout.size,):
             axis = layout.axis  # a shared row, given to each
-        kind = common if t.is_floating_point() else t.dtype
+        kind = t.dtype if common is None or not t.is_floating_point() else common
         return torch.empty([size + (a == axis) for a, size in enumerate(t.shape)], dtype=kind, device="meta")
 
     for repeated in (op.func in GATHERS, True):

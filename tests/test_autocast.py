@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import persample
@@ -157,3 +158,91 @@ def test_a_scaled_loss_under_a_handle() -> None:
         scaler.scale(LOSS(net(x), y)).backward()
         handle.remove()
         torch.testing.assert_close(rows.pop(), factor * expected)
+
+
+# ---- parameters in single precision, of which some calls compute in less -----------------------------------------
+
+
+class Bare(nn.Module):
+    """A function of a layer's outputs and parameters."""
+
+    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.function = nn.Linear(8, 8), function
+        self.p = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x), *self.p)
+
+
+def squares(outputs: Tensor, _: Any) -> Tensor:
+    return outputs.float().flatten(1).square().sum(1)
+
+
+def alone(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Rows by autograd, of every sample by itself."""
+    named = dict(model.named_parameters())
+    grads = [torch.autograd.grad(squares(model(one), None).sum(), list(named.values())) for one in x.split(1)]
+    return {name: torch.stack(column) for name, column in zip(named, zip(*grads, strict=True), strict=True)}
+
+
+def agree(G: Any, expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, rows in expected.items():
+        assert G[name].dtype == G.mean()[name].dtype == rows.dtype == torch.float32
+        assert float((G[name] - rows).norm()) <= tolerance * float(rows.norm())
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: nn.LayerNorm(8),
+    "rms": lambda: nn.RMSNorm(8, eps=1e-5),
+    "group": lambda: nn.GroupNorm(2, 8),
+    "instance": lambda: nn.InstanceNorm1d(8, affine=True),
+    "batch": lambda: nn.BatchNorm1d(8).eval(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's own, of RMSNorm
+@pytest.mark.parametrize("name", NORMS)
+def test_rows_of_gains_are_in_single_precision(name: str) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv1d(8, 8, 1) if name in ("group", "instance", "batch") else nn.Linear(8, 8)
+    net, x = nn.Sequential(first, NORMS[name]()), torch.randn(6, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        G, expected = persample.gradients(net, squares, x), alone(net, x)
+        S = persample.gradients(net, squares, x, quantities=["mean"])
+    assert S.mean()["1.weight"].dtype == torch.float32
+    agree(G, expected, 2e-2)
+    error = (G["1.weight"] - expected["1.weight"]).norm() / expected["1.weight"].norm()
+    assert float(error) < (1e-2 if name == "layer" else 1e-5)  # torch's own rounds products of LayerNorm
+
+
+SEVERAL: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
+    "einsum": (lambda h, p: torch.einsum("ntd,dhe->nthe", h, p), (8, 2, 4)),
+    "einsum with an ellipsis": (lambda h, p: torch.einsum("...d,de->...e", h, p), (8, 3)),
+    "a matrix for each head": (lambda h, p: p @ h.unflatten(1, (5, 1)).mT, (5, 3, 8)),
+    "bmm": (lambda h, p: torch.bmm(h, p.expand(len(h), -1, -1)), (1, 8, 3)),
+    "attention": (lambda h, p: F.scaled_dot_product_attention(h, p.expand(len(h), -1, -1), h), (5, 8)),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_functions_of_arguments_in_several_types(name: str) -> None:
+    """Activations are in half precision there, parameters are not."""
+    function, shape = SEVERAL[name]
+    net, x = Bare(function, shape), torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        agree(persample.gradients(net, squares, x), alone(net, x), 2e-2)
+
+
+@pytest.mark.parametrize("gain", ["weight_norm", "product"])
+def test_scaled_weights_of_convolutions(gain: str) -> None:
+    torch.manual_seed(0)
+    net: nn.Module = nn.Sequential(nn.Conv1d(8, 8, 1), nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 5, 2)))
+    if gain == "product":
+        net = Bare(lambda h, w, g: F.conv1d(h, w * g), (5, 5, 2), (5, 1, 1))
+    x = torch.randn(6, 8 if gain == "weight_norm" else 5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        agree(persample.gradients(net, squares, x), alone(net, x), 2e-2)
+        S = persample.gradients(net, squares, x, quantities=["norm", "variance"])
+    assert all(v.isfinite().all() for v in S.variance().values())

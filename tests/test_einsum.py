@@ -213,3 +213,13 @@ def test_documentation_runs() -> None:
     result = doctest.testmod(sys.modules["persample.einsum"])
     assert result.attempted >= 4
     assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "equation", ["aab,aab->b", "aab,aab,b->b", "aa,aa->", "bab,bab->ab", "aab,aab->ab", "ab,ab->b"]
+)
+def test_equal_operands_with_a_repeated_letter(equation: str) -> None:
+    """Only the diagonal counts: they are no product entry by entry, summed."""
+    terms = equation.split("->")[0].split(",")
+    operands = [tensor(i, *[{"a": 3, "b": 4}[a] for a in term]) for i, term in enumerate(terms)]
+    assert_close(einsum(equation, *operands), torch.einsum(equation, *operands))

@@ -140,3 +140,55 @@ def test_a_parameter_without_entries_is_projected() -> None:
     torch.testing.assert_close(G.project(R), want)
     S = persample.gradients(model, nn.CrossEntropyLoss(), x, y, quantities=[("project", {"projection": R})])
     torch.testing.assert_close(S.project(R), want)
+
+
+# ---- arguments of other types --------------------------------------------------------------------------------------
+
+
+class Bare(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...] = (4,)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.p, self.function = nn.Parameter(torch.randn(shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.p)
+
+
+def tame(outputs: Tensor, _: Any) -> Tensor:
+    return outputs.float().flatten(1).tanh().square().sum(1)
+
+
+MIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mul": lambda x, p: x * p,
+    "add": lambda x, p: x + p,
+    "div": lambda x, p: x / p,
+    "where": lambda x, p: torch.where(x > 0, x, p),
+    "cat": lambda x, p: torch.cat([p.expand(len(x), 1, 4), x], 1),
+    "pow": lambda x, p: x.abs() ** p,
+    "a number": lambda x, p: x * p[0],
+    "derived": lambda x, p: x * p.tanh(),
+    "used twice": lambda x, p: x * p + x.float() * p,
+}
+
+
+@pytest.mark.parametrize(("own", "other"), [("float32", "float64"), ("bfloat16", "float32"), ("float16", "float64")])
+@pytest.mark.parametrize("name", MIXED)
+def test_rows_have_the_type_of_their_parameter(name: str, own: str, other: str) -> None:
+    """What it is multiplied with, or added to, may have another."""
+    model = Bare(MIXED[name]).to(getattr(torch, own))
+    x = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(getattr(torch, other))
+    G = persample.gradients(model, tame, x)
+    S = persample.gradients(model, tame, x, quantities=["mean", ("clip", {"max_norm": 1.0})])
+    kinds = {r["p"].dtype for r in (G, G.sum(), G.mean(), G.clip(1.0), S.mean(), S.clip())}
+    assert kinds == {model.p.dtype}
+    assert G.norm().dtype == G.variance()["p"].dtype == torch.float32
+    rows = [torch.autograd.grad(tame(model(one), None).sum(), model.p)[0] for one in x.split(1)]
+    expected, eps = torch.stack(rows), torch.finfo(model.p.dtype).eps
+    assert (G["p"].double() - expected.double()).norm() <= 4 * eps * expected.double().norm()
+
+
+def test_rows_of_the_parameters_type_are_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Bare(MIXED["mul"])), torch.randn(8, 4)
+    monkeypatch.setattr("persample.collect.cast", None)
+    assert persample.gradients(model, tame, x, verify=False)["1.p"].dtype == torch.float32

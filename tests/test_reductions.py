@@ -707,3 +707,47 @@ def test_norms_from_products_by_halves(tokens: int, least: int) -> None:
     g = Outer(left, right, torch.Size((2, 4, 5)))
     with cost.using(outer_norm="tokens", tokens=least):
         close(reductions.row_dot(g, g), flat(factors.dense(g)).square().sum(1))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_centred_squares_beside_an_entry_that_is_no_number(bad: float) -> None:
+    """One entry's square is no number; those of the others, which cancel, are formed again all the same."""
+    right = 10 + 1e-7 * randn(1, 12, 1, 1, 5)
+    left = randn(2, 1, 1, 1, 4).sign().repeat(12, 1, 1, 1)
+    left[3, ..., -1] = bad
+    g = Outer(left, right, torch.Size((4, 5)))
+    with cost.using(outer_moments="products"):
+        found = reductions.centred(g)
+    assert_close(found[:-1], centred(dense(g))[:-1], rtol=1e-6, atol=0)
+    assert found[-1].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_products_of_looked_up_rows_beside_one_that_is_no_number(bad: float) -> None:
+    """Samples that share no entry with it keep their inner products with each other."""
+    index = torch.tensor([[4, 1], [1, 2], [2, 3], [0, 0], [1, 3], [2, 3], [1, 2]])
+    value = randn(1, 7, 2, 8)
+    value[3] = bad
+    g = factors.Rows(index, value, torch.Size((50, 8)))
+    rows, others = flat(dense(g)), torch.arange(7) != 3
+    found = reductions.gram(g, g)
+    assert_close(found[others][:, others], rows[others] @ rows[others].mT)
+    assert not found[3, 3].isfinite()
+
+
+def test_norms_of_long_rows_keep_their_digits() -> None:
+    value = torch.full((1, 1), 0.1).expand(2, (1 << 22) + 5)
+    expected = value[:, :1].double().square() * value.shape[1]
+    g = Dense(value.contiguous())
+    assert_close(reductions.row_dot(g, g).double(), expected.squeeze(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 12])
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_norms_of_rows_in_parts(n: int, length: int) -> None:
+    """Rows without entries, of less than two parts, of whole parts and some more; as they lie, and apart."""
+    wide = randn(1, n, 2 * length)
+    for value in (wide[:, :length], wide[:, ::2], wide[:, :1].expand(-1, length), wide[:, :length].mT.contiguous().mT):
+        g = Dense(value)
+        with cost.using(long=4):
+            close(reductions.row_dot(g, g), value.square().sum(1))

@@ -10,6 +10,7 @@ import pytest
 import table_of_modules
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import persample
@@ -340,3 +341,69 @@ def test_every_module_with_parameters_is_in_the_table() -> None:
     committed, new = table_of_modules.PAGE.read_text(), table_of_modules.page()
     if torch.__version__.split("+")[0] in committed:
         assert new == committed, "run: python tests/table_of_modules.py"
+
+
+COUPLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bmm": lambda x, p: torch.bmm(x, p.expand(len(x), 3, 3)),
+    "attention": lambda x, p: F.scaled_dot_product_attention(x, p.expand(len(x), 3, 3), x),
+    "samples among channels": lambda x, p: F.conv1d(
+        x.reshape(1, -1, 3), p.unsqueeze(1).repeat(len(x), 1, 1), groups=3 * len(x), padding=1
+    ).view(len(x), 3, 3),
+}
+
+
+class Bare(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.p, self.function = nn.Parameter(torch.rand(3, 3)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.p)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", COUPLED)
+def test_one_by_one_beside_a_sample_without_a_number(name: str, bad: float) -> None:
+    """The output gradients of the others are left out, not multiplied by zero."""
+    net, x, scale = Bare(COUPLED[name]), torch.randn(N, 3, 3), torch.ones(N)
+    scale[2] = bad
+    G = persample.gradients(net, lambda out, t: losses(out) * t, x, scale)
+    for i in (0, 1, 3):
+        (row,) = torch.autograd.grad(losses(net(x[i : i + 1])).sum(), [net.p])
+        torch.testing.assert_close(G["p"][i], row, rtol=1e-11, atol=1e-11)
+    assert not G["p"][2].isfinite().all()
+
+
+@torch.library.custom_op("persample_tests::scaled", mutates_args=())
+def scaled(x: Tensor, table: Tensor, p: Tensor) -> Tensor:
+    return x * table.double() * p
+
+
+def _saved(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _scaled_back(ctx: Any, g: Tensor) -> Any:
+    x, table, p = ctx.saved_tensors
+    return g * table.double() * p, None, (g * x * table.double()).sum(0)
+
+
+scaled.register_autograd(_scaled_back, setup_context=_saved)
+
+
+def test_a_function_of_a_type_that_has_no_common_one() -> None:
+    table = torch.randn(3).to(torch.float8_e4m3fn)
+    net, x = Bare(lambda x, p: scaled(x, table, p[0])), torch.randn(N, 3)
+    G = persample.gradients(net, losses, x)
+    for i in range(N):
+        (row,) = torch.autograd.grad(losses(net(x[i : i + 1])).sum(), [net.p])
+        torch.testing.assert_close(G["p"][i], row, rtol=1e-11, atol=1e-11)
+
+
+def test_the_default_eps_is_of_the_inputs_type() -> None:
+    """Also where the gain has a wider one."""
+    net, x = nn.RMSNorm(C), 1e-5 * torch.randn(N, C, dtype=torch.float32)
+    G = persample.gradients(net, losses, x)
+    for i in range(N):
+        (row,) = torch.autograd.grad(losses(net(x[i : i + 1])).sum(), [net.weight])
+        torch.testing.assert_close(G["weight"][i], row, rtol=1e-4, atol=0)

@@ -6,7 +6,6 @@ doesn't act on every sample alone, once per sample with the output gradient of t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..calls import Call, arguments, tensors_in
+from ..calls import Call, arguments, common_type, tensors_in
 from ..errors import CaptureError, InplaceError, RandomnessError
 from ..factors import Dense, strided
 from ..layout import Layout, samples_first
@@ -61,15 +60,12 @@ def _random(call: Call) -> RandomnessError:
 def _runner(call: Call, wanted: list[Tensor]) -> Any:
     """The call as a function of the wanted tensors and a replacement for its other arguments.
 
-    Arguments of several real types, which only autocast multiplies with each other, are brought to their common one.
+    Arguments of several types are brought to their common one.
     """
-    kinds: set[torch.dtype] = set()
-    for x in tree_leaves((call.args, call.kwargs)):
+    for x in (given := tree_leaves((call.args, call.kwargs))):
         if isinstance(x, Tensor):
             call.read(x)
-            kinds |= {x.dtype} if x.is_floating_point() or x.is_complex() else set()
-    several = len(kinds) > 1 and all(kind.is_floating_point for kind in kinds)
-    common = functools.reduce(torch.promote_types, kinds) if several else None
+    common = common_type(given)
     place = {id(t): i for i, t in enumerate(wanted)}
 
     def run(values: Sequence[Tensor], replace: dict[int, Tensor]) -> list[Tensor]:

@@ -58,6 +58,8 @@ def layer_norm(
 def rms_norm(
     call: Call, g: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Yields:
+    if eps is None:  # that of the type it was computed in
+        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
     if weight is not None:
         yield (
             weight,

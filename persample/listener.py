@@ -235,8 +235,7 @@ class Listener:
         if collect is None or task == self._spoilt:
             self._from = -1, []
             return
-        if torch._C._current_autograd_node() is not None:  # by a hook (implicit layers), before any call was come to
-            self._from = -1, []
+        if self._from[0] != task and torch._C._current_autograd_node() is not None:  # of a part, by a hook in another
             _skipped("it ran in the middle of another one")
             return
         self._reported = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -339,3 +340,40 @@ def test_constants_of_a_size_that_happens_to_be_n(body: Body, t: int) -> None:
     G = persample.gradients(model, losses, x, torch.zeros(N, 1, dtype=torch.float64), verify=False)
     for name, rows in want.items():
         torch.testing.assert_close(G[name], rows, rtol=1e-9, atol=1e-9)
+
+
+# ---- shared tensors with a row for each sample ----------------------------------------------------------------------
+
+
+def hidden(x: Tensor) -> Tensor:
+    """Features that nobody sees made of the samples."""
+    return torch.from_numpy(np.sin(x.detach().numpy()))
+
+
+GATHERED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "along steps": lambda h, i: torch.gather(h, 1, i),
+    "from behind": lambda h, i: h.gather(-2, i),
+    "by name": lambda h, i: torch.gather(input=h, dim=-2, index=i),
+    "some features": lambda h, i: h.gather(1, i[..., :2]),
+    "time first": lambda h, i: h.transpose(0, 1).gather(0, i.transpose(0, 1)).transpose(0, 1),
+    "of more rows": lambda h, i: torch.cat([h, h.sin()]).gather(1, i),
+}
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_each_sample_gathers_from_its_own_row(name: str) -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        index = x.sum(2).argsort(1)[:, :2, None].expand(-1, -1, D)
+        return GATHERED[name](F.linear(hidden(x), m.w), index)
+
+    model, x = Model(body, w=(D, D)), torch.randn(N, 5, D, dtype=torch.float64)
+    y = torch.zeros(N, 1, dtype=torch.float64)
+    rows = persample.gradients(model, losses, x, y, verify=False)["w"]
+    torch.testing.assert_close(rows, alone(model, x, y)["w"], rtol=1e-9, atol=1e-9)
+
+
+def test_a_gather_along_the_samples_takes_any_row() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.w.gather(0, x.argsort(1)) * x
+
+    exact(Model(body, w=(D, D)))

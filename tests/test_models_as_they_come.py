@@ -803,3 +803,103 @@ def test_a_loss_that_takes_an_output_out(engine: str) -> None:
         model, lambda o, t: nn.functional.cross_entropy(o["logits"], t), x, y, engine="hooks"
     )
     torch.testing.assert_close(G.flat(), expected.flat(), rtol=1e-9, atol=1e-12)
+
+
+class Equilibrium(nn.Module):
+    """Where ``z = f(z)``; in the backward, a hook differentiates ``f`` there until that has settled, too."""
+
+    def __init__(self, last: bool, linear: bool) -> None:
+        super().__init__()
+        self.inner, self.outer, self.linear = nn.Linear(D, D), nn.Linear(D, D), linear
+        self.last = nn.Linear(D, 2) if last else nn.Identity()
+        with torch.no_grad():
+            self.inner.weight.mul_(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.outer(x)
+
+        def f(z: Tensor) -> Tensor:
+            found: Tensor = self.inner(z + x) if self.linear else self.inner(z).tanh() + x
+            return found
+
+        z = x.detach()
+        with torch.no_grad():
+            for _ in range(50):
+                z = f(z)
+        z.requires_grad_()
+        new = f(z)
+        out = new.view_as(new)
+        if out.requires_grad:
+            out.register_hook(lambda g: settled(new, z, g))
+        found: Tensor = self.last(out)
+        return found
+
+
+def settled(new: Tensor, z: Tensor, g: Tensor) -> Tensor:
+    y = g
+    for _ in range(50):
+        y = torch.autograd.grad(new, z, y, retain_graph=True)[0] + g
+    return y
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_hooks_that_differentiate_the_graph_of_the_backward_they_are_in(last: bool, linear: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Equilibrium(last, linear).double(), inputs()
+    want = truth(model)
+    close: Callable[..., None] = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)  # noqa: E731
+    for verify in (None, False):
+        close(persample.gradients(model, losses_of, x, verify=verify).flat(), want)
+    with persample.extend(model) as recorder:
+        each = losses_of(model(x))
+        for _ in range(2):
+            close(recorder.gradients(each).flat(), want)
+    columns = persample.curvature.ggn_diagonal(model, nn.MSELoss(), x, torch.zeros_like(model(x)))
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(o, list(model.parameters()), retain_graph=True)])
+        for o in model(x).flatten()
+    ]
+    expected = torch.stack(rows).square().sum(0) * 2 / len(rows)
+    close(torch.cat([columns[name].flatten() for name, _ in model.named_parameters()]), expected)
+
+
+def test_a_handle_reports_no_backward_that_a_hook_runs_in_another_one() -> None:
+    torch.manual_seed(0)
+    model, got = Equilibrium(last=False, linear=False).double(), list[persample.Gradients]()
+    handle = persample.extend(model, on_backward=got.append, reduction="sum")
+    try:
+        with pytest.warns(UserWarning, match="in the middle of another"):
+            losses_of(model(inputs())).sum().backward()
+    finally:
+        handle.remove()
+    assert len(got) == 1
+    torch.testing.assert_close(got[0].flat(), truth(model), rtol=1e-9, atol=1e-12)
+
+
+def test_losses_that_are_given_twice_or_are_views_and_leaves_beside_them() -> None:
+    """Where a backward begins: at a view, at several outputs that are one tensor, beside an input that is handed on."""
+
+    class Outputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            h = self.linear(x)
+            return h, h, x
+
+    model, x = Outputs().double(), inputs().requires_grad_()
+
+    def loss(out: tuple[Tensor, Tensor, Tensor], _: Any) -> Tensor:
+        return (out[0] * out[1].sin()).sum(1) + out[2].square().sum(1)
+
+    rows = [torch.autograd.grad(loss(model(one), None).sum(), list(model.parameters())) for one in x.split(1)]
+    want = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    for criterion in (loss, lambda out, y: loss(out, y).mean()):
+        found = persample.gradients(model, criterion, x, verify=False).flat()
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+    with persample.extend(model) as recorder:
+        each = loss(model(x), None)
+        torch.testing.assert_close(recorder.gradients(each[:]).flat(), want, rtol=1e-9, atol=1e-12)
+    assert x.grad is None

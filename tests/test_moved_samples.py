@@ -1249,7 +1249,6 @@ class Buffers(nn.Module):
 JOINED: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "stack": torch.stack,
     "in the middle": lambda each: torch.stack(each, 1).transpose(0, 1),
-    "features": lambda each: torch.cat(each, 1).view(5, -1, 4).transpose(0, 1),
     "dstack": lambda each: torch.dstack(each).permute(2, 0, 1),
     "pad_sequence": lambda each: nn.utils.rnn.pad_sequence(each, batch_first=True),
 }

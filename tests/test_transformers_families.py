@@ -142,9 +142,9 @@ def test_rows_are_those_of_samples_alone(family: str) -> None:
     scale = float(truth.flat.abs().max())
     assert scale > 0 and G.unused == truth.unused
     for name, want in truth.rows.items():
-        torch.testing.assert_close(
-            G[name], want, rtol=1e-9, atol=1e-11 * scale, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        double = want.dtype is torch.float64  # routers may be in single precision, and are rounded by what a CPU has
+        rtol, atol = (1e-9, 1e-11 * scale) if double else (1e-6, 1e-6 * scale)
+        torch.testing.assert_close(G[name], want, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_nystromformer_is_coupled_by_its_pseudo_inverse() -> None:

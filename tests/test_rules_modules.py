@@ -400,6 +400,7 @@ def test_a_function_of_a_type_that_has_no_common_one() -> None:
         torch.testing.assert_close(G["p"][i], row, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_the_default_eps_is_of_the_inputs_type() -> None:
     """Also where the gain has a wider one."""
     net, x = nn.RMSNorm(C), 1e-5 * torch.randn(N, C, dtype=torch.float32)

@@ -21,13 +21,15 @@ from torch.autograd.graph import get_gradient_edge
 from . import rules
 from .aten import UNKNOWN
 from .calls import Derivation, Shared, arguments, behind, function_name, tensors_in
-from .errors import SampleAxisError
+from .errors import BatchCoupledError, SampleAxisError
 from .layout import Layout, Operation, only
 from .mixing import SHIFTS, extent
 from .moves import RESHAPED
 from .probing import Source, note, places_in, probed, upstream
 from .propagate import lone_sample, propagate
 from .writing import rewritten, writes_into
+
+BATCH_DIM = "if the model takes its samples on another axis, say where they are with batch_dim="
 
 
 @dataclass(slots=True)
@@ -181,6 +183,30 @@ class Followed:
         """The call in which the samples of one of the arguments were lost."""
         kinds = (self.kind(t) for t, at in op.sampled if at is None)
         return next((kind.lost for kind in kinds if isinstance(kind, SampledTensor) and kind.lost), "")
+
+    def check_apart(self, losses: Tensor) -> None:
+        """Raise for losses ``[N]`` each of which is made of all samples, or all of one, and for what they are made of,
+        ``[N, *]``, with the samples on another axis.
+        """
+        kind = self.kind(losses)
+        if not isinstance(kind, SampledTensor) or self.n == 1:
+            return
+        if kind.layout is None and kind.total > 1:
+            raise BatchCoupledError(
+                f"every one of the losses [{len(losses)}] is made of all samples: these were reduced in {kind.lost}, "
+                "and another axis is as long. Reduce all axes but that of the samples (outputs [N, 1] and targets [N] "
+                f"broadcast to [N, N]: squeeze(-1) the first); {BATCH_DIM}."
+            )
+        if kind.layout is not None and kind.layout.alone is not None:
+            raise BatchCoupledError(
+                f"all of the losses [{len(losses)}] are those of one sample, {kind.layout.alone}, which was picked "
+                f"from the batch of {self.n}. Keep the axis of the samples; {BATCH_DIM}."
+            )
+        if kind.layout is not None and kind.layout.axis:
+            raise SampleAxisError(
+                f"the samples are on axis {kind.layout.axis} of outputs {tuple(losses.shape)}, whose losses are those "
+                f"of axis 0. Transpose them; {BATCH_DIM}."
+            )
 
     # ---- what a call is given ---------------------------------------------------------------------------------------
 

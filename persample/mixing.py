@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .joining import GATHERS, JOINS, picked_in_bags
+from .jointly import JOINTLY, meets
 from .layout import Function, Layout, Operation, Sampled, of_one, only, owned, same
 from .moves import MOVED, is_axis, is_choice, named, recurred, sort_axis, sorted_along
 from .writing import COPIES, WRITES
@@ -43,17 +46,32 @@ ALONG: dict[Function, tuple[int, Any]] = {
     **{getattr(torch.fft, name): (2, -1) for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
     **{getattr(torch.fft, name): (2, (-2, -1)) for name in ("fft2", "ifft2", "rfft2", "irfft2", "hfft2", "ihfft2")},
     **dict.fromkeys(_FFTN, (2, None)),
+    **dict.fromkeys((*named("diff"), torch.linalg.cross, torch.linalg.vecdot), (2, -1)),
+    **dict.fromkeys((torch.trapezoid, torch.trapz, torch.cumulative_trapezoid), (3, -1)),
+    **dict.fromkeys(named("cosine_similarity"), (2, 1)),
+    torch.gradient: (9, None),
 }
 NORMS = {
     *(F.layer_norm, torch.layer_norm, torch.native_layer_norm, F.rms_norm, torch.rms_norm),
-    *(F.group_norm, torch.group_norm, F.instance_norm, torch.instance_norm, F.local_response_norm),
+    *(
+        F.group_norm,
+        torch.group_norm,
+        torch.native_group_norm,
+        F.instance_norm,
+        torch.instance_norm,
+        F.local_response_norm,
+    ),
 }
-_RENORMS = named("renorm")
+_OF_GROUPS: dict[Function, int] = {F.group_norm: 1, torch.group_norm: 1, torch.native_group_norm: 6}
+_RENORMS = named("renorm", "renorm_")
 NORMS |= _RENORMS
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 CHOICES, CHOSEN = named("where"), ("condition", "input", "other")  # of two tensors by a mask, and their names
-_BY_ITSELF = {*MOVED, *ALONG, *NORMS, F.embedding_bag}  # what can mix the entries of one tensor
+_IN_ORDER = named("masked_scatter", "masked_scatter_")
+_ONE = named("select_scatter")
+_FILLS = _IN_ORDER | _ONE | named("diagonal_scatter")
+_BY_ITSELF = {*MOVED, *ALONG, *NORMS, *JOINTLY, *_FILLS, F.embedding_bag}  # what can mix the entries of one tensor
 BY_PLACE = {*SUMS, *EXTREMES, *TESTS, *ALONG, *MOVED, *PRODUCTS}  # what they act on is looked for in front
 
 
@@ -79,6 +97,8 @@ def mixes(op: Operation) -> bool:
     if any(at.alone is not None for _, at in op.known):
         single = op.func in JOINS or op.func in GATHERS or op.func in WRITES or moves or a is None or a.n == 1
         return not single and not all(b is None or same(a, b) for _, b in others)  # type: ignore[arg-type]
+    if (op.func in JOINTLY and meets(op)) or (op.func in _FILLS and _fills(op)):
+        return True
     if op.func is F.embedding_bag and (picked := picked_in_bags(op)) is not None:
         return picked[1]
     if a is None:
@@ -88,6 +108,21 @@ def mixes(op: Operation) -> bool:
     if not others or moves or op.func in WRITES or op.func in COPIES:
         return False
     return _joins_others(op, x, a) if op.func in JOINS else _meet(op, x, a)
+
+
+def _fills(op: Operation) -> bool:
+    """Whether a constant's, or parameter's, entries go to samples by what is there of the samples before."""
+    x, at = op.given(0, "input"), op.of(op.given(0, "input"))
+    source = op.given(2, "source") if op.func in _IN_ORDER else op.given(1, "src")
+    if not isinstance(source, Tensor):
+        return False
+    if at is None or at.n == 1 or not source.requires_grad or any(source is y for y, _ in op.sampled):
+        return False
+    if op.func in _IN_ORDER:
+        return True
+    if op.func in _ONE:
+        return bool(at.axis == op.given(2, "dim") % x.ndim)
+    return at.axis in {op.given(3, "dim1", default=0) % x.ndim, op.given(4, "dim2", default=1) % x.ndim}
 
 
 def _mixes_itself(op: Operation, x: Tensor, a: Layout) -> bool | None:
@@ -102,7 +137,7 @@ def _mixes_itself(op: Operation, x: Tensor, a: Layout) -> bool | None:
     if op.func in NORMS and x is op.given(0, "input") and x.requires_grad:
         return _normalises(op, x.ndim, a)
     if op.func is torch.einsum:
-        letters = _letters(op) or []
+        letters, _ = _letters(op) or ([], "")
         return any(letter != letters[0][0] or not same(at, letters[0][1]) for letter, at in letters)
     return None
 
@@ -213,7 +248,7 @@ def sums_up(op: Operation, scalar: bool = False) -> bool:
         return scalar
     if op.func is torch.einsum:
         letters = sample_letters(op)
-        return letters is not None and not {*letters} & {*op.args[0].split("->")[1]}
+        return letters is not None and not {*letters[0]} & {*letters[1]}
     (x, at), *others = known
     if op.func in PRODUCTS:
         return _sums_products(op, x, at, others)
@@ -277,7 +312,7 @@ def _runs_along(op: Operation, x: Tensor, axis: int) -> bool:
     if not place or not op.args or x is not op.args[0]:
         return False
     dim = op.given(place, "dim", "axis", default=default)
-    if dim is None and op.func in _FFTN:
+    if dim is None and (op.func in _FFTN or op.func is torch.gradient):
         sizes = op.given(1, "s")
         dim = range(-x.ndim if sizes is None else -len(sizes), 0)
     dims = dim if isinstance(dim, (tuple, list, range)) else (dim,)
@@ -287,31 +322,46 @@ def _runs_along(op: Operation, x: Tensor, axis: int) -> bool:
 def _normalises(op: Operation, ndim: int, a: Layout) -> bool:
     """Whether numbers of several samples are normalised together."""
     if op.func in (F.instance_norm, torch.instance_norm):
-        return a.axis > 1
+        return a.axis > 1 and op.given(5, "use_input_stats", default=True) is not False
     if op.func is F.local_response_norm:
         return a.axis == 1
     if op.func in _RENORMS:  # every slice along one axis
         return bool(a.axis != op.given(2, "dim") % ndim)
-    if op.func in (F.group_norm, torch.group_norm):
-        channels = a.size // op.given(1, "num_groups")  # of a group
+    if op.func in _OF_GROUPS:
+        channels = a.size // op.given(_OF_GROUPS[op.func], "num_groups", "group")  # of a group
         return a.axis > 1 or (a.axis == 1 and (a.owner is not None or a.inner % channels != 0))
     shape = op.given(1, "normalized_shape")
     return a.axis >= ndim - (len(shape) if isinstance(shape, (tuple, list)) else 1)
 
 
-def sample_letters(op: Operation) -> dict[str, Layout] | None:
-    """By which letters the samples go in an einsum; ``None`` if they aren't all written out."""
-    pairs = _letters(op)
-    return None if pairs is None else dict(pairs)
+def sample_letters(op: Operation) -> tuple[dict[str, Layout], str] | None:
+    """By which letters the samples go in an einsum, and the letters of its output; ``None`` if it has none."""
+    spelled = _letters(op)
+    return None if spelled is None else (dict(spelled[0]), spelled[1])
 
 
-def _letters(op: Operation) -> list[tuple[str, Layout]] | None:
+def _letters(op: Operation) -> tuple[list[tuple[str, Layout]], str] | None:
     """The same for every operand."""
     equation, first = op.args[:2]
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+    if not isinstance(equation, str):
         return None
     operands = first if isinstance(first, (list, tuple)) else op.args[1:]
+    terms, right = _spelled(equation, operands)
     layouts = {id(x): at for x, at in op.known if at.alone is None}
-    left = equation.replace(" ", "").split("->")[0].split(",")
-    pairs = [(term, layouts[id(x)]) for term, x in zip(left, operands, strict=True) if id(x) in layouts]
-    return [(term[at.axis], at) for term, at in pairs]
+    pairs = [(term, layouts[id(x)]) for term, x in zip(terms, operands, strict=True) if id(x) in layouts]
+    return [(term[at.axis], at) for term, at in pairs], right
+
+
+def _spelled(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str]:
+    """The terms of an einsum and its output, an ellipsis as letters, and what may be left out written down."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        once = [letter for letter in {*left} - {*",."} if left.count(letter) == 1]
+        right = "..." * ("..." in left) + "".join(sorted(once))
+    if "..." not in left:
+        return terms, right
+    behind = [x.ndim - len(term.replace("...", "")) for term, x in zip(terms, operands, strict=True)]
+    free = [letter for letter in string.ascii_letters if letter not in equation][: max(0, *behind)]
+    terms = [t.replace("...", "".join(free[len(free) - n :])) for t, n in zip(terms, behind, strict=True)]
+    return terms, right.replace("...", "".join(free))

@@ -121,6 +121,8 @@ def numbered(layout: Layout, x: Tensor, thin: bool = False) -> Tensor:
 def read(layout: Layout, numbers: Tensor, out: Tensor) -> Layout | None:
     """The axis along which the numbers of samples change, if it is only one."""
     if not numbers.numel():
+        if layout.owner is None and layout.fits(numbers.shape, layout.axis):
+            return layout
         empty = [a for a in range(numbers.ndim) if numbers.shape[a] == 0]
         axis = layout.axis if layout.axis in empty else next(iter(empty), None)
         return None if axis is None else Layout(layout.n, axis, owner=numbers.new_zeros(0))
@@ -280,7 +282,7 @@ RESHAPED: dict[Function, Function | None] = {
 }
 MOVED: dict[Function, Follow] = {
     **dict.fromkeys(named(*_RESHAPES.split()), _reshaped),
-    **dict.fromkeys(named(*_VIEWS.split()) | _TURNS, _viewed),
+    **dict.fromkeys(named(*_VIEWS.split()) | _TURNS | {torch.linalg.diagonal}, _viewed),
     Tensor.__getitem__: indexed,
     **dict.fromkeys(named("index_select"), _selected),
     **dict.fromkeys(

@@ -78,7 +78,7 @@ def _stays(op: Operation, out: Tensor) -> bool:
     shape, axis = out.shape, layout.axis
     if layout.alone is not None or (func is F.embedding and args and first is not args[0]):
         return False
-    if axis and func in _CONVS:  # among channels, whatever their number is behind
+    if func in _CONVS and (axis or not args or first is not args[0]):  # among channels, or of a weight
         return False
     if func in _ADDS:  # samples of the first factor (of both, if they are batches of matrices) stay where they are
         alike = all(at.axis == 0 and same(at, layout) for _, at in sampled)
@@ -212,6 +212,13 @@ def _convolved(op: Operation, out: Tensor) -> Layout | None:
     return places[0]
 
 
+def _padded(op: Operation, out: Tensor) -> Layout | None:
+    """Samples that nothing is put beside, or taken from, stay where they are."""
+    x, layout = op.known[0]
+    pads, behind = op.given(1, "pad"), 2 * (x.ndim - 1 - layout.axis)
+    return None if len(op.known) > 1 or any(pads[behind : behind + 2]) else layout
+
+
 def _counted(op: Operation, out: Tensor) -> Layout | None:
     """``bincount``: entry ``k`` is of those that are ``k``."""
     first, layout = op.known[0]
@@ -264,9 +271,9 @@ def _distances(op: Operation, out: Tensor) -> Layout | None:
 def _einsum(op: Operation, out: Tensor) -> Layout | None:
     """The sample axis keeps its letter."""
     first, layout = op.known[0]
-    if (letters := sample_letters(op)) is None:
+    if (found := sample_letters(op)) is None:
         return _longer(op, out)
-    right = op.args[0].replace(" ", "").split("->")[1]
+    letters, right = found
     if (letter := next((letter for letter in letters if letter in right), None)) is not None:
         return letters[letter].placed(right.index(letter))
     return kept(layout, first.ndim, out.shape) if op.lost else None
@@ -347,7 +354,7 @@ _REDUCTIONS = """sum nansum mean nanmean prod amax amin aminmax max min median n
 _POOLS = ("avg", "max", "adaptive_avg", "adaptive_max", "lp")
 
 _MASKED = {Tensor.__getitem__} | named("masked_select")
-_SPREADS = named("expand", "expand_as", "broadcast_to")
+_SPREADS = named("expand", "expand_as", "broadcast_to", "expand_copy")
 _REDUCES = named(*_REDUCTIONS.split()) | {torch.linalg.vector_norm, torch.linalg.norm}
 _SEVERAL = named("quantile", "nanquantile")
 _REDUCES_DIM = named("sum", "nansum", "mean", "nanmean", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp")
@@ -381,7 +388,9 @@ _BY_FUNCTION: dict[Function, Callable[[Operation, Tensor], Layout | None]] = {
     **dict.fromkeys(JOINS, joined),
     **dict.fromkeys(GATHERS, _gathered),
     **dict.fromkeys(STACKS, stacked),
+    **dict.fromkeys((F.pad, torch.constant_pad_nd), _padded),
     **dict.fromkeys(named("bincount"), _counted),
+    **dict.fromkeys(named("unbind_copy", "split_copy", "split_with_sizes_copy"), lambda op, out: None),  # which one?
     F.embedding: _looked_up,
     F.embedding_bag: bagged,
     F.linear: _as_weight,

@@ -402,6 +402,8 @@ class Recorder:
                 check_uncoupled(found, asked.parameters)
             if capture is not None:
                 capture.followed.check_order(losses)
+                if coupled is None:
+                    capture.followed.check_apart(losses)
             places = [call.outputs[0][1] for call in found.calls if call.shared]  # unknown ones are no matter to "loss"
             sizes = {layout.n for layout in places if layout is not None}
             if len(sizes) == 1 and (out := ways_out(losses, n := sizes.pop())):

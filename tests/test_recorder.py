@@ -414,13 +414,13 @@ def test_quantities_may_be_asked_for_at_every_call() -> None:
     assert close(S.norm(), G.norm()) and close(S.mean()["0.weight"], G.mean()["0.weight"])
 
 
-def test_losses_that_compare_samples_are_verified_though_others_were() -> None:
-    """A mean over the wrong axis looks like other losses, but its samples can't be followed."""
+def test_losses_that_compare_samples_are_refused_though_others_were_served() -> None:
+    """A mean over the wrong axis has the shape of losses, but is made of all samples."""
     model, (x, _), targets = net(), batch(), torch.arange(float(N), dtype=torch.float64)
     with persample.extend(model) as recorder:
         apart = model(x)[:, :1] - targets  # [N, N], where [N] was meant
         recorder.gradients(apart.square().mean(1))  # each of one sample, if strange
-        with pytest.raises(persample.VerificationError, match=r"losses\[\d\].*\[N, 1\].*\[N\]"):
+        with pytest.raises(persample.BatchCoupledError, match=r"made of all samples.*\[N, 1\].*\[N\]"):
             recorder.gradients(apart.square().mean(0))
 
 
@@ -682,7 +682,7 @@ def test_a_handle_that_listens_takes_no_losses() -> None:
 def test_losses_that_are_not_of_their_samples(coupled: Any) -> None:
     """Seen in the calls that were recorded, or by one row that is held against the gradient of that very loss."""
     model, (x, y) = net(), batch()
-    refused = r"gradient of losses\[\d\].*another order|not in the order of the samples|depend on the other samples"
+    refused = "another order|not in the order of the samples|depend on the other samples|made of all samples"
     with persample.extend(model) as recorder:
         out = model(x)
         with pytest.raises(persample.PersampleError, match=refused):

@@ -106,6 +106,7 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
         # outside of the mode, to which every attribute of a tensor is a call
         if each := is_per_sample(whole, batch.n):
             followed.check_order(whole if ordered is None else outputs)
+            followed.check_apart(whole if ordered is None else outputs)
         tree = batch.outputs(outputs)
         shared = [i for i, x in enumerate(tree.leaves) if tree.axes[i] is not None and not followed.is_sampled(x)]
         reach = {i: x for i, x in enumerate(tree.leaves) if isinstance(x, Tensor) and x.requires_grad}

@@ -37,8 +37,8 @@ PARTS: dict[Function | None, tuple[Part, ...]] = {
     getattr(F, "linear_cross_entropy", None): ("vector", "whole"),
 }
 _CHAINS = {torch.linalg.multi_dot, torch.chain_matmul}
-_CONVOLVES = {getattr(F, f"conv{kind}{d}d"): d for kind in ("", "_transpose") for d in (1, 2, 3)}
 _TRANSPOSED = {getattr(F, f"conv_transpose{d}d") for d in (1, 2, 3)}
+_CONVOLVES = _TRANSPOSED | {torch.convolution, *(getattr(F, f"conv{d}d") for d in (1, 2, 3))}
 _POOLS = {getattr(F, f"{kind}_pool{d}d"): d for kind in ("avg", "max", "lp") for d in (1, 2, 3)}
 _POOLS |= {getattr(F, f"max_pool{d}d_with_indices"): d for d in (1, 2, 3)}
 _PADS = {F.pad, torch.constant_pad_nd}
@@ -51,7 +51,7 @@ JOINTLY = {*PARTS, *_CHAINS, *_CONVOLVES, *_POOLS, *_PADS, _ATTENTION}
 def meets(op: Operation) -> bool:
     """Whether samples surely meet in what a function reads as one, with a gradient."""
     if op.func in _CONVOLVES:
-        return _in_window(op, _CONVOLVES[op.func])
+        return _in_window(op)
     if op.func in _POOLS:
         return _in_pool(op, _POOLS[op.func])
     if op.func in _PADS:
@@ -98,13 +98,16 @@ def _in_chain(op: Operation) -> bool:
     return any((i, at.axis) not in free for i, _, at in found) or len(found) > 1
 
 
-def _in_window(op: Operation, dims: int) -> bool:
+def _in_window(op: Operation) -> bool:
     """Whether a convolution has several samples in a group of channels, or next to each other in a kernel."""
-    x, weight, groups = op.given(0, "input"), op.given(1, "weight"), op.given(6, "groups", default=1)
-    at, channels = _samples(op, weight), x.ndim - dims - 1
-    if at is not None and at.axis != (outputs := 1 if op.func in _TRANSPOSED else 0):
-        return at.axis > 1 or (outputs == 1 and groups == 1) or not outputs
-    if (at := _samples(op, x)) is None or at.axis < channels:
+    x, weight, transposed = op.given(0, "input"), op.given(1, "weight"), op.func in _TRANSPOSED
+    groups = op.given(6, "groups", default=1)
+    if op.func is torch.convolution:
+        transposed, groups = op.given(6, "transposed"), op.given(8, "groups")
+    if (at := _samples(op, weight)) is not None and at.axis != (1 if transposed else 0):
+        return at.axis > 1 or not transposed or groups == 1
+    at, channels = _samples(op, x), x.ndim - weight.ndim + 1
+    if at is None or at.axis < channels:
         return False
     if at.axis > channels:
         return bool(weight.shape[at.axis - x.ndim] > 1)

@@ -52,6 +52,11 @@ def square(x: Tensor) -> Tensor:
     return x + 5 * torch.eye(N, dtype=x.dtype)
 
 
+def exported(x: Tensor, weight: Tensor) -> Tensor:
+    """A padded convolution, as exported graphs have it."""
+    return torch.ops.aten.convolution(x, weight, None, [1], [1], [1], False, [0], 1)
+
+
 # What is done, the shape of a sample, and the axis on which the samples are (and are again in the output).
 Case = tuple[Callable[[Tensor], Any], tuple[int, ...], int]
 MEET: dict[str, Case] = {
@@ -89,6 +94,8 @@ MEET: dict[str, Case] = {
     "conv, along": (lambda h: F.conv1d(h, draw(2, 2, 3), padding=1), (5, 2), 2),
     "conv, channels": (lambda h: F.conv1d(h, draw(N, N, 1)), (3,), 0),
     "conv, a weight's channels": (lambda h: F.conv1d(draw(N, N, 5), h.movedim(0, 1)), (2, 1), 0),
+    "conv, transposed": (lambda h: F.conv_transpose1d(h, draw(N, N, 1)), (3,), 0),
+    "conv, as exported": (lambda h: exported(h, draw(2, 2, 3)), (5, 2), 2),
     "max_pool": (lambda h: F.max_pool1d(h, 3, 1, 1), (2,), 1),
     "max_pool, with places": (lambda h: F.max_pool1d(h, 3, 1, 1, return_indices=True), (2,), 1),
     "avg_pool": (lambda h: F.avg_pool2d(h, 3, 1, 1), (1, 2, 5), 2),

@@ -68,10 +68,7 @@ NORMS |= _RENORMS
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
 CHOICES, CHOSEN = named("where"), ("condition", "input", "other")  # of two tensors by a mask, and their names
-_IN_ORDER = named("masked_scatter", "masked_scatter_")
-_ONE = named("select_scatter")
-_FILLS = _IN_ORDER | _ONE | named("diagonal_scatter")
-_BY_ITSELF = {*MOVED, *ALONG, *NORMS, *JOINTLY, *_FILLS, F.embedding_bag}  # what can mix the entries of one tensor
+_BY_ITSELF = {*MOVED, *ALONG, *NORMS, *JOINTLY, F.embedding_bag}  # what can mix the entries of one tensor
 BY_PLACE = {*SUMS, *EXTREMES, *TESTS, *ALONG, *MOVED, *PRODUCTS}  # what they act on is looked for in front
 
 
@@ -97,7 +94,7 @@ def mixes(op: Operation) -> bool:
     if any(at.alone is not None for _, at in op.known):
         single = op.func in JOINS or op.func in GATHERS or op.func in WRITES or moves or a is None or a.n == 1
         return not single and not all(b is None or same(a, b) for _, b in others)  # type: ignore[arg-type]
-    if (op.func in JOINTLY and meets(op)) or (op.func in _FILLS and _fills(op)):
+    if op.func in JOINTLY and meets(op):
         return True
     if op.func is F.embedding_bag and (picked := picked_in_bags(op)) is not None:
         return picked[1]
@@ -108,21 +105,6 @@ def mixes(op: Operation) -> bool:
     if not others or moves or op.func in WRITES or op.func in COPIES:
         return False
     return _joins_others(op, x, a) if op.func in JOINS else _meet(op, x, a)
-
-
-def _fills(op: Operation) -> bool:
-    """Whether a constant's, or parameter's, entries go to samples by what is there of the samples before."""
-    x, at = op.given(0, "input"), op.of(op.given(0, "input"))
-    source = op.given(2, "source") if op.func in _IN_ORDER else op.given(1, "src")
-    if not isinstance(source, Tensor):
-        return False
-    if at is None or at.n == 1 or not source.requires_grad or any(source is y for y, _ in op.sampled):
-        return False
-    if op.func in _IN_ORDER:
-        return True
-    if op.func in _ONE:
-        return bool(at.axis == op.given(2, "dim") % x.ndim)
-    return at.axis in {op.given(3, "dim1", default=0) % x.ndim, op.given(4, "dim2", default=1) % x.ndim}
 
 
 def _mixes_itself(op: Operation, x: Tensor, a: Layout) -> bool | None:

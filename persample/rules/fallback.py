@@ -24,7 +24,8 @@ from .apart import Lone
 _DRAWS = DROPS.union(spellings("rrelu", "bernoulli", "gumbel_softmax"))
 _GATHERS = spellings("gather")
 _BY_PLACE = {
-    *_GATHERS, *spellings("scatter", "scatter_add", "scatter_reduce", "scatter_", "scatter_add_", "scatter_reduce_")
+    *_GATHERS, *spellings("scatter", "scatter_add", "scatter_reduce", "scatter_", "scatter_add_", "scatter_reduce_"),
+    *spellings("masked_scatter", "masked_scatter_", "diagonal_scatter", "select_scatter"),
 }  # fmt: skip
 _CHANNELS = {f: -1 - d for d in (1, 2, 3) for f in spellings(f"conv{d}d", f"conv_transpose{d}d")}  # their axis
 

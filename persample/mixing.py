@@ -47,6 +47,7 @@ ALONG: dict[Function, tuple[int, Any]] = {
     **{getattr(torch.fft, name): (2, (-2, -1)) for name in ("fft2", "ifft2", "rfft2", "irfft2", "hfft2", "ihfft2")},
     **dict.fromkeys(_FFTN, (2, None)),
     **dict.fromkeys((*named("diff"), torch.linalg.cross, torch.linalg.vecdot), (2, -1)),
+    **dict.fromkeys(named("cross"), (2, None)),
     **dict.fromkeys((torch.trapezoid, torch.trapz, torch.cumulative_trapezoid), (3, -1)),
     **dict.fromkeys(named("cosine_similarity"), (2, 1)),
     torch.gradient: (9, None),
@@ -63,7 +64,7 @@ NORMS = {
     ),
 }
 _OF_GROUPS: dict[Function, int] = {F.group_norm: 1, torch.group_norm: 1, torch.native_group_norm: 6}
-_RENORMS = named("renorm", "renorm_")
+_RENORMS, _CROSS = named("renorm", "renorm_"), named("cross")
 NORMS |= _RENORMS
 PLACES = named("cummax", "cummin")  # those of ALONG that tell, too, without a gradient, where they found their numbers
 ORDERS = {*ALONG, *(f for f, follow in MOVED.items() if follow is sorted_along)}
@@ -297,6 +298,8 @@ def _runs_along(op: Operation, x: Tensor, axis: int) -> bool:
     if dim is None and (op.func in _FFTN or op.func is torch.gradient):
         sizes = op.given(1, "s")
         dim = range(-x.ndim if sizes is None else -len(sizes), 0)
+    elif dim is None and op.func in _CROSS and 3 in x.shape:
+        dim = x.shape.index(3)
     dims = dim if isinstance(dim, (tuple, list, range)) else (dim,)
     return any(is_axis(d) and d % max(1, x.ndim) == axis for d in dims)
 

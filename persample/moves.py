@@ -267,7 +267,8 @@ def named(*names: str) -> set[Function]:
     return {f for f in found if f is not None}
 
 
-_RESHAPES = "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze"
+_RESHAPES = "view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze view_copy squeeze_copy"
+_RESHAPES += " unsqueeze_copy"
 _TURNED = "transpose swapaxes swapdims permute movedim moveaxis t adjoint"
 _VIEWS = """select narrow chunk split unbind tensor_split split_with_sizes diagonal unfold hsplit vsplit dsplit"""
 _TURNS = named(*_TURNED.split()) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}

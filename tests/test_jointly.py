@@ -87,6 +87,7 @@ MEET: dict[str, Case] = {
     "bilinear": (lambda h: F.bilinear(h, draw(N), draw(N, N, N))[:, None], (), 0),
     "diff": (lambda h: torch.diff(h, dim=0, append=draw(1, 3)), (3,), 0),
     "cross": (lambda h: h * torch.linalg.cross(h[:3], draw(3, N), dim=0).sum(), (N,), 0),
+    "cross, the first axis of three": (lambda h: h * torch.cross(h[:3], draw(3, N)).sum(), (N,), 0),
     "cosine_similarity": (lambda h: F.cosine_similarity(h, draw(N, N), dim=0) * h, (N,), 0),
     "cumulative_trapezoid": (lambda h: F.pad(torch.cumulative_trapezoid(h, dim=0).mT, (1, 0)).mT, (3,), 0),
     "gradient": (torch.gradient, (3,), 0),

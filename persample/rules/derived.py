@@ -78,7 +78,7 @@ def expanded(d: Derivation, g: Rowlike, input: Tensor, *args: Any, **kwargs: Any
 
 @pullback(*spellings("index_select"))
 def selected(d: Derivation, g: Rowlike, input: Tensor, dim: int, index: Tensor) -> Yields:
-    index, dim = d.read(index), dim % input.ndim
+    index, dim = d.read(index), dim % max(1, input.ndim)
     if isinstance(g, Diagonal) and g.axis == dim:
         yield input, lambda: Diagonal(g.value, dim, input.shape, index[g.places])
 

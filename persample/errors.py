@@ -63,7 +63,7 @@ NOTIONS = (
     "meaning), 'influence' (what a sample's weight does: gradient noise, attribution), 'copy' (what hooks give: credit "
     "to a sample's activations), 'frozen' (statistics held fixed: curvature) or 'eval' (running statistics: what "
     "happens after training), see persample.coupling and docs/batchnorm.md; or call model.eval(). Under extend, "
-    "gradients(losses, coupled=) has 'loss' and 'copy'."
+    "gradients(losses, coupled=) has 'loss' and 'copy', and a handle none: give it the params= that are behind."
 )
 
 # The way out where something else couples.

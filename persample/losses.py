@@ -65,7 +65,8 @@ def ways_out(losses: Tensor, n: int) -> str:
     if len(shape) == 1 and n > 1 and shape[0] > n and shape[0] % n == 0:
         return (
             f" If these are {shape[0] // n} losses of every sample, one after the other (tokens), sum or average them, "
-            f"losses.view({n}, -1).sum(1); {per_token}."
+            f"losses.view({n}, -1).sum(1); if they were picked by a mask, keep all and multiply by it, (losses * mask)"
+            f".sum(1); {per_token}."
         )
     return ""
 

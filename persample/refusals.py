@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import rules
 from .calls import APART, MIXES, Call, Reached, arguments, leaves_of, reached
@@ -89,13 +90,19 @@ def _broadcast(call: Call) -> str:
 
 def _other_way_out(call: Call) -> str:
     special = {
-        MIXES: " Where what is taken from other samples is equal for all of them, engine='loop' gives the rows.",
+        MIXES: " Where a sample alone has the same values all the same, engine='loop' gives the rows.",
         APART: " If it draws random numbers from a generator of its own, verify=False gives the rows within the batch.",
     }
+    attention = ""
+    if call.func in _ATTENDS and call.couples == MIXES:
+        attention = "Layers of attention take the samples on axis 1, unless made with batch_first=True. "
     return (
-        "Let the model (and the loss) act on every sample alone; if nothing should couple them, say where the samples "
-        f"are with batch_dim=.{special.get(call.couples, '')} {RECORDED}"
+        f"{attention}Let the model (and the loss) act on every sample alone; if nothing should couple them, say where "
+        f"the samples are with batch_dim=.{special.get(call.couples, '')} {RECORDED}"
     )
+
+
+_ATTENDS = {F.scaled_dot_product_attention, torch.bmm, torch.baddbmm}
 
 
 def parameters_of(found: Reached) -> Iterator[Tensor]:

@@ -529,6 +529,37 @@ def test_trainer_callback_logs_what_the_model_alone_would_show(tmp_path: Path) -
     assert not watched._forward_hooks
 
 
+@pytest.mark.parametrize(("size", "steps"), [(4, 1), (2, 2), (2, 4)])
+def test_trainer_callback_undoes_what_the_trainer_divides_by(size: int, steps: int, tmp_path: Path) -> None:
+    """Of batches of one and the same sample, whose gradient each row is, however the trainer accumulates."""
+    import transformers
+
+    torch.manual_seed(0)
+    dims = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    ends, drops = (
+        {"bos_token_id": 0, "eos_token_id": 0},
+        dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    )
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**dims, **ends, **drops))
+    row = torch.randint(20, (6,))
+    model(input_ids=row[None], labels=row[None]).loss.backward()
+    exact = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    model.zero_grad()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+        learning_rate=0.0, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    labels = torch.tensor([-100, *row[1:]])  # the trainer counts the first one, too, which is nobody's target
+    data = [{"input_ids": row, "labels": labels}] * (size * steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callbacks = [adapters.transformers.callback()]
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+        trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert abs(logged["gradient_norm_max"] / float(exact) - 1) < 1e-4
+
+
 def test_an_interrupted_training_leaves_nothing_on_the_model_for_long(tmp_path: Path) -> None:
     """Nobody tells the callback: its next training ends it, or that nobody has it any more."""
     import transformers

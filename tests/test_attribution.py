@@ -106,6 +106,8 @@ def test_features_that_do_not_fit_are_refused() -> None:
     statistics = persample.gradients(net, nn.CrossEntropyLoss(), *batch(M, M), quantities=["norm"])
     with pytest.raises(QuantityError, match="must be Gradients"):
         attribution.influence(train, statistics, lambda v: v)
+    with pytest.raises(QuantityError, match="needs the rows of train"):
+        attribution.influence(statistics, test, lambda v: v)
     with pytest.raises(QuantityError, match="different parameters"):
         attribution.influence(train.select("0"), test.select("2"), lambda v: v)
     with pytest.raises(QuantityError, match=r"solve must return .*\[31, 4\], got \[31, 1\]"):

@@ -14,9 +14,9 @@ def callback(**options: Any) -> Any:
     """``Trainer(..., callbacks=[callback()])``: adds ``gradient_noise_scale`` and norms to what the trainer logs.
 
     The trainer owns loss and backward; nothing of the training changes.  Its loss is a mean over tokens, so a
-    sample's row is N times its share; with gradient accumulation each micro-batch counts as a batch, and its loss may
-    carry a factor that scales all norms but not the noise scale.  ``options`` (``params=``, ``reduction=``, ...) go
-    to `persample.extend`.
+    sample's row is N times its share; with gradient accumulation each micro-batch counts as a batch, and what the
+    trainer divides its loss by is undone.  ``options`` (``params=``, ``reduction=``, ...) go to `persample.extend`; a
+    ``reduction`` that is a number or a function says all factors itself.
 
     The trainer doesn't tell its callbacks of an exception (Ctrl-C): what listens then stays on the model until this
     callback's next training ends, until ``callback.gradients.stop()``, or, when nothing refers to trainer and
@@ -29,6 +29,7 @@ def callback(**options: Any) -> Any:
             self.gradients = GradientLog(**options)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.gradients.factor = lambda: float(args.gradient_accumulation_steps)
             self.gradients.start(model)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

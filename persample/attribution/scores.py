@@ -23,6 +23,7 @@ from ..arguments import number
 from ..errors import ArgumentError, QuantityError
 from ..gradients import Gradients
 from ..quantities import Quantities
+from ..statistics_run import Statistics
 from .features import Features, both, check_finite, unit, wide
 
 # ---- inner products ---------------------------------------------------------------------------------------------
@@ -163,6 +164,8 @@ def influence(train: Quantities, test: Any, solve: Callable[[Tensor], Tensor]) -
             "train and test must be Gradients (persample.gradients without quantities=), got "
             f"{type(train).__name__} and {type(test).__name__}. For features, solve yourself: train @ solve(test.mT)."
         )
+    if isinstance(train, Statistics):
+        raise QuantityError("influence needs the rows of train: compute gradients without quantities=.")
     if list(train.shapes.items()) != list(test.shapes.items()):
         raise QuantityError(
             "train and test are gradients of different parameters, or in another order; use select() on both."

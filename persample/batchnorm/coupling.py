@@ -356,7 +356,9 @@ class Coupling:
         """Gradient noise as each notion sees it.
 
         Only "influence" predicts the covariance of mini-batch gradients, ``trace / N``.  The others leave out that a
-        sample also moves the statistics: their estimates are biased, and given for comparison.
+        sample also moves the statistics: their estimates are biased, and given for comparison.  ``scale`` is the
+        ratio to the square of this batch's mean, noise included, so that it is smaller than the unbiased one,
+        ``statistics.noise_scale(coupling.gradients("influence"))``.
         """
         return {kind: indices.noise(self.gradients(kind)) for kind in kinds}
 

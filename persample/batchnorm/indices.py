@@ -18,8 +18,8 @@ class Noise(NamedTuple):
     """Gradient noise as some notion of per-sample gradients sees it."""
 
     trace: float  # of the covariance of the rows (ddof=1)
-    squared_mean: float  # |mean row|^2
-    scale: float  # trace / squared_mean, the "simple noise scale" of McCandlish et al. 2018
+    squared_mean: float  # |mean row|^2, of which trace / N is noise
+    scale: float  # trace / squared_mean; without that noise, see `statistics.noise_scale` of the rows
 
 
 def noise(G: Gradients) -> Noise:

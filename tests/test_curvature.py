@@ -1251,3 +1251,21 @@ def test_scipy_operators_of_half_precision() -> None:
     H = hvp(model, nn.CrossEntropyLoss(), x, y)
     found = H.to_scipy() @ torch.ones(8).numpy()
     torch.testing.assert_close(torch.as_tensor(found), (H @ torch.ones(8)).float())
+
+
+def test_backward_passes_that_fail_to_be_differentiated_are_named() -> None:
+    """Not as PyTorch says it, which names an argument of nobody's call."""
+
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.bias = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.native_layer_norm(x * self.gain, [3], None, self.bias, 1e-5)[0]
+
+    model, x, y = Normalised(), torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    for operator in (ggn, hvp):
+        with pytest.raises(persample.CaptureError, match="no second derivative"):
+            operator(model, nn.CrossEntropyLoss(), x, y) @ torch.ones(6, dtype=torch.float64)
+    assert persample.curvature.ggn_diagonal(model, nn.CrossEntropyLoss(), x, y)["gain"].shape == (3,)

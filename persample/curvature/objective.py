@@ -218,4 +218,10 @@ def named_derivatives() -> Iterator[None]:
     except RuntimeError as error:
         if found := re.search(r"derivative for '?(?:aten::)?_?(\w+)_backward\w*'? is not implemented", str(error)):
             raise once_only(f"PyTorch doesn't differentiate the backward pass of {found[1]}") from error
+        if any(told in str(error) for told in _UNFINISHED):
+            raise once_only(f"PyTorch fails to differentiate the backward pass of a function here ({error})") from error
         raise
+
+
+# What functions say whose backward pass was written without a second one in mind.
+_UNFINISHED = ("arguments don't support automatic differentiation", "an undefined Tensor in C++")

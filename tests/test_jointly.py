@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import persample
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using torch.cross without specifying:UserWarning")
 N = 4
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from . import microbatch
 from .engines import ENGINES, check_engine, compiled, hooks
 from .engines import vmap as vmap_engine
-from .errors import ArgumentError, warn
+from .errors import ArgumentError, noted, warn
 from .gradients import Sink
 from .losses import LossFunction
 from .problem import Emit, Pass, Problem, Selection, pose
@@ -124,11 +124,14 @@ def gradients(
         return verify is True or known is None or (known.ragged and part.batch.n not in begun)
 
     with _drawing(generator), undone_on_error(*problem.owners):
+        slices = noted(f"max_bytes={max_bytes} runs the batch in slices of as many samples as fit, at least one.")
         if quantities is not None and max_bytes is not None:
-            return microbatch.statistics(problem, quantities, max_bytes, sliced, tried)
+            with slices:
+                return microbatch.statistics(problem, quantities, max_bytes, sliced, tried)
         sink = Sink(problem.model, problem.parameters, problem.aliases, quantities)
         if engine == "hooks" and max_bytes is not None:
-            sink.kept, run, note = microbatch.rows(problem, max_bytes, sliced)
+            with slices:
+                sink.kept, run, note = microbatch.rows(problem, max_bytes, sliced)
         else:
             run, note = _verified(problem, engine, sink.emit, verify, max_bytes=max_bytes, coupled=coupled)
         if len(run.unused) == len(problem.parameters):
@@ -153,12 +156,15 @@ def _verified(
 
         return coupled_pass(problem, coupled, emit, verify)
 
+    alone = f"engine={engine!r} runs every sample alone, as a batch of one."
+
     def run(emit: Emit, couplers: tuple[int, ...]) -> Pass:
         if engine == "hooks":
             return hooks(problem, emit, couplers=couplers)
-        if engine in ("vmap", "compiled"):
-            return (vmap_engine if engine == "vmap" else compiled)(problem, emit, max_bytes=max_bytes)
-        return ENGINES[engine](problem, emit)
+        with noted(alone):
+            if engine in ("vmap", "compiled"):
+                return (vmap_engine if engine == "vmap" else compiled)(problem, emit, max_bytes=max_bytes)
+            return ENGINES[engine](problem, emit)
 
     known = recall(problem, engine)
     due = verify is None and known is not None and not later and known.due()  # another batch may lie otherwise
@@ -178,7 +184,8 @@ def _verified(
         return result, "verify=False" if verify is False else ""
     n = chosen(problem.batch.n, known.calls if known is not None and due else 0)
     if engine != "hooks":
-        check_alone(problem, *{n, (n + 1) % problem.batch.n})  # one of them may attain a maximum, say
+        with noted(alone):
+            check_alone(problem, *{n, (n + 1) % problem.batch.n})  # one of them may attain a maximum, say
     if engine == "loop":  # the definition
         remember(problem, engine)
         return run(emit, ()), ""

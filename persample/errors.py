@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -117,6 +118,19 @@ _OURS = (
     contextlib.__file__,  # between a with statement of ours, and what it enters
     functools.__file__,  # between whoever reads a cached property of ours, and what computes it
 )
+
+
+@contextlib.contextmanager
+def noted(note: str) -> Iterator[None]:
+    """What the model or the criterion raises inside, with a note of what was done to them."""
+    try:
+        yield
+    except PersampleError:
+        raise
+    except Exception as error:
+        if hasattr(error, "add_note"):  # not before Python 3.11
+            error.add_note(f"persample: {note}")
+        raise
 
 
 def warn(message: str) -> None:

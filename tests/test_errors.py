@@ -611,3 +611,30 @@ def test_outputs_in_a_dictionary_are_named() -> None:
 
     with pytest.raises(persample.LossError, match=r"criterion\(outputs\['scores'\], targets\)"):
         persample.gradients(Named(D, 3), nn.CrossEntropyLoss(), x().float(), torch.arange(N) % 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"engine": "loop"}, "engine='loop' runs every sample alone"),
+        ({"engine": "vmap"}, "engine='vmap' runs every sample alone"),
+        ({"max_bytes": 1}, "max_bytes=1 runs the batch in slices"),
+        ({"max_bytes": 1, "quantities": ["norm"]}, "max_bytes=1 runs the batch in slices"),
+    ],
+)
+@pytest.mark.parametrize("verify", [None, False])
+def test_errors_of_a_model_tell_what_was_done_to_it(options: Any, note: str, verify: bool | None) -> None:
+    class BuiltIn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(self.layer(x)[:, None], torch.ones(4, 2, 2))[:, 0]
+
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    with pytest.raises((RuntimeError, persample.VerificationError)) as caught:
+        persample.gradients(BuiltIn(), nn.CrossEntropyLoss(), x, y, verify=verify, **options)
+    told = [str(caught.value), *getattr(caught.value, "__notes__", ())]
+    assert any(note in line or "sample 1 alone does not" in line for line in told)
+    assert persample.gradients(BuiltIn(), nn.CrossEntropyLoss(), x, y, verify=False).norm().shape == (4,)

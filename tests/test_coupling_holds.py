@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import persample
 from persample import optim
 from persample.batchnorm import jacobian
+from persample.batchnorm.coupling import Coupling
 
 N, CE = 6, nn.CrossEntropyLoss()
 NOTIONS = ("loss", "copy", "frozen", "influence", "eval")
@@ -304,6 +305,32 @@ def test_inputs_that_a_model_changes_in_place(route: Any) -> None:
     assert torch.equal(x, before)
     G = persample.gradients(model, CE, x, y, coupled="loss", verify=True)
     torch.testing.assert_close(G.flat(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_models_that_count_their_passes() -> None:
+    """A buffer that every pass moves is no change of the point, whichever is asked for first."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        m.passes += 1
+        return m.norm(m.first(x)).tanh()
+
+    model, x, y = net(body)
+    model.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+    inputs = x.clone().requires_grad_()
+    losses = F.cross_entropy(model(inputs), y, reduction="none")
+    expected = torch.stack([torch.autograd.grad(each, inputs, retain_graph=True)[0].norm(dim=1) for each in losses])
+    model.passes.zero_()
+
+    def coupling(route: Any = None) -> Coupling:
+        return persample.coupling(model, CE, x, y, route=route, verify=False)
+
+    torch.testing.assert_close(coupling().input_norms(), expected, rtol=1e-9, atol=1e-12)
+    known = coupling()
+    known.gradients("loss")
+    torch.testing.assert_close(coupling().output_input_norms(), known.output_input_norms(), rtol=1e-9, atol=1e-12)
+    by_samples, by_statistics = (coupling(route).statistic_influence() for route in ("samples", "statistics"))
+    torch.testing.assert_close(by_samples, by_statistics, rtol=1e-9, atol=1e-12)
+    assert int(model.passes) == 0
 
 
 def test_a_forward_that_switches_modes() -> None:

@@ -19,7 +19,8 @@ each loss, or ``K``, one for each statistic.  `cheaper` chooses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -38,7 +39,7 @@ from ..scratch import kernel
 from ..state import parameters_of
 from ..telling import numbered_as
 from .passes import CHUNK, Forward, Grads, Point
-from .statistics import Copies, Explicit, Node, given, live, pooled
+from .statistics import Copies, Explicit, Node, Pool, given, live, pooled
 
 Route = Literal["samples", "statistics"]
 
@@ -116,6 +117,15 @@ class Network:
             losses = run.losses.detach()
             total = torch.cat([losses[:0], *(g.detach() for g in found if g is not None)])
             return Structure(losses, detached(run.outputs), [n.detached() for n in nodes], alive, sources, total)
+
+    @contextmanager
+    def forward(self, pool: Pool | None = None, *, inputs: bool = False) -> Iterator[Forward]:
+        """`Point.forward` for what needs the structure too: found only within, it would take a pass inside of this one,
+        after buffers have moved.
+        """
+        _ = self.structure
+        with self.point.forward(pool, inputs=inputs) as run:
+            yield run
 
     def alive(self, nodes: Sequence[Node]) -> list[Node]:
         """Of the nodes of a forward pass those that the losses depend on."""
@@ -198,13 +208,13 @@ class Network:
         """``lambda_n``, ``[N, K]``: total derivatives of all losses with respect to the statistics."""
         if (self.route or cheaper(self.n, self.structure.size)) == "statistics":
             return self.u @ self.resolvent
-        with self.point.forward(live) as run:
+        with self.forward(live) as run:
             return self._onto_statistics(run, [run.losses])
 
     @cached_property
     def resolvent(self) -> Tensor:
         """``R = (I - B)^{-1}``, ``[K, K]``: how a change of one statistic (column) moves all of them."""
-        with self.point.forward(live) as run:
+        with self.forward(live) as run:
             return self._onto_statistics(run, pooled(self.alive(run.nodes)))
 
     def _onto_statistics(self, run: Forward, outs: Sequence[Tensor]) -> Tensor:

@@ -176,7 +176,7 @@ def outgoing_squares(network: Network, probes: int, generator: torch.Generator |
 
 def input_squares(network: Network) -> Tensor:
     """``|dl_n/dx_m|^2``, ``[N, N]``: ``N`` backward passes."""
-    with network.point.forward(inputs=True) as run:
+    with network.forward(inputs=True) as run:
         return _input_squares(network, run.inputs, run.losses)
 
 
@@ -188,7 +188,7 @@ def output_input_squares(network: Network, probes: int | None, generator: torch.
     if probes is not None:
         check_samples(probes, "probes", "directions")
         generator = _of_its_own(network, generator)
-    with network.point.forward(inputs=True) as run:
+    with network.forward(inputs=True) as run:
         leaves = network.problem.batch.outputs(run.outputs).sampled()
         outs = [x.movedim(axis, 0).reshape(network.n, -1) for x, axis in leaves if x.requires_grad]
         if not outs:

@@ -62,7 +62,8 @@ def gradients(
             ``r".*\.weight"``, no shell pattern ``"*.weight"``), names, or a predicate ``(name, parameter)``; all that
             require grad by default.
         batch_dim: where the samples are: an int for all tensors, or ``(inputs, targets[, outputs])`` with an int,
-            ``None`` (shared) or a pytree each.
+            ``None`` (shared) or a pytree each; ``list``: a list has an entry for each sample (of several sizes),
+            tensors have them in front.
         coupled: for models whose batch is coupled (BatchNorm in training mode), which of five notions to return:
             ``"eval"``, ``"frozen"``, ``"copy"``,
             ``"loss"`` or ``"influence"``; see `persample.coupling`.
@@ -179,10 +180,12 @@ def _verified(
             result = replace(result, coupled=result.coupled or result.totals)
         elif engine == "hooks" and known is not None and (acts or result.called not in known.called):
             with restored(*problem.owners):
-                held, _ = run_verified(problem, engine, lambda *_: None, run, chosen(problem.batch.n))
+                held, _ = run_verified(
+                    problem, engine, lambda *_: None, run, chosen(problem.batch.n, 0, problem.batch.sizes)
+                )
             result = replace(result, coupled=result.coupled or held.coupled)
         return result, "verify=False" if verify is False else ""
-    n = chosen(problem.batch.n, known.calls if known is not None and due else 0)
+    n = chosen(problem.batch.n, known.calls if known is not None and due else 0, problem.batch.sizes)
     if engine != "hooks":
         with noted(alone):
             check_alone(problem, *{n, (n + 1) % problem.batch.n})  # one of them may attain a maximum, say

@@ -3,7 +3,8 @@
 By default every tensor has the same size ``N`` at axis 0.  Tensors without axes, and with size 1 at axis 0 while
 others have more, are shared by all samples.  ``batch_dim`` says otherwise: an int for all tensors, or a tuple
 ``(inputs, targets)`` or ``(inputs, targets, outputs)`` with, for each, an int, ``None`` (shared), or a pytree of those
-in the shape of (a prefix of) that argument, as for ``torch.vmap``'s ``in_dims``.
+in the shape of (a prefix of) that argument, as for ``torch.vmap``'s ``in_dims``.  ``list`` in the place of an int says
+that a list has an entry for each sample (images of several sizes), which is one leaf here: `Listed`.
 """
 
 from __future__ import annotations
@@ -19,42 +20,86 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import PyTree, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .errors import ArgumentError, EmptyBatchError, SampleAxisError
+from .layout import Layout
 from .state import OWN, modules_of
 
 Axis = int | None
 
 
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """A list with an entry for each sample: to be cut like a tensor that has the samples on axis 0."""
+
+    items: list[Any]
+    ndim = 1
+    layout = torch.strided
+    device = torch.device("cpu")
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (len(self.items),)
+
+    def narrow(self, _: int, start: int, length: int) -> Listed:
+        return Listed(self.items[start : start + length])
+
+    def index_select(self, _: int, index: Tensor) -> Listed:
+        return Listed([self.items[i] for i in index.tolist()])
+
+    def tensors(self) -> list[tuple[Tensor, Layout]]:
+        """Each is one sample's alone."""
+        n = len(self.items)
+        owned = ((x, i) for i, item in enumerate(self.items) for x in tree_leaves(item) if isinstance(x, Tensor))
+        return [(x, Layout(n, alone=i)) for x, i in owned]
+
+    def over(self, f: Callable[[Tensor, int], Tensor]) -> Listed:
+        return Listed(tree_map(lambda x: f(x, 0) if isinstance(x, Tensor) else x, self.items))
+
+
 @dataclass(frozen=True)
 class Tree:
-    """Tensors in a structure, each with its sample axis (``None``: shared; anything else than a tensor is shared)."""
+    """Tensors in a structure, each with its sample axis (``None``: shared; anything else than a tensor is shared, but
+    for what is `Listed`).
+    """
 
     leaves: list[Any]
     spec: Any
     axes: list[Axis]
 
     def whole(self) -> Any:
-        return unflatten(self.leaves, self.spec)
+        return unflatten([x.items if type(x) is Listed else x for x in self.leaves], self.spec)
 
-    def tensors(self) -> list[tuple[Tensor, Axis]]:
-        return [(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True) if isinstance(x, Tensor)]
+    def tensors(self) -> list[tuple[Tensor, Axis | Layout]]:
+        """All of them, each with where its samples are."""
+        found: list[tuple[Tensor, Axis | Layout]] = []
+        for x, axis in zip(self.leaves, self.axes, strict=True):
+            if isinstance(x, Tensor):
+                found.append((x, axis))
+            elif type(x) is Listed:
+                found += x.tensors()
+        return found
 
     def sampled(self) -> list[tuple[Tensor, int]]:
         """The tensors that have samples, each with its sample axis."""
-        return [(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True) if axis is not None]
+        pairs = zip(self.leaves, self.axes, strict=True)
+        return [(x, axis) for x, axis in pairs if axis is not None and type(x) is not Listed]
 
     def one(self, pieces: Iterable[Tensor]) -> Any:
         """A batch of one, given what of `sampled` is that sample's, without its sample axis."""
         it, pairs = iter(pieces), zip(self.leaves, self.axes, strict=True)
         return unflatten([x if axis is None else next(it).unsqueeze(axis) for x, axis in pairs], self.spec)
 
+    def over(self, f: Callable[[Tensor, int], Tensor]) -> Tree:
+        """The same with ``f(tensor, axis)`` for every tensor that has samples."""
+        pairs = zip(self.leaves, self.axes, strict=True)
+        leaves = [x if axis is None else x.over(f) if type(x) is Listed else f(x, axis) for x, axis in pairs]
+        return Tree(leaves, self.spec, self.axes)
+
     def map(self, f: Callable[[Tensor, int], Tensor]) -> Any:
-        """The structure with ``f(tensor, axis)`` for every tensor that has samples."""
-        return unflatten(
-            [x if axis is None else f(x, axis) for x, axis in zip(self.leaves, self.axes, strict=True)], self.spec
-        )
+        """The structure of `over`."""
+        return self.over(f).whole()
 
     def sample(self, n: int) -> Any:
         """Sample ``n`` alone, as a batch of one."""
@@ -81,6 +126,11 @@ class Tree:
 
 def taken_apart(*trees: Tree) -> tuple[list[list[Tensor]], list[list[int]]]:
     """The tensors of each that have samples, and their sample axes: arguments of ``vmap``, and its ``in_dims``."""
+    if any(type(x) is Listed for tree in trees for x in tree.leaves):
+        raise SampleAxisError(
+            "batch_dim=list: samples in a list can't be run together by torch.vmap, which takes tensors with a sample "
+            "axis. Use engine='hooks' or 'loop', or pad the samples to one size."
+        )
     pairs = [tree.sampled() for tree in trees]
     return [[x for x, _ in own] for own in pairs], [[axis for _, axis in own] for own in pairs]
 
@@ -109,12 +159,18 @@ class Batch:
         if isinstance(inputs, Mapping) and not isinstance(inputs, dict):
             inputs = dict(inputs)  # what tokenizers return is no dict, and pytrees don't know it
         dims = three_dims(batch_dim)
+        if isinstance(inputs, list) and dims[0] is list:
+            inputs = (inputs,)  # the one argument
         given = [
             _axes(tree, dim, what)
             for tree, dim, what in zip((inputs, targets), dims[:2], ("inputs", "targets"), strict=True)
         ]
         leaves, _, claimed, default = given[0]
-        if not default and any(isinstance(x, Tensor) for x in leaves) and not any(a is not None for a in claimed):
+        if (
+            not default
+            and any(isinstance(x, Tensor | Listed) for x in leaves)
+            and not any(a is not None for a in claimed)
+        ):
             raise SampleAxisError(
                 "batch_dim= says that every tensor among the inputs is shared, so no sample is in any of them. Where "
                 "one tensor holds samples of several sizes (the nodes of graphs), pad each to one size, with samples "
@@ -190,6 +246,12 @@ class Batch:
                 )
         return ""
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many entries each sample has, where inputs are in lists; else nothing."""
+        lists = [x.tensors() for x in self.inputs.leaves if type(x) is Listed]
+        return [sum(x.numel() for own in lists for x, at in own if at.alone == i) for i in range(self.n * bool(lists))]
+
     def select(self, index: Tensor) -> Batch:
         return Batch(len(index), self.inputs.select(index), self.targets.select(index), self.output_dim)
 
@@ -200,6 +262,8 @@ def _has(x: Any, dim: int, n: int) -> bool:
 
 def three_dims(batch_dim: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     """Of inputs, targets and outputs."""
+    if batch_dim is list:
+        return list, list, 0
     if isinstance(batch_dim, int):
         return batch_dim, batch_dim, batch_dim
     if isinstance(batch_dim, tuple) and len(batch_dim) in (2, 3):
@@ -207,9 +271,28 @@ def three_dims(batch_dim: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     if isinstance(batch_dim, (dict, list)):
         return batch_dim, 0, 0
     raise SampleAxisError(
-        "batch_dim must be an int, a pytree for the inputs, or a tuple (inputs, targets[, outputs]), got "
-        f"{batch_dim!r}."
+        "batch_dim must be an int, list, a pytree of these for the inputs, or a tuple (inputs, targets[, outputs]), "
+        f"got {batch_dim!r}."
     )
+
+
+def _listed(dims: PyTree, tree: Any) -> tuple[PyTree, Any]:
+    """``tree`` with the lists that ``dims`` says to have an entry for each sample as one leaf each; and where the
+    samples are then.
+    """
+    if dims is list and isinstance(tree, list):
+        return 0, Listed(tree)
+    if dims is list and isinstance(tree, (tuple, dict)) and not hasattr(tree, "_fields"):
+        dims = dict.fromkeys(tree, list) if isinstance(tree, dict) else [list] * len(tree)
+    if dims is list:
+        return 0, tree
+    if isinstance(tree, dict) and isinstance(dims, Mapping) and not tree.keys() - dims.keys():
+        pairs = {key: _listed(dims[key], x) for key, x in tree.items()}
+        return {key: dim for key, (dim, _) in pairs.items()}, {key: x for key, (_, x) in pairs.items()}
+    if type(tree) in (tuple, list) and isinstance(dims, (tuple, list)) and len(tree) == len(dims):
+        both = [_listed(dim, x) for dim, x in zip(dims, tree, strict=True)]
+        return [dim for dim, _ in both], type(tree)(x for _, x in both)
+    return dims, tree
 
 
 def _prefix(dims: PyTree, tree: Any) -> list[Axis]:
@@ -240,6 +323,9 @@ def _check_not_packed(tree: Any, dims: list[Axis], what: str) -> None:
 
 def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis], bool]:
     """Leaves, structure and claimed axes; whether they were the default."""
+    default = isinstance(dim, int) or dim is list
+    if not isinstance(dim, int):
+        dim, tree = _listed(dim, tree)
     leaves, spec = tree_flatten(tree)
     try:
         dims = _prefix(dim, tree)
@@ -248,7 +334,6 @@ def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis]
     if len(leaves) > 1 and any(axis is not None for axis in dims):
         _check_not_packed(tree, dims, what)
     axes: list[Axis] = []
-    default = isinstance(dim, int)
     for x, claimed in zip(leaves, dims, strict=True):
         if isinstance(x, Tensor) and x.is_nested:
             raise SampleAxisError(
@@ -260,7 +345,7 @@ def _axes(tree: Any, dim: PyTree, what: str) -> tuple[list[Any], Any, list[Axis]
                 f"{what}: a tensor of shape {tuple(x.shape)} was made inside torch.inference_mode(), where autograd "
                 "can't keep it. clone() it outside."
             )
-        if not isinstance(x, Tensor) or claimed is None or (x.ndim == 0 and default):
+        if not isinstance(x, Tensor | Listed) or claimed is None or (x.ndim == 0 and default):
             axes.append(None)
         elif not -x.ndim <= claimed < x.ndim:
             if default and x.ndim == 1 and what == "targets":
@@ -288,7 +373,10 @@ def _check_sizes(given: list[tuple[list[Any], Any, list[Axis], bool]], n: int, b
         fronts = {x.shape[0] for _, x, _, _ in found}
         way = f" At axis 0, all have size {fronts.pop()}: leave batch_dim= out?" if said and len(fronts) == 1 else ""
         if what == first and axis == at == 0 and x.ndim > 1 and x.shape[1:] == y.shape[1:]:
-            way += " If these are sequences, one for each sample, pad them (torch.nn.utils.rnn.pad_sequence)."
+            way += (
+                " If these are sequences, one for each sample, give them as a list, with batch_dim=list, or padded "
+                "(torch.nn.utils.rnn.pad_sequence)."
+            )
         raise SampleAxisError(
             f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but the {first} of "
             f"shape {tuple(y.shape)} have N = {n} samples at axis {at}{said}.{way} Give as many of each, or say "

@@ -21,7 +21,7 @@ from . import aten, rules
 from .calls import APART, KEY, MIXES, Call, Shared, arguments, function_name, mapped, metadata, reached
 from .errors import HigherOrderError, SampleAxisError
 from .followed import Followed, SampledTensor, SharedTensor, is_wrapped, results_of
-from .layout import Operation
+from .layout import Layout, Operation
 from .lone import NORMALISE, put_right
 from .mixing import ALONG, ORDERS, PLACES, acts_across, in_order, mixes, ranks
 from .moves import RESHAPED
@@ -80,7 +80,7 @@ class Capture(TorchFunctionMode):
         for key in [key for key, (_, kind, _) in known.items() if isinstance(kind, SharedTensor)]:
             del known[key]
 
-    def start(self, n: int, inputs: Iterable[tuple[Tensor, int | None]]) -> None:
+    def start(self, n: int, inputs: Iterable[tuple[Tensor, int | Layout | None]]) -> None:
         """Begin with these inputs, each with its sample axis (``None``: shared)."""
         if not self.active:
             self.followed.forget()

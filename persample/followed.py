@@ -27,7 +27,7 @@ from .mixing import SHIFTS, extent
 from .moves import RESHAPED
 from .probing import Source, note, places_in, probed, upstream
 from .propagate import lone_sample, propagate
-from .writing import rewritten, writes_into
+from .writing import beneath, rewritten, writes_into
 
 BATCH_DIM = "if the model takes its samples on another axis, say where they are with batch_dim="
 
@@ -73,7 +73,7 @@ class Followed:
         self.derived = 0  # how many tensors were
         self.acts = Acts()
 
-    def begin(self, n: int, shared: Iterable[Tensor], inputs: Iterable[tuple[Tensor, int | None]]) -> None:
+    def begin(self, n: int, shared: Iterable[Tensor], inputs: Iterable[tuple[Tensor, int | Layout | None]]) -> None:
         """These tensors are shared, and these the inputs, each with its sample axis (``None``: shared)."""
         self.n = n
         self.forwards += 1
@@ -87,7 +87,8 @@ class Followed:
             if axis is None:
                 self.mark(t, root)
             else:
-                self.mark(t, SampledTensor(lone_sample(t) if n == 1 else Layout(n, axis % max(1, t.ndim))))
+                at = axis if isinstance(axis, Layout) else Layout(n, axis % max(1, t.ndim))
+                self.mark(t, SampledTensor(lone_sample(t) if n == 1 else at))
 
     @property
     def couples(self) -> bool:
@@ -290,7 +291,7 @@ class Followed:
             total = 3  # the place of the largest number, which nobody subtracts before an exponential
         self.mark(t, self._found(op, t, layout, total))
         if mutates and t._base is not None and not isinstance(self.kind(t._base), SampledTensor):
-            self.mark(t._base, self._found(op, t._base, None, 0))
+            self.mark(t._base, self._found(op, t._base, beneath(op, t._base, t, layout), 0))
 
     def _probed(self, op: Operation, t: Tensor) -> Layout | None:
         """Where the samples are in what an operation has made of which nothing is known."""

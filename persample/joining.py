@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .layout import Function, Layout, Operation, kept, only, owned, same
-from .moves import named
-from .writing import candidates
+from .moves import MOVED, named
+from .writing import WRITES, written
 
 JOINS, STACKS = named("cat", "concat", "concatenate"), named("stack")
 # What else puts tensors behind each other, and along which axis: that of lists, of tables; empty where the call says.
@@ -107,9 +107,12 @@ def one_by_one(op: Operation, out: Tensor) -> Layout | None:
     """What becomes of samples that are taken out of the batch: each stays alone until they are joined again."""
     if op.func in JOINS or op.func in GATHERS:
         return _gathered(op, out)
-    if op.func is Tensor.__setitem__ and out is op.args[0] and isinstance(i := op.args[1], int) and op.of(out) is None:
-        return _put(op, i, out)
-    first = op.known[0][1]
+    if op.func in WRITES and op.args and out is op.args[0] and op.of(out) is None:
+        return written(op, out)
+    x, first = op.known[0]
+    if first.alone is None and op.args and x is op.args[0] and (follow := MOVED.get(op.func)) is not None:
+        found = follow(op, first, out)  # a part of the batch, by an index of one sample's own: of its own entries only
+        return found if only(found) is not None and all(only(at) == only(found) for _, at in op.known[1:]) else None
     if not all(same(at, first) for _, at in op.known):
         return None
     places = (kept(at, x.ndim, out.shape, True) for x, at in op.known if at.alone is None)
@@ -130,15 +133,6 @@ def _gathered(op: Operation, out: Tensor) -> Layout | None:
     batch = out.shape[dim] == n and len(known) < len(parts) and sum(count for _, count in known) == 1
     own = len(samples) == 1 and None not in samples and not batch
     return Layout(n, alone=samples.pop()) if own else None  # a sample's own tokens beside others (zeros, a class)
-
-
-def _put(op: Operation, i: int, out: Tensor) -> Layout | None:
-    """A constant, after one sample was put at place ``i``: the first of several, most likely, each at its number."""
-    _, at = op.known[-1]
-    if (owner := only(at)) is None:
-        return None
-    place, sample = torch.tensor([[i % len(out)], [owner]], device="cpu")
-    return next(iter(candidates(op, out, at.n, 0, place, sample)), None)
 
 
 def _joins_at(op: Operation, parts: Sequence[Tensor], out: Tensor) -> int:

@@ -239,13 +239,13 @@ def lone_losses(loss_fn: LossFunction, outputs: Tree, targets: Tree, n: int) -> 
             f"the model returned outputs of layout {sparse[0]}, of which loss_fn can't be given one sample alone: "
             "return outputs.to_dense(), or let loss_fn return [N] losses."
         )
-    samples, dims = taken_apart(outputs, targets)
 
     def one(pieces: list[list[Tensor]]) -> Tensor:
         with Mapped():
             return _scalar(loss_fn(outputs.one(pieces[0]), targets.one(pieces[1])))
 
     try:
+        samples, dims = taken_apart(outputs, targets)
         with _slow_in_silence():
             return vmap(one, in_dims=(dims,), randomness="error")(samples)
     except LossError:

@@ -275,6 +275,8 @@ class Recorder:
         dims, inputs = three_dims(self.batch_dim)[0], cast(Any, [list(args), kwargs])
         if isinstance(dims, dict):  # by name, also of what is given by position
             inputs = {**inspect.signature(unwrapped(self.model)[0].forward).bind_partial(*args).arguments, **kwargs}
+        elif dims is list:
+            dims, inputs = [list, list], [args, kwargs]
         elif not isinstance(dims, int):
             dims = [dims, 0]
         batch = Batch.of(inputs, None, dims)
@@ -349,7 +351,7 @@ class Recorder:
                 f"batch_dim={self.batch_dim!r} goes by names: give samples() its inputs by name, too, as in "
                 "recorder.samples(x=x)."
             )
-        given: Any = [list(inputs), named] if inputs and named else inputs or named
+        given: Any = (inputs, named) if inputs and named else inputs or named
         self._begin(Batch.of(given, None, self.batch_dim))
 
     # ---- losses given -------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def signature(problem: Problem, engine: str) -> Any:
     """What a verification is good for: shapes, types, modules with their modes and settings, parameters, engine,
     criterion, and the rules that there are.
     """
-    leaves = tree_leaves((problem.batch.inputs.leaves, problem.batch.targets.leaves))
+    leaves = tree_leaves((problem.batch.inputs.whole(), problem.batch.targets.whole()))
     plain = (bool, str) if _memory(problem.model).counts else PLAIN
     return (
         engine,

@@ -11,7 +11,7 @@ more passes of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -137,12 +137,14 @@ class Probe:
         return compared(rows, named(grads), n, loss.dtype, lambda seed: named(self._held_against(how, n, seed)[1]))
 
 
-def chosen(count: int, call: int = 0) -> int:
+def chosen(count: int, call: int = 0, sizes: Sequence[int] = ()) -> int:
     """The sample that is verified: always the same of so many at the first call, another at later ones; not the first
-    of several then, on which those before it can't act.
+    of several then, on which those before it can't act; nor one of the largest, where their ``sizes`` are known, as
+    nothing is padded there.
     """
     drawn = int(torch.randint(count, (), generator=torch.Generator().manual_seed(count + 7919 * call), device="cpu"))
-    return drawn if call else max(drawn, min(1, count - 1))
+    drawn = drawn if call else max(drawn, min(1, count - 1))
+    return sizes.index(min(sizes)) if sizes and sizes[drawn] == max(sizes) else drawn
 
 
 def with_own_inputs(problem: Problem) -> Problem:
@@ -151,7 +153,9 @@ def with_own_inputs(problem: Problem) -> Problem:
 
 
 def _own(tree: Tree) -> Tree:
-    return replace(tree, leaves=[x.clone() if isinstance(x, Tensor) else x for x in tree.leaves])
+    given = zip(tree.leaves, tree.axes, strict=True)
+    shared = [x.clone() if axis is None and isinstance(x, Tensor) else x for x, axis in given]
+    return replace(tree, leaves=shared).over(lambda x, _: x.clone())
 
 
 def row_of(g: Factors, n: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import Layout, Operation, kept, owned, same
+from .layout import Layout, Operation, kept, of_one, only, owned, same
 from .moves import indexed, named, numbered, read
 
 _ADDS = "index_add index_reduce scatter_add scatter_reduce"
@@ -26,6 +26,8 @@ COPIES = named(*_PUTS.split()) | SCATTERS | PLACES
 def written(op: Operation, out: Tensor) -> Layout | None:
     """What becomes of a constant into which samples are written."""
     value, layout = op.known[-1]
+    if (owner := of_one(op.known)) is not None:
+        return _put(op, out, layout.n, owner)
     if op.func in PLACES:
         if _source(op)[0] is not value:
             return None
@@ -47,6 +49,46 @@ def written(op: Operation, out: Tensor) -> Layout | None:
     if value.ndim == out.ndim:  # of another size than the whole, maybe, along the axis of the samples
         return layout if layout.fits(out.shape, layout.axis) else None
     return kept(layout, value.ndim, out.shape)
+
+
+def _put(op: Operation, out: Tensor, n: int, owner: int) -> Layout | None:
+    """A constant, after entries of one sample were put into it (``out[i, :length] = x[i]``)."""
+    value = _source(op)[0]
+    shape = value.shape if isinstance(value, Tensor) else ()
+    theirs = torch.full(shape, owner, dtype=torch.long, device=out.device)
+    return _first(op, out, n, _replaced(op, torch.full_like(op.args[0], -1, dtype=torch.long), theirs), owner)
+
+
+def beneath(op: Operation, whole: Tensor, part: Tensor, layout: Layout | None) -> Layout | None:
+    """A constant, after a view of it was written into (``out[i].copy_(x[i])``)."""
+    if layout is None or layout.n == 1:
+        return layout
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        numbers = torch.empty_strided(whole.shape, whole.stride(), dtype=torch.long, device=whole.device).fill_(-1)
+        offset = part.storage_offset() - whole.storage_offset()
+        owner = only(layout)
+        theirs = numbered(layout, part) if owner is None else torch.full_like(part, owner, dtype=torch.long)
+        numbers.as_strided(part.shape, part.stride(), offset).copy_(theirs)
+        return (
+            _first(op, whole, layout.n, numbers, owner) if owner is not None else filled(op, whole, layout.n, numbers)
+        )
+
+
+def _first(op: Operation, out: Tensor, n: int, numbers: Tensor, owner: int) -> Layout | None:
+    """The layout of a constant into which entries of one sample were put, the first of several, most likely, each at
+    its number: ``numbers`` says which entries.
+    """
+    single: list[Layout] = []
+    several: list[Layout] = []
+    for axis in range(out.ndim):
+        places = (numbers.movedim(axis, 0).reshape(out.shape[axis], -1) >= 0).any(1).nonzero().squeeze(1)
+        if out.shape[axis] == n and places.tolist() == [owner]:
+            return Layout(n, axis)
+        if len(places) < out.shape[axis]:
+            found = single if len(places) == 1 else several
+            found += candidates(op, out, n, axis, places, torch.full_like(places, owner))[:1]
+    found = single or several
+    return found[0] if len(found) == 1 else None
 
 
 def writes_into(op: Operation, out: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointError
 
-from ..batch import Batch, Tree, call_model, detached, flatten
+from ..batch import Batch, Tree, call_model, detached
 from ..calls import Reached, reached
 from ..capture import Capture
 from ..collect import Collect
@@ -97,8 +97,7 @@ class Point:
         ``batch``: another one; ``inputs``: whether to differentiate with respect to them too.
         """
         problem = with_own_inputs(self.problem if batch is None else replace(self.problem, batch=batch))
-        given = problem.batch.inputs.map(lambda x, _: x.detach().requires_grad_(inputs and x.is_floating_point()))
-        tree = replace(problem.batch.inputs, leaves=flatten(given)[0])
+        tree = problem.batch.inputs.over(lambda x, _: x.detach().requires_grad_(inputs and x.is_floating_point()))
         explicit = Explicit(pool) if pool is not None else None
         capture = Capture(problem.model, set())
         with self._same(), ExitStack() as modes:
@@ -107,7 +106,7 @@ class Point:
                 modes.enter_context(Replace(problem.model, capture, explicit))
                 capture.start(problem.batch.n, tree.tensors())
             try:
-                outputs = call_model(problem.model, given)
+                outputs = call_model(problem.model, tree.whole())
             finally:
                 capture.stop()
             batch = problem.batch

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reductions
 from ..arguments import check_samples
-from ..batch import Tree
+from ..batch import Listed, Tree
 from ..curvature.operator import unflatten
 from ..errors import BatchNormError, DirectionError
 from ..factors import Dense, Factors, dense, index
@@ -203,6 +203,8 @@ def output_input_squares(network: Network, probes: int | None, generator: torch.
 def _input_squares(network: Network, inputs: Tree, out: Tensor) -> Tensor:
     """``[R, N]``: squared norms of ``d out_r / dx_m``."""
     leaves = [(x, axis) for x, axis in inputs.sampled() if x.requires_grad]
+    if any(type(x) is Listed for x in inputs.leaves):
+        raise BatchNormError("of inputs in a list (batch_dim=list), derivatives are not taken: pad them to a tensor.")
     if not leaves:
         raise BatchNormError("no input with a sample axis is of floating type: there is no derivative to take.")
     squares = out.detach().new_zeros(len(out), network.n)

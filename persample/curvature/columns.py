@@ -97,7 +97,7 @@ def _verify(problem: Problem, verify: bool | None) -> bool:
         problem = with_own_inputs(problem)  # which a forward may change in place
         with restored(*problem.owners):
             run = lambda emit, couplers: hooks(problem, emit, couplers=couplers)  # noqa: E731
-            run_verified(problem, "hooks", lambda *_: None, run, chosen(problem.batch.n))
+            run_verified(problem, "hooks", lambda *_: None, run, chosen(problem.batch.n, 0, problem.batch.sizes))
     return due
 
 

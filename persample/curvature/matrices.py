@@ -161,7 +161,8 @@ def _by_rows(objective: Objective, batch_dim: Any) -> Callable[[Tensor], Tensor]
 def single_output(objective: Objective, outputs: Any) -> tuple[Tensor, int]:
     """The one tensor that the model returns, under one name or several, and its sample axis."""
     tree = objective.problem.batch.outputs(outputs)
-    found = list({id(x): (x, axis) for x, axis in tree.tensors() if x.requires_grad}.values())
+    pairs = zip(tree.leaves, tree.axes, strict=True)
+    found = list({id(x): (x, axis) for x, axis in pairs if isinstance(x, Tensor) and x.requires_grad}.values())
     if len(found) != 1 or found[0][1] is None:
         raise LossError(
             f"the model returned {len(found)} differentiable tensors, or none with a sample axis; the distribution of "

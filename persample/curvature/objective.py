@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from .. import aten
 from ..batch import Tree, call_model
@@ -86,18 +85,17 @@ class Objective:
     def forward(self, capture: Capture | None = None) -> Iterator[Any]:
         """The outputs with their graph, to be differentiated inside the ``with`` block; ``capture`` records calls."""
         with self.start.again(self.problem):
-            inputs = with_own_inputs(self.problem).batch.inputs.map(lambda x, _: x.detach())
+            inputs = with_own_inputs(self.problem).batch.inputs.over(lambda x, _: x.detach())
             if capture is None:
-                yield call_model(self.problem.model, inputs)
+                yield call_model(self.problem.model, inputs.whole())
             else:
                 yield self._recorded(capture, inputs)
 
-    def _recorded(self, capture: Capture, inputs: Any) -> Any:
-        leaves = zip(tree_leaves(inputs), self.problem.batch.inputs.axes, strict=True)
+    def _recorded(self, capture: Capture, inputs: Tree) -> Any:
         try:
             with capture:
-                capture.start(self.problem.batch.n, [(x, axis) for x, axis in leaves if isinstance(x, Tensor)])
-                return call_model(self.problem.model, inputs)
+                capture.start(self.problem.batch.n, inputs.tensors())
+                return call_model(self.problem.model, inputs.whole())
         finally:
             capture.stop()
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..batch import Tree, call_model, detached, flatten, suspended, unflatten
 from ..calls import reached
@@ -84,14 +83,11 @@ def forward(problem: Problem, capture: Capture) -> tuple[Any, Tensor, Seeds, Ten
     one.
     """
     batch, followed = problem.batch, capture.followed
-    inputs = batch.inputs.map(lambda x, _: x.detach())  # nobody's gradient, the inputs' included, is touched
-    leaves = zip(tree_leaves(inputs), batch.inputs.axes, strict=True)
+    inputs = batch.inputs.over(lambda x, _: x.detach())  # nobody's gradient, the inputs' included, is touched
     try:
         with capture, eager():
-            capture.start(
-                batch.n, [*((x, axis) for x, axis in leaves if isinstance(x, Tensor)), *batch.targets.tensors()]
-            )
-            outputs = call_model(problem.model, inputs)
+            capture.start(batch.n, [*inputs.tensors(), *batch.targets.tensors()])
+            outputs = call_model(problem.model, inputs.whole())
             check_outputs(problem.loss_fn, outputs)
             targets = batch.targets.whole()
             ordered = whole = None

@@ -170,6 +170,18 @@ def same(a: Layout, b: Layout) -> bool:
     return a.size == b.size and torch.equal(a.owners().cpu(), b.owners().cpu())
 
 
+def merged(a: Layout, b: Layout) -> Layout | None:
+    """The same samples, those of one where entries of the other are nobody's; ``None`` where those of two meet."""
+    if a.axis == b.axis and same(a, b):
+        return a
+    if a.alone is not None or b.alone is not None or (a.axis, a.size) != (b.axis, b.size):
+        return None
+    x, y = a.owners().cpu(), b.owners().cpu()
+    if not bool(((x == y) | (x < 0) | (y < 0)).all()):
+        return None
+    return owned(a.n, a.axis, torch.where(x < 0, y, x))
+
+
 def owned(n: int, axis: int, owner: Tensor) -> Layout:
     """The layout in which entry ``i`` belongs to sample ``owner[i]``: a regular one if that can be."""
     size = len(owner)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .joining import GATHERS, JOINS, picked_in_bags
 from .jointly import JOINTLY, meets
-from .layout import Function, Layout, Operation, Sampled, of_one, only, owned, same
+from .layout import Function, Layout, Operation, Sampled, merged, of_one, only, owned, same
 from .moves import MOVED, is_axis, is_choice, named, recurred, sort_axis, sorted_along
 from .writing import COPIES, WRITES
 
@@ -144,8 +144,9 @@ def _meet(op: Operation, x: Tensor, a: Layout) -> bool:
     ):
         return True  # one sample's values act on others
     behind = x.ndim - 2 if op.func in PRODUCTS and a.axis < x.ndim - 2 else 0  # batches of matrices
-    alike = [b for y, b in op.sampled[1:] if b is not None and b.axis == a.axis and _alike(x, y, a, b, behind)]
-    return not all(same(a, b) for b in alike)
+    alike = [(y, b) for y, b in op.sampled[1:] if b is not None and b.axis == a.axis and _alike(x, y, a, b, behind)]
+    constant = not x.requires_grad  # of which some entries may be nobody's
+    return not all(same(a, b) or ((constant or not y.requires_grad) and merged(a, b)) for y, b in alike)
 
 
 def acts_across(op: Operation) -> bool | None:

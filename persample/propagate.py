@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .aten import UNKNOWN
 from .calls import common_type
 from .joining import GATHERS, JOINS, STACKS, bagged, joined, one_by_one, stacked
-from .layout import Function, Layout, Operation, kept, of_one, only, owned, same
+from .layout import Function, Layout, Operation, kept, merged, of_one, only, owned, same
 from .mixing import PRODUCTS, sample_letters, sums_up
 from .moves import MOVED, indexed, is_choice, named, whether
 from .writing import COPIES, SCATTERS, WRITES, agree, rewritten, scattered, written
@@ -300,7 +300,7 @@ def _found_again(op: Operation, out: Tensor) -> Layout | None:
         place = place or kept(candidate, x.ndim, out.shape, broadcast)
         if place is not None and found is None:
             found = place
-        elif place is not None and found is not None and not (place.axis == found.axis and same(place, found)):
+        elif place is not None and found is not None and (found := merged(found, place)) is None:
             return None  # entries of different samples meet, or sizes coincide
     return found
 

@@ -215,6 +215,7 @@ def agree(op: Operation, out: Tensor, n: int, axis: int, places: Tensor, owners:
 def candidates(op: Operation, out: Tensor, n: int, axis: int, places: Tensor, owners: Tensor) -> list[Layout]:
     """What `agree` chooses from."""
     size, places, owners = out.shape[axis], places.reshape(-1).cpu(), owners.cpu()
+    places, owners = places[owners >= 0], owners[owners >= 0]  # what nobody put there (the loops of nodes) says nothing
     owner = torch.full((size,), -1, device="cpu")
     owner[places] = owners
     if not size or not torch.equal(owner[places], owners):
@@ -222,16 +223,17 @@ def candidates(op: Operation, out: Tensor, n: int, axis: int, places: Tensor, ow
     if bool((owner >= 0).all()):
         return [owned(n, axis, owner)]
     before = [at for at in op.seen() if at.alone is None and at.size == size and at.n == n]
-    known = [owned(n, axis, at.owners().cpu()) for at in before]
-    if not known:
-        rest = size % n  # rows at the end that nothing was put into (for what is padding) are nobody's
-        orders = [Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)] if size >= n else []
-        known = [at if not rest else Layout(n, axis, owner=F.pad(at.owners(), (0, rest), value=-1)) for at in orders]
-    found: list[Layout] = []
-    for at in known:
-        if torch.equal(at.owners()[places], owners) and not any(same(at, other) for other in found):
-            found.append(at)
-    return found
+    rest = size % n  # rows at the end that nothing was put into (for what is padding) are nobody's
+    orders = [Layout(n, axis, 1, size // n), Layout(n, axis, size // n, 1)] if size >= n else []
+    regular = [at if not rest else Layout(n, axis, owner=F.pad(at.owners(), (0, rest), value=-1)) for at in orders]
+    for known in ([owned(n, axis, at.owners().cpu()) for at in before], regular):
+        found: list[Layout] = []
+        for at in known:
+            if torch.equal(at.owners()[places], owners) and not any(same(at, other) for other in found):
+                found.append(at)
+        if found:
+            return found
+    return []
 
 
 def _placed(op: Operation, index: tuple[Any, ...], layout: Layout, value: Tensor, out: Tensor) -> Layout | None:

@@ -129,13 +129,18 @@ def samples_first(x: Tensor, layout: Layout) -> Tensor:
             f"some entries of a tensor of shape {tuple(x.shape)} belong to no sample, as nothing of any was put there "
             "(the end of a constant that samples were put into by an index). Cut them off before, or use engine='loop'."
         )
-    count = torch.bincount(owner, minlength=layout.n)
-    order = owner.argsort(stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(owner), device=x.device) - (count.cumsum(0) - count)[owner[order]]
-    out = x.new_zeros(layout.n, int(count.max()) if len(owner) else 0, *x.shape[1:])
+    rank = ranks(owner)
+    out = x.new_zeros(layout.n, int(rank.max()) + 1 if len(owner) else 0, *x.shape[1:])
     out[owner, rank] = x
     return out
+
+
+def ranks(owner: Tensor) -> Tensor:
+    """Of every entry, how many of the same sample come before it."""
+    count, order = torch.bincount(owner), owner.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner[order]]
+    return rank
 
 
 def one_sample(x: Tensor, layout: Layout, n: int) -> Tensor:

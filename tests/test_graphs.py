@@ -174,3 +174,23 @@ def test_what_padding_changes_is_refused() -> None:
     model = Network(gnn.GCNConv, lambda: gnn.LSTMAggregation(F, F), last).double()
     with pytest.raises(persample.BatchCoupledError):
         persample.gradients(model, square, graphs(), torch.randn(len(NODES), 3).double(), batch_dim=list)
+
+
+@pytest.mark.parametrize("norm", [lambda: gnn.BatchNorm(F), lambda: nn.BatchNorm1d(F)])
+def test_batch_normalisation_over_all_nodes(norm: Callable[[], nn.Module]) -> None:
+    """It couples graphs; the gradients of this batch's own losses are served by name."""
+
+    def pool(rest: Any, h: Tensor, b: Any) -> Tensor:
+        return gnn.global_add_pool(rest[1](rest[0](h), b.edge_index).tanh(), b.batch)
+
+    def layers() -> nn.Module:
+        return nn.ModuleList([norm(), gnn.GINConv(nn.Sequential(nn.Linear(F, F), nn.BatchNorm1d(F), nn.Tanh()))])
+
+    model, xs, y = Network(gnn.GCNConv, layers, pool).double(), graphs(), torch.randn(len(NODES), 3).double()
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(model, square, xs, y, batch_dim=list)
+    G = persample.gradients(model, square, xs, y, batch_dim=list, coupled="loss")
+    parameters = dict(model.named_parameters())
+    each = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in square(model(xs), y)]
+    for parameter, rows in zip(parameters, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(G[parameter], torch.stack(rows), rtol=1e-9, atol=1e-9)

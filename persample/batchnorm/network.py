@@ -11,7 +11,7 @@ triangular; ``lambda_n = R^T u_n`` is the total derivative of ``l_n`` with respe
 (`Network.adjoints`).  With ``a_m = dh_m/dtheta [K, D]``, the table of all derivatives of losses with respect to the
 samples' copies of the parameters is
 
-    G[n, m] = delta_nm d_n + (1/N) lambda_n^T a_m:         row sums dl_n/dtheta, column sums what hooks return.
+    G[n, m] = delta_nm d_n + share_m lambda_n^T a_m:         row sums dl_n/dtheta, column sums what hooks return.
 
 So there are two exact routes to what depends on ``n`` through the statistics: ``N`` vector-Jacobian products, one for
 each loss, or ``K``, one for each statistic.  `cheaper` chooses.
@@ -143,13 +143,13 @@ class Network:
 
     @cached_property
     def deviation(self) -> Tensor:
-        """``ds/dw_m = (h_m - s) / N``, ``[N, K]``: how the weight of a sample moves the statistics; sums to 0 over
+        """``ds/dw_m = share_m (h_m - s)``, ``[N, K]``: how the weight of a sample moves the statistics; sums to 0 over
         samples.
         """
         parts = [self.structure.losses.new_empty(self.n, 0)]
         for node in self.structure.nodes:
             for h, s in zip(node.moments, node.pooled, strict=True):
-                parts.append(node.spread((h - s) / len(h), self.n))
+                parts.append(node.spread(node.weigh(h - s), self.n))
         return torch.cat(parts, 1)
 
     def by_node(self, values: Tensor) -> list[Tensor]:

@@ -19,7 +19,6 @@ same rows in frozen, copy and loss.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -33,8 +32,8 @@ from ..remembered import remember, verified
 from ..scratch import kernel
 from ..state import set_random_state
 from .network import Network, cheaper
-from .passes import Point
-from .statistics import Copies, Explicit, constant, live, pooled, running, weighted
+from .passes import Grads, Point
+from .statistics import Copies, Explicit, average, constant, live, pooled, running, weighted
 
 Notion = Callable[[Network, Emit, Tensor | None], Pass]  # (network, emit, which samples; None: all)
 
@@ -113,16 +112,17 @@ def influence(network: Network, emit: Emit, samples: Tensor | None) -> Pass:
 def _effective(network: Network) -> tuple[dict[str, Factors], Tensor]:
     """``dphi_m/dtheta`` and ``dphi_m/ds [N, K]`` at fixed ``s`` and ``Lambda``, by one pass with fixed statistics.
 
-    It starts from the losses, and from ``Lambda/N`` at the moments ``h_m``.
+    It starts from the losses, and from ``share_m Lambda`` at the moments ``h_m``.
     """
     Lambda, factors = network.structure.total, dict[str, Factors]()
     explicit = Explicit(copies := Copies())
     with network.point.recorded(explicit) as run:
-        moments = list(itertools.chain.from_iterable(node.moments for node in network.alive(explicit.nodes)))
-        pieces = zip(moments, Lambda.split([h.shape[1] for h in moments]), strict=True)
-        extra = [(h, (piece / len(h)).to(h.dtype).expand_as(h)) for h, piece in pieces]
+        moments = [(node, h) for node in network.alive(explicit.nodes) for h in node.moments]
+        pieces = zip(moments, Lambda.split([h.shape[1] for _, h in moments]), strict=True)
+        extra = [(h, node.weigh(piece.expand_as(h)).to(h.dtype)) for (node, h), piece in pieces]
         _, grads = run.rows(lambda name, g: factors.__setitem__(name, compact(g)), extra=extra, wrt=copies.leaves)
-    share = network.beside(explicit.nodes, [torch.full_like(t, 1 / len(t)) for t in copies.leaves])
+    shares: Grads = [node.weigh(torch.ones_like(h)) for node in explicit.nodes for h in node.moments]
+    share = network.beside(explicit.nodes, shares)
     return factors, network.beside(explicit.nodes, grads) - Lambda * share
 
 
@@ -161,7 +161,7 @@ def through(network: Network, layers: Sequence[str], emit: Emit) -> Pass:
     names = [name for name in network.coupled if set(network.nodes_of([name])) & set(which)]
     with network.point.forward(constant) as run:
         nodes = network.alive(run.nodes)
-        A = network.jacobian([h.mean(0) for i in which for h in nodes[i].moments], names)
+        A = network.jacobian([average(h, nodes[i].share) for i in which for h in nodes[i].moments], names)
     last = which == [len(network.structure.nodes) - 1]  # lambda = u: nothing comes after it
     weights = network.of_nodes(network.u if last else network.adjoints, which)
     for name, p in network.problem.parameters.items():

@@ -8,12 +8,14 @@ gets of sample ``m``:
     y_m = weight (z_m - mu) / sqrt(v + eps) + bias
 
 Given ``s`` the samples are independent, as under GroupNorm; all coupling flows through ``s``.  So what is
-differentiated is decided by the pool alone, and nothing else in the package knows how BatchNorm normalises:
+differentiated is decided by the pool alone, and nothing else in the package knows how BatchNorm normalises
+(``share_m = 1 / N``; where samples have several numbers of positions, that part of all positions):
 
 ================  ==============================  ==================================================================
-`live`            ``mean_m h_m``                  the batch as it is
+`live`            ``sum_m share_m h_m``           the batch as it is
 `Copies`          constants, one copy per sample  no coupling: ``dl_n/dtheta`` and ``u_n = dl_n/ds`` in one pass
-`weighted` (w)    ``sum_m w_m h_m / sum_m w_m``   re-weighted batches, a sample left out
+`weighted` (w)    ``sum_m w_m share_m h_m``, by   re-weighted batches, a sample left out
+                  the sum of the weights
 `given` (values)  known constants                 a part of the batch as it was within the whole
 ================  ==============================  ==================================================================
 
@@ -38,7 +40,7 @@ from ..calls import function_name
 from ..capture import Capture
 from ..errors import BatchCoupledError, BatchNormError, CaptureError
 from ..followed import SharedTensor
-from ..layout import Layout
+from ..layout import Layout, ranks, samples_first
 from ..patched import unpatched
 
 Layer = nn.modules.batchnorm._BatchNorm
@@ -50,7 +52,8 @@ class Node:
 
     name: str  # the module's path; "#2" for its second call
     members: Tensor | None  # [M], the samples that take part; None for all of them
-    positions: int  # P
+    positions: int  # P, the most that a sample has
+    share: Tensor  # [M], of the statistics; 1 / M each where all have as many positions
     moments: tuple[Tensor, Tensor]  # h, [M, C] each: mean and centred second moment of every sample
     pooled: tuple[Tensor, Tensor]  # s, mean and (biased) variance, [C] each, or [M, C] for copies
 
@@ -74,16 +77,26 @@ class Node:
         moments, statistics = (first.detach(), second.detach()), (mean.detach(), variance.detach())
         return replace(self, moments=moments, pooled=statistics)
 
+    def weigh(self, values: Tensor) -> Tensor:
+        """``share_m`` times row ``m`` of ``[M, C]``."""
+        return values * self.share.to(values.dtype).unsqueeze(1)
+
 
 # ---- pools: from the moments h [M, C] of the samples to a statistic -----------------------------------------------
 
-# (h, members, the call's name) -> s, [C] or [M, C]; called twice for every node
-Pool = Callable[[Tensor, Tensor | None, str], Tensor]
+# (h, share, members, the call's name) -> s, [C] or [M, C]; called twice for every node
+Pool = Callable[[Tensor, Tensor, Tensor | None, str], Tensor]
 
 
-def live(h: Tensor, members: Tensor | None, name: str) -> Tensor:
+def average(h: Tensor, share: Tensor) -> Tensor:
+    """``sum_m share_m h_m``, as precise as the statistics of the layer itself."""
+    with torch.autocast(h.device.type, enabled=False):
+        return share.to(h.dtype) @ h
+
+
+def live(h: Tensor, share: Tensor, members: Tensor | None, name: str) -> Tensor:
     """The statistics of the batch; a leaf where they depend on no parameter."""
-    s = h.mean(0)
+    s = average(h, share)
     return s if s.requires_grad else s.requires_grad_()
 
 
@@ -95,25 +108,24 @@ class Copies:
     def __init__(self) -> None:
         self.leaves: list[Tensor] = []
 
-    def __call__(self, h: Tensor, members: Tensor | None, name: str) -> Tensor:
-        self.leaves.append(h.detach().mean(0).repeat(len(h), 1).requires_grad_())
+    def __call__(self, h: Tensor, share: Tensor, members: Tensor | None, name: str) -> Tensor:
+        self.leaves.append(average(h.detach(), share).repeat(len(h), 1).requires_grad_())
         return self.leaves[-1]
 
 
-def constant(h: Tensor, members: Tensor | None, name: str) -> Tensor:
+def constant(h: Tensor, share: Tensor, members: Tensor | None, name: str) -> Tensor:
     """The statistics of the batch, held fixed."""
-    return h.detach().mean(0)
+    return average(h.detach(), share)
 
 
 def weighted(w: Tensor) -> Pool:
     """Sample ``m`` counts ``w[m]`` in every statistic; weights are normalised."""
 
-    def pool(h: Tensor, members: Tensor | None, name: str) -> Tensor:
-        own = w if members is None else w[members]
+    def pool(h: Tensor, share: Tensor, members: Tensor | None, name: str) -> Tensor:
+        own = (w if members is None else w[members]) * share.to(w.dtype)
         if not bool(own.detach().any()):
             raise BatchNormError(f"'{name}' normalises a single sample, without which it has no statistics.")
-        with torch.autocast(h.device.type, enabled=False):  # as precise as the statistics of the layer itself
-            return own.to(h.dtype) @ h / own.sum()
+        return average(h, own) / own.sum()
 
     return pool
 
@@ -121,7 +133,7 @@ def weighted(w: Tensor) -> Pool:
 def given(nodes: Sequence[Node]) -> Pool:
     """The statistics of these nodes, by the names of the calls: not all of them need be made (experts)."""
     known = {node.name: iter([s.detach() for s in node.pooled]) for node in nodes}
-    return lambda h, members, name: next(known[name])
+    return lambda h, share, members, name: next(known[name])
 
 
 # ---- the calls ------------------------------------------------------------------------------------------------------
@@ -174,17 +186,21 @@ class Explicit:
         x, layout = call.input, where()
         if not x.numel():  # of samples that were picked: none
             return x.clone()
-        z, members = to_samples(name, x, layout)
+        z, members, counts = to_samples(x, layout)
         if z.shape[0] * z.shape[2] == 1:
             raise BatchNormError(f"'{name}' normalises a single value per channel. Use more than one sample.")
         if z.dtype.itemsize < 4:
             z = z.float()  # as BatchNorm itself does in half precision
-        first = z.mean(2)
-        mean = self.pool(first, members, name)
+        sizes = z.new_full((len(z),), z.shape[2]) if counts is None else counts.to(z.dtype)
+        share = sizes / sizes.sum()
+        first = z.sum(2) / sizes.unsqueeze(1)
+        mean = self.pool(first, share, members, name)
         centred = z - mean.unsqueeze(-1)
-        second = centred.square().mean(2)
-        variance = self.pool(second, members, name)
-        self.nodes.append(Node(name, members, z.shape[2], (first, second), (mean, variance)))
+        if counts is not None:  # what was filled up is nobody's
+            centred = centred * (torch.arange(z.shape[2], device=z.device) < counts.unsqueeze(1)).unsqueeze(1)
+        second = centred.square().sum(2) / sizes.unsqueeze(1)
+        variance = self.pool(second, share, members, name)
+        self.nodes.append(Node(name, members, z.shape[2], share, (first, second), (mean, variance)))
         y = centred * (variance + call.eps).rsqrt().unsqueeze(-1)
         if call.weight is not None:
             y = y * call.weight.view(-1, 1)
@@ -296,22 +312,21 @@ class Replace(TorchFunctionMode):
 # ---- samples first --------------------------------------------------------------------------------------------------
 
 
-def to_samples(name: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """``z [M, C, P]``: the positions of every sample that takes part, and which samples these are (``None``: all)."""
+def to_samples(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``z [M, C, P]``: the positions of every sample that takes part; which samples these are (``None``: all); and how
+    many positions each has, where that is not ``P`` (what is behind them is zero).
+    """
     if layout.alone is not None:  # in a loop over the samples
-        return x.transpose(0, 1).flatten(1).unsqueeze(0), torch.tensor([layout.alone], device=x.device)
+        return x.transpose(0, 1).flatten(1).unsqueeze(0), torch.tensor([layout.alone], device=x.device), None
     if layout.plain and layout.axis == 0:
-        return (x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)), None
-    rows, members = x.movedim(layout.axis, 0), None
-    if layout.owner is None:
-        rows = rows.unflatten(0, (layout.outer, layout.n, layout.inner)).transpose(0, 1).flatten(1, 2)
-    else:
-        members, count = layout.owner.unique(return_counts=True)
-        if int(count.min()) != int(count.max()):
-            raise BatchNormError(f"'{name}' normalises samples of different sizes (packed or masked): not supported.")
-        rows = rows[layout.owner.argsort(stable=True).to(x.device)].unflatten(0, (len(members), -1))
-    z = rows.movedim(2 if layout.axis == 0 else 3, 1).flatten(2)  # C was first, or behind the first, of the other axes
-    return z, None if members is None or len(members) == layout.n else members
+        return (x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)), None, None
+    rows, members, counts = samples_first(x, layout), None, None
+    if layout.owner is not None:
+        members, counts = layout.owner.to(x.device).unique(return_counts=True)
+        rows = rows if len(members) == layout.n else rows[members]
+    z = rows.movedim(2 if layout.axis == 0 else 3, 1)  # C was first, or behind the first, of the other axes
+    counts = None if counts is None or int(counts.min()) == z.shape[2] else counts * z.shape[3:].numel()
+    return z.flatten(2), None if members is None or len(members) == layout.n else members, counts
 
 
 def from_samples(z: Tensor, x: Tensor, layout: Layout) -> Tensor:
@@ -326,7 +341,8 @@ def from_samples(z: Tensor, x: Tensor, layout: Layout) -> Tensor:
     if layout.owner is None:
         rows = rows.unflatten(1, (layout.outer, layout.inner)).transpose(0, 1).flatten(0, 2)
     else:
-        rows = rows.flatten(0, 1)[layout.owner.argsort(stable=True).argsort().to(x.device)]
+        owner = layout.owner.to(x.device)
+        rows = rows[owner.unique(return_inverse=True)[1], ranks(owner)]
     return rows.movedim(0, layout.axis)
 
 

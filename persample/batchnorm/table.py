@@ -82,13 +82,13 @@ def column(network: Network, m: int) -> dict[str, Tensor]:
 
 @kernel
 def _column_by_statistics(network: Network, m: int) -> dict[str, Tensor]:
-    """``e_m d_m + (1/N) lambda a_m``, where ``a_m = dh_m/dtheta`` at fixed statistics."""
+    """``e_m d_m + share_m lambda a_m``, where ``a_m = dh_m/dtheta`` at fixed statistics."""
     shares, weights = [], [network.adjoints[:, :0]]
     with network.point.forward(constant) as run:
         for node, adjoint in zip(network.alive(run.nodes), network.by_node(network.adjoints), strict=True):
             for place in node.places(m):
                 shares += [h[place] for h in node.moments]
-                weights.append(adjoint / len(node.moments[0]))
+                weights.append(adjoint * node.share[place].to(adjoint.dtype))
         a = network.jacobian(shares, list(network.problem.parameters))
     lambdas = torch.cat(weights, 1)
     result = {name: torch.tensordot(lambdas.to(x.dtype), x, 1) for name, x in a.items()}

@@ -27,7 +27,7 @@ from .mixing import SHIFTS, extent
 from .moves import RESHAPED
 from .probing import Source, note, places_in, probed, upstream
 from .propagate import lone_sample, propagate
-from .writing import beneath, rewritten, writes_into
+from .writing import above, beneath, rewritten, writes_into
 
 BATCH_DIM = "if the model takes its samples on another axis, say where they are with batch_dim="
 
@@ -218,11 +218,12 @@ class Followed:
         tensors = arguments(args, kwargs)
         if func in rules.LIKE:
             tensors = tensors[:1]  # the other argument only lends its type or shape
+        written = func is Tensor.copy_ and len(tensors) == 2 and self.is_sampled(tensors[1])
         sampled: list[tuple[Tensor, Layout | None]] = []
         known: list[tuple[Tensor, Layout]] = []
         totals: list[Tensor] = []
         shared: list[tuple[Tensor, SharedTensor]] = []
-        for t in tensors:
+        for t in tensors[1:] if written else tensors:  # what was there before is gone
             kind = self.kind(t)
             if isinstance(kind, SampledTensor):
                 sampled.append((t, kind.layout))
@@ -275,7 +276,10 @@ class Followed:
     def _handed_on(self, op: Operation, t: Tensor, level: int) -> None:
         """What was changed in place, or handed through: the samples stay where they are, but for what was put in."""
         if len(op.sampled) > 1 and writes_into(op, t):
-            self.mark(t, self._found(op, t, rewritten(op), level))
+            layout = rewritten(op)
+            self.mark(t, self._found(op, t, layout, level))
+            if layout is not op.of(t):
+                self._written(op, t, layout)
         elif op.of(t) is None:  # what was a number of all samples still is one
             self.mark(t, SampledTensor(None, self.lost_in(op), max(level, self._level([t]))))
 
@@ -290,8 +294,25 @@ class Followed:
         if total == 2 and not (level or t.is_floating_point()):
             total = 3  # the place of the largest number, which nobody subtracts before an exponential
         self.mark(t, self._found(op, t, layout, total))
-        if mutates and t._base is not None and not isinstance(self.kind(t._base), SampledTensor):
-            self.mark(t._base, self._found(op, t._base, beneath(op, t._base, t, layout), 0))
+        if mutates:
+            self._written(op, t, layout)
+
+    def _written(self, op: Operation, part: Tensor, layout: Layout | None) -> None:
+        """What a view is of that was written into, where there is one."""
+        whole = part._base
+        if whole is None:
+            return
+        entry = self.known.get(id(whole))
+        kind = entry[1] if entry is not None and entry[0]() is whole else None
+        if isinstance(kind, SampledTensor):
+            if kind.layout is not None and self.n > 1:
+                self.mark(whole, self._found(op, whole, beneath(op, whole, part, layout, kind.layout), 0))
+            return
+        found = lone_sample(whole) if self.n == 1 else beneath(op, whole, part, layout)
+        if found is not None and self.n > 1:
+            self.mark(part, self._found(op, part, above(whole, part, found), 0))
+        if found is not None or not whole.requires_grad:  # else its graph may tell
+            self.mark(whole, self._found(op, whole, found, 0))
 
     def _probed(self, op: Operation, t: Tensor) -> Layout | None:
         """Where the samples are in what an operation has made of which nothing is known."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import Layout, Operation, kept, of_one, only, owned, same
+from .layout import Layout, Operation, kept, of_one, owned, same
 from .moves import indexed, named, numbered, read
 
 _ADDS = "index_add index_reduce scatter_add scatter_reduce"
@@ -59,19 +59,51 @@ def _put(op: Operation, out: Tensor, n: int, owner: int) -> Layout | None:
     return _first(op, out, n, _replaced(op, torch.full_like(op.args[0], -1, dtype=torch.long), theirs), owner)
 
 
-def beneath(op: Operation, whole: Tensor, part: Tensor, layout: Layout | None) -> Layout | None:
-    """A constant, after a view of it was written into (``out[i].copy_(x[i])``)."""
-    if layout is None or layout.n == 1:
-        return layout
+def beneath(
+    op: Operation, whole: Tensor, part: Tensor, layout: Layout | None, before: Layout | None = None
+) -> Layout | None:
+    """Where samples are in a tensor, a constant unless they were there ``before``, after a view of it was written into
+    (``out[i].copy_(x[i])``, ``out[i][:k] = x[i]``), which has this layout if all of it was.
+    """
+    if not op.known or op.lost or (layout is None and not writes_into(op, part)):
+        return None
+    n = op.known[0][1].n
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        numbers = torch.empty_strided(whole.shape, whole.stride(), dtype=torch.long, device=whole.device).fill_(-1)
-        offset = part.storage_offset() - whole.storage_offset()
-        owner = only(layout)
-        theirs = numbered(layout, part) if owner is None else torch.full_like(part, owner, dtype=torch.long)
-        numbers.as_strided(part.shape, part.stride(), offset).copy_(theirs)
-        return (
-            _first(op, whole, layout.n, numbers, owner) if owner is not None else filled(op, whole, layout.n, numbers)
-        )
+        was, numbers = _numbers(whole, before), _numbers(whole, before)
+        own = _seen_through(numbers, whole, part)
+        if writes_into(op, part):  # some of its entries
+            value, nobody = _source(op)[0], torch.full_like(part, -1, dtype=torch.long)
+            at = op.of(value) or op.known[-1][1]
+            put = numbered(at, value) if isinstance(value, Tensor) and at.alone is None else at.owners()[:1]
+            theirs = _replaced(op, nobody, put.expand(value.shape) if isinstance(value, Tensor) else put)
+        else:
+            assert layout is not None
+            theirs = numbered(layout, part)
+        own.copy_(torch.where(theirs < 0, own, theirs))
+        if before is not None:
+            return before if torch.equal(was, numbers) else read(before, numbers, whole)
+        owners = theirs[theirs >= 0].unique().tolist()
+        if len(owners) == 1:
+            return _first(op, whole, n, numbers, owners[0])
+        return filled(op, whole, n, numbers)
+
+
+def above(whole: Tensor, part: Tensor, layout: Layout) -> Layout | None:
+    """Where samples are in a view of a tensor in which it is known."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        numbers = _seen_through(_numbers(whole, layout), whole, part)
+        owners = numbers.unique()
+        return Layout(layout.n, alone=int(owners)) if len(owners) == 1 else read(layout, numbers, part)
+
+
+def _numbers(x: Tensor, layout: Layout | None) -> Tensor:
+    """`numbered`, in memory laid out as that of ``x``; -1 for a constant."""
+    numbers = torch.empty_strided(x.shape, x.stride(), dtype=torch.long, device=x.device)
+    return numbers.fill_(-1) if layout is None else numbers.copy_(numbered(layout, x))
+
+
+def _seen_through(numbers: Tensor, whole: Tensor, part: Tensor) -> Tensor:
+    return numbers.as_strided(part.shape, part.stride(), part.storage_offset() - whole.storage_offset())
 
 
 def _first(op: Operation, out: Tensor, n: int, numbers: Tensor, owner: int) -> Layout | None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -207,3 +211,95 @@ def test_a_row_of_another_sample_is_told_apart() -> None:
     inputs = torch.randn(3, 5, 4).double(), torch.randn(3, 5, 4).double(), MASK
     with pytest.raises(persample.PersampleError):
         persample.gradients(Model(reversed_rows).double(), square, inputs, verify=False)
+
+
+# ---- drawn at random: never a wrong number -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Each sample of ``written`` is put to its place, as many of its ``T`` tokens as its length says."""
+
+    n: int
+    T: int
+    where: str  # "rows": [n, T, 3]; "columns": [T, n, 3]; "flat": [n * T, 3]; "ragged": [sum of lengths, 3]
+    how: str
+    places: list[int]
+    lengths: list[int]
+    written: list[int]
+    more: int  # rows at the end
+    fill: float
+
+    def part(self, i: int) -> tuple[Any, ...]:
+        """Where the tokens of a sample go."""
+        k, p = self.lengths[i], self.places[i]
+        begin = p * self.T if self.where == "flat" else sum(self.lengths[:i])
+        return {"rows": (p, slice(k)), "columns": (slice(k), p)}.get(self.where, (slice(begin, begin + k),))
+
+    def __call__(self, h: Any, first: nn.Module | None, w: Tensor, b: Tensor) -> Tensor:
+        rows = {"flat": self.n * self.T, "ragged": sum(self.lengths), "rows": self.n, "columns": self.T}[self.where]
+        between = {"rows": (self.T,), "columns": (self.n,)}.get(self.where, ())
+        out = torch.full((rows + self.more, *between, 3), self.fill, dtype=torch.float64)
+        for i in self.written:
+            at, value = self.part(i), h[i][: self.lengths[i]]
+            if self.how == "copy":
+                out[at].copy_(value)
+            elif self.how == "add":
+                out[at] += value
+            elif self.how == "view" and self.where == "rows":
+                out[at[0]][at[1]] = value
+            elif self.how == "tokens" and self.where == "rows":
+                for t in range(self.lengths[i]):
+                    out[at[0], t] = value[t]
+            else:
+                out[at] = value
+        out = (out if first is None else first(out)) * w + b
+        return torch.stack([out[self.part(i)].tanh().square().sum() for i in range(self.n)])
+
+
+@st.composite
+def writings(draw: st.DrawFn) -> Writing:
+    n, T = draw(st.integers(2, 4)), draw(st.integers(2, 5))
+    return Writing(
+        n,
+        T,
+        draw(st.sampled_from(["rows", "columns", "flat", "ragged"])),
+        draw(st.sampled_from(["set", "copy", "add", "view", "tokens"])),
+        draw(st.permutations(range(n)) | st.just(list(range(n)))),
+        draw(st.lists(st.integers(1, T), min_size=n, max_size=n)),
+        draw(st.permutations(range(n)) | st.just(list(range(n))) | st.just([0])),
+        draw(st.sampled_from([0, 0, 1, 2])),
+        draw(st.sampled_from([0.0, 1.0])),
+    )
+
+
+@given(writings(), st.booleans(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_written_where(writing: Writing, listed: bool, behind: bool) -> None:
+    """Rows are right, or refused, with nothing verified; what lies in order is served."""
+
+    class Drawn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.w, self.b = nn.Linear(3, 3), nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Any) -> Tensor:
+            h = x if behind else [self.first(own) for own in x] if listed else self.first(x)
+            return writing(h, self.first if behind else None, self.w, self.b)
+
+    model, x = Drawn().double(), torch.randn(writing.n, writing.T, 3).double()
+    inputs: Any = (list(x),) if listed else x
+    each = [
+        torch.autograd.grad(
+            loss, list(model.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for loss in model(list(x) if listed else x)
+    ]
+    try:
+        G = persample.gradients(model, lambda out, _: out, inputs, batch_dim=list if listed else 0, verify=False)
+    except (persample.SampleAxisError, persample.BatchCoupledError):
+        in_order = writing.places == writing.written == list(range(writing.n)) and not writing.more
+        assert not (in_order and writing.where == "rows" and writing.how != "tokens")
+        return
+    for (name, _), rows in zip(model.named_parameters(), zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(G[name], torch.stack(rows), rtol=1e-9, atol=1e-9)

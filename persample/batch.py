@@ -369,19 +369,24 @@ def _check_sizes(given: list[tuple[list[Any], Any, list[Axis], bool]], n: int, b
     for what, x, axis, default in found:
         if x.shape[axis] == n or (x.shape[axis] == 1 and default):
             continue
-        said = "" if type(batch_dim) is int and batch_dim == 0 else f" (batch_dim={batch_dim!r})"
+        spelled = repr(batch_dim).replace(repr(list), "list")
+        said = "" if type(batch_dim) is int and batch_dim == 0 else f" (batch_dim={spelled})"
         fronts = {x.shape[0] for _, x, _, _ in found}
         way = f" At axis 0, all have size {fronts.pop()}: leave batch_dim= out?" if said and len(fronts) == 1 else ""
         if what == first and axis == at == 0 and x.ndim > 1 and x.shape[1:] == y.shape[1:]:
             way += (
-                " If these are sequences, one for each sample, give them as a list, with batch_dim=list, or padded "
-                "(torch.nn.utils.rnn.pad_sequence)."
+                " If these are sequences, one for each sample, give them as a list (no tuple), with batch_dim=list, or "
+                "padded (torch.nn.utils.rnn.pad_sequence)."
             )
         raise SampleAxisError(
-            f"{what}: a tensor of shape {tuple(x.shape)} has size {x.shape[axis]} at axis {axis}, but the {first} of "
-            f"shape {tuple(y.shape)} have N = {n} samples at axis {at}{said}.{way} Give as many of each, or say "
+            f"{what}: {_shown(x)} has size {x.shape[axis]} at axis {axis}, but the {first}, {_shown(y)}, "
+            f"have N = {n} samples at axis {at}{said}.{way} Give as many of each, or say "
             "where the samples are with batch_dim= (None: shared by all samples)."
         )
+
+
+def _shown(x: Tensor | Listed) -> str:
+    return f"a list of {len(x.items)}" if isinstance(x, Listed) else f"a tensor of shape {tuple(x.shape)}"
 
 
 def cat(parts: Sequence[Any], axis: Axis) -> Any:

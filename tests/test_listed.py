@@ -176,6 +176,24 @@ def test_entries_may_be_structures() -> None:
     close(G, {n: torch.stack(g) for (n, _), g in zip(net.named_parameters(), zip(*rows, strict=True), strict=True)})
 
 
+@pytest.mark.parametrize("verify", [False, None])
+def test_entries_without_tensors(verify: bool | None) -> None:
+    """Texts, which become tensors inside of the model."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(128, D), nn.Linear(D, 3)
+
+        def forward(self, texts: list[str]) -> Tensor:
+            found = [self.table(torch.tensor([ord(letter) for letter in text])).tanh().mean(0) for text in texts]
+            return self.head(torch.stack(found))
+
+    net, texts, y = Reads().double(), ["one", "another one", "a", "last"], torch.randn(N, 3).double()
+    G = persample.gradients(net, square, texts, y, batch_dim=list, verify=verify)
+    close(G, definition(net, square, texts, y))
+
+
 def test_targets_in_a_list_and_one_number() -> None:
     """A criterion that returns one number is applied to one sample at a time, with a list of one target."""
 

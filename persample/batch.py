@@ -246,6 +246,14 @@ class Batch:
                 )
         return ""
 
+    def joinable(self, outputs: Sequence[Any]) -> bool:
+        """Whether what a model returned for some samples after the other can be put together: as many tensors, and not
+        where a list may have an entry for each sample, as the inputs have.
+        """
+        listed = any(type(x) is Listed for x in self.inputs.leaves)
+        alike = len({len(flatten(output)[0]) for output in outputs}) == 1
+        return alike and (not listed or all(isinstance(x, Tensor) for x in outputs))
+
     @property
     def sizes(self) -> list[int]:
         """How many entries each sample has, where inputs are in lists; else nothing."""

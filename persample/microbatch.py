@@ -260,12 +260,14 @@ def narrowed(batch: Batch, at: slice) -> Batch:
 def joined(slices: Sequence[Slice], passes: Sequence[Pass]) -> Pass:
     """Losses and outputs of all samples; unused is what no slice uses."""
     losses = [p.losses for p in passes if p.losses is not None]
+    unused = tuple(name for name in passes[0].unused if all(name in p.unused for p in passes))
+    coupled = any(p.coupled for p in passes)  # of one slice that is the batch
+    if len(passes) > 1 and not slices[0].problem.batch.joinable([p.outputs for p in passes]):
+        return Pass(torch.cat(losses), None, unused, coupled)
     trees = [s.problem.batch.outputs(p.outputs) for s, p in zip(slices, passes, strict=True)]
     axes = [column[0] if len({*column}) == 1 else None for column in zip(*(t.axes for t in trees), strict=True)]
     columns = zip(axes, zip(*(t.leaves for t in trees), strict=True), strict=True)
     leaves = [cat(column, axis) for axis, column in columns]
-    unused = tuple(name for name in passes[0].unused if all(name in p.unused for p in passes))
-    coupled = any(p.coupled for p in passes)  # of one slice that is the batch
     return Pass(torch.cat(losses), unflatten(leaves, flatten(passes[0].outputs)[1]), unused, coupled)
 
 

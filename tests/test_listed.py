@@ -301,3 +301,26 @@ def test_under_a_handle_by_another_method() -> None:
     with persample.extend(net, batch_dim=list) as handle:
         handle.samples(xs)
         close(handle.gradients(square(net.read(xs), y)), definition(net, square, xs, y))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (2, 2, 2, 2)])
+def test_outputs_in_a_list(lengths: tuple[int, ...]) -> None:
+    """Rows are right in slices and one by one, whose outputs aren't put together."""
+
+    class Tags(Net):
+        def forward(self, xs: list[Tensor]) -> list[Tensor]:
+            return [self.last(self.first(x).tanh()) for x in xs]
+
+    def each(out: list[Tensor], targets: list[Tensor]) -> Tensor:
+        return torch.stack([nn.functional.cross_entropy(o, t) for o, t in zip(out, targets, strict=True)])
+
+    net, xs = Tags().double(), [torch.randn(k, D).double() for k in lengths]
+    y = [torch.randint(3, (k,)) for k in lengths]
+    expected = definition(net, each, xs, y)
+    whole = persample.gradients(net, each, xs, y, batch_dim=list)
+    close(whole, expected)
+    assert [len(out) for out in whole.outputs] == list(lengths)
+    for how in ({"engine": "loop"}, {"max_bytes": 1}):
+        G = persample.gradients(net, each, xs, y, batch_dim=list, **how)
+        close(G, expected)
+        assert G.outputs is None

@@ -94,6 +94,8 @@ def one_sample(
 
 def _joined(batch: Batch, outputs: list[Any]) -> Any:
     """The outputs of single samples put together along their sample axes; what all samples share stays as it is."""
+    if len(outputs) > 1 and not batch.joinable(outputs):
+        return None
     flat = [flatten(output)[0] for output in outputs]
     spec = flatten(outputs[0])[1]
     axes = batch.select(torch.tensor([0], device="cpu")).outputs(outputs[0]).axes

@@ -209,6 +209,11 @@ class Followed:
                 f"of axis 0. Transpose them; {BATCH_DIM}."
             )
 
+    def lost_together(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether every one of these is made of all samples, in some function that left them no axis."""
+        kinds = [self.kind(t) for t in outputs]
+        return bool(kinds) and all(isinstance(k, SampledTensor) and k.layout is None and k.total > 1 for k in kinds)
+
     # ---- what a call is given ---------------------------------------------------------------------------------------
 
     def given(

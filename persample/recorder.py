@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .asked import Asked, Asking, asked_in, check_unchanged
-from .batch import Batch, detached, suspended, three_dims
+from .batch import Batch, detached, flatten, suspended, three_dims
 from .calls import Reached, between, reached
 from .capture import Capture
 from .collect import Collect
@@ -146,6 +146,7 @@ class Recorder:
         self._modes = contextlib.ExitStack()  # that stay on for a forward, or a whole with-block
         self._entered = False  # the mode is on for a whole with-block
         self._reported = False  # rows of the last forward were asked for
+        self._lists = False  # an argument of the forward is a list of tensors, which may be a sample each
         self._depth = 0
         self._frame: FrameType | None = None  # of the forward that runs
         self._thread = 0  # that runs the forward, or the with-block
@@ -280,6 +281,8 @@ class Recorder:
         elif not isinstance(dims, int):
             dims = [dims, 0]
         batch = Batch.of(inputs, None, dims)
+        several = (x for x in (*args, *kwargs.values()) if isinstance(x, list) and len(x) > 1)
+        self._lists = self.batch_dim == 0 and any(all(isinstance(t, Tensor) for t in x) for x in several)
         if not self._entered:
             self._record()
         self._begin(batch)
@@ -335,7 +338,15 @@ class Recorder:
             if self._listener is not None and output is not None:
                 self._listener.check(output, capture.followed.couples)
             return
+        ends = [t for t in flatten(output)[0] if isinstance(t, Tensor) and t.requires_grad] if self._lists else []
+        lost = self._listener is not None and capture.followed.lost_together(ends) and all(t.ndim for t in ends)
         self._leave_forward()
+        if lost:
+            raise SampleAxisError(
+                "an argument of the model is a list of tensors, whose axis 0 was taken for that of "
+                f"{capture.followed.n} samples, and all outputs are made of all of these. If the list has an entry for "
+                "each sample, say extend(..., batch_dim=list)."
+            )
         if self._listener is not None and output is not None:
             self._listener.forward_ends(output, capture.followed.couples)
 

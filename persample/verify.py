@@ -355,6 +355,7 @@ def run_verified(problem: Problem, engine: str, emit: Emit, run: Run, n: int) ->
     if (
         (acts or another or wrong)
         and not couplers
+        and not result.coupled  # rows are held against this batch's own losses, and a sample alone is another function
         and (other := moved_by_others(problem, probe.buffers)) is not None
         and other.n != n
     ):

@@ -324,3 +324,47 @@ def test_outputs_in_a_list(lengths: tuple[int, ...]) -> None:
         G = persample.gradients(net, each, xs, y, batch_dim=list, **how)
         close(G, expected)
         assert G.outputs is None
+
+
+def test_a_handle_is_told_of_lists() -> None:
+    """It can't tell from the loss how many samples there are: entries that are equally long might be batches."""
+    net, xs = OneByOne().double(), [torch.randn(5, D).double() for _ in range(N)]
+    found: list[Any] = []
+    persample.extend(net, on_backward=found.append, reduction="mean")
+    with pytest.raises(persample.SampleAxisError, match=r"extend\(\.\.\., batch_dim=list\)"):
+        net(xs)
+    net, y = OneByOne().double(), torch.randn(N, 3).double()
+    with_lists = persample.extend(net, on_backward=found.append, reduction="mean", batch_dim=list)
+    square(net(xs), y).mean().backward()
+    with_lists.remove()
+    (G,) = found
+    close(G, definition(net, square, xs, y))
+
+    class Views(Net):  # a list of batches: two views of each sample
+        def forward(self, views: list[Tensor]) -> Tensor:
+            return self.last(sum(self.first(view).tanh() for view in views))
+
+    both = Views().double()
+    persample.extend(both, on_backward=found.append, reduction="mean")
+    square(both(xs[:2]), torch.randn(5, 3).double()).mean().backward()
+    assert len(found[-1]) == 5
+
+
+def test_what_is_behind_a_batch_norm_is_served() -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(D)
+
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            h = self.norm(self.first(torch.cat(xs))).tanh()
+            return self.last(torch.stack([part.mean(0) for part in h.split([len(x) for x in xs])]))
+
+    net, xs, y = Normed().double(), [x.double() for x in sequences()], torch.randn(N, 3).double()
+    G = persample.gradients(net, square, xs, y, batch_dim=list, params=["last.weight", "last.bias"])
+    assert "batch-coupled" in G.note
+    for name, p in (("last.weight", net.last.weight), ("last.bias", net.last.bias)):
+        each = [torch.autograd.grad(loss, p, retain_graph=True)[0] for loss in square(net(xs), y)]
+        torch.testing.assert_close(G[name], torch.stack(each), rtol=1e-9, atol=1e-9)
+    with pytest.raises(persample.BatchCoupledError):
+        persample.gradients(net, square, xs, y, batch_dim=list)
